@@ -1,0 +1,55 @@
+# Each target builds .venv first if it has to. Another Python: make PYTHON=python3.12 test
+# More arguments for pytest: make test ARGS='-k budget -x'
+
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+# pip shows its progress to a person, and keeps quiet in a log.
+PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check cover bench format dist clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/installed ## write a small checkpoint and watch it load
+	@$(RUN) examples.demo
+
+test: .venv/installed ## run the tests
+	$(RUN) pytest $(ARGS)
+
+check: .venv/installed ## formatting, lint, types, and who may import whom
+	$(RUN) ruff format --check
+	$(RUN) ruff check
+	$(RUN) mypy
+	.venv/bin/lint-imports
+
+cover: .venv/installed ## run the tests, and fail where too few lines and branches are covered
+	$(RUN) pytest --cov $(ARGS)
+
+bench: .venv/installed ## measure
+	$(RUN) pytest bench --benchmark-enable --timeout=0 $(ARGS)
+
+format: .venv/installed ## format, and fix what can be fixed without thought
+	$(RUN) ruff format
+	$(RUN) ruff check --fix
+
+dist: .venv/installed ## build the wheel and the source archive into dist/
+	$(RUN) build
+
+clean: ## remove what the other targets made, .venv excepted
+	rm -rf dist build .coverage coverage.xml htmlcov .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Written last, so an interrupted installation is taken up again. A .venv that cannot run pip, or
+# not on a Python that is new enough, is made anew.
+.venv/installed: pyproject.toml constraints.txt
+	@.venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+			echo "asyncloader needs Python 3.11 or newer, and $(PYTHON) is not: $$("$(PYTHON)" --version 2>&1)"; \
+			echo "Name another one: make PYTHON=python3.12"; exit 1; }; \
+		echo "Creating .venv with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv --clear .venv; }
+	@echo "Installing asyncloader and its tools into .venv (torch is large, this may take minutes)"
+	@$(PIP_INSTALL) --upgrade 'pip>=25.1'
+	@$(PIP_INSTALL) --editable . --group dev --constraint constraints.txt
+	@touch $@

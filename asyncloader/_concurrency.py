@@ -1,0 +1,100 @@
+"""Waiting for threads, and sharing work among a few tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+    from concurrent.futures import Executor
+
+__all__ = ["for_each", "raising_first", "run_jobs", "settled"]
+
+T = TypeVar("T")
+
+
+async def settled(
+    work: asyncio.Future[T], *, discard: Callable[[T], Awaitable[object]] | None = None
+) -> T:
+    """Await what a thread is doing, holding cancellation back until it is done.
+
+    Threads cannot be interrupted: cancel a plain `await` on one and it still writes to its buffers
+    afterwards. The price: cancelling waits for the call in progress.
+
+    Args:
+        work: The thread's future.
+        discard: Called with the result if nobody will take it because we were cancelled.
+    """
+    try:
+        await asyncio.wait([work])
+    except asyncio.CancelledError:
+        await _all_done([work])
+        if not work.cancelled() and work.exception() is None and discard is not None:
+            await discard(work.result())
+        raise
+    return work.result()
+
+
+async def run_jobs(executor: Executor, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Run jobs side by side on threads; return, or raise, once none of them runs any more."""
+    loop = asyncio.get_running_loop()
+    works = [loop.run_in_executor(executor, job) for job in jobs]
+    try:
+        await asyncio.wait(works)
+    except asyncio.CancelledError:
+        await _all_done(works)
+        raise
+    for work in works:
+        work.exception()  # marks it retrieved: the first failure is what we report
+    return [work.result() for work in works]
+
+
+async def _all_done(works: Sequence[asyncio.Future[T]]) -> None:
+    """Wait for threads, whatever happens, and mark what they raised as seen."""
+    while not all(work.done() for work in works):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(works)
+    for work in works:
+        if not work.cancelled():
+            work.exception()
+
+
+async def for_each(
+    items: Iterable[T], work: Callable[[T], Awaitable[object]], *, workers: int, name: str
+) -> None:
+    """Call `work` on every item, `workers` at a time.
+
+    Items are taken one by one, so a hundred thousand of them cost no hundred thousand tasks. The
+    first failure cancels the other workers, and is raised once all of them have stopped.
+    """
+    todo = iter(items)  # shared: next() does not await, so every item has one taker
+
+    async def serve() -> None:
+        for item in todo:
+            await work(item)
+
+    with raising_first():
+        async with asyncio.TaskGroup() as group:
+            for number in range(workers):
+                group.create_task(serve(), name=f"{name}-{number}")
+
+
+@contextlib.contextmanager
+def raising_first() -> Iterator[None]:
+    """Turn a group of failures into its first one; the others become notes on it."""
+    try:
+        yield
+    except BaseExceptionGroup as failures:
+        failure = _first(failures)
+    else:
+        return
+    raise failure  # out here, so that its own cause is kept and the group is let go
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    first, *others = failures.exceptions
+    for other in others:
+        first.add_note(f"at the same time: {other!r}")
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

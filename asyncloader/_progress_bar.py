@@ -1,0 +1,39 @@
+"""The progress bar of `progress=True`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from .streaming import Progress
+
+__all__ = ["progress_bar"]
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], object]]:
+    """Show a bar on the terminal, and yield what it wants to be told."""
+    from rich import progress  # noqa: PLC0415  # only who looks at it pays for it
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def show(moment: Progress) -> None:
+            bar.update(
+                task,
+                completed=moment.bytes_done,
+                total=moment.bytes_total,
+                description=moment.current or "loading",
+            )
+
+        yield show

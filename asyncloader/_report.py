@@ -1,0 +1,120 @@
+"""What a load did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .table import UpdateCounts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import RenderableType
+
+__all__ = ["LoadReport"]
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a load did. `str` is one line; `rich.print` shows a table."""
+
+    location: str
+    bytes_read: int
+    """From storage, headers and index not counted."""
+
+    bytes_wanted: int
+    """Those of `bytes_read` that ended up in a tensor or table."""
+
+    reads: int
+    seconds: float
+    tables: Mapping[str, UpdateCounts]
+    """By the table's name."""
+
+    tensors: Mapping[str, str]
+    """By name: `loaded`, `copied` (by way of staging memory), `shared with …`, `missing`, or
+    `not asked for` (left out by `filter_func`)."""
+
+    missing: tuple[str, ...]
+    """Asked for, not in the checkpoint: `tensor`, `table`, or `table@slot`. Destinations keep what
+    they held."""
+
+    unexpected: tuple[str, ...]
+    """In the checkpoint, asked for by nobody."""
+
+    warnings: tuple[str, ...]
+    """What is odd about the checkpoint but did no harm."""
+
+    def __str__(self) -> str:
+        rows = sum(table.rows for table in self.tables.values())
+        filled = sum(what in {"loaded", "copied"} for what in self.tensors.values())
+        text = (
+            f"{self.location}: {_size(self.bytes_read)} in {self.seconds:.2f} s "
+            f"({self.gigabytes_per_second:.2f} GB/s), {filled} tensors, "
+            f"{rows:,} rows of {len(self.tables)} tables"
+        )
+        if self.missing:
+            text += f", {len(self.missing)} missing"
+        if self.unexpected:
+            text += f", {len(self.unexpected)} unexpected"
+        return text
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes read, in 10⁹ a second."""
+        return self.bytes_read / max(self.seconds, 1e-9) / 1e9
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group  # noqa: PLC0415  # only who looks at it pays for it
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        head = Table.grid(padding=(0, 2))
+        head.add_row("checkpoint", Text(self.location))
+        surplus = self.bytes_read - self.bytes_wanted
+        also = f", {_size(surplus)} of them read along" if surplus else ""
+        head.add_row("read", f"{_size(self.bytes_read)} in {self.reads:,} reads{also}")
+        rate = f"{self.seconds:.3f} s, {self.gigabytes_per_second:.2f} GB/s"
+        head.add_row("time", rate)
+        for what, count in _tally(self.tensors.values()).items():
+            head.add_row("tensors" if what == "loaded" else "", f"{count:,} {what}")
+        rows = Table(
+            "table", *(f.capitalize() for f in UpdateCounts.__slots__), title_justify="left"
+        )
+        for name, table in sorted(self.tables.items()):
+            counts = (getattr(table, field) for field in UpdateCounts.__slots__)
+            rows.add_row(Text(name), *(f"{count:,}" if count else "-" for count in counts))
+        for column in rows.columns[1:]:
+            column.justify = "right"
+        notes = [
+            Text(f"{title}: {_listed(names)}", style="yellow")
+            for title, names in (
+                ("missing", self.missing),
+                ("unexpected", self.unexpected),
+                ("warning", self.warnings),
+            )
+            if names
+        ]
+        return Group(head, *([rows] if self.tables else []), *notes)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _tally(values: object) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:  # type: ignore[attr-defined]
+        kind = "shared" if value.startswith("shared") else value
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")

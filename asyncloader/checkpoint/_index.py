@@ -1,0 +1,146 @@
+"""Reads `index` and `tensorkey.json`: which names a checkpoint has, and in which shard they stand.
+
+| kind | key | block name |
+|---|---|---|
+| dense tensor `w` | `w^ ` (a caret and a space) | the same |
+| slot `s` of table `t`, rank r of R | `t.s/part_r_R` | `t@s^begin@end@size` |
+
+Names are looked up exactly. A block name is split at its last `^`, a sparse name at its last `@`,
+so that names may hold dots, slashes, spaces and `@` themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import orjson
+
+from asyncloader.errors import CheckpointError
+
+from ._slices import Slice
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["INDEX", "TENSORKEY", "Catalog", "Part", "Place", "parse_catalog"]
+
+INDEX = "index"
+TENSORKEY = "tensorkey.json"
+_DENSE_SUFFIX = "^ "
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A block's key, and the shard file that holds it."""
+
+    key: str
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One rank's part of one slot of a table."""
+
+    slice: Slice
+    """The ids that the writing rank owned."""
+
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """All names of a checkpoint."""
+
+    tensors: Mapping[str, Place]
+    """Dense tensors by name."""
+
+    tables: Mapping[str, Mapping[str, tuple[Part, ...]]]
+    """Table → slot → its parts in the order of their slices. The ids are the slot `id`."""
+
+
+def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | bytearray) -> Catalog:
+    """Read both files.
+
+    Raises:
+        CheckpointError: If either is not what it should be, or they contradict each other.
+    """
+    shards, blocks = _parse_index(location, index)
+    sparse = _object(location, TENSORKEY, tensorkey)
+    tensors: dict[str, Place] = {}
+    tables: dict[str, dict[str, list[Part]]] = {}
+    for key, number in blocks.items():
+        shard = shards.get(number)
+        if shard is None:
+            raise CheckpointError(location, f"points to shard number {number!r}, which file_index "
+                                  "does not name", INDEX, key)  # fmt: skip
+        place = Place(key, shard)
+        if key in sparse:
+            table, slot, where = _split(location, key, sparse[key])
+            tables.setdefault(table, {}).setdefault(slot, []).append(Part(where, place))
+        else:
+            tensors[key.removesuffix(_DENSE_SUFFIX)] = place
+    for key in sparse.keys() - blocks.keys():
+        raise CheckpointError(location, f"is named here but not in {INDEX}", TENSORKEY, key)
+    return Catalog(
+        tensors,
+        {
+            table: {slot: _in_order(parts) for slot, parts in slots.items()}
+            for table, slots in tables.items()
+        },
+    )
+
+
+def _in_order(parts: list[Part]) -> tuple[Part, ...]:
+    return tuple(sorted(parts, key=lambda part: (part.slice, part.place.key)))
+
+
+def _object(location: str, name: str, text: bytes | bytearray) -> dict[str, object]:
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise CheckpointError(location, f"not JSON: {error}", name) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(location, "not a JSON object", name)
+    return value
+
+
+def _parse_index(
+    location: str, text: bytes | bytearray
+) -> tuple[dict[object, str], dict[str, object]]:
+    value = _object(location, INDEX, text)
+    files, blocks = value.get("file_index"), value.get("block_index")
+    if not isinstance(files, dict) or not isinstance(blocks, dict):
+        raise CheckpointError(location, "lacks file_index or block_index", INDEX)
+    shards: dict[object, str] = {}
+    for name, number in files.items():
+        if not _is_file_name(name):
+            raise CheckpointError(location, f"{name[:200]!r} is not a plain file name", INDEX)
+        if type(number) is not int or number in shards:
+            problem = f"file_index gives {name!r} the number {number!r}, which is not its own"
+            raise CheckpointError(location, problem, INDEX)
+        shards[number] = name
+    for key, number in blocks.items():
+        if type(number) is not int:
+            raise CheckpointError(location, f"shard {number!r} is not a number", INDEX, key)
+    return shards, blocks
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether the name stays inside the checkpoint's folder."""
+    return name not in {"", ".", ".."} and not set(name) & set("/\\\0")
+
+
+def _split(location: str, key: str, name: object) -> tuple[str, str, Slice]:
+    """Split `table@slot^begin@end@size`."""
+    if not isinstance(name, str):
+        raise CheckpointError(location, f"its name is not text: {name!r}", TENSORKEY, key)
+    full, caret, where = name.rpartition("^")
+    table, at, slot = full.rpartition("@")
+    if not caret or not at:
+        problem = f"{name!r} is not of the form table@slot^begin@end@size"
+        raise CheckpointError(location, problem, TENSORKEY, key)
+    try:
+        return table, slot, Slice.parse(where)
+    except ValueError as error:
+        raise CheckpointError(location, str(error), TENSORKEY, key) from error

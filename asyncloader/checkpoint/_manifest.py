@@ -1,0 +1,130 @@
+"""Reads what a checkpoint says about itself: names first, then the headers of chosen shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from asyncloader._concurrency import for_each
+from asyncloader.errors import CheckpointError, CheckpointNotFoundError
+from asyncloader.storage import read_exactly, read_small
+
+from ._header import PREFIX, Block, ShardHeader, header_length, parse_header
+from ._index import INDEX, TENSORKEY, Catalog, Place, parse_catalog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from asyncloader.storage import Storage
+
+__all__ = ["Manifest", "read_catalog", "read_manifest"]
+
+# A line of `index` takes some 60 bytes: room for 16 million blocks.
+_MAX_JSON = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A checkpoint's names, and the blocks of those shards whose headers were read."""
+
+    location: str
+    catalog: Catalog
+    headers: Mapping[str, ShardHeader]
+
+    def block(self, place: Place) -> Block:
+        """Return the block at a place whose header was read.
+
+        Raises:
+            CheckpointError: If the shard does not have it.
+        """
+        blocks = self.headers[place.shard].blocks
+        found = blocks.get(place.key)
+        if found is None and "/part_" in place.key:
+            # RecIS's saver indexes `x/part_0^ ` but writes `x/part_0`.
+            found = blocks.get(place.key.removesuffix("^ "))
+        if found is None:
+            problem = f"{INDEX} says that it stands here, but the header does not have it"
+            raise CheckpointError(self.location, problem, place.shard, place.key)
+        return found
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is odd but does no harm."""
+        return tuple(
+            f"{header.shard}: {header.surplus} bytes after the last block, ignored"
+            for _, header in sorted(self.headers.items())
+            if header.surplus
+        )
+
+
+async def read_catalog(storage: Storage) -> Catalog:
+    """Read `index` and `tensorkey.json`.
+
+    Raises:
+        CheckpointNotFoundError: If there is no committed checkpoint.
+        CheckpointError: If one of the two is no good.
+        ReadError: If the storage failed.
+    """
+    where = storage.location
+    try:
+        index = await read_small(storage, INDEX, limit=_MAX_JSON)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        problem = (
+            f"no finished checkpoint here: {error.strerror}; looked for {INDEX!r}, which is "
+            "written last. Give the folder that holds it"
+        )
+        raise CheckpointNotFoundError(where, problem) from error
+    except OSError as error:
+        raise CheckpointError(where, f"cannot be opened: {error}", INDEX) from error
+    try:
+        tensorkey = await read_small(storage, TENSORKEY, limit=_MAX_JSON)
+    except OSError as error:
+        raise CheckpointError(where, f"cannot be opened: {error}", TENSORKEY) from error
+    return parse_catalog(where, index, tensorkey)
+
+
+async def read_manifest(
+    storage: Storage, catalog: Catalog, shards: Iterable[str], *, parallel: int
+) -> Manifest:
+    """Read the headers of `shards`, `parallel` at a time.
+
+    Raises:
+        CheckpointError: For the first shard, in the order of names, that is no good; the others
+            are notes on it.
+        ReadError: If the storage failed.
+    """
+    headers: dict[str, ShardHeader] = {}
+    failures: dict[str, CheckpointError] = {}
+
+    async def read(shard: str) -> None:
+        try:
+            headers[shard] = await _read_header(storage, shard)
+        except CheckpointError as error:
+            failures[shard] = error
+
+    await for_each(shards, read, workers=parallel, name="asyncloader-header")
+    if failures:
+        first, *others = (failures[shard] for shard in sorted(failures))
+        for other in others:
+            first.add_note(f"also: {other}")
+        raise first
+    return Manifest(storage.location, catalog, headers)
+
+
+async def _read_header(storage: Storage, shard: str) -> ShardHeader:
+    where = storage.location
+    try:
+        size = await storage.size(shard)
+    except FileNotFoundError as error:
+        problem = f"the file is missing, but {INDEX} names it; copy it, or take another checkpoint"
+        raise CheckpointError(where, problem, shard) from error
+    except OSError as error:
+        raise CheckpointError(where, f"cannot be opened: {error}", shard) from error
+    prefix = bytearray(min(PREFIX + 1, size))
+    await read_exactly(storage, shard, 0, [memoryview(prefix)])
+    length = header_length(where, shard, bytes(prefix[:PREFIX]), size)
+    if bytes(prefix[PREFIX:]) not in {b"{", b" "}:
+        raise CheckpointError(where, "does not start with a safetensors header", shard)
+    text = bytearray(length)
+    await read_exactly(storage, shard, PREFIX, [memoryview(text)])
+    return parse_header(where, shard, memoryview(text), size)

@@ -1,0 +1,140 @@
+"""Every exception that this package raises on purpose.
+
+Arguments that make no sense are plain `ValueError` or `TypeError`, raised where they are passed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "AsyncLoaderError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "LoadTimeoutError",
+    "PlanError",
+    "ReadError",
+    "TruncatedShardError",
+]
+
+
+class AsyncLoaderError(Exception):
+    """Base of all asyncloader errors.
+
+    Attributes:
+        touched: Names of the tensors that a load which failed had begun to write to.
+    """
+
+    touched: tuple[str, ...] = ()
+
+
+class CheckpointError(AsyncLoaderError):
+    """What stands on disk is unreadable or contradicts itself.
+
+    Attributes:
+        location: The checkpoint, as the storage names it.
+        problem: What is wrong, and what to do about it where something can be done.
+        shard: The file within the checkpoint, if one is to blame.
+        key: The block within that file, if one is to blame.
+    """
+
+    def __init__(
+        self, location: str, problem: str, shard: str | None = None, key: str | None = None
+    ) -> None:
+        super().__init__(location, problem, shard, key)  # all of it in args, so that it pickles
+        self.location = location
+        self.problem = problem
+        self.shard = shard
+        self.key = key
+
+    def __str__(self) -> str:
+        where = self.location if self.shard is None else f"{self.location}: {self.shard}"
+        block = "" if self.key is None else f" block {self.key!r}:"
+        return f"{where}:{block} {self.problem}"
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no committed checkpoint at the location."""
+
+
+class TruncatedShardError(CheckpointError):
+    """A shard file ends before a block that it declares.
+
+    Attributes:
+        begin: First byte of the range that cannot be read, from the start of the file.
+        end: One past its last byte.
+        size: Length of the file in bytes.
+    """
+
+    def __init__(  # each is a fact that the handler may ask for
+        self, location: str, shard: str, key: str | None, begin: int, end: int, size: int
+    ) -> None:
+        problem = (
+            f"bytes [{begin}, {end}) are not there: the file ends at {size}, "
+            f"{end - size} bytes early; copy it again, or take an older checkpoint"
+        )
+        super().__init__(location, problem, shard, key)
+        self.args = (location, shard, key, begin, end, size)
+        self.begin = begin
+        self.end = end
+        self.size = size
+
+
+class PlanError(AsyncLoaderError):
+    """The checkpoint and the targets disagree. Nothing was written.
+
+    Attributes:
+        location: The checkpoint, as the storage names it.
+        problems: Everything that is wrong, a line each.
+    """
+
+    def __init__(self, location: str, problems: Iterable[str]) -> None:
+        self.location = location
+        self.problems = tuple(problems)
+        super().__init__(location, self.problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        return f"{self.location}: {count} problem{'s' * (count != 1)}, nothing was loaded:{lines}"
+
+
+class ReadError(AsyncLoaderError):
+    """The storage failed to deliver a byte range. The `OSError` is the `__cause__`.
+
+    Attributes:
+        shard: The file within the checkpoint.
+        offset: First byte of the range, from the start of the file.
+        length: Bytes in the range.
+        problem: What the storage said.
+    """
+
+    def __init__(self, shard: str, offset: int, length: int, problem: str) -> None:
+        super().__init__(shard, offset, length, problem)
+        self.shard = shard
+        self.offset = offset
+        self.length = length
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.shard}: bytes [{self.offset}, {self.offset + self.length}): {self.problem}"
+
+
+class LoadTimeoutError(AsyncLoaderError, TimeoutError):
+    """The load took longer than its `timeout`. Tables are as they were.
+
+    Attributes:
+        location: The checkpoint, as the storage names it.
+        seconds: The time that was allowed.
+    """
+
+    def __init__(self, location: str, seconds: float) -> None:
+        super().__init__(location, seconds)
+        self.location = location
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return f"{self.location}: not loaded within {self.seconds:g} seconds"

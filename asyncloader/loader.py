@@ -1,0 +1,302 @@
+"""What users import to load a checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from ._progress_bar import progress_bar
+from ._report import LoadReport
+from .checkpoint import BY_TORCH, read_catalog, read_manifest
+from .errors import AsyncLoaderError, LoadTimeoutError, PlanError
+from .planning import (
+    RowType,
+    TableTarget,
+    Targets,
+    checked_load_info,
+    choose,
+    default_load_info,
+    plan_load,
+)
+from .storage import LocalStorage
+from .streaming import ByteBudget, Execution, Meter, Threads, describe, overlaps, run_blocking
+from .table import UpdateCounts
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+
+    import torch
+
+    from .planning import LoadInfo, LoadPlan
+    from .storage import Storage
+    from .streaming import Progress
+    from .table import LoadableTable
+
+__all__ = ["Loader"]
+
+_log = logging.getLogger(__name__)
+
+_CHUNK = 8 << 20
+_INFLIGHT = 128 << 20
+_NAMED = 20
+
+
+def identity(info: LoadInfo) -> LoadInfo:
+    """Return what it is given: the `filter_func` that changes nothing."""
+    return info
+
+
+class Loader:
+    """Fills hash tables and dense tensors from a checkpoint in RecIS's format.
+
+    A load is planned first: whatever can be wrong with names, dtypes, shapes, offsets and sizes is
+    found before the first byte is written, and listed in one error. A table shows no row of a load
+    before all of them are there; a load that fails, times out or is cancelled leaves every table as
+    it was. Dense tensors are filled in place: if the *storage* fails half-way, the error says in
+    `touched` which of them were written to.
+
+    The first five arguments are those of RecIS's `Loader`, in its order. A loader may be used any
+    number of times.
+
+    Args:
+        checkpoint_path: The folder that holds `index`.
+        hashtables: Tables to fill, by any name; their own `children` say which ids they take.
+        tensors: Tensors to fill, by name: allocated, of the right shape and dtype, on any device,
+            contiguous or not.
+        parallel: Reads at a time.
+        filter_func: Gets the plan, `{destination: {source: [slot, ...]}}`, and returns the one to
+            use: leave out what shall stay, name other sources to rename.
+        strict: Whether something that is asked for but not in the checkpoint is an error. If not,
+            the destination keeps its values, a warning is logged, the report lists it.
+        chunk_bytes: The most that one read takes, in bytes. Cancelling waits for one such read.
+        max_inflight_bytes: Memory for reads under way, in bytes, above the destinations' own.
+        timeout: Seconds after which the load is given up; `None` waits for ever.
+        progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
+            shows a bar on the terminal.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument makes no sense, or a tensor cannot be written to.
+    """
+
+    def __init__(  # RecIS's order
+        self,
+        checkpoint_path: str | os.PathLike[str],
+        hashtables: Mapping[str, LoadableTable] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        parallel: int = 16,
+        filter_func: Callable[[LoadInfo], LoadInfo] = identity,
+        *,
+        strict: bool = False,
+        chunk_bytes: int = _CHUNK,
+        max_inflight_bytes: int = _INFLIGHT,
+        timeout: float | None = None,
+        progress: Callable[[Progress], object] | bool | None = None,
+    ) -> None:
+        for name, value in (
+            ("parallel", parallel),
+            ("chunk_bytes", chunk_bytes),
+            ("max_inflight_bytes", max_inflight_bytes),
+        ):
+            _check_positive(name, value)
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be positive or None, got {timeout}")
+        if not callable(filter_func):
+            raise TypeError(f"filter_func must be callable, got {filter_func!r}")
+        self._path = os.fspath(checkpoint_path)
+        self._tensors = dict(tensors or {})
+        self._parallel = parallel
+        self._filter = filter_func
+        self._strict = strict
+        self._chunk_bytes = chunk_bytes
+        self._max_inflight_bytes = max_inflight_bytes
+        self._timeout = timeout
+        self._progress = progress
+        self._tables = dict(hashtables or {})
+        _check_tables(self._tables, self._tensors)
+        self._tensor_targets = describe(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"<Loader {self._path!r}: {len(self._tables)} tables, {len(self._tensors)} tensors>"
+
+    def default_load_info(self) -> LoadInfo:
+        """Return the plan that `filter_func` gets: every destination from its own name."""
+        return default_load_info(self._targets())
+
+    async def plan(self) -> LoadPlan:
+        """Say what a load would do. Reads names and headers, touches nothing.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+            PlanError: If checkpoint and destinations disagree.
+            ReadError: If the storage failed.
+            LoadTimeoutError: If `timeout` passed.
+        """
+        async with self._session() as (storage, _):
+            return await self._plan(storage)
+
+    async def aload(self) -> LoadReport:
+        """Load, on the caller's event loop, which goes on serving meanwhile.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+            PlanError: If checkpoint and destinations disagree.
+            ReadError: If the storage failed half-way; tensors may be partly overwritten.
+            LoadTimeoutError: If `timeout` passed; likewise.
+            RuntimeError: If one of the tables is being loaded or changed by somebody else.
+        """
+        with contextlib.ExitStack() as stack:
+            listener = self._progress
+            if listener is True:
+                listener = stack.enter_context(progress_bar())
+            return await self._load(listener or None)
+
+    def load(self) -> LoadReport:
+        """Load, and return when it is done; raises what `aload` raises.
+
+        Runs an event loop of its own, from any thread, also where a loop is running already (which
+        it then blocks: inside a coroutine, `await aload()`).
+        """
+        return run_blocking(self.aload)
+
+    async def _load(self, listener: Callable[[Progress], object] | None) -> LoadReport:
+        meter = Meter(0, listener)
+        touched: dict[str, bool] = {}
+        with _naming(touched):
+            async with self._session() as (storage, threads):
+                plan = await self._plan(storage)
+                meter.total = plan.nbytes
+                execution = Execution(
+                    plan=plan,
+                    tensors=self._tensors,
+                    tables=self._tables,
+                    storage=storage,
+                    threads=threads,
+                    budget=ByteBudget(self._max_inflight_bytes),
+                    meter=meter,
+                    parallel=self._parallel,
+                    chunk_bytes=self._chunk_bytes,
+                    touched=touched,
+                )
+                counts = await execution.run()
+        report = self._report(plan, counts, touched, meter)
+        _log.info("%s", report)
+        return report
+
+    @contextlib.asynccontextmanager
+    async def _session(self) -> AsyncIterator[tuple[Storage, Threads]]:
+        """Hold descriptors and threads, and keep to the time-out."""
+        limit = asyncio.timeout(self._timeout)
+        try:
+            async with limit:
+                with Threads.start(reads=self._parallel) as threads:
+                    async with LocalStorage(self._path, executor=threads.reads) as storage:
+                        yield storage, threads
+        except TimeoutError as error:
+            if self._timeout is not None and limit.expired():
+                raise LoadTimeoutError(self._path, self._timeout) from error
+            raise
+
+    def _targets(self) -> Targets:
+        """Describe what there is to fill, as it is now: slots may have been added."""
+        return Targets(tensors=self._tensor_targets, tables=_describe_tables(self._tables))
+
+    async def _plan(self, storage: Storage) -> LoadPlan:
+        targets = self._targets()
+        info = checked_load_info(self._filter(default_load_info(targets)))
+        catalog = await read_catalog(storage)
+        choice = choose(catalog, info, targets)
+        shards = choice.shards()
+        manifest = await read_manifest(storage, catalog, shards, parallel=self._parallel)
+        plan = plan_load(manifest, choice, strict=self._strict)
+        problems = overlaps({load.name: self._tensors[load.name] for load in plan.tensors})
+        if problems:
+            raise PlanError(plan.location, problems)
+        for warning in plan.warnings:
+            _log.warning("%s: %s", plan.location, warning)
+        if plan.missing:
+            names = ", ".join(plan.missing[:_NAMED])
+            _log.warning(
+                "%s: %d names are asked for but not in the checkpoint; what they would fill keeps "
+                "its values: %s", plan.location, len(plan.missing), names,
+            )  # fmt: skip
+        return plan
+
+    def _report(
+        self,
+        plan: LoadPlan,
+        counts: Mapping[str, UpdateCounts],
+        touched: Mapping[str, bool],
+        meter: Meter,
+    ) -> LoadReport:
+        nothing = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
+        done = {load.name: "loaded" for load in plan.tensors}
+        done |= {name: f"shared with {other!r}" for name, other in plan.shared.items()}
+        done |= {name: "copied" for name, staged in touched.items() if staged}
+        done |= dict.fromkeys(plan.skipped, "not asked for")
+        return LoadReport(
+            location=plan.location,
+            bytes_read=meter.read,
+            bytes_wanted=meter.wanted,
+            reads=meter.reads,
+            seconds=meter.seconds,
+            tables={name: counts.get(name, nothing) for name in self._tables},
+            tensors={name: done.get(name, "missing") for name in self._tensors},
+            missing=plan.missing,
+            unexpected=plan.unexpected,
+            warnings=plan.warnings,
+        )
+
+
+@contextlib.contextmanager
+def _naming(touched: Mapping[str, bool]) -> Iterator[None]:
+    """Say on an error which tensors are no longer what they were."""
+    try:
+        yield
+    except AsyncLoaderError as error:
+        error.touched = tuple(sorted(touched))
+        if touched:
+            error.add_note(f"tensors written to: {', '.join(error.touched[:_NAMED])}")
+        raise
+
+
+def _check_positive(name: str, value: object) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _check_tables(tables: Mapping[str, LoadableTable], tensors: Mapping[str, object]) -> None:
+    """Refuse destinations that load_info could not tell apart."""
+    owners: dict[str, str] = {}
+    for name, table in tables.items():
+        if not hasattr(table, "begin"):
+            raise TypeError(f"hashtables maps names to HashTables, got {name!r}: {type(table)}")
+        for child in table.children:
+            if child in tensors:
+                raise ValueError(f"both a tensor and a table (hashtables[{name!r}]) are {child!r}")
+            other = owners.setdefault(child, name)
+            if other != name:
+                raise ValueError(
+                    f"hashtables {other!r} and {name!r} both take the ids of {child!r}"
+                )
+
+
+def _describe_tables(tables: Mapping[str, LoadableTable]) -> dict[str, TableTarget]:
+    targets: dict[str, TableTarget] = {}
+    for name, table in tables.items():
+        slots = {}
+        for slot in table.slots().values():
+            dtype = BY_TORCH.get(str(slot.dtype).removeprefix("torch."))
+            if dtype is None:
+                raise ValueError(f"hashtables[{name!r}]: no checkpoint can hold {slot.dtype}")
+            slots[slot.name] = RowType(shape=slot.shape, dtype=dtype)
+        target = TableTarget(
+            name=name, children=tuple(table.children), slice=table.slice, slots=slots
+        )
+        targets |= dict.fromkeys(table.children, target)
+    return targets

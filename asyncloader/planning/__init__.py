@@ -1,0 +1,31 @@
+"""Decides what to read, before anything is read. No I/O, no `await`, no torch."""
+
+from ._choice import Choice, choose
+from ._load_info import ID, LoadInfo, checked_load_info, default_load_info
+from ._plan import LoadPlan, PartLoad, TableLoad, TensorLoad
+from ._planner import plan_load
+from ._reads import GAP, Extent, Piece, Read, plan_reads
+from ._targets import RowType, TableTarget, Targets, TensorTarget
+
+__all__ = [
+    "GAP",
+    "ID",
+    "Choice",
+    "Extent",
+    "LoadInfo",
+    "LoadPlan",
+    "PartLoad",
+    "Piece",
+    "Read",
+    "RowType",
+    "TableLoad",
+    "TableTarget",
+    "Targets",
+    "TensorLoad",
+    "TensorTarget",
+    "checked_load_info",
+    "choose",
+    "default_load_info",
+    "plan_load",
+    "plan_reads",
+]

@@ -1,0 +1,203 @@
+"""The first half of planning: by names alone, before any shard is opened."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ._load_info import ID
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from asyncloader.checkpoint import Catalog, Part, Place, Slice
+
+    from ._load_info import LoadInfo
+    from ._targets import TableTarget, Targets, TensorTarget
+
+__all__ = ["Choice", "PartChoice", "TensorChoice", "choose"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorChoice:
+    """A dense tensor to load."""
+
+    target: TensorTarget
+    place: Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartChoice:
+    """One rank's part of a table to load."""
+
+    target: TableTarget
+    child: str
+    source: str
+    claimed: Slice
+    ids: Place
+    slots: Mapping[str, Place]
+
+
+@dataclass(slots=True)
+class Choice:
+    """Everything chosen, in the order of load_info, and everything that is wrong so far."""
+
+    tensors: list[TensorChoice] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    parts: list[PartChoice] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
+
+    def shards(self) -> tuple[str, ...]:
+        """Return the shards whose headers are needed."""
+        names = {choice.place.shard for choice in self.tensors}
+        for part in self.parts:
+            names |= {part.ids.shard, *(place.shard for place in part.slots.values())}
+        return tuple(sorted(names))
+
+
+def choose(catalog: Catalog, info: LoadInfo, targets: Targets) -> Choice:
+    """Find the blocks that `info` asks for."""
+    choice = Choice()
+    for destination, sources in info.items():
+        if destination in targets.tables:
+            for source, slots in sources.items():
+                _choose_table(choice, catalog, targets, destination, source, slots)
+        elif destination in targets.tensors:
+            _choose_tensor(choice, catalog, targets.tensors[destination], sources)
+        else:
+            choice.problems.append(
+                f"load_info names the destination {destination!r}, but neither hashtables nor "
+                "tensors have it"
+            )
+    choice.skipped = tuple(name for name in targets.tensors if not info.get(name))
+    _share(choice)
+    choice.unexpected = tuple(_unexpected(catalog, info, targets))
+    return choice
+
+
+def _choose_tensor(
+    choice: Choice, catalog: Catalog, target: TensorTarget, sources: Mapping[str, Sequence[str]]
+) -> None:
+    if len(sources) > 1:
+        choice.problems.append(f"tensor {target.name!r} has several sources: {', '.join(sources)}")
+        return
+    for source, slots in sources.items():
+        if slots:
+            choice.problems.append(f"tensor {target.name!r} has no slots, load_info lists {slots}")
+        elif (place := catalog.tensors.get(source)) is None:
+            choice.missing.append(source)
+        else:
+            choice.tensors.append(TensorChoice(target=target, place=place))
+
+
+def _share(choice: Choice) -> None:
+    """Of tensors that are the same memory, keep the last: it would have won."""
+    last = {wanted.target.memory: wanted.target.name for wanted in choice.tensors}
+    kept = []
+    for wanted in choice.tensors:
+        winner = last[wanted.target.memory]
+        if winner == wanted.target.name:
+            kept.append(wanted)
+        else:
+            choice.shared[wanted.target.name] = winner
+    choice.tensors = kept
+
+
+def _choose_table(  # noqa: PLR0917
+    choice: Choice,
+    catalog: Catalog,
+    targets: Targets,
+    child: str,
+    source: str,
+    listed: Sequence[str],
+) -> None:
+    target = targets.tables[child]
+    if ID not in listed:
+        choice.problems.append(f"table {child!r} from {source!r}: load_info must list 'id'")
+    unknown = [slot for slot in listed if slot != ID and slot not in target.slots]
+    choice.problems += [
+        f"table {child!r} has no slot {slot!r}, which load_info lists; "
+        f"add_slot() it, or leave it out with filter_func"
+        for slot in unknown
+    ]
+    slots = catalog.tables.get(source)
+    if slots is None:
+        choice.missing.append(source)
+        return
+    if ID not in slots:
+        choice.problems.append(f"the checkpoint has table {source!r} but not its ids")
+        return
+    wanted = [slot for slot in dict.fromkeys(listed) if slot in target.slots]
+    choice.missing += [f"{source}@{slot}" for slot in wanted if slot not in slots]
+    found = {slot: _by_slice(slots[slot]) for slot in wanted if slot in slots}
+    choice.missing += _gaps(source, slots[ID], target.slice)
+    choice.problems += _repeated(source, ID, slots[ID])
+    for part in slots[ID]:
+        if target.slice.disjoint(part.slice):
+            continue
+        lacking = [slot for slot, parts in found.items() if part.slice not in parts]
+        choice.problems += [
+            f"the checkpoint has ids of table {source!r} for slice {part.slice}, "
+            f"but not their {slot!r}"
+            for slot in lacking
+        ]
+        if not lacking:
+            places = {slot: parts[part.slice] for slot, parts in found.items()}
+            choice.parts.append(
+                PartChoice(
+                    target=target, child=child, source=source, claimed=part.slice,
+                    ids=part.place, slots=places,
+                )
+            )  # fmt: skip
+
+
+def _by_slice(parts: Sequence[Part]) -> dict[Slice, Place]:
+    return {part.slice: part.place for part in parts}
+
+
+def _repeated(source: str, slot: str, parts: Sequence[Part]) -> list[str]:
+    """Two blocks of one slice: nobody could say which rows go with which ids."""
+    return [
+        f"the checkpoint has {source}@{slot} twice for slice {one.slice}: "
+        f"{one.place.key!r} and {other.place.key!r}"
+        for one, other in itertools.pairwise(parts)
+        if one.slice == other.slice
+    ]
+
+
+def _gaps(source: str, parts: Sequence[Part], wanted: Slice) -> list[str]:
+    """Say which positions of the wanted slice no part claims to hold."""
+    size = parts[0].slice.size
+    if any(part.slice.size != size for part in parts):
+        return []
+    begin, end = (wanted.begin, wanted.end) if wanted.size == size else (0, size)
+    gaps = []
+    for part in parts:
+        if part.slice.begin > begin:
+            gaps.append((begin, min(part.slice.begin, end)))
+        begin = max(begin, part.slice.end)
+        if begin >= end:
+            break
+    if begin < end:
+        gaps.append((begin, end))
+    return [f"{source}@id[{a}, {b}) of {size}" for a, b in gaps if a < b]
+
+
+def _unexpected(catalog: Catalog, info: LoadInfo, targets: Targets) -> Iterable[str]:
+    tensors, tables = set(), dict[str, set[str]]()
+    for destination, sources in info.items():
+        for source, slots in sources.items():
+            if destination in targets.tables:
+                tables.setdefault(source, set()).update(slots)
+            else:
+                tensors.add(source)
+    for table, held in catalog.tables.items():
+        if table not in tables:
+            yield table
+        else:
+            yield from (f"{table}@{slot}" for slot in held if slot not in tables[table])
+    yield from (name for name in catalog.tensors if name not in tensors)

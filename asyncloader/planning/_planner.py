@@ -1,0 +1,152 @@
+"""The second half of planning: with the headers of the chosen shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from asyncloader.errors import PlanError
+
+from ._load_info import ID
+from ._plan import LoadPlan, PartLoad, TableLoad, TensorLoad
+from ._targets import RowType
+
+if TYPE_CHECKING:
+    from asyncloader.checkpoint import Block, Manifest
+
+    from ._choice import Choice, PartChoice
+    from ._targets import TableTarget
+
+__all__ = ["plan_load"]
+
+_IDS = "int64"
+
+
+def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
+    """Check every block that was chosen against its destination, and say what to read.
+
+    Args:
+        manifest: With the headers of all chosen shards.
+        choice: What `choose` found.
+        strict: Whether something that is missing is a problem.
+
+    Raises:
+        PlanError: With everything that does not fit.
+        CheckpointError: If a header lacks a block that `index` says it has.
+    """
+    problems = list(dict.fromkeys(choice.problems))
+    tensors = []
+    for wanted in choice.tensors:
+        block = manifest.block(wanted.place)
+        have = RowType(shape=block.shape, dtype=block.dtype)
+        if have != wanted.target.type:
+            problems.append(
+                f"tensor {wanted.target.name!r} is {wanted.target.type}, the checkpoint has {have} "
+                f"({block.shard}, {block.key!r})"
+            )
+        tensors.append(TensorLoad(name=wanted.target.name, block=block))
+    tables: dict[str, _TableBuilder] = {}
+    for part in choice.parts:
+        builder = tables.setdefault(part.target.name, _TableBuilder(part.target))
+        builder.add(manifest, part)
+    for builder in tables.values():
+        problems += builder.problems
+    missing = tuple(dict.fromkeys(choice.missing))
+    if strict:
+        problems += [f"{name!r} is asked for but not in the checkpoint" for name in missing]
+    if problems:
+        raise PlanError(manifest.location, problems)
+    return LoadPlan(
+        location=manifest.location,
+        tensors=tuple(tensors),
+        shared=choice.shared,
+        skipped=choice.skipped,
+        tables=tuple(builder.build() for builder in tables.values()),
+        missing=missing,
+        unexpected=choice.unexpected,
+        warnings=manifest.warnings,
+    )
+
+
+@dataclass(slots=True)
+class _Layer:
+    slots: frozenset[str]
+    children: set[str]
+
+
+@dataclass(slots=True)
+class _TableBuilder:
+    """Gathers the parts of one table, in order, into layers."""
+
+    target: TableTarget
+    layers: list[_Layer] = field(default_factory=list)
+    parts: list[PartLoad] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    rank: int = 0
+
+    def add(self, manifest: Manifest, part: PartChoice) -> None:
+        ids = manifest.block(part.ids)
+        slots = {slot: manifest.block(place) for slot, place in part.slots.items()}
+        problems = self._problems(part, ids, slots)
+        self.problems += [problem for problem in problems if problem not in self.problems]
+        if problems or not ids.rows:
+            return
+        self.parts.append(
+            PartLoad(
+                child=part.child,
+                source=part.source,
+                claimed=part.claimed,
+                layer=self._layer(part.child, frozenset(slots)),
+                rank=self.rank,
+                certain=self.target.slice.covers(part.claimed),
+                expected=round(ids.rows * self.target.slice.share_of(part.claimed)),
+                ids=ids,
+                slots=slots,
+            )
+        )
+        self.rank += ids.rows
+
+    def _layer(self, child: str, slots: frozenset[str]) -> int:
+        """Return a layer of these slots, above every layer that may hold the same ids."""
+        for number in range(len(self.layers) - 1, -1, -1):
+            layer = self.layers[number]
+            if layer.slots == slots:
+                layer.children.add(child)
+                return number
+            if child in layer.children:
+                break
+        self.layers.append(_Layer(slots, {child}))
+        return len(self.layers) - 1
+
+    def _problems(self, part: PartChoice, ids: Block, slots: dict[str, Block]) -> list[str]:
+        if ids.dtype.torch != _IDS or len(ids.shape) != 1:
+            return [
+                (
+                    f"{part.source}@{ID} is {ids.dtype} {list(ids.shape)} "
+                    f"({ids.shard}, {ids.key!r}); "
+                    f"ids are {_IDS} [n]"
+                )
+            ]
+        problems = []
+        for slot, block in slots.items():
+            want = self.target.slots[slot]
+            have = RowType(shape=block.shape[1:], dtype=block.dtype)
+            if not block.shape or have != want:
+                problems.append(
+                    f"slot {slot!r} of table {self.target.name!r} has rows of {want}, "
+                    f"{part.source}@{slot} in the checkpoint has {have}"
+                )
+            elif block.rows != ids.rows:
+                problems.append(
+                    f"{part.source}@{slot} has {block.rows} rows ({block.shard}, {block.key!r}), "
+                    f"but there are {ids.rows} ids ({ids.shard}, {ids.key!r})"
+                )
+        return problems
+
+    def build(self) -> TableLoad:
+        return TableLoad(
+            name=self.target.name,
+            slice=self.target.slice,
+            layers=tuple(layer.slots for layer in self.layers),
+            parts=tuple(self.parts),
+        )

@@ -1,0 +1,161 @@
+"""A checkpoint in a folder of the file system."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import stat
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import aiofiles
+import aiofiles.os
+
+from asyncloader._concurrency import settled
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from concurrent.futures import Executor
+
+    from aiofiles.threadpool.binary import AsyncFileIO
+
+__all__ = ["LocalStorage"]
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    handle: AsyncFileIO
+    size: int
+    users: int = 0
+
+
+class LocalStorage:
+    """Files in one folder, read by position on the threads of an executor.
+
+    aiofiles opens, measures and closes them; the bulk is one `preadv` a call, which needs no seek,
+    no lock and no copy, so one descriptor serves all readers. At most `max_open` descriptors that
+    nobody is reading from stay open. Belongs to one event loop.
+
+    ```python
+    async with LocalStorage("/path", executor=pool) as storage:
+        count = await storage.readinto("model.safetensors", 0, [memoryview(buffer)])
+    ```
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], *, executor: Executor, max_open: int = 64
+    ) -> None:
+        self._root = Path(root)
+        self._executor = executor
+        self._max_open = max_open
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._opening: dict[str, asyncio.Lock] = {}
+
+    def __repr__(self) -> str:
+        users = sum(file.users for file in self._files.values())
+        return f"<LocalStorage {self.location!r}: {len(self._files)} open, {users} reading>"
+
+    @property
+    def location(self) -> str:
+        """The folder."""
+        return str(self._root)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close every descriptor. Nobody may be reading any more."""
+        while self._files:
+            _, file = self._files.popitem()
+            await settled(asyncio.ensure_future(file.handle.close()))
+
+    async def size(self, name: str, /) -> int:
+        """Return the length of a file in bytes."""
+        async with self._using(name) as file:
+            return file.size
+
+    async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
+        """Fill `views` from `offset` on; see `Storage`."""
+        async with self._using(name) as file:
+            loop = asyncio.get_running_loop()
+            fd = file.handle.fileno()
+            return await settled(loop.run_in_executor(self._executor, _preadv, fd, views, offset))
+
+    @contextlib.asynccontextmanager
+    async def _using(self, name: str) -> AsyncIterator[_OpenFile]:
+        file = self._files.get(name) or await self._open_once(name)
+        file.users += 1
+        self._files.move_to_end(name)
+        try:
+            yield file
+        finally:
+            file.users -= 1
+
+    async def _open_once(self, name: str) -> _OpenFile:
+        lock = self._opening.setdefault(name, asyncio.Lock())
+        async with lock:
+            if name not in self._files:
+                await self._close_idle()
+                self._files[name] = await self._open(name)
+            self._opening.pop(name, None)
+            return self._files[name]
+
+    async def _open(self, name: str) -> _OpenFile:
+        opening = asyncio.ensure_future(self._open_and_measure(self._root / name))
+        try:
+            return await settled(opening, discard=lambda file: file.handle.close())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise await self._explained(error) from error
+
+    async def _open_and_measure(self, path: Path) -> _OpenFile:
+        handle = await aiofiles.open(
+            path, "rb", buffering=0, opener=_open_regular, executor=self._executor
+        )
+        return _OpenFile(handle, await handle.seek(0, os.SEEK_END))
+
+    async def _explained(self, error: OSError) -> OSError:
+        """Say whether it is the file or the folder that is missing."""
+        if not await aiofiles.os.path.exists(self._root, executor=self._executor):
+            return FileNotFoundError(errno.ENOENT, "no such folder", self.location)
+        if not await aiofiles.os.path.isdir(self._root, executor=self._executor):
+            return NotADirectoryError(errno.ENOTDIR, "not a folder", self.location)
+        return error
+
+    async def _close_idle(self) -> None:
+        """Make room for one more descriptor."""
+        idle = [name for name, file in self._files.items() if not file.users]
+        for name in idle[: max(len(self._files) + 1 - self._max_open, 0)]:
+            # Out of the books before the first await: nobody may take it meanwhile.
+            file = self._files.pop(name)
+            await settled(asyncio.ensure_future(file.handle.close()))
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file, but no FIFO, device or folder: those would block or never end."""
+    fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # O_NONBLOCK: or a FIFO hangs here
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return fd
+
+
+if hasattr(os, "preadv"):
+
+    def _preadv(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(fd, views, offset)
+
+else:  # Windows: one position a descriptor, so one reader at a time
+    _seek_and_read = threading.Lock()
+
+    def _preadv(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        with _seek_and_read, open(fd, "rb", buffering=0, closefd=False) as file:
+            file.seek(offset)
+            return file.readinto(views[0]) or 0

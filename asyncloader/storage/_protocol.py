@@ -1,0 +1,87 @@
+"""Where bytes come from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from asyncloader.errors import ReadError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Storage", "read_exactly", "read_small"]
+
+
+class Storage(Protocol):
+    """Positional reads from the files of one checkpoint. Any number may run at once."""
+
+    @property
+    def location(self) -> str:
+        """What to call the checkpoint in messages."""
+        ...
+
+    async def size(self, name: str, /) -> int:
+        """Return the length of a file in bytes.
+
+        Raises:
+            OSError: If there is no such file, or it is nothing that can be read by position.
+        """
+        ...
+
+    async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
+        """Fill `views`, one after the other, from `offset` on, and return the bytes read.
+
+        Short reads are allowed; 0 means end of file. At most 1024 views. Once this has returned or
+        raised, even `CancelledError`, nothing may write to the views any more.
+
+        Raises:
+            OSError: If the storage failed.
+        """
+        ...
+
+
+async def read_exactly(
+    storage: Storage, name: str, offset: int, views: Sequence[memoryview]
+) -> None:
+    """Fill all of `views`.
+
+    Raises:
+        ReadError: If that failed; it names the whole byte range.
+    """
+    length = sum(view.nbytes for view in views)
+    left, done = list(views), 0
+    while done < length:
+        try:
+            count = await storage.readinto(name, offset + done, left)
+        except OSError as error:
+            raise ReadError(name, offset, length, str(error)) from error
+        if count == 0:
+            problem = f"the file ends {length - done} bytes early; was it changed meanwhile?"
+            raise ReadError(name, offset, length, problem)
+        done += count
+        if done < length:
+            left = _after(left, count)
+
+
+def _after(views: list[memoryview], count: int) -> list[memoryview]:
+    """Return what is left of the views once the first `count` bytes are filled."""
+    for index, view in enumerate(views):
+        if count < view.nbytes:
+            return [view[count:], *views[index + 1 :]]
+        count -= view.nbytes
+    return []
+
+
+async def read_small(storage: Storage, name: str, *, limit: int) -> bytearray:
+    """Return a whole file of at most `limit` bytes.
+
+    Raises:
+        OSError: If it cannot be opened, or is larger than that.
+        ReadError: If it cannot be read.
+    """
+    size = await storage.size(name)
+    if size > limit:
+        raise OSError(f"{size} bytes long, at most {limit} are read")
+    data = bytearray(size)
+    await read_exactly(storage, name, 0, [memoryview(data)])
+    return data

@@ -1,0 +1,76 @@
+"""Calls a coroutine function from synchronous code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if sys.platform == "win32":
+    from asyncio import new_event_loop
+else:
+    from uvloop import new_event_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+__all__ = ["run_blocking"]
+
+T = TypeVar("T")
+
+
+class _Call(Generic[T]):
+    """A coroutine that another thread can stop, from before it begins to after it ends."""
+
+    def __init__(self, main: Callable[[], Coroutine[object, object, T]]) -> None:
+        self._main = main
+        self._task: asyncio.Task[object] | None = None
+        self._stopped = False
+
+    async def run(self) -> T:
+        self._task = asyncio.current_task()
+        if self._stopped:
+            raise asyncio.CancelledError
+        return await self._main()
+
+    def stop(self) -> None:
+        """Cancel it; called on its loop."""
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+def run_blocking(main: Callable[[], Coroutine[object, object, T]]) -> T:
+    """Run `main()` to its end on a loop of its own and return its result, from any thread.
+
+    Where a loop is running already, as in Jupyter, that loop is left alone (and blocked) while a
+    private one does the work on a thread that lives for this call only.
+    """
+    call = _Call(main)
+    loop = new_event_loop()
+
+    def serve() -> T:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            return runner.run(call.run())
+
+    if not _loop_is_running():
+        return serve()
+    with ThreadPoolExecutor(1, thread_name_prefix="asyncloader") as thread:
+        result = thread.submit(contextvars.copy_context().run, serve)
+        try:
+            return result.result()
+        except BaseException:  # Ctrl-C: stop the load, and let the thread wind up
+            with contextlib.suppress(RuntimeError):  # closed: the load itself has failed
+                loop.call_soon_threadsafe(call.stop)
+            raise
+
+
+def _loop_is_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,191 @@
+"""Carries a plan out: reads into memory, indexes ids, then shows all tables at once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from asyncloader._concurrency import for_each, raising_first, run_jobs
+from asyncloader.planning import GAP, Extent, plan_reads
+from asyncloader.storage import read_exactly
+
+from ._indexing import Arrival, Indexer
+from ._selection import Means, RowPiece, load_piece, row_pieces
+from ._sinks import IdSink, StagedSink, sink_for
+from ._tensors import bump_versions, plain_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from asyncloader.checkpoint import Block
+    from asyncloader.planning import LoadPlan, PartLoad, Read, TableLoad
+    from asyncloader.storage import Storage
+    from asyncloader.table import LoadableTable, LoadableUpdate, UpdateCounts
+
+    from ._budget import ByteBudget
+    from ._progress import Meter
+    from ._sinks import Sink
+    from ._threads import Threads
+
+__all__ = ["Execution"]
+
+# Reading 64 KiB along takes about as long as handing another call to a thread.
+_GAP_BYTES = 64 << 10
+_ID_BYTES = 8
+_INDEXERS = 2
+
+
+@dataclass(kw_only=True)
+class Execution:
+    """One load under way. `run` may be called once."""
+
+    plan: LoadPlan
+    tensors: Mapping[str, torch.Tensor]
+    tables: Mapping[str, LoadableTable]
+    storage: Storage
+    threads: Threads
+    budget: ByteBudget
+    meter: Meter
+    parallel: int
+    chunk_bytes: int
+
+    touched: dict[str, bool]
+    """Receives the names of tensors that are written to, and whether by way of staging memory."""
+
+    _sinks: list[Sink] = field(default_factory=list)
+    _is_tensor: list[bool] = field(default_factory=list)
+    _extents: list[Extent] = field(default_factory=list)
+    _id_sinks: set[int] = field(default_factory=set)
+    _pieces: list[RowPiece] = field(default_factory=list)
+    _updates: dict[str, LoadableUpdate] = field(default_factory=dict)
+
+    async def run(self) -> dict[str, UpdateCounts]:
+        """Load everything, or leave every table as it was; return what was done to each."""
+        self._indexer = Indexer(self.threads)
+        try:
+            for table in self.plan.tables:
+                self._begin(table)
+            for load in self.plan.tensors:
+                tensor = self.tensors[load.name]
+                self._add(sink_for(load.name, tensor), load.block, tensor.itemsize, tensor=True)
+            await self._read_all()
+            for update in self._updates.values():
+                for jobs in update.finish(threads=self.threads.kernel_count):
+                    await run_jobs(self.threads.kernels, jobs)
+            # No await from here on: either every table shows its new rows or none does.
+            names = list(self._updates)
+            counts = {name: self._updates.pop(name).commit() for name in names}
+        finally:
+            for update in self._updates.values():
+                update.abort()
+            bump_versions([self.tensors[name] for name in self.touched])
+        self.meter.finish()
+        return counts
+
+    def _begin(self, table: TableLoad) -> None:
+        """Reserve rows for the blocks that are wanted whole; note the others for later."""
+        update = self.tables[table.name].begin(most=table.most, expected=table.expected)
+        self._updates[table.name] = update
+        for number, slots in enumerate(table.layers):
+            expected = sum(part.expected for part in table.parts if part.layer == number)
+            update.layer(slots, expected)
+        for part in table.parts:
+            if part.certain:
+                self._add_part(table, part, update)
+            else:
+                self._pieces += row_pieces(table, part, update, chunk_bytes=self.chunk_bytes)
+
+    def _add_part(self, table: TableLoad, part: PartLoad, update: LoadableUpdate) -> None:
+        first = update.reserve(part.layer, part.rows, part.rank)
+
+        def arrived(row: int, count: int) -> None:
+            self._indexer.put(
+                Arrival(
+                    update=update, layer=part.layer, child=part.child,
+                    first=first + row, count=count, claimed=part.claimed,
+                )
+            )  # fmt: skip
+
+        memory = plain_bytes(update.view("id", first, part.rows))
+        if memory is None:
+            raise TypeError(f"table {table.name!r}: its ids are not in plain host memory")
+        self._id_sinks.add(len(self._sinks))
+        self._add(IdSink(table.name, memory, arrived), part.ids, _ID_BYTES)
+        for slot, block in part.slots.items():
+            rows = update.view(slot, first, part.rows)
+            self._add(sink_for(table.name, rows), block, rows.itemsize)
+
+    def _add(self, sink: Sink, block: Block, itemsize: int, *, tensor: bool = False) -> None:
+        if block.nbytes:
+            grain = itemsize if isinstance(sink, StagedSink | IdSink) else 1
+            number = len(self._sinks)
+            self._extents.append(Extent(block.shard, block.offset, block.nbytes, number, 0, grain))
+        self._sinks.append(sink)
+        self._is_tensor.append(tensor)
+
+    async def _read_all(self) -> None:
+        with raising_first():
+            async with asyncio.TaskGroup() as group:
+                for number in range(_INDEXERS):
+                    group.create_task(self._indexer.serve(), name=f"asyncloader-index-{number}")
+                await for_each(
+                    self._work(), self._do, workers=self.parallel, name="asyncloader-read"
+                )
+                self._indexer.close(workers=_INDEXERS)
+
+    def _work(self) -> Iterable[Read | RowPiece]:
+        """Return all work; ids first, so that they are indexed while the rest is read."""
+        reads = plan_reads(self._extents, chunk_bytes=self.chunk_bytes, gap_bytes=_GAP_BYTES)
+        self._gap = memoryview(bytearray(_GAP_BYTES))  # whoever writes there, nobody reads
+        first: list[Read] = []
+        rest: list[Read] = []
+        for read in reads:
+            brings_ids = any(piece.sink in self._id_sinks for piece in read.pieces)
+            (first if brings_ids else rest).append(read)
+        return itertools.chain(first, self._pieces, rest)
+
+    async def _do(self, work: Read | RowPiece) -> None:
+        if isinstance(work, RowPiece):
+            await load_piece(work, self._means())
+        else:
+            await self._read(work)
+
+    def _means(self) -> Means:
+        return Means(
+            storage=self.storage,
+            threads=self.threads,
+            budget=self.budget,
+            indexer=self._indexer,
+            meter=self.meter,
+            chunk_bytes=self.chunk_bytes,
+            gap_bytes=_GAP_BYTES,
+        )
+
+    async def _read(self, read: Read) -> None:
+        sinks = self._sinks
+        async with self.budget.reserve(read.length):
+            views = []
+            surplus = 0
+            for number, position, length in read.pieces:
+                if number == GAP:
+                    views.append(self._gap[:length])
+                    surplus += length
+                    continue
+                sink = sinks[number]
+                if self._is_tensor[number]:
+                    self.touched[sink.name] = isinstance(sink, StagedSink)
+                views.append(sink.open(position, length))
+            await read_exactly(self.storage, read.shard, read.offset, views)
+            jobs = []
+            for (number, position, _), view in zip(read.pieces, views, strict=True):
+                if number != GAP and (job := sinks[number].filled(position, view)) is not None:
+                    jobs.append(job)
+            if jobs:
+                await run_jobs(self.threads.kernels, jobs)
+        self.meter.note(
+            read=read.length, wanted=read.length - surplus, current=sinks[read.pieces[-1][0]].name
+        )

@@ -1,0 +1,161 @@
+"""Loads blocks of which a table wants only some rows.
+
+The ids are read first, a piece at a time; those that the table wants get rows; then the wanted
+rows of every slot are read. Neighbours, and small gaps between them, are read at once: a gap is
+cheaper than another call. Rows that nobody wants take no memory beyond the piece's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from asyncloader._concurrency import run_jobs
+from asyncloader.storage import read_exactly
+
+from ._indexing import Arrival
+from ._tensors import plain_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from asyncloader.checkpoint import Block
+    from asyncloader.planning import PartLoad, TableLoad
+    from asyncloader.storage import Storage
+    from asyncloader.table import LoadableUpdate
+
+    from ._budget import ByteBudget
+    from ._indexing import Indexer
+    from ._progress import Meter
+    from ._threads import Threads
+
+__all__ = ["RowPiece", "load_piece", "row_groups", "row_pieces"]
+
+_ID_BYTES = 8
+# Ids, the positions of those wanted, and themselves encoded: three int64 a row.
+_COST = 3 * _ID_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPiece:
+    """Rows `[start, start + count)` of a part."""
+
+    table: TableLoad
+    part: PartLoad
+    update: LoadableUpdate
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What reading takes."""
+
+    storage: Storage
+    threads: Threads
+    budget: ByteBudget
+    indexer: Indexer
+    meter: Meter
+    chunk_bytes: int
+    gap_bytes: int
+
+
+def row_pieces(
+    table: TableLoad, part: PartLoad, update: LoadableUpdate, *, chunk_bytes: int
+) -> Iterator[RowPiece]:
+    """Cut a part into pieces whose bookkeeping fits into a chunk."""
+    step = max(chunk_bytes // _COST, 1)
+    for start in range(0, part.rows, step):
+        count = min(step, part.rows - start)
+        yield RowPiece(table=table, part=part, update=update, start=start, count=count)
+
+
+def row_groups(rows: NDArray[np.int64], *, most: int, gap: int) -> Iterator[tuple[int, int]]:
+    """Group ascending positions into spans worth one read.
+
+    Args:
+        rows: int64 `[n]`, ascending.
+        most: The most rows that a span covers.
+        gap: The most unwanted rows between two neighbours of a span.
+
+    Yields:
+        `(i, j)`: `rows[i:j]` are read at once.
+    """
+    breaks = np.flatnonzero(np.diff(rows) > gap + 1) + 1
+    for low, high in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
+        i = low
+        while i < high:
+            j = min(int(np.searchsorted(rows, rows[i] + most)), high)
+            yield i, j
+            i = j
+
+
+async def load_piece(piece: RowPiece, means: Means) -> None:
+    """Read a piece's ids, then the rows that the table wants."""
+    part = piece.part
+    async with means.budget.reserve(piece.count * _COST + means.chunk_bytes):
+        ids = np.empty(piece.count, np.int64)
+        offset = part.ids.offset + piece.start * _ID_BYTES
+        await read_exactly(means.storage, part.ids.shard, offset, [ids.data.cast("B")])
+        means.meter.note(read=ids.nbytes, wanted=ids.nbytes, current=piece.table.name)
+        select = partial(piece.update.select, part.child, ids, part.claimed, piece.table.slice)
+        [(rows, kept, dropped)] = await run_jobs(means.threads.kernels, [select])
+        piece.update.dropped(dropped)
+        if not len(rows):
+            return
+        first = piece.update.reserve(part.layer, len(rows), part.rank + piece.start)
+        room = piece.update.view("id", first, len(rows))
+        await run_jobs(means.threads.kernels, [lambda: room.copy_(torch.from_numpy(kept))])
+        means.indexer.put(
+            Arrival(
+                update=piece.update, layer=part.layer, child=part.child,
+                first=first, count=len(rows), claimed=None,
+            )
+        )  # fmt: skip
+        for slot, block in part.slots.items():
+            await _load_rows(piece, means, slot, block, rows, first)
+
+
+async def _load_rows(  # noqa: PLR0917
+    piece: RowPiece,
+    means: Means,
+    slot: str,
+    block: Block,
+    rows: NDArray[np.int64],
+    first: int,
+) -> None:
+    """Read the rows of one slot at positions `rows` of the piece; they belong at `first`."""
+    row_bytes = block.nbytes // block.rows
+    start = block.offset + piece.start * row_bytes
+    groups = row_groups(
+        rows, most=max(means.chunk_bytes // row_bytes, 1), gap=means.gap_bytes // row_bytes
+    )
+    for i, j in groups:
+        wanted = rows[i:j]
+        span = int(wanted[-1] - wanted[0]) + 1
+        target = piece.update.view(slot, first + i, j - i)
+        offset = start + int(wanted[0]) * row_bytes
+        direct = plain_bytes(target) if span == j - i else None
+        if direct is not None:
+            await read_exactly(means.storage, block.shard, offset, [direct])
+        else:
+            staged = torch.empty((span, row_bytes), dtype=torch.uint8)
+            memory = staged.view(-1).numpy().data
+            await read_exactly(means.storage, block.shard, offset, [memory])
+            pick = partial(_pick, staged, wanted - wanted[0], target)
+            await run_jobs(means.threads.kernels, [pick])
+        means.meter.note(
+            read=span * row_bytes, wanted=(j - i) * row_bytes, current=piece.table.name
+        )
+
+
+def _pick(staged: torch.Tensor, rows: NDArray[np.int64], target: torch.Tensor) -> None:
+    """Copy chosen rows, uint8 `[span, row_bytes]`, to `target`, `[n, *shape]`."""
+    picked = staged.index_select(0, torch.from_numpy(rows))
+    target.copy_(picked.view(-1).view(target.dtype).view(target.shape))

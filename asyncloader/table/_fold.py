@@ -1,0 +1,203 @@
+"""Joins a table's present state and the layers of an update into its next state."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from . import _kernels
+from ._memory import zeros
+from ._segments import Segment, Segments
+from ._slots import fill
+from ._state import TableState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from ._index import IdIndex
+    from ._layers import Layer, Run
+    from ._slots import Slot
+
+__all__ = ["Fold"]
+
+Jobs = list["Callable[[], None]"]
+
+# Slots of an index that one job walks over: some 20 ms, so that a cancelled load stops soon.
+_WINDOW = 1 << 18
+
+
+class Fold:
+    """The next state in the making.
+
+    What the present state holds is read, never written: lookups go on in it meanwhile.
+    """
+
+    def __init__(
+        self,
+        base: TableState,
+        segments: Segments,
+        ids: NDArray[np.int64],
+        end: int,
+        block_size: int,
+    ) -> None:
+        self._base = base
+        self._segments = segments
+        self._ids = ids
+        self._end = end
+        self._block_size = block_size
+        self._index = base.index
+        self._ids_are_whole = ids is base.ids
+        self.replaced = 0
+
+    def state(self) -> TableState:
+        """Return the next state."""
+        return TableState(
+            slots=self._base.slots,
+            device=self._base.device,
+            seed=self._base.seed,
+            index=self._index,
+            ids=self._ids,
+            segments=self._segments,
+            end=self._end,
+        )
+
+    def add(self, layer: Layer, *, threads: int) -> Iterator[Jobs]:
+        """Yield the jobs that put a layer on top of what is there."""
+        missing = [slot for name, slot in self._base.slots.items() if name not in layer.slots]
+        for run in layer.runs:
+            yield [partial(self._initialise, missing, run)]
+        if not layer.index.count:
+            return
+        if not self._index.count:
+            self._index = layer.index
+            return
+        yield [self._take_over_ids]
+        yield from self._join(layer, threads=threads)
+
+    def drop(self, rows: NDArray[np.int64]) -> None:
+        """Take rows out of the index."""
+        gone = np.zeros(self._end, np.bool_)
+        gone[rows] = True
+        self._index = self._index.grown(self._index.count, self._ids, self._base.seed, gone)
+
+    def _initialise(self, slots: list[Slot], run: Run) -> None:
+        for slot in slots:
+            if not (run.fresh and slot.starts_as_zero):
+                fill(self._segments.view(slot.name, run.first, run.count), slot.initializer)
+
+    def _take_over_ids(self) -> None:
+        """Copy the ids of the rows that were there, where new memory was taken for ids."""
+        if not self._ids_are_whole:
+            self._ids[: self._base.end] = self._base.ids[: self._base.end]
+            self._ids_are_whole = True
+
+    def _join(self, layer: Layer, *, threads: int) -> Iterator[Jobs]:
+        """Walk over the smaller index and put its ids into the larger one."""
+        older, newer = self._index, layer.index
+        wins = newer.count < older.count  # the ids that are walked over are the new ones
+        source = newer if wins else older
+        into = older if wins else newer
+        total = older.count + newer.count
+        if total > into.room:
+            holder: list[IdIndex] = []
+            yield [lambda: holder.append(into.grown(total, self._ids, self._base.seed))]
+            into = holder[0]
+        elif into is self._base.index:
+            into = into.copy()
+        missing = [name for name in self._base.slots if name not in layer.slots]
+        found: list[tuple[int, int]] = []  # two threads append to it
+        for start in range(0, source.words.size, _WINDOW):
+            words = source.words[start : start + _WINDOW]
+
+            def job(share: tuple[int, int], words: NDArray[np.uint64] = words) -> None:
+                found.append(self._merge(into, share, words, missing, wins=wins))
+
+            yield [partial(job, share) for share in into.shares(threads)]
+        into.count += source.count - sum(both for both, _ in found)
+        self.replaced += sum(replaced for _, replaced in found)
+        self._index = into
+
+    def _merge(
+        self,
+        into: IdIndex,
+        share: tuple[int, int],
+        words: NDArray[np.uint64],
+        missing: list[str],
+        *,
+        wins: bool,
+    ) -> tuple[int, int]:
+        """Merge words into the parts of a share.
+
+        Returns:
+            How many ids were in both, and how many of those the table showed before the update.
+        """
+        old, new = np.empty(len(words), np.int64), np.empty(len(words), np.int64)
+        count = _kernels.merge(
+            into.slots, *share, into.shift, self._base.seed, self._ids, words, wins, old, new
+        )
+        for name in missing:
+            rows = self._segments.gather(name, old[:count]) if count else None
+            if rows is not None:
+                self._segments.scatter(name, new[:count], rows)
+        return count, int((old[:count] < self._base.end).sum())
+
+    def tidy(self) -> Iterator[Jobs]:
+        """Yield the jobs that give back memory of rows which nobody points to any more."""
+        if self._index is self._base.index:  # nothing came in: do not keep rows that were reserved
+            base = self._base
+            self._segments, self._ids, self._end = base.segments, base.ids, base.end
+        if self._index.count == self._end:
+            return
+        live = np.zeros(len(self._segments.items), np.int64)
+        yield [lambda: _kernels.count_rows(self._index.words, self._segments.firsts, live)]
+        bounds = [*self._segments.firsts.tolist(), self._end]
+        used = np.diff(np.array(bounds, np.int64))
+        if self._end - bounds[0] - live.sum() > max(live.sum(), self._block_size):
+            sparse = (live * 2 < used) & (live > 0)
+            if sparse.any():
+                yield [lambda: self._compact(sparse)]
+                live = np.append(np.where(sparse, 0, live), live[sparse].sum())
+        kept = [s for s, n in zip(self._segments.items, live, strict=True) if n]
+        if len(kept) < len(self._segments.items):
+            yield [lambda: self._keep(kept)]
+
+    def _compact(self, sparse: NDArray[np.bool_]) -> None:
+        """Move the live rows of segments that are mostly dead into a new one."""
+        rows = self._index.live_rows(self._end)
+        owners = np.searchsorted(self._segments.firsts, rows, side="right") - 1
+        moved = rows[sparse[owners]]
+        first, count = self._end, len(moved)
+        blocks = -(-count // self._block_size)
+        segment = Segment.allocate(
+            self._base.slots, first, blocks * self._block_size, self._base.device
+        )
+        segments = Segments.of((*self._segments.items, segment))
+        ids = zeros((first + segment.capacity,), torch.int64).numpy()
+        ids[:first] = self._ids[:first]
+        ids[first : first + count] = ids[moved]
+        segment.lent = count
+        for start in range(0, count, _WINDOW):
+            window = moved[start : start + _WINDOW]
+            for name in self._base.slots:
+                values = self._segments.gather(name, window)
+                segments.view(name, first + start, len(window)).copy_(values)
+        _kernels.relocate(self._index.words, moved, first)
+        self._ids, self._segments, self._end = ids, segments, first + count
+
+    def _keep(self, kept: list[Segment]) -> None:
+        """Let go of all other segments, and number the rows from zero again."""
+        if not kept:
+            self._ids, self._segments, self._end = np.zeros(0, np.int64), Segments(), 0
+            return
+        shift = kept[0].first
+        if shift:
+            _kernels.rebase(self._index.words, shift)
+        items = tuple(Segment(s.first - shift, s.capacity, s.slots, s.lent) for s in kept)
+        self._segments = Segments.of(items)
+        self._ids = self._ids[shift:]
+        self._end -= shift

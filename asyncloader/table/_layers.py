@@ -1,0 +1,35 @@
+"""The rows of an update, by what they bring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._index import IdIndex
+
+__all__ = ["Layer", "Run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A range of rows that lie side by side."""
+
+    first: int
+    count: int
+
+    rank: int
+    """Of two rows of a layer with the same id, the one of higher rank wins."""
+
+    fresh: bool
+    """Whether its memory still reads as zero."""
+
+
+@dataclass(slots=True)
+class Layer:
+    """Rows for which the same slots are given. Later layers win over earlier ones."""
+
+    slots: frozenset[str]
+    index: IdIndex
+    runs: list[Run] = field(default_factory=list)
+    """Ranges of rows reserved, ascending."""

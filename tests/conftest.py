@@ -1,0 +1,50 @@
+"""What holds for every test: both event loops, none of them blocked, examples that repeat."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import uvloop
+from blockbuster import blockbuster_ctx
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# CI tries the same examples each time, so that a failure there belongs to the change at hand.
+settings.register_profile(
+    "asyncloader", deadline=None, max_examples=30, derandomize=os.environ.get("CI") == "true"
+)
+settings.register_profile("thorough", deadline=None, max_examples=1000)
+settings.load_profile("asyncloader")
+
+
+# Of the module, not of the function: hypothesis runs many examples within one function's fixtures.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("asyncio", {"debug": True}), id="asyncio"),
+        pytest.param(
+            ("asyncio", {"debug": True, "loop_factory": uvloop.new_event_loop}), id="uvloop"
+        ),
+    ],
+)
+def anyio_backend(request: pytest.FixtureRequest) -> object:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_blocking_calls_on_the_loop() -> Iterator[None]:
+    with blockbuster_ctx("asyncloader") as blockbuster:
+        # load() inside a running loop blocks that loop by definition.
+        allowed = blockbuster.functions["threading.Lock.acquire"]
+        allowed.can_block_in("asyncloader/streaming/_blocking.py", {"run_blocking"})
+        yield
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
