@@ -39,7 +39,7 @@ __all__ = ["Loader"]
 
 _log = logging.getLogger(__name__)
 
-_CHUNK = 8 << 20
+_CHUNK = 16 << 20
 _INFLIGHT = 128 << 20
 _NAMED = 20
 
@@ -192,7 +192,7 @@ class Loader:
         limit = asyncio.timeout(self._timeout)
         try:
             async with limit:
-                with Threads.start(reads=self._parallel) as threads:
+                async with Threads(reads=self._parallel) as threads:
                     async with LocalStorage(self._path, executor=threads.reads) as storage:
                         yield storage, threads
         except TimeoutError as error:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["LocalStorage"]
 
 
+# One call into the kernel. A longer one may keep a processor from the event loop until it is done.
+_STEP = 4 << 20
+
+
 @dataclass(slots=True)
 class _OpenFile:
     handle: AsyncFileIO
@@ -116,10 +120,17 @@ class LocalStorage:
             raise await self._explained(error) from error
 
     async def _open_and_measure(self, path: Path) -> _OpenFile:
+        sizes: list[int] = []
+
+        def opener(path: str, flags: int) -> int:
+            fd, size = _open_regular(path, flags)
+            sizes.append(size)
+            return fd
+
         handle = await aiofiles.open(
-            path, "rb", buffering=0, opener=_open_regular, executor=self._executor
+            path, "rb", buffering=0, opener=opener, executor=self._executor
         )
-        return _OpenFile(handle, await handle.seek(0, os.SEEK_END))
+        return _OpenFile(handle, sizes[0])
 
     async def _explained(self, error: OSError) -> OSError:
         """Say whether it is the file or the folder that is missing."""
@@ -138,19 +149,32 @@ class LocalStorage:
             await settled(asyncio.ensure_future(file.handle.close()))
 
 
-def _open_regular(path: str, flags: int) -> int:
-    """Open a file, but no FIFO, device or folder: those would block or never end."""
+def _open_regular(path: str, flags: int) -> tuple[int, int]:
+    """Open a file, but no FIFO, device or folder: those would block or never end.
+
+    Returns:
+        The descriptor, and the file's length in bytes.
+    """
     fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # O_NONBLOCK: or a FIFO hangs here
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file", path)
-    return fd
+    return fd, status.st_size
 
 
 if hasattr(os, "preadv"):
 
     def _preadv(fd: int, views: Sequence[memoryview], offset: int) -> int:
-        return os.preadv(fd, views, offset)
+        if len(views) > 1 or views[0].nbytes <= _STEP:
+            return os.preadv(fd, views, offset)
+        view, done = views[0], 0
+        while done < view.nbytes:
+            count = os.preadv(fd, [view[done : done + _STEP]], offset + done)
+            done += count
+            if count == 0:
+                break
+        return done
 
 else:  # Windows: one position a descriptor, so one reader at a time
     _seek_and_read = threading.Lock()

@@ -151,17 +151,15 @@ class Fold:
         if self._index is self._base.index:  # nothing came in: do not keep rows that were reserved
             base = self._base
             self._segments, self._ids, self._end = base.segments, base.ids, base.end
-        if self._index.count == self._end:
-            return
+        if self._end - self._index.count <= max(self._index.count // 2, self._block_size):
+            return  # counting costs more than so few dead rows
         live = np.zeros(len(self._segments.items), np.int64)
         yield [lambda: _kernels.count_rows(self._index.words, self._segments.firsts, live)]
-        bounds = [*self._segments.firsts.tolist(), self._end]
-        used = np.diff(np.array(bounds, np.int64))
-        if self._end - bounds[0] - live.sum() > max(live.sum(), self._block_size):
-            sparse = (live * 2 < used) & (live > 0)
-            if sparse.any():
-                yield [lambda: self._compact(sparse)]
-                live = np.append(np.where(sparse, 0, live), live[sparse].sum())
+        used = np.diff(np.append(self._segments.firsts, self._end))
+        sparse = (live * 2 < used) & (live > 0)
+        if sparse.any():
+            yield [lambda: self._compact(sparse)]
+            live = np.append(np.where(sparse, 0, live), live[sparse].sum())
         kept = [s for s, n in zip(self._segments.items, live, strict=True) if n]
         if len(kept) < len(self._segments.items):
             yield [lambda: self._keep(kept)]
