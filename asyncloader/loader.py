@@ -165,7 +165,8 @@ class Loader:
     async def _load(self, listener: Callable[[Progress], object] | None) -> LoadReport:
         meter = Meter(0, listener)
         touched: dict[str, bool] = {}
-        with _naming(touched):
+        with contextlib.ExitStack() as unless_committed:
+            unless_committed.enter_context(_naming(touched))
             async with self._session() as (storage, threads):
                 plan = await self._plan(storage)
                 meter.total = plan.nbytes
@@ -181,7 +182,11 @@ class Loader:
                     chunk_bytes=self._chunk_bytes,
                     touched=touched,
                 )
-                counts = await execution.run()
+                unless_committed.callback(execution.abort)
+                await execution.run()
+            # No await from here on: who is cancelled finds the tables as they were.
+            unless_committed.pop_all()
+            counts = execution.commit()
         report = self._report(plan, counts, touched, meter)
         _log.info("%s", report)
         return report
@@ -191,10 +196,12 @@ class Loader:
         """Hold descriptors and threads, and keep to the time-out."""
         limit = asyncio.timeout(self._timeout)
         try:
-            async with limit:
-                async with Threads(reads=self._parallel) as threads:
-                    async with LocalStorage(self._path, executor=threads.reads) as storage:
-                        yield storage, threads
+            async with (
+                limit,
+                Threads(reads=self._parallel) as threads,
+                LocalStorage(self._path, executor=threads.reads) as storage,
+            ):
+                yield storage, threads
         except TimeoutError as error:
             if self._timeout is not None and limit.expired():
                 raise LoadTimeoutError(self._path, self._timeout) from error
@@ -274,7 +281,7 @@ def _check_tables(tables: Mapping[str, LoadableTable], tensors: Mapping[str, obj
     """Refuse destinations that load_info could not tell apart."""
     owners: dict[str, str] = {}
     for name, table in tables.items():
-        if not hasattr(table, "begin"):
+        if type(name) is not str or not hasattr(table, "begin"):
             raise TypeError(f"hashtables maps names to HashTables, got {name!r}: {type(table)}")
         for child in table.children:
             if child in tensors:

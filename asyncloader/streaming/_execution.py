@@ -41,7 +41,7 @@ _INDEXERS = 2
 
 @dataclass(kw_only=True)
 class Execution:
-    """One load under way. `run` may be called once."""
+    """One load under way: `run` once, then `commit` or `abort`."""
 
     plan: LoadPlan
     tensors: Mapping[str, torch.Tensor]
@@ -63,28 +63,36 @@ class Execution:
     _pieces: list[RowPiece] = field(default_factory=list)
     _updates: dict[str, LoadableUpdate] = field(default_factory=dict)
 
-    async def run(self) -> dict[str, UpdateCounts]:
-        """Load everything, or leave every table as it was; return what was done to each."""
+    async def run(self) -> None:
+        """Read everything and make ready what `commit` will show.
+
+        Afterwards, or after a failure, call `commit` or `abort`: no thread writes any more then.
+        """
         self._indexer = Indexer(self.threads)
-        try:
-            for table in self.plan.tables:
-                self._begin(table)
-            for load in self.plan.tensors:
-                tensor = self.tensors[load.name]
-                self._add(sink_for(load.name, tensor), load.block, tensor.itemsize, tensor=True)
-            await self._read_all()
-            for update in self._updates.values():
-                for jobs in update.finish(threads=self.threads.kernel_count):
-                    await run_jobs(self.threads.kernels, jobs)
-            # No await from here on: either every table shows its new rows or none does.
-            names = list(self._updates)
-            counts = {name: self._updates.pop(name).commit() for name in names}
-        finally:
-            for update in self._updates.values():
-                update.abort()
-            bump_versions([self.tensors[name] for name in self.touched])
+        for table in self.plan.tables:
+            self._begin(table)
+        for load in self.plan.tensors:
+            tensor = self.tensors[load.name]
+            self._add(sink_for(load.name, tensor), load.block, tensor.itemsize, tensor=True)
+        await self._read_all()
+        for update in self._updates.values():
+            for jobs in update.finish(threads=self.threads.kernel_count):
+                await run_jobs(self.threads.kernels, jobs)
         self.meter.finish()
-        return counts
+
+    def commit(self) -> dict[str, UpdateCounts]:
+        """Let every table show its new rows; return what was done to each.
+
+        Nothing is awaited, so no cancellation can come between one table and the next.
+        """
+        bump_versions([self.tensors[name] for name in self.touched])
+        return {name: update.commit() for name, update in self._updates.items()}
+
+    def abort(self) -> None:
+        """Leave every table as it was."""
+        bump_versions([self.tensors[name] for name in self.touched])
+        for update in self._updates.values():
+            update.abort()
 
     def _begin(self, table: TableLoad) -> None:
         """Reserve rows for the blocks that are wanted whole; note the others for later."""
@@ -184,8 +192,8 @@ class Execution:
             for (number, position, _), view in zip(read.pieces, views, strict=True):
                 if number != GAP and (job := sinks[number].filled(position, view)) is not None:
                     jobs.append(job)
-            if jobs:
-                await run_jobs(self.threads.kernels, jobs)
+            if jobs:  # one after the other: handing a thread a job costs more than a small copy
+                await run_jobs(self.threads.kernels, [lambda: [job() for job in jobs]])
         self.meter.note(
             read=read.length, wanted=read.length - surplus, current=sinks[read.pieces[-1][0]].name
         )

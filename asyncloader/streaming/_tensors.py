@@ -29,7 +29,7 @@ def describe(tensors: Mapping[str, object]) -> dict[str, TensorTarget]:
     groups: dict[object, int] = {}
     targets = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
+        if type(name) is not str or not isinstance(tensor, torch.Tensor):
             raise TypeError(f"tensors maps names to torch tensors, got {name!r}: {type(tensor)}")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
             raise ValueError(f"tensors[{name!r}]: only plain strided tensors can be filled")

@@ -103,12 +103,10 @@ class Fold:
         source = newer if wins else older
         into = older if wins else newer
         total = older.count + newer.count
-        if total > into.room:
-            holder: list[IdIndex] = []
-            yield [lambda: holder.append(into.grown(total, self._ids, self._base.seed))]
-            into = holder[0]
-        elif into is self._base.index:
-            into = into.copy()
+        if total > into.room or into is self._base.index:
+            made: list[IdIndex] = []
+            yield [partial(self._make_writable, into, total, made)]
+            into = made[0]
         missing = [name for name in self._base.slots if name not in layer.slots]
         found: list[tuple[int, int]] = []  # two threads append to it
         for start in range(0, source.words.size, _WINDOW):
@@ -121,6 +119,10 @@ class Fold:
         into.count += source.count - sum(both for both, _ in found)
         self.replaced += sum(replaced for _, replaced in found)
         self._index = into
+
+    def _make_writable(self, index: IdIndex, expected: int, made: list[IdIndex]) -> None:
+        fits = expected <= index.room
+        made.append(index.copy() if fits else index.grown(expected, self._ids, self._base.seed))
 
     def _merge(
         self,

@@ -110,6 +110,15 @@ class HashTable(torch.nn.Module):
     def __bool__(self) -> bool:
         return True  # or `if table:` would ask whether it holds ids
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what cannot be copied, so that a model with a table can."""
+        return {name: value for name, value in vars(self).items() if name != "_guard"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._guard = threading.Lock()
+        self._busy = False
+
     @property
     def device(self) -> torch.device:
         """Where rows live."""
@@ -184,10 +193,10 @@ class HashTable(torch.nn.Module):
         return self.lookup(ids)
 
     def contains(self, ids: torch.Tensor, child: str | None = None) -> torch.Tensor:
-        """Say which ids are there: bool, of the shape of `ids`."""
+        """Say which ids are there: bool, of the shape of `ids` and on their device."""
         wanted, shape = as_ids(ids)
         rows, _ = self._state.find(self._encoding.encode(wanted, child))
-        return torch.from_numpy(rows >= 0).view(shape)
+        return torch.from_numpy(rows >= 0).view(shape).to(torch.as_tensor(ids).device)
 
     def insert(
         self,
