@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
+from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
 from ._report import LoadReport
 from .checkpoint import BY_TORCH, read_catalog, read_manifest
@@ -135,8 +137,8 @@ class Loader:
             ReadError: If the storage failed.
             LoadTimeoutError: If `timeout` passed.
         """
-        async with self._session() as (storage, _):
-            return await self._plan(storage)
+        async with self._session() as (storage, threads):
+            return await self._plan(storage, threads)
 
     async def aload(self) -> LoadReport:
         """Load, on the caller's event loop, which goes on serving meanwhile.
@@ -168,7 +170,7 @@ class Loader:
         with contextlib.ExitStack() as unless_committed:
             unless_committed.enter_context(_naming(touched))
             async with self._session() as (storage, threads):
-                plan = await self._plan(storage)
+                plan = await self._plan(storage, threads)
                 meter.total = plan.nbytes
                 execution = Execution(
                     plan=plan,
@@ -211,15 +213,18 @@ class Loader:
         """Describe what there is to fill, as it is now: slots may have been added."""
         return Targets(tensors=self._tensor_targets, tables=_describe_tables(self._tables))
 
-    async def _plan(self, storage: Storage) -> LoadPlan:
+    async def _plan(self, storage: Storage, threads: Threads) -> LoadPlan:
         targets = self._targets()
         info = checked_load_info(self._filter(default_load_info(targets)))
-        catalog = await read_catalog(storage)
-        choice = choose(catalog, info, targets)
-        shards = choice.shards()
-        manifest = await read_manifest(storage, catalog, shards, parallel=self._parallel)
-        plan = plan_load(manifest, choice, strict=self._strict)
-        problems = overlaps({load.name: self._tensors[load.name] for load in plan.tensors})
+        pool = threads.kernels  # planning is all Python: on a thread the loop gets its turn
+        catalog = await read_catalog(storage, executor=pool)
+        [choice] = await run_jobs(pool, [partial(choose, catalog, info, targets)])
+        manifest = await read_manifest(
+            storage, catalog, choice.shards(), parallel=self._parallel, executor=pool
+        )
+        [plan] = await run_jobs(pool, [partial(plan_load, manifest, choice, strict=self._strict)])
+        wanted = {load.name: self._tensors[load.name] for load in plan.tensors}
+        [problems] = await run_jobs(pool, [partial(overlaps, wanted)])
         if problems:
             raise PlanError(plan.location, problems)
         for warning in plan.warnings:

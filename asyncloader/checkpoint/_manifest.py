@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._concurrency import for_each
+from asyncloader._concurrency import for_each, run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 from asyncloader.storage import read_exactly, read_small
 
@@ -14,6 +15,7 @@ from ._index import INDEX, TENSORKEY, Catalog, Place, parse_catalog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from concurrent.futures import Executor
 
     from asyncloader.storage import Storage
 
@@ -59,8 +61,8 @@ class Manifest:
         )
 
 
-async def read_catalog(storage: Storage) -> Catalog:
-    """Read `index` and `tensorkey.json`.
+async def read_catalog(storage: Storage, *, executor: Executor) -> Catalog:
+    """Read `index` and `tensorkey.json`; parse them on a thread, the loop goes on meanwhile.
 
     Raises:
         CheckpointNotFoundError: If there is no committed checkpoint.
@@ -82,13 +84,19 @@ async def read_catalog(storage: Storage) -> Catalog:
         tensorkey = await read_small(storage, TENSORKEY, limit=_MAX_JSON)
     except OSError as error:
         raise CheckpointError(where, f"cannot be opened: {error}", TENSORKEY) from error
-    return parse_catalog(where, index, tensorkey)
+    [catalog] = await run_jobs(executor, [partial(parse_catalog, where, index, tensorkey)])
+    return catalog
 
 
 async def read_manifest(
-    storage: Storage, catalog: Catalog, shards: Iterable[str], *, parallel: int
+    storage: Storage,
+    catalog: Catalog,
+    shards: Iterable[str],
+    *,
+    parallel: int,
+    executor: Executor,
 ) -> Manifest:
-    """Read the headers of `shards`, `parallel` at a time.
+    """Read the headers of `shards`, `parallel` at a time; parse them on threads.
 
     Raises:
         CheckpointError: For the first shard, in the order of names, that is no good; the others
@@ -100,7 +108,7 @@ async def read_manifest(
 
     async def read(shard: str) -> None:
         try:
-            headers[shard] = await _read_header(storage, shard)
+            headers[shard] = await _read_header(storage, shard, executor=executor)
         except CheckpointError as error:
             failures[shard] = error
 
@@ -113,7 +121,7 @@ async def read_manifest(
     return Manifest(storage.location, catalog, headers)
 
 
-async def _read_header(storage: Storage, shard: str) -> ShardHeader:
+async def _read_header(storage: Storage, shard: str, *, executor: Executor) -> ShardHeader:
     where = storage.location
     try:
         size = await storage.size(shard)
@@ -133,4 +141,6 @@ async def _read_header(storage: Storage, shard: str) -> ShardHeader:
     if here < length:
         rest = memoryview(text)[here:]
         await read_exactly(storage, shard, PREFIX + here, [rest])
-    return parse_header(where, shard, memoryview(text), size)
+    parse = partial(parse_header, where, shard, memoryview(text), size)
+    [header] = await run_jobs(executor, [parse])
+    return header

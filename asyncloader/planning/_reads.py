@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ MAX_PIECES = 1024
 """Buffers of one `preadv`: `IOV_MAX` of Linux and macOS."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Extent:
     """Bytes that lie side by side on disk and belong to one sink."""
 
@@ -37,6 +38,9 @@ class Extent:
 
     grain: int
     """The sink takes whole multiples of so many bytes."""
+
+
+_ON_DISK = attrgetter("shard", "offset", "length")
 
 
 class Piece(NamedTuple):
@@ -72,7 +76,7 @@ def plan_reads(extents: Iterable[Extent], *, chunk_bytes: int, gap_bytes: int) -
     """
     reads: list[Read] = []
     shard, start, end, pieces = "", 0, 0, list[Piece]()
-    for extent in sorted(extents):
+    for extent in sorted(extents, key=_ON_DISK):
         for offset, length, position in _cut(extent, chunk_bytes):
             gap = offset - end
             joins = (

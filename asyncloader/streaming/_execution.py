@@ -61,6 +61,7 @@ class Execution:
     _extents: list[Extent] = field(default_factory=list)
     _id_sinks: set[int] = field(default_factory=set)
     _pieces: list[RowPiece] = field(default_factory=list)
+    _reads: list[Read] = field(default_factory=list)
     _updates: dict[str, LoadableUpdate] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -69,11 +70,8 @@ class Execution:
         Afterwards, or after a failure, call `commit` or `abort`: no thread writes any more then.
         """
         self._indexer = Indexer(self.threads)
-        for table in self.plan.tables:
-            self._begin(table)
-        for load in self.plan.tensors:
-            tensor = self.tensors[load.name]
-            self._add(sink_for(load.name, tensor), load.block, tensor.itemsize, tensor=True)
+        # Some 20 µs a tensor, all of it Python: on a thread the loop gets its turn meanwhile.
+        await run_jobs(self.threads.kernels, [self._prepare])
         await self._read_all()
         for update in self._updates.values():
             for jobs in update.finish(threads=self.threads.kernel_count):
@@ -93,6 +91,15 @@ class Execution:
         bump_versions([self.tensors[name] for name in self.touched])
         for update in self._updates.values():
             update.abort()
+
+    def _prepare(self) -> None:
+        """Make room in the tables, and cut everything into reads."""
+        for table in self.plan.tables:
+            self._begin(table)
+        for load in self.plan.tensors:
+            tensor = self.tensors[load.name]
+            self._add(sink_for(load.name, tensor), load.block, tensor.itemsize, tensor=True)
+        self._reads = plan_reads(self._extents, chunk_bytes=self.chunk_bytes, gap_bytes=_GAP_BYTES)
 
     def _begin(self, table: TableLoad) -> None:
         """Reserve rows for the blocks that are wanted whole; note the others for later."""
@@ -147,11 +154,10 @@ class Execution:
 
     def _work(self) -> Iterable[Read | RowPiece]:
         """Return all work; ids first, so that they are indexed while the rest is read."""
-        reads = plan_reads(self._extents, chunk_bytes=self.chunk_bytes, gap_bytes=_GAP_BYTES)
         self._gap = memoryview(bytearray(_GAP_BYTES))  # whoever writes there, nobody reads
         first: list[Read] = []
         rest: list[Read] = []
-        for read in reads:
+        for read in self._reads:
             brings_ids = any(piece.sink in self._id_sinks for piece in read.pieces)
             (first if brings_ids else rest).append(read)
         return itertools.chain(first, self._pieces, rest)

@@ -153,6 +153,7 @@ class Fold:
         if self._index is self._base.index:  # nothing came in: do not keep rows that were reserved
             base = self._base
             self._segments, self._ids, self._end = base.segments, base.ids, base.end
+            return  # what is below writes to the index, and lookups are using this one
         if self._end - self._index.count <= max(self._index.count // 2, self._block_size):
             return  # counting costs more than so few dead rows
         live = np.zeros(len(self._segments.items), np.int64)
