@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
 from ._report import LoadReport
-from .checkpoint import BY_TORCH, read_catalog, read_manifest
+from .checkpoint import read_catalog, read_manifest
 from .errors import AsyncLoaderError, LoadTimeoutError, PlanError
 from .planning import (
-    RowType,
-    TableTarget,
     Targets,
     checked_load_info,
     choose,
@@ -24,7 +22,17 @@ from .planning import (
     plan_load,
 )
 from .storage import LocalStorage
-from .streaming import ByteBudget, Execution, Meter, Threads, describe, overlaps, run_blocking
+from .streaming import (
+    ByteBudget,
+    Execution,
+    Meter,
+    Threads,
+    check_tables,
+    describe_tables,
+    describe_tensors,
+    overlaps,
+    run_blocking,
+)
 from .table import UpdateCounts
 
 if TYPE_CHECKING:
@@ -118,8 +126,8 @@ class Loader:
         self._timeout = timeout
         self._progress = progress
         self._tables = dict(hashtables or {})
-        _check_tables(self._tables, self._tensors)
-        self._tensor_targets = describe(self._tensors)
+        check_tables(self._tables, self._tensors)
+        self._tensor_targets = describe_tensors(self._tensors)
 
     def __repr__(self) -> str:
         return f"<Loader {self._path!r}: {len(self._tables)} tables, {len(self._tensors)} tensors>"
@@ -211,7 +219,7 @@ class Loader:
 
     def _targets(self) -> Targets:
         """Describe what there is to fill, as it is now: slots may have been added."""
-        return Targets(tensors=self._tensor_targets, tables=_describe_tables(self._tables))
+        return Targets(tensors=self._tensor_targets, tables=describe_tables(self._tables))
 
     async def _plan(self, storage: Storage, threads: Threads) -> LoadPlan:
         targets = self._targets()
@@ -280,35 +288,3 @@ def _check_positive(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
-
-
-def _check_tables(tables: Mapping[str, LoadableTable], tensors: Mapping[str, object]) -> None:
-    """Refuse destinations that load_info could not tell apart."""
-    owners: dict[str, str] = {}
-    for name, table in tables.items():
-        if type(name) is not str or not hasattr(table, "begin"):
-            raise TypeError(f"hashtables maps names to HashTables, got {name!r}: {type(table)}")
-        for child in table.children:
-            if child in tensors:
-                raise ValueError(f"both a tensor and a table (hashtables[{name!r}]) are {child!r}")
-            other = owners.setdefault(child, name)
-            if other != name:
-                raise ValueError(
-                    f"hashtables {other!r} and {name!r} both take the ids of {child!r}"
-                )
-
-
-def _describe_tables(tables: Mapping[str, LoadableTable]) -> dict[str, TableTarget]:
-    targets: dict[str, TableTarget] = {}
-    for name, table in tables.items():
-        slots = {}
-        for slot in table.slots().values():
-            dtype = BY_TORCH.get(str(slot.dtype).removeprefix("torch."))
-            if dtype is None:
-                raise ValueError(f"hashtables[{name!r}]: no checkpoint can hold {slot.dtype}")
-            slots[slot.name] = RowType(shape=slot.shape, dtype=dtype)
-        target = TableTarget(
-            name=name, children=tuple(table.children), slice=table.slice, slots=slots
-        )
-        targets |= dict.fromkeys(table.children, target)
-    return targets

@@ -4,7 +4,8 @@ from ._blocking import run_blocking
 from ._budget import ByteBudget
 from ._execution import Execution
 from ._progress import Meter, Progress
-from ._tensors import describe, overlaps
+from ._tables import check_tables, describe_tables
+from ._tensors import describe_tensors, overlaps
 from ._threads import Threads
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "Meter",
     "Progress",
     "Threads",
-    "describe",
+    "check_tables",
+    "describe_tables",
+    "describe_tensors",
     "overlaps",
     "run_blocking",
 ]

@@ -13,13 +13,13 @@ from asyncloader.planning import RowType, TensorTarget
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["bump_versions", "copy_flat", "describe", "overlaps", "plain_bytes"]
+__all__ = ["bump_versions", "copy_flat", "describe_tensors", "overlaps", "plain_bytes"]
 
 # How long numpy may think about whether two strided views have an element in common.
 _MAX_WORK = 1_000_000
 
 
-def describe(tensors: Mapping[str, object]) -> dict[str, TensorTarget]:
+def describe_tensors(tensors: Mapping[str, object]) -> dict[str, TensorTarget]:
     """Say what each tensor can take, and which are the same memory.
 
     Raises:

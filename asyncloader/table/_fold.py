@@ -69,7 +69,7 @@ class Fold:
     def add(self, layer: Layer, *, threads: int) -> Iterator[Jobs]:
         """Yield the jobs that put a layer on top of what is there."""
         missing = [slot for name, slot in self._base.slots.items() if name not in layer.slots]
-        for run in layer.runs:
+        for run in layer.runs if missing else ():
             yield [partial(self._initialise, missing, run)]
         if not layer.index.count:
             return

@@ -1,0 +1,57 @@
+"""What hash tables can take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from asyncloader.checkpoint import BY_TORCH
+from asyncloader.planning import RowType, TableTarget
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from asyncloader.table import LoadableTable
+
+__all__ = ["check_tables", "describe_tables"]
+
+
+def check_tables(tables: Mapping[str, LoadableTable], tensors: Mapping[str, object]) -> None:
+    """Refuse destinations that load_info could not tell apart.
+
+    Raises:
+        TypeError: If one is no table.
+        ValueError: If two take the same ids, or a tensor has the name of a table's child.
+    """
+    owners: dict[str, str] = {}
+    for name, table in tables.items():
+        if type(name) is not str or not hasattr(table, "begin"):
+            raise TypeError(f"hashtables maps names to HashTables, got {name!r}: {type(table)}")
+        for child in table.children:
+            if child in tensors:
+                raise ValueError(f"both a tensor and a table (hashtables[{name!r}]) are {child!r}")
+            other = owners.setdefault(child, name)
+            if other != name:
+                raise ValueError(
+                    f"hashtables {other!r} and {name!r} both take the ids of {child!r}"
+                )
+
+
+def describe_tables(tables: Mapping[str, LoadableTable]) -> dict[str, TableTarget]:
+    """Describe the destinations, by the name of each child.
+
+    Raises:
+        ValueError: If a slot has a dtype that no checkpoint holds.
+    """
+    targets: dict[str, TableTarget] = {}
+    for name, table in tables.items():
+        slots = {}
+        for slot in table.slots().values():
+            dtype = BY_TORCH.get(str(slot.dtype).removeprefix("torch."))
+            if dtype is None:
+                raise ValueError(f"hashtables[{name!r}]: no checkpoint can hold {slot.dtype}")
+            slots[slot.name] = RowType(shape=slot.shape, dtype=dtype)
+        target = TableTarget(
+            name=name, children=tuple(table.children), slice=table.slice, slots=slots
+        )
+        targets |= dict.fromkeys(table.children, target)
+    return targets
