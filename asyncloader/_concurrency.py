@@ -32,7 +32,7 @@ async def settled(
     except asyncio.CancelledError:
         await _all_done([work])
         if not work.cancelled() and work.exception() is None and discard is not None:
-            await discard(work.result())
+            await _all_done([asyncio.ensure_future(discard(work.result()))])
         raise
     return work.result()
 

@@ -205,10 +205,12 @@ class Loader:
     async def _session(self) -> AsyncIterator[tuple[Storage, Threads]]:
         """Hold descriptors and threads, and keep to the time-out."""
         limit = asyncio.timeout(self._timeout)
+        # No more threads than whole chunks fit into the budget: the others would wait for it.
+        threads_wanted = min(self._parallel, max(self._max_inflight_bytes // self._chunk_bytes, 1))
         try:
             async with (
                 limit,
-                Threads(reads=self._parallel) as threads,
+                Threads(reads=threads_wanted) as threads,
                 LocalStorage(self._path, executor=threads.reads) as storage,
             ):
                 yield storage, threads

@@ -42,6 +42,8 @@ def no_blocking_calls_on_the_loop() -> Iterator[None]:
         # load() inside a running loop blocks that loop by definition.
         allowed = blockbuster.functions["threading.Lock.acquire"]
         allowed.can_block_in("asyncloader/streaming/_blocking.py", {"run_blocking"})
+        # The last threads of a load are idle when they are joined; somebody has to.
+        allowed.can_block_in("asyncloader/streaming/_threads.py", {"_close"})
         yield
 
 

@@ -9,8 +9,8 @@ its dtype and shape demand.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
 import orjson
@@ -127,19 +127,19 @@ def parse_header(location: str, shard: str, text: bytes | memoryview, size: int)
 
 def _problem(entry: object) -> str | None:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        return f"its entry lacks dtype, shape or data_offsets: {str(entry)[:200]}"
+        return f"its entry lacks dtype, shape or data_offsets: {shown(entry)}"
     name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        return f"unknown dtype {str(name)[:80]!r}; known are {', '.join(DTYPES)}"
+        return f"unknown dtype {shown(name)}; known are {', '.join(DTYPES)}"
     if not _are_sizes(shape):
-        return f"shape {str(shape)[:200]} is not a list of sizes"
+        return f"shape {shown(shape)} is not a list of sizes"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:  # noqa: PLR2004
-        return f"data_offsets {str(offsets)[:200]} are not [begin, end]"
-    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        return f"data_offsets {shown(offsets)} are not [begin, end]"
+    if (taken := _nbytes(shape, dtype.itemsize)) != offsets[1] - offsets[0]:
         return (
             f"data_offsets {offsets} hold {offsets[1] - offsets[0]} bytes, but {dtype.name} of "
-            f"shape {shape} takes {math.prod(shape) * dtype.itemsize}; the file is corrupt "
+            f"shape {shown(shape)} takes {taken}; the file is corrupt "
             "(RecIS 1.0.0 writes this for rows of rank 2 or 3)"
         )
     return None
@@ -149,6 +149,16 @@ def _are_sizes(values: object) -> bool:
     if not isinstance(values, list):
         return False
     return all(type(value) is int and 0 <= value <= _INT64_MAX for value in values)
+
+
+def _nbytes(shape: Sequence[int], itemsize: int) -> int:
+    """Return the bytes of a tensor, or any number that is more than a file can have."""
+    size = 0 if 0 in shape else itemsize
+    for length in shape:
+        size *= length
+        if size > _INT64_MAX:
+            break
+    return size
 
 
 def _check_layout(location: str, blocks: Sequence[Block], start: int, size: int) -> int:

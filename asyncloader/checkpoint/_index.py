@@ -12,6 +12,7 @@ so that names may hold dots, slashes, spaces and `@` themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
 import orjson
@@ -72,7 +73,7 @@ def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | by
     for key, number in blocks.items():
         shard = shards.get(number)
         if shard is None:
-            raise CheckpointError(location, f"points to shard number {number!r}, which file_index "
+            raise CheckpointError(location, f"points to shard number {number}, which file_index "
                                   "does not name", INDEX, key)  # fmt: skip
         place = Place(key, shard)
         if key in sparse:
@@ -117,12 +118,12 @@ def _parse_index(
         if not _is_file_name(name):
             raise CheckpointError(location, f"{name[:200]!r} is not a plain file name", INDEX)
         if type(number) is not int or number in shards:
-            problem = f"file_index gives {name!r} the number {number!r}, which is not its own"
+            problem = f"file_index gives {name!r} the number {shown(number)}, which is not its own"
             raise CheckpointError(location, problem, INDEX)
         shards[number] = name
     for key, number in blocks.items():
         if type(number) is not int:
-            raise CheckpointError(location, f"shard {number!r} is not a number", INDEX, key)
+            raise CheckpointError(location, f"shard {shown(number)} is not a number", INDEX, key)
     return shards, blocks
 
 
@@ -134,7 +135,7 @@ def _is_file_name(name: str) -> bool:
 def _split(location: str, key: str, name: object) -> tuple[str, str, Slice]:
     """Split `table@slot^begin@end@size`."""
     if not isinstance(name, str):
-        raise CheckpointError(location, f"its name is not text: {name!r}", TENSORKEY, key)
+        raise CheckpointError(location, f"its name is not text: {shown(name)}", TENSORKEY, key)
     full, caret, where = name.rpartition("^")
     table, at, slot = full.rpartition("@")
     if not caret or not at:

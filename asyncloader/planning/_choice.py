@@ -135,7 +135,8 @@ def _choose_table(  # noqa: PLR0917
     choice.missing += [f"{source}@{slot}" for slot in wanted if slot not in slots]
     found = {slot: _by_slice(slots[slot]) for slot in wanted if slot in slots}
     choice.missing += _gaps(source, slots[ID], target.slice)
-    choice.problems += _repeated(source, ID, slots[ID])
+    for slot in (ID, *found):
+        choice.problems += _repeated(source, slot, slots[slot])
     for part in slots[ID]:
         if target.slice.disjoint(part.slice):
             continue

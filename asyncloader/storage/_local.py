@@ -77,9 +77,12 @@ class LocalStorage:
 
     async def aclose(self) -> None:
         """Close every descriptor. Nobody may be reading any more."""
+        await settled(asyncio.ensure_future(self._close_all()))
+
+    async def _close_all(self) -> None:
         while self._files:
             _, file = self._files.popitem()
-            await settled(asyncio.ensure_future(file.handle.close()))
+            await file.handle.close()
 
     async def size(self, name: str, /) -> int:
         """Return the length of a file in bytes."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if sys.platform == "win32":
@@ -16,10 +16,14 @@ else:
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from concurrent.futures import Future
 
 __all__ = ["run_blocking"]
 
 T = TypeVar("T")
+
+_PATIENCE = 0.1
+"""Seconds between two looks at whether we are still wanted."""
 
 
 class _Call(Generic[T]):
@@ -61,11 +65,24 @@ def run_blocking(main: Callable[[], Coroutine[object, object, T]]) -> T:
     with ThreadPoolExecutor(1, thread_name_prefix="asyncloader") as thread:
         result = thread.submit(contextvars.copy_context().run, serve)
         try:
+            _wait_for(result)
             return result.result()
         except BaseException:  # Ctrl-C: stop the load, and let the thread wind up
             with contextlib.suppress(RuntimeError):  # closed: the load itself has failed
                 loop.call_soon_threadsafe(call.stop)
             raise
+
+
+def _wait_for(result: Future[T]) -> None:
+    """Wait, but not longer than the task around us is wanted.
+
+    `asyncio.run` answers Ctrl-C by cancelling its task; one that never awaits would not notice.
+    """
+    task = asyncio.current_task()
+    requests = task.cancelling() if task else 0
+    while not wait([result], timeout=_PATIENCE).done:
+        if task and task.cancelling() > requests:
+            raise asyncio.CancelledError
 
 
 def _loop_is_running() -> bool:

@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 
     from ._slots import Slot
 
-__all__ = ["Segment", "Segments"]
+__all__ = ["Segment", "Segments", "carried"]
 
 # Gathering and scattering move bits; some dtypes (float8, uint16) lack kernels of their own.
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def carried(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a dtype that every way of indexing knows."""
+    return tensor.view(_CARRIERS[tensor.dtype.itemsize])
 
 
 @dataclass(slots=True)

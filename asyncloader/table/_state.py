@@ -10,7 +10,7 @@ import torch
 
 from ._index import IdIndex
 from ._memory import zeros
-from ._segments import Segment, Segments
+from ._segments import Segment, Segments, carried
 from ._slots import Slot, fill
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class TableState:
         found = rows >= 0
         out = torch.zeros((len(rows), *spec.shape), dtype=spec.dtype, device=self.device)
         if found.any():
-            out[torch.from_numpy(found).to(self.device)] = self.segments.gather(slot, rows[found])
+            there = carried(self.segments.gather(slot, rows[found]))
+            carried(out)[torch.from_numpy(found).to(self.device)] = there
         return out
 
     def live_rows(self) -> NDArray[np.int64]:

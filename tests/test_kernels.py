@@ -1,0 +1,438 @@
+"""The compiled loops over ids, against plain Python that is obviously right.
+
+The hash can be inverted, so ids are made to collide as much as a test wants: in their part, their
+slot and their tag.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncloader.table import _kernels
+from asyncloader.table._index import IdIndex
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    Longs = NDArray[np.int64]
+    Words = NDArray[np.uint64]
+
+EXTREMES = [-(2**63), 2**63 - 1, -1, 0, 1, 2**52, 2**52 - 1, -(2**52), 65535, 65536]
+_M = 2**64 - 1
+_MIX = (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)
+
+seeds = st.integers(0, 2**64 - 1)
+
+
+def slow_hash(id_: int, seed: int) -> int:
+    h = (id_ & _M) ^ seed
+    for mix in _MIX:
+        h = (h ^ h >> 33) * mix & _M
+    return h ^ h >> 33
+
+
+def id_of_hash(h: int, seed: int) -> int:
+    """Return the id that has this hash."""
+    for mix in reversed(_MIX):
+        h = (h ^ h >> 33) * pow(mix, -1, 2**64) & _M
+    unsigned = h ^ h >> 33 ^ seed
+    return unsigned - 2**64 if unsigned >> 63 else unsigned
+
+
+def longs(values: Sequence[int]) -> Longs:
+    return np.array(values, np.int64)
+
+
+def accepts(bounds: tuple[int, int, int], id_: int) -> bool:
+    begin, end, size = bounds
+    return begin <= (id_ & _M) % size < end
+
+
+def encoded(id_: int, mask: int, bits: int) -> int:
+    return int(np.int64(id_) & np.int64(mask) | np.int64(bits))
+
+
+@dataclass
+class Slow:
+    """The same index in plain Python: words in lists."""
+
+    parts: list[list[int]]
+    seed: int
+    ids: Sequence[int]
+
+    def place(self, row: int) -> tuple[list[int], int, int]:
+        """Return the part, the first slot to look at, and the word of a row."""
+        h = slow_hash(self.ids[row], self.seed)
+        part = self.parts[h >> 61 if len(self.parts) == 8 else 0]
+        return part, (h >> 24 & 2**32 - 1) * len(part) >> 32, (h & 2**24 - 1) << 40 | row + 1
+
+    def put(self, row: int, wins: Callable[[int], bool]) -> int | None:
+        """Put a row in; if its id is there, let `wins` decide, and return the row that was."""
+        part, pos, word = self.place(row)
+        while part[pos]:
+            other = (part[pos] & 2**40 - 1) - 1
+            if self.ids[other] == self.ids[row]:
+                if wins(other):
+                    part[pos] = word
+                return other
+            pos = (pos + 1) % len(part)
+        part[pos] = word
+        return None
+
+    def array(self) -> Words:
+        return np.array(self.parts, np.uint64)
+
+
+@dataclass
+class World:
+    """Ids in rows, many of them the same, and an index that just holds them."""
+
+    rng: random.Random
+    seed: int
+    ids: list[int]
+    parts: int
+    capacity: int
+
+    @property
+    def shift(self) -> np.uint64:
+        return np.uint64(64 - (self.parts.bit_length() - 1))
+
+    def empty(self) -> Words:
+        return np.zeros((self.parts, self.capacity), np.uint64)
+
+    def slow(self) -> Slow:
+        return Slow([[0] * self.capacity for _ in range(self.parts)], self.seed, self.ids)
+
+    def cuts(self, end: int) -> list[tuple[int, int]]:
+        """Cut `[0, end)` into ranges, some of them empty, in any order."""
+        at = sorted(self.rng.choices(range(end + 1), k=self.rng.randrange(4)))
+        ranges = list(zip([0, *at], [*at, end], strict=True))
+        self.rng.shuffle(ranges)
+        return ranges
+
+    def insert(
+        self,
+        slots: Words,
+        rows: tuple[int, int],
+        runs: tuple[Longs, Longs],
+        refused: NDArray[np.bool_],
+        parts: tuple[int, int],
+    ) -> tuple[int, int]:
+        first, end = rows
+        skip = refused[first:end] if len(refused) else refused
+        return _kernels.insert_rows(
+            slots, *parts, self.shift, np.uint64(self.seed), longs(self.ids), first, end - first,
+            skip, *runs,
+        )  # fmt: skip
+
+    def index(self, rows: Sequence[int]) -> Words:
+        """Return an index of rows whose ids all differ."""
+        slow = self.slow()
+        for row in rows:
+            assert slow.put(row, lambda _: False) is None
+        return slow.array()
+
+    def rows_without_repeats(self, start: int, end: int) -> list[int]:
+        """Return some rows out of a range, one for each id that is in it."""
+        by_id = {self.ids[row]: row for row in self.rng.sample(range(start, end), end - start)}
+        return list(by_id.values())
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    seed, parts = draw(seeds), draw(st.sampled_from([1, 8]))
+    kinds: list[Callable[[], int]] = [
+        lambda: rng.choice(EXTREMES),
+        lambda: rng.randrange(-(2**63), 2**63),
+        lambda: rng.randrange(20),
+        # Few different parts, slots and tags, but different ids, thanks to the bits in between.
+        lambda: id_of_hash(
+            rng.choice([0, 7]) << 61
+            | rng.randrange(32) << 56
+            | rng.choice([0, 1, 2**31, 2**32 - 1]) << 24
+            | rng.choice([0, 1, 2**24 - 1]),
+            seed,
+        ),
+    ]
+    # More rows than a kernel takes at a time, now and then.
+    count = draw(st.one_of(st.integers(0, 40), st.sampled_from([127, 128, 129, 300])))
+    chosen = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3))
+    ids = [rng.choice(chosen)() for _ in range(count)]
+    where = [slow_hash(id_, seed) >> 61 if parts == 8 else 0 for id_ in set(ids)]
+    fullest = max((where.count(part) for part in range(parts)), default=0)
+    # A slot that is free, at the least, so that searches end.
+    capacity = fullest + draw(st.sampled_from([1, 1, 2, fullest + 5]))
+    return World(rng=rng, seed=seed, ids=ids, parts=parts, capacity=capacity)
+
+
+@st.composite
+def bounds(draw: st.DrawFn) -> tuple[int, int, int]:
+    size = draw(st.sampled_from([1, 2, 3, 8, 1000, 65536, 2**62, 2**62 - 1]))
+    begin = draw(st.integers(0, size))
+    return begin, draw(st.integers(begin, size)), size
+
+
+@st.composite
+def children(draw: st.DrawFn) -> tuple[int, int]:
+    """Return the mask and the bits of a child, or of a table that has none."""
+    child = draw(st.sampled_from([None, 0, 1, 2047, 2048, 4093]))
+    if child is None:
+        return -1, 0
+    return 2**52 - 1, int(np.uint64(child << 52).astype(np.int64))
+
+
+any_ids = st.lists(st.one_of(st.sampled_from(EXTREMES), st.integers(-(2**63), 2**63 - 1)))
+
+
+def test_the_hash_can_be_inverted() -> None:
+    for id_ in EXTREMES:
+        assert id_of_hash(slow_hash(id_, 12345), 12345) == id_
+
+
+@given(ids=any_ids, claimed=bounds(), child=children())
+def test_admit_encodes_ids_and_marks_those_outside_their_slice(
+    ids: list[int], claimed: tuple[int, int, int], child: tuple[int, int]
+) -> None:
+    array, refused = longs(ids), np.empty(len(ids), np.bool_)
+    begin, end, size = (np.uint64(bound) for bound in claimed)
+    count = _kernels.admit(array, begin, end, size, *child, refused)
+    assert refused.tolist() == [not accepts(claimed, id_) for id_ in ids]
+    assert count == refused.sum()
+    assert array.tolist() == [encoded(id_, *child) for id_ in ids]
+
+
+@given(ids=any_ids, claimed=bounds(), wanted=bounds(), child=children())
+def test_select_rows_picks_ids_that_are_both_honest_and_wanted(
+    ids: list[int],
+    claimed: tuple[int, int, int],
+    wanted: tuple[int, int, int],
+    child: tuple[int, int],
+) -> None:
+    rows, kept = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+    count, outside = _kernels.select_rows(
+        longs(ids), np.array(claimed, np.uint64), np.array(wanted, np.uint64), *child, rows, kept
+    )
+    expected = [i for i, id_ in enumerate(ids) if accepts(claimed, id_) and accepts(wanted, id_)]
+    assert rows[:count].tolist() == expected
+    assert kept[:count].tolist() == [encoded(ids[i], *child) for i in expected]
+    assert outside == sum(not accepts(claimed, id_) for id_ in ids)
+
+
+def some_runs(world: World) -> tuple[Longs, Longs]:
+    """Cut all rows into runs of random rank; no two ranks are the same."""
+    firsts = sorted({0, *world.rng.choices(range(len(world.ids) + 1), k=3)})
+    ranks = world.rng.sample(range(-5, 100), len(firsts))
+    return longs(firsts), longs(ranks)
+
+
+def rank_of(row: int, runs: tuple[Longs, Longs]) -> tuple[int, int]:
+    """Return what decides between two rows of the same id."""
+    firsts, ranks = (array.tolist() for array in runs)
+    return [rank for first, rank in zip(firsts, ranks, strict=True) if first <= row][-1], row
+
+
+def wins_in(runs: tuple[Longs, Longs], row: int) -> Callable[[int], bool]:
+    return lambda other: rank_of(row, runs) > rank_of(other, runs)
+
+
+@given(world=worlds(), refusing=st.booleans())
+def test_insert_rows_fills_every_slot_as_the_slow_version_does(
+    world: World, *, refusing: bool
+) -> None:
+    runs, slots, slow = some_runs(world), world.empty(), world.slow()
+    size = len(world.ids)
+    refused = np.array([world.rng.random() < 0.3 for _ in range(size if refusing else 0)], bool)
+    counts = [0, 0]
+    for first, end in world.cuts(size):
+        for parts in world.cuts(world.parts):
+            new, again = world.insert(slots, (first, end), runs, refused, parts)
+            counts[0] += new
+            counts[1] += again
+        for row in range(first, end):
+            if not (refusing and refused[row]):
+                slow.put(row, wins_in(runs, row))
+    assert slots.tolist() == slow.parts
+    held = np.count_nonzero(slots)
+    assert counts == [held, size - refused.sum() - held]
+
+
+@given(world=worlds())
+def test_which_row_wins_does_not_depend_on_the_order_of_arrival(world: World) -> None:
+    runs, slots = some_runs(world), world.empty()
+    for rows in world.cuts(len(world.ids)):
+        for parts in world.cuts(world.parts):
+            world.insert(slots, rows, runs, np.zeros(0, bool), parts)
+    wanted = dict[int, int]()
+    for row in sorted(range(len(world.ids)), key=lambda row: rank_of(row, runs)):
+        wanted[world.ids[row]] = row
+    assert rows_in(slots) == sorted(wanted.values())
+    assert find(world, slots, list(wanted)) == (list(wanted.values()), 0)
+
+
+def rows_in(words: Words) -> list[int]:
+    return sorted((word & 2**40 - 1) - 1 for word in words.reshape(-1).tolist() if word)
+
+
+def find(world: World, slots: Words, wanted: list[int]) -> tuple[list[int], int]:
+    rows = np.empty(len(wanted), np.int64)
+    # An index that is empty is never searched: there may be no ids to compare with.
+    if not world.ids:
+        return [-1] * len(wanted), len(wanted)
+    missing = _kernels.find(
+        slots, world.shift, np.uint64(world.seed), longs(world.ids), longs(wanted), rows
+    )
+    return rows.tolist(), missing
+
+
+@given(world=worlds(), also=any_ids)
+def test_find_gives_the_row_of_each_id_and_minus_one_for_those_not_there(
+    world: World, also: list[int]
+) -> None:
+    held = world.rows_without_repeats(0, len(world.ids) // 2)
+    slots = world.index(held)
+    wanted = world.rng.sample([*world.ids, *also], len(world.ids) + len(also))
+    by_id = {world.ids[row]: row for row in held}
+    expected = [by_id.get(id_, -1) for id_ in wanted]
+    assert find(world, slots, wanted) == (expected, expected.count(-1))
+
+
+@given(world=worlds(), wins=st.booleans())
+def test_merge_joins_two_indexes_and_says_which_rows_gave_way(world: World, *, wins: bool) -> None:
+    half = len(world.ids) // 2
+    into, source = (
+        world.rows_without_repeats(0, half),
+        world.rows_without_repeats(half, len(world.ids)),
+    )
+    slots, words = world.index(into), world.index(source).reshape(-1)
+    old, new = np.empty(words.size, np.int64), np.empty(words.size, np.int64)
+    lost: list[tuple[int, int]] = []
+    for low, high in world.cuts(words.size):
+        for parts in world.cuts(world.parts):
+            count = _kernels.merge(
+                slots, *parts, world.shift, np.uint64(world.seed), longs(world.ids),
+                words[low:high], wins, old, new,
+            )  # fmt: skip
+            lost += zip(old[:count].tolist(), new[:count].tolist(), strict=True)
+    theirs = {world.ids[row]: row for row in source}
+    ours = {world.ids[row]: row for row in into}
+    joined = ours | theirs if wins else theirs | ours
+    both = [(ours[id_], theirs[id_]) for id_ in ours.keys() & theirs.keys()]
+    assert sorted(lost) == sorted(both if wins else [(their, our) for our, their in both])
+    assert rows_in(slots) == sorted(joined.values())
+    assert find(world, slots, list(joined)) == (list(joined.values()), 0)
+
+
+@given(world=worlds(), parts=st.sampled_from([1, 8]), leaving=st.booleans())
+def test_rehash_moves_all_rows_but_those_that_are_gone(
+    world: World, parts: int, *, leaving: bool
+) -> None:
+    held = world.rows_without_repeats(0, len(world.ids))
+    words = world.index(held).reshape(-1)
+    size = len(world.ids) if leaving else 0
+    gone = np.array([world.rng.random() < 0.5 for _ in range(size)], np.bool_)
+    stay = [row for row in held if not (leaving and gone[row])]
+    other = World(world.rng, world.seed, world.ids, parts, len(held) + 1)
+    slots = other.empty()
+    count = _kernels.rehash(
+        slots, other.shift, np.uint64(world.seed), longs(world.ids), words, gone
+    )
+    assert count == len(stay)
+    assert rows_in(slots) == sorted(stay)
+    assert find(other, slots, [world.ids[row] for row in stay]) == (stay, 0)
+
+
+@pytest.mark.parametrize("before", [0, 1, 50, 60_000])
+@pytest.mark.parametrize("after", [0, 1, 65_535, 65_536])
+def test_an_index_grows_into_more_parts_and_keeps_every_id(before: int, after: int) -> None:
+    ids = np.random.default_rng(before).permutation(before) * 977 - 20_000_000
+    seed, nobody = np.uint64(7), np.zeros(0, bool)
+    runs = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    index = IdIndex.empty(before)
+    assert index.room >= before
+    for low, high in index.shares(3):
+        new, again = _kernels.insert_rows(
+            index.slots, low, high, index.shift, seed, ids, 0, before, nobody, *runs
+        )
+        assert again == 0
+        index.count += new
+    assert index.count == before
+    grown = index.grown(max(before, after), ids, seed)
+    assert grown.room >= max(before, after)
+    assert (grown.count, grown.copy().count) == (before, before)
+    for some in (index, grown, grown.copy()):
+        rows, missing = some.find(ids, seed, np.append(ids, 5))
+        assert (rows[:-1] == np.arange(before)).all()
+        assert (rows[-1], missing) == (-1, 1)
+        assert some.live_rows(before + 1).tolist() == list(range(before))
+
+
+def test_a_copy_of_an_index_is_memory_of_its_own() -> None:
+    index = IdIndex.empty(10)
+    index.copy().words[0] = 1
+    assert not index.words.any()
+
+
+some_rows = st.lists(st.integers(0, 60), unique=True)
+
+
+def as_words(rows: Sequence[int], rng: random.Random) -> Words:
+    """Return words of these rows with random tags, empty ones among them."""
+    words = [rng.randrange(2**24) << 40 | row + 1 for row in rows] + [0] * rng.randrange(5)
+    rng.shuffle(words)
+    return np.array(words, np.uint64)
+
+
+@given(rows=some_rows, rng=st.randoms(use_true_random=False))
+def test_mark_rows_sets_a_flag_for_each_row(rows: list[int], rng: random.Random) -> None:
+    live = np.zeros(61, np.bool_)
+    _kernels.mark_rows(as_words(rows, rng), live)
+    assert np.flatnonzero(live).tolist() == sorted(rows)
+
+
+@given(
+    rows=some_rows,
+    others=st.lists(st.integers(1, 60), unique=True),
+    rng=st.randoms(use_true_random=False),
+)
+def test_count_rows_counts_by_segment(
+    rows: list[int], others: list[int], rng: random.Random
+) -> None:
+    firsts = sorted([0, *others])
+    counts = np.ones(len(firsts), np.int64)
+    _kernels.count_rows(as_words(rows, rng), longs(firsts), counts)
+    owners = [max(first for first in firsts if first <= row) for row in rows]
+    assert counts.tolist() == [1 + owners.count(first) for first in firsts]
+
+
+@given(rows=some_rows, rng=st.randoms(use_true_random=False))
+def test_rebase_lowers_every_row_and_keeps_its_tag(rows: list[int], rng: random.Random) -> None:
+    shift = min(rows, default=3)
+    words = as_words(rows, rng)
+    expected = [word - shift if word else 0 for word in words.tolist()]
+    _kernels.rebase(words, shift)
+    assert words.tolist() == expected
+
+
+@given(rows=some_rows, moved=some_rows, rng=st.randoms(use_true_random=False))
+def test_relocate_points_moved_rows_to_their_new_places_in_order(
+    rows: list[int], moved: list[int], rng: random.Random
+) -> None:
+    moved.sort()
+    to = {row: 1000 + place for place, row in enumerate(moved)}
+    words = as_words(rows, rng)
+    expected = [
+        word and word >> 40 << 40 | to.get(row := (word & 2**40 - 1) - 1, row) + 1
+        for word in words.tolist()
+    ]
+    _kernels.relocate(words, longs(moved), 1000)
+    assert words.tolist() == expected

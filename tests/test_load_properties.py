@@ -1,0 +1,554 @@
+"""Any checkpoint, loaded in any way, is what the model in plain dicts says it is, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio.lowlevel
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from asyncloader import HashTable, Loader, LoadReport, UpdateCounts, gen_slice
+from asyncloader import Slice as TableSlice
+from asyncloader.streaming import ByteBudget, Execution, Meter, Threads
+from tests.oracle import (
+    DTYPES,
+    Block,
+    ModelTable,
+    Part,
+    Slice,
+    TableData,
+    dense_block,
+    encode_id,
+    flat_bytes,
+    rows_of,
+    sparse_block,
+    split_slices,
+    write_checkpoint,
+    write_ranks,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+Spec = tuple[Shape, torch.dtype, float]
+
+ODD_NAMES = [
+    "",
+    " ",
+    ".",
+    "a",
+    "a.b",
+    "a.b/c d",
+    'quo"te\\\t\n',
+    "späß 火 \U0001f600",
+    "m@n@o",
+    "m.n@o",
+    "c^ar^et",
+    "x/part_0",
+    "x/part_0_1",
+    "layer1",
+    "layer10",
+    "id",
+    "embedding",
+    "a@embedding",
+    "00000@65536@65536",
+    "\x7f",
+    *(f"layer.{number}.weight" for number in range(8)),
+]
+SLOT_NAMES = ["exp_avg", "exp_avg_sq", "step filter", "ä.b/c^d", ""]
+EXTREMES = [-(2**63), 2**63 - 1, -1, 0, 1, 2**52 - 1, 2**52, 2**52 + 1, -(2**52), 65535, 65536]
+
+# RecIS cannot tell `x/part_0^ ` from what it makes of `x/part_0`.
+names = st.text(max_size=6).filter(lambda name: not name.endswith("^ "))
+dtypes = st.sampled_from([torch.float32, torch.int64, *DTYPES.values()])
+shapes = st.lists(st.integers(1, 4), max_size=3).map(tuple)
+seeds = st.integers(0, 2**32)
+NOTHING = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
+
+
+def filled(rng: random.Random, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Random bytes as a tensor: NaNs, infinities and denormal numbers among them."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    raw = bytearray(rng.randbytes(count))
+    if not raw:
+        return torch.empty(shape, dtype=dtype)
+    if dtype == torch.bool:
+        raw = bytearray(byte & 1 for byte in raw)
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def some_ids(rng: random.Random, count: int, *, crowded: bool = False) -> list[int]:
+    if crowded:
+        return [rng.randrange(-4, 20) for _ in range(count)]
+    kinds = (
+        lambda: rng.choice(EXTREMES),
+        lambda: rng.randrange(-8, 40),
+        lambda: rng.randrange(-(2**63), 2**63),
+        lambda: rng.randrange(40) * 65536,
+    )
+    return [rng.choice(kinds)() for _ in range(count)]
+
+
+def raw(tensor: Tensor) -> tuple[torch.dtype, Shape, bytes]:
+    """Return what must agree, NaN bit for bit."""
+    return tensor.dtype, tuple(tensor.shape), flat_bytes(tensor).numpy().tobytes()
+
+
+@dataclass(kw_only=True)
+class Family:
+    """A table in memory, and the tables on disk that may feed it."""
+
+    name: str
+    children: list[str]
+    coalesced: bool
+    slice: Slice
+    spec: dict[str, Spec]
+    sources: dict[str, list[Part]] = field(repr=False)
+    held: list[tuple[str, list[int], dict[str, Tensor]]] = field(repr=False)
+    info: dict[str, dict[str, list[str]]]
+
+    def table(self) -> HashTable:
+        shape, dtype, initial = self.spec["embedding"]
+        table = HashTable(
+            shape,
+            block_size=7,
+            dtype=dtype,
+            coalesced=self.coalesced,
+            children=self.children if self.coalesced else None,
+            slice=TableSlice(*self.slice),
+            initializer=initial,
+            name=self.name if self.coalesced else self.children[0],
+        )
+        for slot, (shape, dtype, initial) in list(self.spec.items())[1:]:
+            table.add_slot(slot, shape, dtype, initial)
+        for child, ids, slots in self.held:
+            for slot, rows in slots.items():
+                table.insert(torch.tensor(ids, dtype=torch.int64), rows, slot, child)
+        return table
+
+    def read(self, source: str) -> list[Part]:
+        """Return the parts that may hold ids of the table's slice, in the order in which they win.
+
+        Slices of one size that do not meet have no id in common.
+        """
+        begin, end, size = self.slice
+        return [
+            part
+            for part in sorted(self.sources.get(source, []), key=lambda part: part.claim)
+            if part.claim.begin < part.claim.end and begin < end
+            if part.claim.size != size or (part.claim.begin < end and begin < part.claim.end)
+        ]
+
+    def expected(self) -> tuple[ModelTable, UpdateCounts]:
+        slots = {
+            slot: (shape, dtype, torch.tensor(initial).to(dtype))
+            for slot, (shape, dtype, initial) in self.spec.items()
+        }
+        model = ModelTable(
+            slots=slots, slice=self.slice, children=self.children, coalesced=self.coalesced
+        )
+        for child, ids, held in self.held:
+            model.put(torch.tensor([self.key(child, i) for i in ids], dtype=torch.int64), held)
+        before = set(model.rows)
+        touched: set[int] = set()
+        rows = dropped = 0
+        for child, sources in self.info.items():
+            for source, listed in sources.items():
+                parts = self.read(source)
+                outcome = model.apply(child, parts, listed)
+                rows += outcome.loaded
+                dropped += outcome.dropped
+                touched |= {
+                    self.key(child, id_)
+                    for part in parts
+                    for id_ in part.ids.tolist()
+                    if part.claim.accepts(id_) and self.slice.accepts(id_)
+                }
+        new, replaced = len(touched - before), len(touched & before)
+        counts = UpdateCounts(
+            rows=rows,
+            new=new,
+            replaced=replaced,
+            duplicates=rows - new - replaced,
+            dropped=dropped,
+        )
+        return model, counts
+
+    def key(self, child: str, id_: int) -> int:
+        return encode_id(id_, self.children.index(child)) if self.coalesced else id_
+
+    def missing(self) -> set[str]:
+        """Say what load_info lists and no source has."""
+        lacking = set()
+        for sources in self.info.values():
+            for source, listed in sources.items():
+                if source not in self.sources:
+                    lacking.add(source)
+                    continue
+                have = self.sources[source][0].slots
+                lacking |= {f"{source}@{s}" for s in listed if s != "id" and s not in have}
+        return lacking
+
+
+@dataclass(kw_only=True)
+class Dense:
+    """Tensors on disk and in memory."""
+
+    stored: dict[str, Tensor]
+    wanted: dict[str, Tensor]
+    info: dict[str, dict[str, list[str]]]
+
+
+@dataclass(kw_only=True)
+class Case:
+    """A checkpoint, what to load it into, and how."""
+
+    ranks: int
+    writers: int
+    spelling: str
+    pad_header: bool
+    shuffled_blocks: bool
+    families: list[Family]
+    dense: Dense = field(repr=False)
+    rng: random.Random = field(repr=False)
+    how: dict[str, Any] = field(default_factory=dict)
+
+    def blocks(self) -> list[list[Block]]:
+        ranks: list[list[Block]] = [[] for _ in range(self.ranks)]
+        for family in self.families:
+            for source, parts in family.sources.items():
+                for rank, part in enumerate(parts):
+                    ranks[rank] += [
+                        sparse_block(
+                            source,
+                            slot,
+                            rows,
+                            rank=rank,
+                            ranks=self.ranks,
+                            claim=part.claim,
+                            bool_spelling=self.spelling,
+                        )
+                        for slot, rows in {"id": part.ids, **part.slots}.items()
+                    ]
+        ranks[0] += [
+            dense_block(*item, bool_spelling=self.spelling) for item in self.dense.stored.items()
+        ]
+        if self.shuffled_blocks:
+            for blocks in ranks:
+                self.rng.shuffle(blocks)
+        return ranks
+
+    def missing(self) -> set[str]:
+        """Say what load_info asks for and is not on disk, ranges of ids apart."""
+        sources = {source for sources in self.dense.info.values() for source in sources}
+        lacking = [family.missing() for family in self.families]
+        return set().union(*lacking, sources - set(self.dense.stored))
+
+
+@st.composite
+def families(draw: st.DrawFn, fresh: Iterator[str], rng: random.Random, ranks: int) -> Family:
+    coalesced = draw(st.booleans())
+    children = [next(fresh) for _ in range(draw(st.integers(1, 3)) if coalesced else 1)]
+    spec: dict[str, Spec] = {}
+    for slot in ["embedding", *draw(st.lists(st.sampled_from(SLOT_NAMES), unique=True))]:
+        spec[slot] = (draw(shapes), draw(dtypes), draw(st.sampled_from([0.0, -0.0, 1.0])))
+    crowded = draw(st.booleans())  # many sources of the same few ids
+    size = draw(st.one_of(st.integers(ranks, 64), st.just(65536)))
+    readers = draw(st.sampled_from([1, 1, 2, 3, 4]))
+    read_size = draw(st.sampled_from([size, size, 1000, 65536]))
+    readers = min(readers, read_size)
+    mine = split_slices(read_size, readers)[draw(st.integers(0, readers - 1))]
+    sources = {
+        name: draw(written_parts(spec, rng, ranks, size, crowded=crowded))
+        for name in [*children, *(next(fresh) for _ in range(draw(st.integers(0, 3))))]
+        if draw(st.integers(0, 9))
+    }
+    held = []
+    for child in children:
+        ids = some_ids(rng, 40, crowded=crowded)
+        ids = [id_ % 2**52 if coalesced else id_ for id_ in ids]
+        ids = [id_ for id_ in dict.fromkeys(ids) if mine.accepts(id_)]
+        if draw(st.booleans()):
+            slots = {
+                slot: filled(rng, (len(ids), *shape), dtype)
+                for slot, (shape, dtype, _) in spec.items()
+            }
+            held.append((child, ids, slots))
+    return Family(
+        name=next(fresh),
+        children=children,
+        coalesced=coalesced,
+        slice=mine,
+        spec=spec,
+        sources=sources,
+        held=held,
+        info=draw(infos(children, sources, spec)),
+    )
+
+
+@st.composite
+def written_parts(
+    draw: st.DrawFn,
+    spec: dict[str, Spec],
+    rng: random.Random,
+    ranks: int,
+    size: int,
+    *,
+    crowded: bool,
+) -> list[Part]:
+    ids = some_ids(rng, draw(st.sampled_from([0, 1, 5, 60, 200])), crowded=crowded)
+    size = draw(st.sampled_from([size, size, 65536]))
+    if draw(st.booleans()):
+        ids = list(dict.fromkeys(ids))
+    claims = split_slices(size, ranks)
+    if draw(st.integers(0, 4)):
+        of_rank = [[id_ for id_ in ids if claim.accepts(id_)] for claim in claims]
+    else:  # a writer that does not keep to what its blocks say
+        of_rank = [ids[rank::ranks] for rank in range(ranks)]
+        sizes = st.sampled_from([size, 1, 3, 65536])
+        claims = draw(st.lists(any_slice(sizes), min_size=ranks, max_size=ranks, unique_by=tuple))
+    slots = [slot for slot in spec if draw(st.integers(0, 9))]
+    if draw(st.booleans()):
+        of_rank = [sorted(ids, key=lambda id_: (id_ % 2**64 % size, id_)) for ids in of_rank]
+    return [
+        Part(
+            claim=claim,
+            ids=torch.tensor(ids, dtype=torch.int64),
+            slots={slot: filled(rng, (len(ids), *spec[slot][0]), spec[slot][1]) for slot in slots},
+        )
+        for claim, ids in zip(claims, of_rank, strict=True)
+    ]
+
+
+@st.composite
+def any_slice(draw: st.DrawFn, sizes: st.SearchStrategy[int]) -> Slice:
+    size = draw(sizes)
+    begin = draw(st.integers(0, size))
+    return Slice(begin, draw(st.integers(begin, size)), size)
+
+
+@st.composite
+def infos(
+    draw: st.DrawFn, children: list[str], sources: dict[str, list[Part]], spec: dict[str, Spec]
+) -> dict[str, dict[str, list[str]]]:
+    default = {child: {child: ["id", *spec]} for child in children}
+    if draw(st.booleans()):
+        return default
+    subsets = st.lists(st.sampled_from(list(spec)), unique=True).map(lambda slots: ["id", *slots])
+    listed = st.sampled_from([["id", *spec], draw(subsets), draw(subsets)])
+    feeds = st.dictionaries(st.sampled_from([*children, *sources]), listed, max_size=4)
+    changed = {child: draw(feeds) for child in children}
+    return draw(st.permutations(list(changed.items())).map(dict))
+
+
+@st.composite
+def dense_tensors(draw: st.DrawFn, fresh: Iterator[str], rng: random.Random) -> Dense:
+    stored, wanted, info = {}, {}, {}
+    with_empty = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+    for _ in range(draw(st.integers(0, 5))):
+        shape, dtype = draw(with_empty), draw(dtypes)
+        source = destination = next(fresh)
+        if draw(st.booleans()):
+            destination = next(fresh)  # renamed
+        kind = draw(st.sampled_from(["loaded"] * 6 + ["missing", "unexpected", "left out"]))
+        if kind != "missing":
+            stored[source] = filled(rng, shape, dtype)
+        if kind != "unexpected":
+            wanted[destination] = draw(laid_out(filled(rng, shape, dtype)))
+        if kind in {"loaded", "missing"}:
+            info[destination] = {source: list[str]()}
+    return Dense(stored=stored, wanted=wanted, info=info)
+
+
+@st.composite
+def laid_out(draw: st.DrawFn, tensor: Tensor) -> Tensor:
+    """Return the same values, laid out in memory in one way or another."""
+    layout = draw(st.sampled_from(["plain", "transposed", "gaps", "shifted"]))
+    memory = torch.zeros([2 * size + 1 for size in tensor.shape], dtype=tensor.dtype)
+    if layout == "transposed":
+        dims = range(tensor.dim())
+        order = draw(st.permutations(list(dims)))
+        memory = torch.zeros([tensor.shape[dim] for dim in order], dtype=tensor.dtype)
+        memory = memory.permute([order.index(dim) for dim in dims])
+    elif layout == "gaps":
+        memory = memory[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    elif layout == "shifted":
+        memory = torch.zeros(tensor.numel() + 3, dtype=tensor.dtype)[3:].view(tensor.shape)
+    else:
+        memory = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    memory.copy_(tensor)
+    return memory
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    rng = random.Random(draw(seeds))
+    unused = list(dict.fromkeys([*ODD_NAMES, *draw(st.lists(names, max_size=3))]))
+    rng.shuffle(unused)
+    fresh = iter(unused)
+    ranks = draw(st.integers(1, 4))
+    case = Case(
+        ranks=ranks,
+        writers=draw(st.integers(1, 5)),
+        spelling=draw(st.sampled_from(["BOOL", "bool"])),
+        pad_header=draw(st.booleans()),
+        shuffled_blocks=draw(st.booleans()),
+        families=[draw(families(fresh, rng, ranks)) for _ in range(draw(st.integers(0, 2)))],
+        dense=draw(dense_tensors(fresh, rng)),
+        rng=rng,
+    )
+    case.how = {
+        "parallel": draw(st.integers(1, 8)),
+        "chunk_bytes": draw(st.one_of(st.integers(16, 4096), st.integers(1, 16), st.just(8 << 20))),
+        "max_inflight_bytes": draw(st.sampled_from([1, 100, 4096, 128 << 20])),
+    }
+    blocks = [block for rank in case.blocks() for block in rank]
+    # Some names give the same key: `a@b` with the slot `c`, `a` with `b@c`.
+    assume(len({block.key for block in blocks}) == len(blocks))
+    assume(len({block.index_key or block.key for block in blocks}) == len(blocks))
+    return case
+
+
+class Destinations:
+    """What a case is loaded into, once."""
+
+    def __init__(self, case: Case, folder: str) -> None:
+        self.case = case
+        write_ranks(Path(folder), case.blocks(), writers=case.writers, pad_header=case.pad_header)
+        self.tables = {family.name: family.table() for family in case.families}
+        self.tensors = case.dense.wanted
+        self.before = {name: raw(tensor) for name, tensor in self.tensors.items()}
+        info = case.dense.info
+        for family in case.families:
+            info = info | family.info
+        self.loader = Loader(
+            folder, self.tables, self.tensors, filter_func=lambda _: info, **case.how
+        )
+
+    def check(self, counts: Mapping[str, UpdateCounts]) -> None:
+        for family in self.case.families:
+            table = self.tables[family.name]
+            model, expected = family.expected()
+            assert counts.get(family.name, NOTHING) == expected
+            ids, slots = table.ids(), table.slots()
+            assert len(table) == len(ids) == len(model.rows)
+            assert rows_of(ids, {slot: table.rows(slot) for slot in slots}) == model.rows
+            assert rows_of(ids, {slot: table.lookup(ids, slot) for slot in slots}) == model.rows
+        dense = self.case.dense
+        for name, tensor in self.tensors.items():
+            [source] = dense.info.get(name, {None: []})
+            stored = dense.stored.get(source) if source is not None else None
+            assert raw(tensor) == (self.before[name] if stored is None else raw(stored))
+
+    def check_report(self, report: LoadReport) -> None:
+        self.check(report.tables)
+        assert {name for name in report.missing if "@id[" not in name} == self.case.missing()
+
+
+class Unruly:
+    """A storage in memory whose reads end in any order, many of them short."""
+
+    location = "memory"
+
+    def __init__(self, folder: str, rng: random.Random) -> None:
+        self._files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        self._rng = rng
+
+    async def size(self, name: str, /) -> int:
+        return len(self._files[name])
+
+    async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
+        for _ in range(self._rng.choice([0, 0, 1, 3, 9])):
+            await anyio.lowlevel.checkpoint()
+        most = self._rng.choice([9, 1 << 30, 1 << 30, 1 << 30])
+        done = 0
+        for view in views:
+            data = self._files[name][offset + done :][: min(view.nbytes, most - done)]
+            view[: len(data)] = data
+            done += len(data)
+            if len(data) < view.nbytes:
+                break
+        return done
+
+
+HashTable([1])  # the first one imports numba, for which an event loop has no time
+
+
+@given(case=cases())
+async def test_a_load_does_what_the_model_says(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        destinations = Destinations(case, folder)
+        destinations.check_report(await destinations.loader.aload())
+
+
+@given(case=cases())
+def test_a_load_from_synchronous_code_does_what_the_model_says(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        destinations = Destinations(case, folder)
+        destinations.check_report(destinations.loader.load())
+
+
+@given(case=cases())
+async def test_what_a_load_does_is_the_same_in_whatever_order_reads_end(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        destinations = Destinations(case, folder)
+        plan = await destinations.loader.plan()
+        storage = Unruly(folder, case.rng)
+    async with Threads(reads=1) as threads:
+        execution = Execution(
+            plan=plan,
+            tensors=destinations.tensors,
+            tables=destinations.tables,
+            storage=storage,
+            threads=threads,
+            budget=ByteBudget(case.how["max_inflight_bytes"]),
+            meter=Meter(0, None),
+            parallel=case.how["parallel"],
+            chunk_bytes=case.how["chunk_bytes"],
+            touched={},
+        )
+        await execution.run()
+        destinations.check(execution.commit())
+
+
+@given(
+    seed=seeds,
+    written_by=st.integers(1, 4),
+    size=st.one_of(st.integers(4, 64), st.just(65536)),
+    read=st.tuples(
+        st.integers(1, 4),
+        st.sampled_from([None, 4, 1000, 65536]),
+        st.sampled_from([24, 1000, 8 << 20]),
+    ),
+)
+def test_readers_share_all_rows_out_among_them(
+    seed: int, written_by: int, size: int, read: tuple[int, int | None, int]
+) -> None:
+    rng = random.Random(seed)
+    read_by, read_size, chunk_bytes = read
+    ids = torch.tensor(list(dict.fromkeys(some_ids(rng, rng.randrange(150)))), dtype=torch.int64)
+    data = TableData(ids=ids, slots={"embedding": filled(rng, (len(ids), 3), torch.float16)})
+    shares = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(
+            Path(folder), {"t": data}, {}, ranks=written_by, slice_size=size, shuffle_seed=seed
+        )
+        for rank in range(read_by):
+            mine = gen_slice(rank, read_by, read_size or size)
+            table = HashTable([3], dtype=torch.float16, name="t", slice=mine)
+            report = Loader(folder, {"t": table}, strict=True, chunk_bytes=chunk_bytes).load()
+            counts = report.tables["t"]
+            assert (counts.new, counts.rows, counts.dropped) == (len(table), len(table), 0)
+            assert all(mine.accepts(id_) for id_ in table.ids().tolist())
+            shares.append(rows_of(table.ids(), {"embedding": table.rows()}))
+    assert sum(map(len, shares)) == len(ids)
+    assert {key: row for share in shares for key, row in share.items()} == rows_of(ids, data.slots)

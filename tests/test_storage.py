@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from asyncloader import ReadError
+from asyncloader.storage import LocalStorage, read_exactly, read_small
+from tests.support import open_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+CONTENT = bytes(range(256)) * 64
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(6):
+        (tmp_path / f"f{number}").write_bytes(bytes([number]) + CONTENT)
+    return tmp_path
+
+
+def opened(folder: Path) -> list[str]:
+    return [name for name in open_files() if name.startswith(str(folder))]
+
+
+async def test_a_read_scatters_into_its_views(folder: Path, pool: ThreadPoolExecutor) -> None:
+    first, second = bytearray(3), bytearray(5)
+    async with LocalStorage(folder, executor=pool) as storage:
+        views = [memoryview(first), memoryview(second)]
+        assert await storage.readinto("f2", 1 + 7, views) == 8
+    assert first + second == CONTENT[7:15]
+
+
+async def test_a_read_at_the_end_is_short_and_then_empty(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    buffer = bytearray(10)
+    async with LocalStorage(folder, executor=pool) as storage:
+        size = await storage.size("f0")
+        assert size == 1 + len(CONTENT)
+        assert await storage.readinto("f0", size - 4, [memoryview(buffer)]) == 4
+        assert await storage.readinto("f0", size, [memoryview(buffer)]) == 0
+
+
+async def test_a_read_longer_than_one_step_is_whole(
+    tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    data = os.urandom(9 << 20)
+    (tmp_path / "big").write_bytes(data)
+    buffer = bytearray(len(data) + 10)
+    async with LocalStorage(tmp_path, executor=pool) as storage:
+        assert await storage.readinto("big", 0, [memoryview(buffer)]) == len(data)
+    assert buffer[: len(data)] == data
+
+
+async def test_few_descriptors_serve_many_files(folder: Path, pool: ThreadPoolExecutor) -> None:
+    async with LocalStorage(folder, executor=pool, max_open=2) as storage:
+
+        async def first_byte(number: int) -> int:
+            buffer = bytearray(1)
+            await storage.readinto(f"f{number}", 0, [memoryview(buffer)])
+            return buffer[0]
+
+        for number in [0, 1, 2, 3, 4, 5, 0, 3]:
+            assert await first_byte(number) == number
+            assert len(opened(folder)) <= 2
+        async with asyncio.TaskGroup() as group:
+            many = [group.create_task(first_byte(number % 6)) for number in range(60)]
+        assert [one.result() for one in many] == [number % 6 for number in range(60)]
+    assert opened(folder) == []
+
+
+async def test_readers_of_one_file_share_its_descriptor(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    async with LocalStorage(folder, executor=pool) as storage:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(20):
+                group.create_task(storage.size("f1"))
+        assert len(opened(folder)) == 1
+        assert "1 open, 0 reading" in repr(storage)
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def make_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def make_dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no FIFOs")
+@pytest.mark.parametrize("make", [os.mkfifo, make_folder, make_loop, make_dangling])
+async def test_only_regular_files_are_opened(
+    tmp_path: Path, pool: ThreadPoolExecutor, make: object
+) -> None:
+    make(tmp_path / "odd")  # type: ignore[operator]  # one of the above
+    async with LocalStorage(tmp_path, executor=pool) as storage:
+        with pytest.raises(OSError, match=r"regular file|symbolic links|[Nn]o such file|directory"):
+            await storage.size("odd")
+    assert opened(tmp_path) == []
+
+
+async def test_a_missing_folder_is_told_from_a_missing_file(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    for root, problem in ((folder / "x", "no such folder"), (folder / "f0", "not a folder")):
+        async with LocalStorage(root, executor=pool) as storage:
+            with pytest.raises((FileNotFoundError, NotADirectoryError), match=problem):
+                await storage.size("index")
+    async with LocalStorage(folder, executor=pool) as storage:
+        with pytest.raises(FileNotFoundError, match="No such file"):
+            await storage.size("index")
+
+
+async def test_who_is_cancelled_while_opening_leaves_no_descriptor(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    async with LocalStorage(folder, executor=pool) as storage:
+        task = asyncio.ensure_future(storage.size("f1"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert opened(folder) == []
+        assert await storage.size("f1") == 1 + len(CONTENT)
+
+
+class Stingy:
+    """Gives at most a few bytes a call, and then maybe fails."""
+
+    location = "here"
+
+    def __init__(self, content: bytes, at_most: int, error: OSError | None = None) -> None:
+        self.content = content
+        self.at_most = at_most
+        self.error = error
+
+    async def size(self, name: str, /) -> int:
+        return len(self.content)
+
+    async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
+        if self.error and offset > len(self.content) // 2:
+            raise self.error
+        part = self.content[offset : offset + self.at_most]
+        done = 0
+        for view in views:
+            piece = part[done : done + view.nbytes]
+            view[: len(piece)] = piece
+            done += len(piece)
+        return done
+
+
+@pytest.mark.parametrize("at_most", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("cuts", [(20,), (1, 19), (3, 4, 13), (5, 5, 5, 5)])
+async def test_short_reads_are_gone_on_with(at_most: int, cuts: tuple[int, ...]) -> None:
+    content = bytes(range(30))
+    buffers = [bytearray(size) for size in cuts]
+    await read_exactly(Stingy(content, at_most), "f", 4, [memoryview(b) for b in buffers])
+    assert b"".join(buffers) == content[4:24]
+
+
+async def test_a_file_that_ends_early_is_an_error_with_its_range() -> None:
+    with pytest.raises(ReadError, match=r"f: bytes \[5, 25\): .* 15 bytes early"):
+        await read_exactly(Stingy(bytes(10), 3), "f", 5, [memoryview(bytearray(20))])
+
+
+async def test_what_the_storage_says_is_the_cause() -> None:
+    fault = OSError(errno.EIO, "I/O error")
+    with pytest.raises(ReadError, match=r"f: bytes \[0, 10\): .*I/O error") as caught:
+        await read_exactly(Stingy(bytes(10), 3, fault), "f", 0, [memoryview(bytearray(10))])
+    assert caught.value.__cause__ is fault
+
+
+async def test_a_small_file_is_read_whole_and_a_large_one_refused() -> None:
+    assert await read_small(Stingy(b"abcdefgh", 3), "f", limit=8) == b"abcdefgh"
+    with pytest.raises(OSError, match="at most 7"):
+        await read_small(Stingy(b"abcdefgh", 3), "f", limit=7)
