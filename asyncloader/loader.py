@@ -116,6 +116,8 @@ class Loader:
             raise ValueError(f"timeout must be positive or None, got {timeout}")
         if not callable(filter_func):
             raise TypeError(f"filter_func must be callable, got {filter_func!r}")
+        if progress is not None and not isinstance(progress, bool) and not callable(progress):
+            raise TypeError(f"progress must be callable, True or None, got {progress!r}")
         self._path = os.fspath(checkpoint_path)
         self._tensors = dict(tensors or {})
         self._parallel = parallel

@@ -29,7 +29,8 @@ def test_a_slice_is_written_padded_to_the_width_of_its_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1@2", "1@2@3@4", "a@2@3", "-1@2@3", "2@1@3", "0@4@3", "0@0@0", "1 @2@3", "١@2@3"]
+    "text",
+    ["", "1@2", "1@2@3@4", "a@2@3", "-1@2@3", "2@1@3", "0@4@3", "0@0@0", "1 @2@3", "\u0661@2@3"],
 )
 def test_what_is_no_slice_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="slice"):
@@ -43,7 +44,9 @@ def test_bounds_of_a_slice_are_ints(bounds: tuple[int, int, int]) -> None:
 
 
 @given(st.integers(1, 200), st.data())
-def test_ranks_split_all_positions_the_first_ones_one_larger(size: int, data: st.DataObject) -> None:
+def test_ranks_split_all_positions_the_first_ones_one_larger(
+    size: int, data: st.DataObject
+) -> None:
     ranks = data.draw(st.integers(1, size))
     slices = [gen_slice(rank, ranks, size) for rank in range(ranks)]
     lengths = [slice_.end - slice_.begin for slice_ in slices]
@@ -119,7 +122,7 @@ def test_a_header_says_where_blocks_stand(
     assert parsed.surplus == surplus
     assert list(parsed.blocks) == list(blocks)
     for key, block in parsed.blocks.items():
-        begin, end = blocks[key]["data_offsets"]  # type: ignore[misc]  # made above
+        begin, end = orjson.loads(orjson.dumps(blocks[key]["data_offsets"]))
         assert (block.offset, block.nbytes) == (8 + len(text) + begin, end - begin)
         assert list(block.shape) == blocks[key]["shape"]
 
@@ -159,7 +162,12 @@ def test_a_block_beyond_the_file_is_named_with_its_range() -> None:
     with pytest.raises(TruncatedShardError) as caught:
         parse_header("here", "shard", text, start + 19)
     error = caught.value
-    assert (error.key, error.begin, error.end, error.size) == ("b", start + 4, start + 20, start + 19)
+    assert (error.key, error.begin, error.end, error.size) == (
+        "b",
+        start + 4,
+        start + 20,
+        start + 19,
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from asyncloader import HashTable, Loader, PlanError
+from asyncloader import HashTable, Loader, PlanError, Slice
 from tests.oracle import DTYPES, flat_bytes, write_checkpoint
 from tests.support import data, poison, raw, rows_in, rows_on_disk, table_for, unchanged
 
@@ -27,9 +27,9 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "every second row": lambda: torch.zeros(6, 4)[::2],
     "some columns": lambda: torch.zeros(3, 9)[:, 3:7],
     "the middle of a larger one": lambda: torch.zeros(5, 4)[1:4],
-    "at an odd address": lambda: (
-        torch.zeros(49, dtype=torch.uint8)[1:].clone().view(torch.float32).view(3, 4)
-    ),
+    "at an odd address": lambda: torch.frombuffer(
+        bytearray(49), dtype=torch.float32, offset=1
+    ).view(3, 4),
     "rows with padding": lambda: torch.zeros(100).as_strided((3, 4), (17, 2), 5),
     "permuted": lambda: torch.zeros(4, 2, 3).permute(2, 0, 1)[:, :, 1],
     "a parameter": lambda: torch.nn.Parameter(torch.zeros(3, 4)),
@@ -120,12 +120,10 @@ async def test_a_single_element_may_have_any_stride(tmp_path: Path) -> None:
 # --- autograd
 
 
-@pytest.mark.parametrize("make", [LAYOUTS["a parameter"], LAYOUTS["a transposed parameter"]])
-async def test_a_parameter_stays_a_leaf_that_takes_gradients(
-    tmp_path: Path, make: Callable[[], Tensor]
-) -> None:
+@pytest.mark.parametrize("layout", ["a parameter", "a transposed parameter"])
+async def test_a_parameter_stays_a_leaf_that_takes_gradients(tmp_path: Path, layout: str) -> None:
     write_checkpoint(tmp_path, {}, {"w": MATRIX})
-    parameter = make()
+    parameter = LAYOUTS[layout]()
 
     await Loader(tmp_path, tensors={"w": parameter}).aload()
     (parameter * parameter).sum().backward()
@@ -136,12 +134,12 @@ async def test_a_parameter_stays_a_leaf_that_takes_gradients(
     assert torch.equal(parameter.grad, 2 * MATRIX)
 
 
-@pytest.mark.parametrize("make", [LAYOUTS["a parameter"], LAYOUTS["a transposed parameter"]])
+@pytest.mark.parametrize("layout", ["a parameter", "a transposed parameter"])
 async def test_autograd_notices_that_a_value_it_has_saved_was_overwritten(
-    tmp_path: Path, make: Callable[[], Tensor]
+    tmp_path: Path, layout: str
 ) -> None:
     write_checkpoint(tmp_path, {}, {"w": MATRIX})
-    parameter = make()
+    parameter = LAYOUTS[layout]()
     loss = (parameter * parameter).sum()
 
     await Loader(tmp_path, tensors={"w": parameter}).aload()
@@ -176,16 +174,21 @@ async def test_tensors_made_in_inference_mode_are_loaded(tmp_path: Path, layout:
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_a_load_within_inference_mode_is_right(tmp_path: Path, layout: str) -> None:
-    content = data([1, 2, 3])
-    write_checkpoint(tmp_path, {"t": content}, {"w": MATRIX})
-    table = table_for(content)
+    content = data(list(range(100)))
+    write_checkpoint(tmp_path, {"t": content, "u": content}, {"w": MATRIX})
+    half = Slice(0, 50, 100)
     with torch.inference_mode():
         tensor = LAYOUTS[layout]()
-        Loader(tmp_path, {"t": table}, {"w": tensor}).load()
+        table, part = table_for(content), table_for(content, name="u", slice=half)
+        Loader(tmp_path, {"t": table, "u": part}, {"w": tensor}).load()
         assert raw(tensor) == raw(MATRIX)
+        assert raw(table(content.ids)) == raw(content.slots["embedding"])
 
     assert rows_in(table) == rows_on_disk(content)
-    assert raw(table(content.ids)) == raw(content.slots["embedding"])
+    assert rows_in(part) == rows_on_disk(content, keep=half.accepts)
+    for held in table, part:
+        held.insert(torch.tensor([3, 103]), torch.full((2, 2), -1.0))
+        assert held(torch.tensor([2, 3, 103])).tolist() == [[5, 6], [-1, -1], [-1, -1]]
 
 
 async def test_the_state_of_a_module_with_tied_weights_is_loaded(tmp_path: Path) -> None:
@@ -285,12 +288,11 @@ async def test_views_that_overlap_may_be_loaded_one_at_a_time(tmp_path: Path) ->
         (lambda: torch.zeros(9).as_strided((2, 3), (2, 1)), "one place in memory"),
         (lambda: torch.zeros(3, device="meta"), "plain strided"),
         (lambda: torch.eye(3).to_sparse(), "plain strided"),
-        (lambda: torch.eye(3).to_sparse_csr(), "plain strided"),
         (lambda: torch.zeros(3, dtype=torch.complex128), "complex128"),
     ],
     ids=[
         "expanded", "expanded columns", "sliding windows", "overlapping rows", "meta", "sparse",
-        "sparse rows", "complex128",
+        "complex128",
     ],
 )  # fmt: skip
 def test_a_tensor_that_cannot_be_filled_is_refused_at_construction(
@@ -316,7 +318,9 @@ def test_what_is_no_table_is_refused_at_construction(value: object) -> None:
 
 def test_two_tables_that_take_the_same_ids_are_refused_at_construction() -> None:
     with pytest.raises(ValueError, match="'one' and 'other' both take the ids of 'same'"):
-        Loader("anywhere", {"one": HashTable([1], name="same"), "other": HashTable([1], name="same")})
+        Loader(
+            "anywhere", {"one": HashTable([1], name="same"), "other": HashTable([1], name="same")}
+        )
 
 
 def test_a_tensor_of_a_tables_name_is_refused_at_construction() -> None:
@@ -346,8 +350,6 @@ async def test_a_tensor_on_a_gpu_gets_its_values(
 @pytest.mark.gpu
 @pytest.mark.parametrize("mine", [(0, 65536, 65536), (0, 40, 100)], ids=str)
 async def test_a_table_on_a_gpu_gets_its_rows(tmp_path: Path, mine: tuple[int, int, int]) -> None:
-    from asyncloader import Slice
-
     content = data(list(range(-50, 50)), exp_avg=1)
     write_checkpoint(tmp_path, {"t": content}, {}, ranks=2)
     wanted = Slice(*mine)

@@ -216,7 +216,9 @@ async def test_an_unknown_destination_is_an_error(tmp_path: Path) -> None:
     with unchanged(tensors=tensors), pytest.raises(PlanError) as caught:
         await Loader(tmp_path, tensors=tensors, filter_func=always(info)).aload()
 
-    assert [repr(name) in problem for name, problem in zip("vt", caught.value.problems, strict=True)]
+    assert [
+        repr(name) in problem for name, problem in zip("vt", caught.value.problems, strict=True)
+    ]
 
 
 # --- table's slice size differs from the checkpoint's
@@ -392,7 +394,9 @@ async def test_lying_offsets_are_an_error_that_names_shard_key_and_offsets(
     assert repr("b^ ") in str(caught.value)
 
 
-@pytest.mark.parametrize("shape", [[3], [], [2, 2], [2**62, 2], [2**63 - 1] * 400], ids=lambda s: str(s)[:40])
+@pytest.mark.parametrize(
+    "shape", [[3], [], [2, 2], [2**62, 2], [2**63 - 1] * 400], ids=lambda s: str(s)[:40]
+)
 async def test_a_shape_that_disagrees_with_the_offsets_is_an_error(
     tmp_path: Path, shape: list[int]
 ) -> None:

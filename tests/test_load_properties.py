@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from asyncloader import HashTable, Loader, LoadReport, UpdateCounts, gen_slice
+from asyncloader import HashTable, Loader, LoadPlan, LoadReport, UpdateCounts, gen_slice
 from asyncloader import Slice as TableSlice
 from asyncloader.streaming import ByteBudget, Execution, Meter, Threads
 from tests.oracle import (
@@ -480,6 +481,27 @@ class Unruly:
         return done
 
 
+async def load_from(
+    storage: Unruly, plan: LoadPlan, destinations: Destinations
+) -> dict[str, UpdateCounts]:
+    how = destinations.case.how
+    async with Threads(reads=1) as threads:
+        execution = Execution(
+            plan=plan,
+            tensors=destinations.tensors,
+            tables=destinations.tables,
+            storage=storage,
+            threads=threads,
+            budget=ByteBudget(how["max_inflight_bytes"]),
+            meter=Meter(0, None),
+            parallel=how["parallel"],
+            chunk_bytes=how["chunk_bytes"],
+            touched={},
+        )
+        await execution.run()
+        return execution.commit()
+
+
 HashTable([1])  # the first one imports numba, for which an event loop has no time
 
 
@@ -503,21 +525,66 @@ async def test_what_a_load_does_is_the_same_in_whatever_order_reads_end(case: Ca
         destinations = Destinations(case, folder)
         plan = await destinations.loader.plan()
         storage = Unruly(folder, case.rng)
-    async with Threads(reads=1) as threads:
-        execution = Execution(
-            plan=plan,
-            tensors=destinations.tensors,
-            tables=destinations.tables,
-            storage=storage,
-            threads=threads,
-            budget=ByteBudget(case.how["max_inflight_bytes"]),
-            meter=Meter(0, None),
-            parallel=case.how["parallel"],
-            chunk_bytes=case.how["chunk_bytes"],
-            touched={},
-        )
-        await execution.run()
-        destinations.check(execution.commit())
+    destinations.check(await load_from(storage, plan, destinations))
+
+
+EVERYTHING = ["id", "embedding", "s"]
+LISTED = {
+    "everything each time": [EVERYTHING] * 3,
+    "less from the second": [EVERYTHING, ["id", "embedding"], EVERYTHING],
+    "ids only from the second": [EVERYTHING, ["id"], EVERYTHING],
+    "nothing in common": [["id", "embedding"], ["id", "s"], ["id", "embedding"]],
+    "ever less": [EVERYTHING, ["id", "s"], ["id"]],
+}
+
+
+@pytest.mark.parametrize("listed", LISTED.values(), ids=LISTED)
+@pytest.mark.parametrize("seed", range(3))
+async def test_of_several_sources_of_the_same_ids_the_later_one_wins(
+    tmp_path: Path, listed: list[list[str]], seed: int
+) -> None:
+    """Each source holds each id several times, and some of their blocks are wanted in part only."""
+    rng = random.Random(seed)
+    mine = Slice(0, 10, 65536)
+    halves = [mine, Slice(10, 65536, 65536)]
+    spec: dict[str, Spec] = {"embedding": ((2,), torch.float32, 0.0), "s": ((), torch.int8, 1.0)}
+    claims = [split_slices(7, 2), halves, split_slices(65536, 2)]
+    rng.shuffle(claims)
+    sources = {
+        name: [
+            Part(
+                claim=claim,
+                ids=torch.tensor(some_ids(rng, 60, crowded=True)),
+                slots={slot: filled(rng, (60, *spec[slot][0]), spec[slot][1]) for slot in spec},
+            )
+            for claim in claims
+        ]
+        for name, claims in zip("abc", claims, strict=True)
+    }
+    family = Family(
+        name="t",
+        children=["t"],
+        coalesced=False,
+        slice=mine,
+        spec=spec,
+        sources=sources,
+        held=[],
+        info={"t": dict(zip("abc", listed, strict=True))},
+    )
+    case = Case(
+        ranks=2,
+        writers=2,
+        spelling="BOOL",
+        pad_header=True,
+        shuffled_blocks=False,
+        families=[family],
+        dense=Dense(stored={}, wanted={}, info={}),
+        rng=rng,
+        how={"parallel": 5, "chunk_bytes": 100, "max_inflight_bytes": 1 << 20},
+    )
+    destinations = Destinations(case, str(tmp_path))
+    plan = await destinations.loader.plan()
+    destinations.check(await load_from(Unruly(str(tmp_path), rng), plan, destinations))
 
 
 @given(

@@ -131,7 +131,9 @@ class Disk:
             parts = [*held.get(slot, ()), part(slice_, key, shard)]
             held[slot] = tuple(sorted(parts, key=lambda one: one.slice))
 
-    def plan(self, targets: Targets, info: LoadInfo | None = None, *, strict: bool = False) -> LoadPlan:
+    def plan(
+        self, targets: Targets, info: LoadInfo | None = None, *, strict: bool = False
+    ) -> LoadPlan:
         """Plan, with the headers of the shards that are asked for."""
         catalog = Catalog(self.tensors, self.tables)
         choice = choose(catalog, default_load_info(targets) if info is None else info, targets)
@@ -228,7 +230,12 @@ def test_all_problems_come_in_one_error() -> None:
         },
         tables=table("t").tables,
     )
-    info = {"t": {"t": ["embedding", "m"]}, "w": {"w": []}, "v": {"v": ["x"]}, "y": {"w": []}}
+    info: LoadInfo = {
+        "t": {"t": ["embedding", "m"]},
+        "w": {"w": []},
+        "v": {"v": ["x"]},
+        "y": {"w": []},
+    }
     with pytest.raises(PlanError) as caught:
         disk.plan(targets, info, strict=True)
     text = str(caught.value)
@@ -241,5 +248,5 @@ def test_all_problems_come_in_one_error() -> None:
     "info", [None, [], {1: {}}, {"t": []}, {"t": {"t": "id"}}, {"t": {"t": [1]}}, {"t": {1: []}}]
 )
 def test_a_filter_that_returns_something_else_is_told_the_form(info: object) -> None:
-    with pytest.raises(TypeError, match="destination: {source"):
+    with pytest.raises(TypeError, match=r"\{destination: \{source"):
         checked_load_info(info)

@@ -3,10 +3,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,7 +16,9 @@ from asyncloader.storage import LocalStorage, read_exactly, read_small
 from tests.support import open_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
 
 CONTENT = bytes(range(256)) * 64
 
@@ -194,3 +197,93 @@ async def test_a_small_file_is_read_whole_and_a_large_one_refused() -> None:
     assert await read_small(Stingy(b"abcdefgh", 3), "f", limit=8) == b"abcdefgh"
     with pytest.raises(OSError, match="at most 7"):
         await read_small(Stingy(b"abcdefgh", 3), "f", limit=7)
+
+
+class Gated(ThreadPoolExecutor):
+    """An executor whose threads wait at a gate before they do what they are told."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.arrived = threading.Semaphore(0)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # type: ignore[override]
+        def wait_and_do() -> object:
+            self.arrived.release()
+            self.gate.wait()
+            return fn(*args, **kwargs)
+
+        return super().submit(wait_and_do)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_who_is_cancelled_while_reading_waits_until_nobody_writes_any_more(
+    folder: Path, times: int
+) -> None:
+    buffer = bytearray(4)
+    with Gated() as pool:
+        async with LocalStorage(folder, executor=pool) as storage:
+            await storage.size("f3")  # open
+            pool.gate.clear()
+            reading = asyncio.create_task(storage.readinto("f3", 0, [memoryview(buffer)]))
+            await asyncio.sleep(0)
+            for _ in range(times):
+                reading.cancel()
+                for _ in range(10):
+                    await asyncio.sleep(0)
+            still_waiting = not reading.done()
+            pool.gate.set()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+            assert still_waiting
+            assert bytes(buffer) == b"\3" + CONTENT[:3]
+    assert opened(folder) == []
+
+
+async def test_a_reader_that_is_cancelled_disturbs_no_other(folder: Path) -> None:
+    buffers = [bytearray(4) for _ in range(4)]
+    with Gated() as pool:
+        async with LocalStorage(folder, executor=pool) as storage:
+            pool.gate.clear()
+            readers = [
+                asyncio.create_task(storage.readinto("f3", 0, [memoryview(buffer)]))
+                for buffer in buffers
+            ]
+            await asyncio.sleep(0)
+            readers[0].cancel()  # the one that is opening the file for all
+            await asyncio.sleep(0)
+            pool.gate.set()
+            results = await asyncio.gather(*readers, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert results[1:] == [4, 4, 4]
+    assert {bytes(buffer) for buffer in buffers[1:]} == {b"\3" + CONTENT[:3]}
+    assert opened(folder) == []
+
+
+@pytest.mark.parametrize("max_open", [1, 2, 5])
+async def test_whoever_comes_and_goes_reads_right_and_leaves_no_descriptor(
+    folder: Path, pool: ThreadPoolExecutor, max_open: int
+) -> None:
+    rng = random.Random(max_open)
+
+    async def use(storage: LocalStorage, number: int) -> None:
+        for _ in range(rng.randrange(4)):
+            await asyncio.sleep(0)
+        if rng.randrange(3):
+            assert await storage.size(f"f{number}") == 1 + len(CONTENT)
+            return
+        buffer = bytearray(3)
+        assert await storage.readinto(f"f{number}", 0, [memoryview(buffer)]) == 3
+        assert buffer == bytes([number]) + CONTENT[:2]
+
+    for _ in range(30):
+        async with LocalStorage(folder, executor=pool, max_open=max_open) as storage:
+            users = [asyncio.create_task(use(storage, rng.randrange(6))) for _ in range(30)]
+            for user in users:
+                if not rng.randrange(5):
+                    await asyncio.sleep(0)
+                    user.cancel()
+            results = await asyncio.gather(*users, return_exceptions=True)
+            assert [result for result in results if isinstance(result, Exception)] == []
+        assert opened(folder) == []

@@ -107,12 +107,12 @@ class LocalStorage:
             file.users -= 1
 
     async def _open_once(self, name: str) -> _OpenFile:
+        # Kept for good: a second lock for one name would let two descriptors be opened.
         lock = self._opening.setdefault(name, asyncio.Lock())
         async with lock:
             if name not in self._files:
                 await self._close_idle()
                 self._files[name] = await self._open(name)
-            self._opening.pop(name, None)
             return self._files[name]
 
     async def _open(self, name: str) -> _OpenFile:
@@ -145,10 +145,12 @@ class LocalStorage:
 
     async def _close_idle(self) -> None:
         """Make room for one more descriptor."""
-        idle = [name for name, file in self._files.items() if not file.users]
-        for name in idle[: max(len(self._files) + 1 - self._max_open, 0)]:
-            # Out of the books before the first await: nobody may take it meanwhile.
-            file = self._files.pop(name)
+        while len(self._files) >= self._max_open:
+            # Looked for anew after each await: who was idle before may be in use, or gone.
+            idle = next((name for name, file in self._files.items() if not file.users), None)
+            if idle is None:
+                return
+            file = self._files.pop(idle)  # before the await: nobody may take it meanwhile
             await settled(asyncio.ensure_future(file.handle.close()))
 
 

@@ -75,7 +75,8 @@ class StagedSink:
 
         def copy() -> None:
             values = torch.frombuffer(view, dtype=tensor.dtype)
-            copy_flat(tensor, position // tensor.itemsize, values)
+            with torch.inference_mode(tensor.is_inference()):  # else torch refuses to write to it
+                copy_flat(tensor, position // tensor.itemsize, values)
 
         return copy
 

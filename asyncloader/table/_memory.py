@@ -26,6 +26,7 @@ _HUGE = 2 << 20
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if hasattr(mmap, "MADV_HUGEPAGE") else 0
 
 
+@torch.inference_mode(mode=False)  # or what is made within it could not be changed outside of it
 def zeros(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> torch.Tensor:

@@ -120,7 +120,8 @@ class TableUpdate:
     def view(self, slot: str, first: int, count: int) -> torch.Tensor:
         """Return the memory of reserved rows, `[count, *shape]`; for `id`, int64 `[count]`."""
         if slot == "id":
-            return torch.from_numpy(self._ids[first : first + count])
+            with torch.inference_mode(mode=False):  # threads outside of it may write there
+                return torch.from_numpy(self._ids[first : first + count])
         return self._segments.view(slot, first, count)
 
     def admit(

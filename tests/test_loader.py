@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import io
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from rich.console import Console
+
+from asyncloader import HashTable, Loader, LoadReport, Progress
+from asyncloader.streaming import Meter
+from tests.oracle import write_checkpoint
+from tests.support import data, rows_in, rows_on_disk, table_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from asyncloader.planning import LoadInfo
+
+CONTENT = data([1, 2, -1, 2**40], m=1)
+DENSE = {"w": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(path, {"t": CONTENT}, DENSE, ranks=2)
+    return path
+
+
+def targets() -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in DENSE.items()}
+
+
+def test_the_first_arguments_are_those_of_recis() -> None:
+    parameters = list(inspect.signature(Loader).parameters.values())
+    assert [p.name for p in parameters[:5]] == [
+        "checkpoint_path",
+        "hashtables",
+        "tensors",
+        "parallel",
+        "filter_func",
+    ]
+    assert parameters[3].default == 16
+    assert all(p.kind == p.KEYWORD_ONLY for p in parameters[5:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"parallel": 0},
+        {"parallel": -1},
+        {"chunk_bytes": 0},
+        {"max_inflight_bytes": 0},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_at_once(arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Loader("nowhere", **arguments)  # type: ignore[arg-type]  # the very thing
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"parallel": 2.5},
+        {"parallel": True},
+        {"chunk_bytes": "8"},
+        {"filter_func": 3},
+        {"tensors": {"w": [1.0]}},
+        {"tensors": {3: torch.zeros(1)}},
+        {"hashtables": {"t": object()}},
+        {"progress": 3},
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused_at_once(arguments: dict[str, object]) -> None:
+    with pytest.raises(TypeError):
+        Loader("nowhere", **arguments)  # type: ignore[arg-type]  # the very thing
+
+
+def test_destinations_that_cannot_be_told_apart_are_refused() -> None:
+    table = HashTable([1], name="t")
+    with pytest.raises(ValueError, match="'t'"):
+        Loader("nowhere", {"a": table, "b": table})
+    with pytest.raises(ValueError, match="'t'"):
+        Loader("nowhere", {"a": table, "b": HashTable([2], name="t")})
+    with pytest.raises(ValueError, match="'t'"):
+        Loader("nowhere", {"a": table}, {"t": torch.zeros(1)})
+
+
+def test_the_default_load_info_is_plain_data_and_fresh_each_time() -> None:
+    table = HashTable([1], name="t")
+    table.add_slot("m", [1])
+    family = HashTable([1], name="x", coalesced=True, children=["u", "v"])
+    loader = Loader("nowhere", {"t": table, "x": family}, {"w": torch.zeros(1)})
+    info = loader.default_load_info()
+    assert info == {
+        "t": {"t": ["id", "embedding", "m"]},
+        "u": {"u": ["id", "embedding"]},
+        "v": {"v": ["id", "embedding"]},
+        "w": {"w": []},
+    }
+    info.clear()
+    assert loader.default_load_info() != {}
+
+
+@pytest.mark.parametrize("result", [None, 3, {"t": "t"}])
+async def test_a_filter_that_returns_no_load_info_is_an_error(
+    checkpoint: Path, result: object
+) -> None:
+    loader = Loader(checkpoint, filter_func=lambda _: result)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match="filter_func must return"):
+        await loader.aload()
+
+
+async def test_a_plan_touches_nothing_and_says_what_would_be_read(checkpoint: Path) -> None:
+    table, tensors = table_for(CONTENT), targets()
+    plan = await Loader(checkpoint, {"t": table}, tensors).plan()
+    assert len(table) == 0
+    assert all(bool((tensor == 0).all()) for tensor in tensors.values())
+    on_disk = sum(t.nbytes for t in (*DENSE.values(), CONTENT.ids, *CONTENT.slots.values()))
+    assert plan.nbytes == on_disk
+    assert [load.name for load in plan.tensors] == ["w", "b"]
+    assert "2 tensors, 1 tables (about 4 rows)" in str(plan)
+
+
+async def test_a_report_tells_all_that_was_done(checkpoint: Path) -> None:
+    table, tensors = table_for(CONTENT, only=["embedding"]), targets()
+    tensors["new"] = torch.ones(2)
+    tensors["left"] = torch.ones(2)
+    table.add_slot("extra", [1])
+
+    def without_left(info: LoadInfo) -> LoadInfo:
+        del info["left"]
+        return info
+
+    loader = Loader(checkpoint, {"t": table}, tensors, filter_func=without_left)
+    report = await loader.aload()
+    assert report.tensors == {
+        "w": "loaded",
+        "b": "loaded",
+        "new": "missing",
+        "left": "not asked for",
+    }
+    counts = report.tables["t"]
+    assert (counts.rows, counts.new, counts.replaced) == (4, 4, 0)
+    assert (counts.duplicates, counts.dropped) == (0, 0)
+    assert set(report.missing) == {"new", "t@extra"}
+    assert report.unexpected == ("t@m",)
+    assert report.bytes_read >= report.bytes_wanted > 0
+    assert report.reads > 0
+    assert report.seconds > 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.reads = 0  # type: ignore[misc]  # the very thing
+
+
+def test_a_report_is_one_line_as_text_and_a_table_for_rich(checkpoint: Path) -> None:
+    report = Loader(checkpoint, {"t": table_for(CONTENT)}, {**targets(), "x": torch.ones(1)}).load()
+    assert "\n" not in str(report)
+    assert "2 tensors, 4 rows of 1 tables, 1 missing" in str(report)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(report)
+    text = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO
+    for what in ("checkpoint", "2 loaded", "1 missing", "Rows", "missing: x"):
+        assert what in text
+
+
+async def test_loading_twice_replaces_every_row(checkpoint: Path) -> None:
+    table = table_for(CONTENT)
+    loader = Loader(checkpoint, {"t": table})
+    await loader.aload()
+    counts = (await loader.aload()).tables["t"]
+    assert (counts.new, counts.replaced) == (0, 4)
+    assert rows_in(table) == rows_on_disk(CONTENT)
+
+
+async def test_two_loads_of_other_tables_share_a_loop(checkpoint: Path) -> None:
+    tables = [table_for(CONTENT) for _ in range(2)]
+    async with asyncio.TaskGroup() as group:
+        for table in tables:
+            group.create_task(Loader(checkpoint, {"t": table}).aload())
+    assert all(rows_in(table) == rows_on_disk(CONTENT) for table in tables)
+
+
+async def test_a_table_takes_one_load_at_a_time(checkpoint: Path) -> None:
+    table = table_for(CONTENT)
+    update = table.begin(most=1, expected=1)
+    with pytest.raises(RuntimeError, match="one update at a time"):
+        await Loader(checkpoint, {"t": table}).aload()
+    assert len(table) == 0
+    update.abort()
+    await Loader(checkpoint, {"t": table}).aload()
+    assert rows_in(table) == rows_on_disk(CONTENT)
+
+
+async def test_a_slot_added_after_the_loader_was_made_is_loaded(checkpoint: Path) -> None:
+    table = table_for(CONTENT, only=["embedding"])
+    loader = Loader(checkpoint, {"t": table})
+    table.add_slot("m", [1])
+    await loader.aload()
+    assert rows_in(table) == rows_on_disk(CONTENT)
+
+
+async def test_progress_ends_with_all_bytes(checkpoint: Path) -> None:
+    seen: list[Progress] = []
+    report = await Loader(checkpoint, {"t": table_for(CONTENT)}, progress=seen.append).aload()
+    last = seen[-1]
+    assert last.bytes_done == last.bytes_total == report.bytes_wanted
+    assert last.current == "t"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        last.seconds = 0.0  # type: ignore[misc]  # the very thing
+
+
+async def test_a_listener_that_fails_stops_the_load(checkpoint: Path) -> None:
+    def fail(_: Progress) -> None:
+        raise LookupError("no")
+
+    table = table_for(CONTENT)
+    with pytest.raises(LookupError):
+        await Loader(checkpoint, {"t": table}, progress=fail).aload()
+    assert len(table) == 0
+    table.insert(torch.tensor([1]), torch.ones(1, 2))
+
+
+def test_progress_is_told_at_most_ten_times_a_second() -> None:
+    now, seen = [0.0], list[Progress]()
+    meter = Meter(1000, seen.append, clock=lambda: now[0])
+    for _ in range(1000):
+        now[0] += 0.001
+        meter.note(read=2, wanted=1, current="t")
+    meter.finish()
+    assert 9 <= len(seen) <= 11
+    assert [p.bytes_done for p in seen] == sorted(p.bytes_done for p in seen)
+    assert seen[-1] == Progress(bytes_done=1000, bytes_total=1000, seconds=now[0], current="t")
+    assert (meter.read, meter.reads) == (2000, 1000)
+
+
+def test_progress_true_shows_a_bar(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Loader(checkpoint, {"t": table_for(CONTENT)}, progress=True).load()
+    assert isinstance(report, LoadReport)
+    assert "t" in capsys.readouterr().out
+
+
+def test_a_path_may_be_any_path(checkpoint: Path) -> None:
+    for path in (str(checkpoint), checkpoint, os.fspath(checkpoint) + "/"):
+        assert Loader(path, {"t": table_for(CONTENT)}).load().tables["t"].rows == 4
+
+
+def test_a_loader_shows_what_it_fills(checkpoint: Path) -> None:
+    loader = Loader(checkpoint, {"t": table_for(CONTENT)}, targets())
+    assert repr(loader) == f"<Loader {str(checkpoint)!r}: 1 tables, 2 tensors>"
