@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .table import UpdateCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from rich.console import RenderableType
 
@@ -53,7 +53,7 @@ class LoadReport:
         text = (
             f"{self.location}: {_size(self.bytes_read)} in {self.seconds:.2f} s "
             f"({self.gigabytes_per_second:.2f} GB/s), {filled} tensors, "
-            f"{rows:,} rows of {len(self.tables)} tables"
+            f"{rows:,} rows of {len(self.tables)} table{'s' * (len(self.tables) != 1)}"
         )
         if self.missing:
             text += f", {len(self.missing)} missing"
@@ -72,22 +72,17 @@ class LoadReport:
         from rich.text import Text  # noqa: PLC0415
 
         head = Table.grid(padding=(0, 2))
+        head.add_column(style="dim")
         head.add_row("checkpoint", Text(self.location))
         surplus = self.bytes_read - self.bytes_wanted
         also = f", {_size(surplus)} of them read along" if surplus else ""
         head.add_row("read", f"{_size(self.bytes_read)} in {self.reads:,} reads{also}")
-        rate = f"{self.seconds:.3f} s, {self.gigabytes_per_second:.2f} GB/s"
-        head.add_row("time", rate)
-        for what, count in _tally(self.tensors.values()).items():
-            head.add_row("tensors" if what == "loaded" else "", f"{count:,} {what}")
-        rows = Table(
-            "table", *(f.capitalize() for f in UpdateCounts.__slots__), title_justify="left"
-        )
-        for name, table in sorted(self.tables.items()):
-            counts = (getattr(table, field) for field in UpdateCounts.__slots__)
-            rows.add_row(Text(name), *(f"{count:,}" if count else "-" for count in counts))
-        for column in rows.columns[1:]:
-            column.justify = "right"
+        rate = f"{self.gigabytes_per_second:.2f} GB/s"
+        head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
+        tally = _tally(self.tensors.values())
+        if tally:
+            counts = ", ".join(f"{count:,} {what}" for what, count in tally.items())
+            head.add_row("tensors", counts)
         notes = [
             Text(f"{title}: {_listed(names)}", style="yellow")
             for title, names in (
@@ -97,7 +92,27 @@ class LoadReport:
             )
             if names
         ]
-        return Group(head, *([rows] if self.tables else []), *notes)
+        return Group(head, *(["", self._rich_tables()] if self.tables else []), *notes)
+
+    def _rich_tables(self) -> RenderableType:
+        from rich import box  # noqa: PLC0415
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        several = len(self.tables) > 1
+        rows = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, show_footer=several)
+        rows.add_column("table", footer=f"{len(self.tables)} tables")
+        fields = []
+        for field in UpdateCounts.__slots__:
+            total = sum(getattr(table, field) for table in self.tables.values())
+            odd = field in {"duplicates", "dropped"}
+            if total or field in {"rows", "new"}:  # the others are news only if there are any
+                style = "yellow" if odd else None
+                rows.add_column(field, footer=f"{total:,}", justify="right", style=style)
+                fields.append(field)
+        for name, table in sorted(self.tables.items()):
+            rows.add_row(Text(name), *(f"{getattr(table, field):,}" for field in fields))
+        return rows
 
 
 def _size(count: int) -> str:
@@ -107,9 +122,9 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-def _tally(values: object) -> dict[str, int]:
+def _tally(values: Iterable[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for value in values:  # type: ignore[attr-defined]
+    for value in values:
         kind = "shared" if value.startswith("shared") else value
         counts[kind] = counts.get(kind, 0) + 1
     return counts

@@ -119,6 +119,10 @@ class Loader:
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
             raise TypeError(f"progress must be callable, True or None, got {progress!r}")
         self._path = os.fspath(checkpoint_path)
+        if not isinstance(self._path, str):
+            raise TypeError(f"checkpoint_path must be text, got {self._path!r}")
+        if "\0" in self._path:
+            raise ValueError(f"checkpoint_path: no path holds a NUL, got {self._path!r}")
         self._tensors = dict(tensors or {})
         self._parallel = parallel
         self._filter = filter_func

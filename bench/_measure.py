@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from asyncloader.table._memory import zeros
+from asyncloader._memory import zeros
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from asyncloader.table._memory import zeros  # the same kind of memory as the table's own
+from asyncloader._memory import zeros  # the same kind of memory as the table's own
 from bench._cases import table_loader
 from bench._measure import alternate
 from bench._raw import STEP, read_raw, shards, steps

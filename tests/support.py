@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +107,9 @@ def rows_on_disk(content: TableData, *, keep: Callable[[int], bool] = lambda _: 
 def open_files() -> list[str]:
     """Name the files that this process has open."""
     names = []
-    for fd in os.listdir(FDS) if FDS.exists() else ():
+    for fd in FDS.iterdir() if FDS.exists() else ():
         with contextlib.suppress(OSError):  # the descriptor that listed them
-            names.append(str((FDS / fd).readlink()))
+            names.append(str(fd.readlink()))
     return sorted(name for name in names if name.startswith("/") and not name.startswith("/proc/"))
 
 

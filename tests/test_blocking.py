@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from asyncloader import CheckpointNotFoundError, Loader
+from asyncloader import CheckpointNotFoundError, Loader, Progress
 from asyncloader.streaming import run_blocking
 from tests.oracle import write_checkpoint
+from tests.support import data, table_for, unchanged
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,7 +94,12 @@ SCRIPT = """
         load()
 
     try:
-        asyncio.run(in_a_loop()) if sys.argv[2] == "loop" else load()
+        if sys.argv[2] == "plain":
+            load()
+        elif sys.argv[2] == "loop":
+            asyncio.run(in_a_loop())
+        else:  # nobody turns Ctrl-C into a cancellation
+            asyncio.new_event_loop().run_until_complete(in_a_loop())
     except KeyboardInterrupt:
         names = [thread.name for thread in threading.enumerate()]
         print("interrupted", names, flush=True)
@@ -101,7 +107,7 @@ SCRIPT = """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT to send")
-@pytest.mark.parametrize("where", ["plain", "loop"])
+@pytest.mark.parametrize("where", ["plain", "loop", "loop as in Jupyter"])
 def test_control_c_ends_a_load_and_its_threads(tmp_path: Path, where: str) -> None:
     write_checkpoint(tmp_path / "c", {}, {"w": torch.zeros(4 << 20)})
     script = textwrap.dedent(SCRIPT)
@@ -120,3 +126,85 @@ def test_control_c_ends_a_load_and_its_threads(tmp_path: Path, where: str) -> No
         finally:
             process.kill()
     assert out.splitlines()[-1] == "interrupted ['MainThread']"
+
+
+# Presses Ctrl-C itself, at the beginning and at the end of a load; says what became of it.
+AT_BOTH_ENDS = """
+    import asyncio, os, signal, sys, threading
+    import torch
+    from asyncloader import HashTable, Loader
+
+    def press():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def attempt(where, point):
+        table = HashTable([2], name="t")
+        table.insert(torch.tensor([-5]), torch.ones(1, 2))
+
+        def at_the_beginning(info):
+            if point == "beginning":
+                press()
+            return info
+
+        def at_the_end(progress):
+            if point == "end" and progress.bytes_done == progress.bytes_total:
+                press()
+
+        loader = Loader(
+            sys.argv[1], {"t": table}, filter_func=at_the_beginning, progress=at_the_end
+        )
+
+        async def in_a_loop():
+            loader.load()
+
+        try:
+            if where == "plain":
+                loader.load()
+            elif where == "loop":
+                asyncio.run(in_a_loop())
+            else:
+                asyncio.new_event_loop().run_until_complete(in_a_loop())
+            outcome = "done"
+        except KeyboardInterrupt:
+            outcome = "interrupted"
+        threads = [thread.name for thread in threading.enumerate()]
+        print(where, point, outcome, len(table), *threads, sep=", ", flush=True)
+        table.insert(torch.tensor([-6]), torch.ones(1, 2))
+
+    for where in ("plain", "loop", "loop as in Jupyter"):
+        for point in ("beginning", "end"):
+            attempt(where, point)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT to send")
+def test_control_c_leaves_a_table_as_it_was_or_loaded(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {"t": data(list(range(1000)))}, {})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(AT_BOTH_ENDS), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    lines = [line.split(", ") for line in done.stdout.splitlines()]
+    assert len(lines) == 6
+    for where, _, outcome, count, *threads in lines:
+        assert (outcome, threads) == ("interrupted", ["MainThread"])
+        # A load on a thread of its own may be done before its caller notices.
+        assert count in ({"1"} if where == "plain" else {"1", "1001"})
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_within_a_callback_leaves_nothing_behind(
+    checkpoint: Path, kind: type[BaseException]
+) -> None:
+    content = data([1, 2, 3])
+    write_checkpoint(checkpoint, {"t": content}, {})
+    table = table_for(content)
+
+    def interrupt(_: Progress) -> None:
+        raise kind
+
+    with unchanged(table), pytest.raises(kind):
+        Loader(checkpoint, {"t": table}, progress=interrupt).load()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from asyncloader import HashTable, Loader, LoadTimeoutError
+from asyncloader import HashTable, Loader, LoadTimeoutError, Slice
 from tests.oracle import write_checkpoint
 from tests.support import (
     MemoryStorage,
@@ -30,11 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
     from pathlib import Path
 
-    from asyncloader import Slice
-
 CONTENT = data(list(range(-30, 30)), exp_avg=1)
 STORED = {"plain": torch.arange(40.0), "turned": torch.arange(12.0).view(3, 4)}
-THIRD = (0, 33, 99)
+THIRD = Slice(0, 33, 99)
 
 
 @dataclass
@@ -46,7 +44,6 @@ class Steps:
 
     count: int = 0
     main: asyncio.Task[object] | None = None
-    before: object = None
 
     async def run(self, main: Callable[[], Coroutine[Any, Any, object]]) -> bool:
         """Run `main()` as a task that is cancelled at the chosen steps; tell whether it was."""
@@ -66,9 +63,10 @@ class Steps:
     def _make_task(
         self,
         loop: asyncio.AbstractEventLoop,
-        coroutine: Coroutine[Any, Any, object],
+        coroutine: Coroutine[Any, Any, Any] | Generator[Any, None, Any],
         **how: Any,  # noqa: ANN401  # of Task
-    ) -> asyncio.Task[object]:
+    ) -> asyncio.Task[Any]:
+        assert asyncio.iscoroutine(coroutine)
         return asyncio.Task(self._watch(coroutine), loop=loop, **how)
 
     async def _watch(self, coroutine: Coroutine[Any, Any, object]) -> object:
@@ -111,10 +109,7 @@ class Case:
 
     def __post_init__(self) -> None:
         write_checkpoint(self.folder, {"t": CONTENT, "u": CONTENT}, STORED, ranks=2, writers=2)
-        from asyncloader import Slice
-
-        self.third: Slice = Slice(*THIRD)
-        self.tables = {"t": table_for(CONTENT), "u": table_for(CONTENT, name="u", slice=self.third)}
+        self.tables = {"t": table_for(CONTENT), "u": table_for(CONTENT, name="u", slice=THIRD)}
         self.tables["t"].insert(torch.tensor([5]), torch.full((1, 2), -1.0))
         self.tensors = {"plain": torch.zeros(40), "turned": torch.zeros(4, 3).T}
 
@@ -126,7 +121,7 @@ class Case:
         """Tell whether everything is as it was written."""
         return (
             rows_in(self.tables["t"]) == rows_on_disk(CONTENT)
-            and rows_in(self.tables["u"]) == rows_on_disk(CONTENT, keep=self.third.accepts)
+            and rows_in(self.tables["u"]) == rows_on_disk(CONTENT, keep=THIRD.accepts)
             and all(raw(self.tensors[name]) == raw(stored) for name, stored in STORED.items())
         )
 
@@ -217,14 +212,16 @@ async def test_a_load_that_takes_too_long_says_so_and_leaves_nothing_behind(
     while True:
         with debug_off(), nothing_left_behind(*case.tables.values()):
             held = [rows_in(table) for table in case.tables.values()]
+            failure = None
             try:
                 await case.loader(timeout=timeout).aload()
             except LoadTimeoutError as error:
-                assert isinstance(error, TimeoutError)
-                assert (error.location, error.seconds) == (str(tmp_path), timeout)
-                assert f"{tmp_path}: not loaded within {timeout:g} seconds" in str(error)
-            else:
-                break
+                failure = error
+        if failure is None:
+            break
+        assert isinstance(failure, TimeoutError)
+        assert (failure.location, failure.seconds) == (str(tmp_path), timeout)
+        assert f"{tmp_path}: not loaded within {timeout:g} seconds" in str(failure)
         assert [rows_in(table) for table in case.tables.values()] == held
         await case.check_poison_stays()
         timeout, failures = timeout * 1.5, failures + 1

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "real parts": lambda: torch.zeros(3, 4, dtype=torch.complex64).real,
     "negated imaginary parts": lambda: torch.zeros(3, 4, dtype=torch.complex64).conj().imag,
     "shared with numpy": lambda: torch.from_numpy(torch.zeros(3, 4).numpy()),
-    "in shared memory": lambda: torch.zeros(3, 4).share_memory_(),
+    "in shared memory": lambda: torch.zeros(3, 4).share_memory_(),  # type: ignore[no-untyped-call]
 }
 
 
@@ -126,7 +126,7 @@ async def test_a_parameter_stays_a_leaf_that_takes_gradients(tmp_path: Path, lay
     parameter = LAYOUTS[layout]()
 
     await Loader(tmp_path, tensors={"w": parameter}).aload()
-    (parameter * parameter).sum().backward()
+    (parameter * parameter).sum().backward()  # type: ignore[no-untyped-call]
 
     assert parameter.is_leaf
     assert parameter.requires_grad

@@ -514,7 +514,7 @@ async def test_an_index_that_contradicts_itself_is_an_error(tmp_path: Path, cont
         "t@id^-1@5@10",
         "t@id^0@1@" + "9" * 5000,
         "t@id^0@1@" + "9" * 19,
-        "t@id^٠@١@٢",
+        "t@id^\u0660@\u0661@\u0662",
         "t@id^0@1@2\n",
     ],
     ids=lambda name: repr(name)[:30],
@@ -649,15 +649,17 @@ async def test_whichever_read_fails_its_range_is_named_and_nothing_is_left_behin
         before = {name: raw(tensor) for name, tensor in run.tensors.items()}
         with debug_off(), nothing_left_behind(*run.tables.values()):
             rows = [rows_in(table) for table in run.tables.values()]
+            failure = None
             try:
                 await run.load()
             except ReadError as error:
-                name, offset, length = storage.reads[number]
-                assert (error.shard, error.offset, error.length) == (name, offset, length)
-                assert (error.__cause__, error.problem) == (cause, str(cause))
-                assert f"[{offset}, {offset + length})" in str(error)
-            else:
-                break
+                failure = error
+        if failure is None:
+            break
+        name, offset, length = storage.reads[number]
+        assert (failure.shard, failure.offset, failure.length) == (name, offset, length)
+        assert (failure.__cause__, failure.problem) == (cause, str(cause))
+        assert f"[{offset}, {offset + length})" in str(failure)
         assert [rows_in(table) for table in run.tables.values()] == rows
         assert (run.budget.in_use, storage.in_flight) == (0, 0)
         after = {name for name, tensor in run.tensors.items() if raw(tensor) != before[name]}
@@ -665,31 +667,6 @@ async def test_whichever_read_fails_its_range_is_named_and_nothing_is_left_behin
         number += 1
     assert several.is_loaded(run)
     assert number >= len(good.reads) - run.parallel
-
-
-async def test_a_read_that_fails_after_a_short_one_still_names_the_whole_range() -> None:
-    blob = bytes(range(100))
-    cause = OSError(5, "broken")
-    storage = MemoryStorage(
-        {"a": blob}, before_read=lambda number: cause if number == 2 else None, at_most=10
-    )
-    from asyncloader.storage import read_exactly
-
-    with pytest.raises(ReadError) as caught:
-        await read_exactly(storage, "a", 20, [memoryview(bytearray(30))] * 2)
-
-    assert (caught.value.offset, caught.value.length) == (20, 60)
-    assert caught.value.__cause__ is cause
-    assert [read[1:] for read in storage.reads] == [(20, 60), (30, 50), (40, 40)]
-
-
-async def test_a_file_that_shrank_after_its_header_was_read_is_an_error() -> None:
-    from asyncloader.storage import read_exactly
-
-    storage = MemoryStorage({"a": bytes(10)})
-
-    with pytest.raises(ReadError, match="the file ends 3 bytes early"):
-        await read_exactly(storage, "a", 5, [memoryview(bytearray(8))])
 
 
 async def test_an_error_says_which_tensors_were_written_to(tmp_path: Path) -> None:

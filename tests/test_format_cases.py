@@ -19,6 +19,7 @@ from asyncloader import (
     UpdateCounts,
     gen_slice,
 )
+from tests.oracle import Slice as Claim
 from tests.oracle import (
     append,
     declare_header_length,
@@ -34,7 +35,6 @@ from tests.oracle import (
     write_checkpoint,
     write_ranks,
 )
-from tests.oracle import Slice as Claim
 from tests.support import (
     data,
     nothing_left_behind,
@@ -134,7 +134,7 @@ async def test_ids_must_be_listed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {"t": content}, {})
     table = table_for(content)
 
-    with unchanged(table), pytest.raises(PlanError, match="table 't' from 't'.* must list 'id'"):
+    with unchanged(table), pytest.raises(PlanError, match=r"table 't' from 't'.* must list 'id'"):
         await Loader(
             tmp_path, {"t": table}, filter_func=always({"t": {"t": ["embedding"]}})
         ).aload()
@@ -354,7 +354,7 @@ async def test_bytes_after_the_last_block_are_warned_of(
     assert warning in caplog.text
 
 
-# --- offsets overlap or disagree with shape × dtype
+# --- offsets overlap or disagree with shape and dtype
 
 
 @pytest.mark.parametrize(

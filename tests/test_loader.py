@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import inspect
 import io
+import itertools
 import os
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,16 @@ from rich.console import Console
 from asyncloader import HashTable, Loader, LoadReport, Progress
 from asyncloader.streaming import Meter
 from tests.oracle import write_checkpoint
-from tests.support import data, rows_in, rows_on_disk, table_for
+from tests.support import (
+    MemoryStorage,
+    Run,
+    data,
+    nothing_left_behind,
+    rows_in,
+    rows_on_disk,
+    table_for,
+    unchanged,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -198,6 +208,59 @@ async def test_a_table_takes_one_load_at_a_time(checkpoint: Path) -> None:
     assert rows_in(table) == rows_on_disk(CONTENT)
 
 
+async def test_of_two_loads_into_one_table_at_once_one_is_refused_and_the_other_is_right(
+    checkpoint: Path,
+) -> None:
+    table = table_for(CONTENT)
+    with nothing_left_behind(table):
+        results = await asyncio.gather(
+            *(Loader(checkpoint, {"t": table}).aload() for _ in range(2)), return_exceptions=True
+        )
+    refused = [result for result in results if isinstance(result, BaseException)]
+    [done] = [result for result in results if isinstance(result, LoadReport)]
+    assert [type(error) for error in refused] == [RuntimeError]
+    assert "one update at a time" in str(refused[0])
+    assert done.tables["t"].new == 4
+    assert rows_in(table) == rows_on_disk(CONTENT)
+
+
+async def test_a_table_that_is_refused_takes_no_other_table_with_it(checkpoint: Path) -> None:
+    other, table = table_for(CONTENT, name="other"), table_for(CONTENT)
+    update = table.begin(most=1, expected=1)
+    info = {name: {"t": ["id", "embedding"]} for name in ("other", "t")}
+    loader = Loader(checkpoint, {"other": other, "t": table}, filter_func=lambda _: info)
+    with unchanged(other), pytest.raises(RuntimeError, match="one update at a time"):
+        await loader.aload()
+    update.abort()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [(b"/tmp", TypeError), (None, TypeError), (7, TypeError), ("a\0b", ValueError)],
+)
+def test_what_is_no_path_is_refused_at_construction(path: str, kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        Loader(path)
+
+
+async def test_progress_never_goes_back(checkpoint: Path) -> None:
+    seen: list[Progress] = []
+    ticks = itertools.count()
+    run = Run(
+        storage=MemoryStorage.of(checkpoint),
+        tables={"t": table_for(CONTENT)},
+        tensors=targets(),
+        chunk_bytes=8,
+        meter=Meter(0, seen.append, clock=lambda: float(next(ticks))),
+    )
+    await run.load()
+    assert len(seen) == run.meter.reads + 1
+    for one, next_ in itertools.pairwise(seen):
+        assert one.bytes_done <= next_.bytes_done
+        assert one.seconds < next_.seconds
+    assert seen[-1].bytes_done == seen[-1].bytes_total == run.meter.wanted
+
+
 async def test_a_slot_added_after_the_loader_was_made_is_loaded(checkpoint: Path) -> None:
     table = table_for(CONTENT, only=["embedding"])
     loader = Loader(checkpoint, {"t": table})
@@ -254,3 +317,21 @@ def test_a_path_may_be_any_path(checkpoint: Path) -> None:
 def test_a_loader_shows_what_it_fills(checkpoint: Path) -> None:
     loader = Loader(checkpoint, {"t": table_for(CONTENT)}, targets())
     assert repr(loader) == f"<Loader {str(checkpoint)!r}: 1 tables, 2 tensors>"
+
+
+async def test_a_loader_of_nothing_loads_nothing(checkpoint: Path) -> None:
+    report = await Loader(checkpoint).aload()
+    assert (report.bytes_read, report.reads, report.tables, report.tensors) == (0, 0, {}, {})
+    assert set(report.unexpected) == {"t", "w", "b"}
+
+
+async def test_one_source_may_feed_several_destinations(checkpoint: Path) -> None:
+    one, other = table_for(CONTENT, name="one"), table_for(CONTENT, name="other")
+    tensors = {"v": torch.zeros(2, 3), "w": torch.zeros(3, 2).T}
+    slots = ["id", "embedding", "m"]
+    info: LoadInfo = {"one": {"t": slots}, "other": {"t": slots}, "v": {"w": []}, "w": {"w": []}}
+    await Loader(
+        checkpoint, {"one": one, "other": other}, tensors, filter_func=lambda _: info
+    ).aload()
+    assert rows_in(one) == rows_in(other) == rows_on_disk(CONTENT)
+    assert all(torch.equal(tensor, DENSE["w"]) for tensor in tensors.values())

@@ -14,6 +14,7 @@ from asyncloader.storage import read_exactly
 from ._indexing import Arrival, Indexer
 from ._selection import Means, RowPiece, load_piece, row_pieces
 from ._sinks import IdSink, StagedSink, sink_for
+from ._staging import StagingPool
 from ._tensors import bump_versions, plain_bytes
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Execution:
         Afterwards, or after a failure, call `commit` or `abort`: no thread writes any more then.
         """
         self._indexer = Indexer(self.threads)
+        self._staging = StagingPool(self.chunk_bytes)
         # Some 20 µs a tensor, all of it Python: on a thread the loop gets its turn meanwhile.
         await run_jobs(self.threads.kernels, [self._prepare])
         await self._read_all()
@@ -98,7 +100,9 @@ class Execution:
             self._begin(table)
         for load in self.plan.tensors:
             tensor = self.tensors[load.name]
-            self._add(sink_for(load.name, tensor), load.block, tensor.itemsize, tensor=True)
+            self._add(
+                sink_for(load.name, tensor, self._staging), load.block, tensor.itemsize, tensor=True
+            )
         self._reads = plan_reads(self._extents, chunk_bytes=self.chunk_bytes, gap_bytes=_GAP_BYTES)
 
     def _begin(self, table: TableLoad) -> None:
@@ -116,9 +120,10 @@ class Execution:
 
     def _add_part(self, table: TableLoad, part: PartLoad, update: LoadableUpdate) -> None:
         first = update.reserve(part.layer, part.rows, part.rank)
+        indexer = self._indexer  # not self: a cycle would keep the tables until the next collection
 
         def arrived(row: int, count: int) -> None:
-            self._indexer.put(
+            indexer.put(
                 Arrival(
                     update=update, layer=part.layer, child=part.child,
                     first=first + row, count=count, claimed=part.claimed,
@@ -132,7 +137,7 @@ class Execution:
         self._add(IdSink(table.name, memory, arrived), part.ids, _ID_BYTES)
         for slot, block in part.slots.items():
             rows = update.view(slot, first, part.rows)
-            self._add(sink_for(table.name, rows), block, rows.itemsize)
+            self._add(sink_for(table.name, rows, self._staging), block, rows.itemsize)
 
     def _add(self, sink: Sink, block: Block, itemsize: int, *, tensor: bool = False) -> None:
         if block.nbytes:
@@ -174,6 +179,7 @@ class Execution:
             threads=self.threads,
             budget=self.budget,
             indexer=self._indexer,
+            staging=self._staging,
             meter=self.meter,
             chunk_bytes=self.chunk_bytes,
             gap_bytes=_GAP_BYTES,

@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from ._budget import ByteBudget
     from ._indexing import Indexer
     from ._progress import Meter
+    from ._staging import StagingPool
     from ._threads import Threads
 
 __all__ = ["RowPiece", "load_piece", "row_groups", "row_pieces"]
 
 _ID_BYTES = 8
-# Ids, the positions of those wanted, and themselves encoded: three int64 a row.
-_COST = 3 * _ID_BYTES
+# Ids, those wanted, encoded, their positions, and what grouping them takes: five int64 a row.
+_COST = 5 * _ID_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,7 @@ class Means:
     threads: Threads
     budget: ByteBudget
     indexer: Indexer
+    staging: StagingPool
     meter: Meter
     chunk_bytes: int
     gap_bytes: int
@@ -99,7 +101,8 @@ def row_groups(rows: NDArray[np.int64], *, most: int, gap: int) -> Iterator[tupl
 async def load_piece(piece: RowPiece, means: Means) -> None:
     """Read a piece's ids, then the rows that the table wants."""
     part = piece.part
-    async with means.budget.reserve(piece.count * _COST + means.chunk_bytes):
+    widest = max((block.nbytes // part.rows for block in part.slots.values()), default=0)
+    async with means.budget.reserve(piece.count * _COST + max(means.chunk_bytes, widest)):
         ids = np.empty(piece.count, np.int64)
         offset = part.ids.offset + piece.start * _ID_BYTES
         await read_exactly(means.storage, part.ids.shard, offset, [ids.data.cast("B")])
@@ -145,11 +148,12 @@ async def _load_rows(  # noqa: PLR0917
         if direct is not None:
             await read_exactly(means.storage, block.shard, offset, [direct])
         else:
-            staged = torch.empty((span, row_bytes), dtype=torch.uint8)
-            memory = staged.view(-1).numpy().data
-            await read_exactly(means.storage, block.shard, offset, [memory])
-            pick = partial(_pick, staged, wanted - wanted[0], target)
+            buffer = means.staging.take(span * row_bytes)
+            staged = buffer[: span * row_bytes]
+            await read_exactly(means.storage, block.shard, offset, [staged.numpy().data])
+            pick = partial(_pick, staged.view(span, row_bytes), wanted - wanted[0], target)
             await run_jobs(means.threads.kernels, [pick])
+            means.staging.give(buffer)
         means.meter.note(
             read=span * row_bytes, wanted=(j - i) * row_bytes, current=piece.table.name
         )
@@ -157,5 +161,11 @@ async def _load_rows(  # noqa: PLR0917
 
 def _pick(staged: torch.Tensor, rows: NDArray[np.int64], target: torch.Tensor) -> None:
     """Copy chosen rows, uint8 `[span, row_bytes]`, to `target`, `[n, *shape]`."""
-    picked = staged.index_select(0, torch.from_numpy(rows))
-    target.copy_(picked.view(-1).view(target.dtype).view(target.shape))
+    positions = torch.from_numpy(rows)
+    memory = plain_bytes(target)
+    if memory is None:  # on another device: by way of a copy of the chosen rows
+        picked = staged.index_select(0, positions)
+        target.copy_(picked.view(-1).view(target.dtype).view(target.shape))
+        return
+    out = torch.frombuffer(memory, dtype=torch.uint8).view(len(rows), -1)
+    torch.index_select(staged, 0, positions, out=out)

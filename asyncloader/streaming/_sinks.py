@@ -11,6 +11,8 @@ from ._tensors import copy_flat, plain_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._staging import StagingPool
+
 __all__ = ["DirectSink", "IdSink", "Sink", "StagedSink", "sink_for"]
 
 
@@ -61,27 +63,32 @@ class IdSink(DirectSink):
 class StagedSink:
     """A tensor that does not take bytes as they lie: they stop over in host memory."""
 
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+    def __init__(self, name: str, tensor: torch.Tensor, staging: StagingPool) -> None:
         self.name = name
         self._tensor = tensor.detach()
+        self._staging = staging
+        self._lent: dict[int, torch.Tensor] = {}
 
-    def open(self, _position: int, length: int, /) -> memoryview:
-        """Lend fresh memory, given back when its bytes are copied."""
-        return torch.empty(length, dtype=torch.uint8).numpy().data
+    def open(self, position: int, length: int, /) -> memoryview:
+        """Lend staging memory, until its bytes are copied."""
+        buffer = self._lent[position] = self._staging.take(length)
+        return buffer[:length].numpy().data
 
     def filled(self, position: int, view: memoryview, /) -> Callable[[], None]:
         """Copy what is there to the tensor."""
-        tensor = self._tensor
+        tensor, buffer = self._tensor, self._lent.pop(position)
+        length = view.nbytes
 
         def copy() -> None:
-            values = torch.frombuffer(view, dtype=tensor.dtype)
+            values = buffer[:length].view(tensor.dtype)
             with torch.inference_mode(tensor.is_inference()):  # else torch refuses to write to it
                 copy_flat(tensor, position // tensor.itemsize, values)
+            self._staging.give(buffer)
 
         return copy
 
 
-def sink_for(name: str, tensor: torch.Tensor) -> DirectSink | StagedSink:
+def sink_for(name: str, tensor: torch.Tensor, staging: StagingPool) -> DirectSink | StagedSink:
     """Return the cheapest sink that gives a tensor the right values."""
     memory = plain_bytes(tensor)
-    return StagedSink(name, tensor) if memory is None else DirectSink(name, memory)
+    return StagedSink(name, tensor, staging) if memory is None else DirectSink(name, memory)

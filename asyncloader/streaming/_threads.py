@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -18,7 +19,7 @@ __all__ = ["Threads"]
 
 # More than a handful do not build an id index faster: memory is the limit.
 _MOST_KERNELS = 8
-_NICE = 10
+_NICE = 5
 
 
 class Threads:
@@ -82,10 +83,18 @@ async def _fill(pool: ThreadPoolExecutor, size: int) -> None:
     """
     together = threading.Barrier(size)  # or a thread that is idle already would do for the next
 
+    def wait() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait()
+
     def start_others() -> None:
-        for _ in range(size - 1):
-            pool.submit(together.wait)
-        together.wait()
+        try:
+            for _ in range(size - 1):
+                pool.submit(wait)
+        except BaseException:  # no more threads to be had: let those go that wait already
+            together.abort()
+            raise
+        wait()
 
     await settled(asyncio.get_running_loop().run_in_executor(pool, start_others))
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from asyncloader._memory import zeros
+
 from ._fold import Fold
-from ._memory import zeros
 from ._segments import Segment, Segments
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from asyncloader._memory import zeros
+
 from . import _kernels
-from ._memory import zeros
 from ._segments import Segment, Segments
 from ._slots import fill
 from ._state import TableState

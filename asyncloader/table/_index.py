@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from asyncloader._memory import zeros
+
 from . import _kernels
-from ._memory import zeros
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

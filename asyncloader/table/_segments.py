@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ._memory import zeros
+from asyncloader._memory import zeros
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from asyncloader._memory import zeros
+
 from ._index import IdIndex
-from ._memory import zeros
 from ._segments import Segment, Segments, carried
 from ._slots import Slot, fill
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from asyncloader._memory import zeros
+
 from . import _kernels
 from ._fold import Fold
 from ._index import MAX_ROWS, IdIndex
 from ._layers import Layer, Run
-from ._memory import zeros
 from ._protocol import UpdateCounts
 from ._segments import Segment, Segments
 
@@ -92,6 +93,8 @@ class TableUpdate:
             rank: Of two rows of a layer with the same id, the one of higher rank wins; no two
                 ranges have the same.
         """
+        if count <= 0:
+            raise ValueError(f"{self!r}: cannot reserve {count} rows")
         if self._end + count > len(self._ids):
             raise RuntimeError(f"{self!r}: more rows than were announced")
         if self._end + count > self._segments.capacity:
