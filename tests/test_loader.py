@@ -172,11 +172,11 @@ async def test_a_report_tells_all_that_was_done(checkpoint: Path) -> None:
 def test_a_report_is_one_line_as_text_and_a_table_for_rich(checkpoint: Path) -> None:
     report = Loader(checkpoint, {"t": table_for(CONTENT)}, {**targets(), "x": torch.ones(1)}).load()
     assert "\n" not in str(report)
-    assert "2 tensors, 4 rows of 1 tables, 1 missing" in str(report)
+    assert "2 tensors, 4 rows of 1 table, 1 missing" in str(report)
     console = Console(file=io.StringIO(), width=100)
     console.print(report)
     text = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO
-    for what in ("checkpoint", "2 loaded", "1 missing", "Rows", "missing: x"):
+    for what in ("checkpoint", "2 loaded", "1 missing", "rows", "missing: x"):
         assert what in text
 
 

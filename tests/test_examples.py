@@ -1,0 +1,79 @@
+"""What newcomers run and copy works as it stands."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.made_up import random_table, random_tensor
+from tests.oracle import TableData, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_demo_finds_every_bit_where_it_was_written() -> None:
+    out = run("examples.demo")
+    for what in ("bit for bit", "item_emb", "user_emb", "ad_emb", "GB/s", "worst"):
+        assert what in out
+
+
+def test_the_server_answers_before_and_after_a_load() -> None:
+    lines = run("examples.serve").splitlines()
+    before, after = (line.split(":")[1].split() for line in (lines[1 - 1], lines[2]))
+    assert before == ["0"] * 4
+    assert "0" not in after
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 3)])
+def test_the_training_script_takes_its_share(rank: int, ranks: int) -> None:
+    out = run("examples.train", str(rank), str(ranks))
+    match = re.search(r"([\d,]+) of 20,000", out)
+    assert match is not None
+    share = int(match[1].replace(",", "")) / 20_000
+    assert share == pytest.approx(1 / ranks, abs=0.02)
+
+
+def test_the_code_in_the_readme_runs_in_its_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(1)
+    full = random_table(rng, 1000, 16)
+    slots = {name: full.slots[name] for name in ("embedding", "sparse_adamw_exp_avg")}
+    table = TableData(ids=full.ids, slots=slots)
+    write_checkpoint(
+        tmp_path / "checkpoint", {"item_emb": table}, {"w": random_tensor(rng, (2, 2))}
+    )
+    write_checkpoint(tmp_path / "old", {"item_emb_2024": table}, {})
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 6
+    names: dict[str, object] = {}
+
+    async def run_all() -> None:
+        for block in blocks:
+            text = block.replace("/path/to", str(tmp_path))
+            code = compile(text, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            result = eval(code, names)  # noqa: S307  # the README's own code
+            if result is not None:
+                await result
+
+    asyncio.run(run_all())
+    assert "item_emb" in capsys.readouterr().out
