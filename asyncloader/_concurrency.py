@@ -14,6 +14,8 @@ __all__ = ["for_each", "raising_first", "run_jobs", "settled"]
 
 T = TypeVar("T")
 
+_NOTED = 3
+
 
 async def settled(
     work: asyncio.Future[T], *, discard: Callable[[T], Awaitable[object]] | None = None
@@ -39,6 +41,8 @@ async def settled(
 
 async def run_jobs(executor: Executor, jobs: Sequence[Callable[[], T]]) -> list[T]:
     """Run jobs side by side on threads; return, or raise, once none of them runs any more."""
+    if not jobs:
+        return []
     loop = asyncio.get_running_loop()
     works = [loop.run_in_executor(executor, job) for job in jobs]
     try:
@@ -95,6 +99,8 @@ def raising_first() -> Iterator[None]:
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
     first, *others = failures.exceptions
-    for other in others:
+    for other in others[:_NOTED]:
         first.add_note(f"at the same time: {other!r}")
+    if len(others) > _NOTED:
+        first.add_note(f"and {len(others) - _NOTED} more")
     return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -42,7 +42,7 @@ def zeros(
         memory = mmap.mmap(
             -1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise MemoryError(f"no room for {size} bytes: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them

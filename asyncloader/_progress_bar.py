@@ -19,7 +19,7 @@ def progress_bar() -> Iterator[Callable[[Progress], object]]:
     from rich import progress  # noqa: PLC0415  # only who looks at it pays for it
 
     columns = (
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),  # names may hold brackets
         progress.BarColumn(),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),

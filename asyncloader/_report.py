@@ -26,7 +26,7 @@ class LoadReport:
     """From storage, headers and index not counted."""
 
     bytes_wanted: int
-    """Those of `bytes_read` that ended up in a tensor or table."""
+    """Those of `bytes_read` that somebody asked for; what is read along with them is not."""
 
     reads: int
     seconds: float

@@ -5,6 +5,7 @@ Arguments that make no sense are plain `ValueError` or `TypeError`, raised where
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ class CheckpointError(AsyncLoaderError):
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no committed checkpoint at the location."""
 
+    def __init__(
+        self, location: str, problem: str, shard: str | None = None, key: str | None = None
+    ) -> None:
+        super().__init__(location, problem, shard, key)
+        # OSError read its own facts from our arguments.
+        self.errno, self.strerror, self.filename = errno.ENOENT, problem, location
+
 
 class TruncatedShardError(CheckpointError):
     """A shard file ends before a block that it declares.
@@ -110,7 +118,12 @@ class ReadError(AsyncLoaderError):
         offset: First byte of the range, from the start of the file.
         length: Bytes in the range.
         problem: What the storage said.
+        location: The checkpoint, as the storage names it.
+        names: The tensors and tables that wanted these bytes, or some of them.
     """
+
+    location: str = ""
+    names: tuple[str, ...] = ()
 
     def __init__(self, shard: str, offset: int, length: int, problem: str) -> None:
         super().__init__(shard, offset, length, problem)
@@ -120,7 +133,10 @@ class ReadError(AsyncLoaderError):
         self.problem = problem
 
     def __str__(self) -> str:
-        return f"{self.shard}: bytes [{self.offset}, {self.offset + self.length}): {self.problem}"
+        where = f"{self.location}: {self.shard}" if self.location else self.shard
+        wanted = f" (wanted by {', '.join(map(repr, self.names))})" if self.names else ""
+        begin, end = self.offset, self.offset + self.length
+        return f"{where}: bytes [{begin}, {end}): {self.problem}{wanted}"
 
 
 class LoadTimeoutError(AsyncLoaderError, TimeoutError):
@@ -133,6 +149,7 @@ class LoadTimeoutError(AsyncLoaderError, TimeoutError):
 
     def __init__(self, location: str, seconds: float) -> None:
         super().__init__(location, seconds)
+        self.errno, self.strerror = errno.ETIMEDOUT, "timed out"
         self.location = location
         self.seconds = seconds
 

@@ -13,7 +13,7 @@ from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
 from ._report import LoadReport
 from .checkpoint import read_catalog, read_manifest
-from .errors import AsyncLoaderError, LoadTimeoutError, PlanError
+from .errors import AsyncLoaderError, LoadTimeoutError, ReadError
 from .planning import (
     Targets,
     checked_load_info,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .streaming import Progress
     from .table import LoadableTable
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "identity"]
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Loader:
         hashtables: Tables to fill, by any name; their own `children` say which ids they take.
         tensors: Tensors to fill, by name: allocated, of the right shape and dtype, on any device,
             contiguous or not.
-        parallel: Reads at a time.
+        parallel: Reads at a time, as far as `max_inflight_bytes` has room for them.
         filter_func: Gets the plan, `{destination: {source: [slot, ...]}}`, and returns the one to
             use: leave out what shall stay, name other sources to rename.
         strict: Whether something that is asked for but not in the checkpoint is an error. If not,
@@ -127,13 +127,13 @@ class Loader:
         self._parallel = parallel
         self._filter = filter_func
         self._strict = strict
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = min(chunk_bytes, max_inflight_bytes)
         self._max_inflight_bytes = max_inflight_bytes
         self._timeout = timeout
         self._progress = progress
         self._tables = dict(hashtables or {})
         check_tables(self._tables, self._tensors)
-        self._tensor_targets = describe_tensors(self._tensors)
+        describe_tensors(self._tensors)
 
     def __repr__(self) -> str:
         return f"<Loader {self._path!r}: {len(self._tables)} tables, {len(self._tensors)} tensors>"
@@ -168,7 +168,7 @@ class Loader:
             listener = self._progress
             if listener is True:
                 listener = stack.enter_context(progress_bar())
-            return await self._load(listener or None)
+            return await self._load(None if isinstance(listener, bool) else listener)
 
     def load(self) -> LoadReport:
         """Load, and return when it is done; raises what `aload` raises.
@@ -182,7 +182,7 @@ class Loader:
         meter = Meter(0, listener)
         touched: dict[str, bool] = {}
         with contextlib.ExitStack() as unless_committed:
-            unless_committed.enter_context(_naming(touched))
+            unless_committed.enter_context(_naming(self._path, touched))
             async with self._session() as (storage, threads):
                 plan = await self._plan(storage, threads)
                 meter.total = plan.nbytes
@@ -201,8 +201,8 @@ class Loader:
                 unless_committed.callback(execution.abort)
                 await execution.run()
             # No await from here on: who is cancelled finds the tables as they were.
-            unless_committed.pop_all()
             counts = execution.commit()
+            unless_committed.pop_all()
         report = self._report(plan, counts, touched, meter)
         _log.info("%s", report)
         return report
@@ -226,23 +226,26 @@ class Loader:
             raise
 
     def _targets(self) -> Targets:
-        """Describe what there is to fill, as it is now: slots may have been added."""
-        return Targets(tensors=self._tensor_targets, tables=describe_tables(self._tables))
+        """Describe what there is to fill, as it is now: slots and other memory may have come."""
+        return Targets(
+            tensors=describe_tensors(self._tensors), tables=describe_tables(self._tables)
+        )
 
     async def _plan(self, storage: Storage, threads: Threads) -> LoadPlan:
-        targets = self._targets()
-        info = checked_load_info(self._filter(default_load_info(targets)))
         pool = threads.kernels  # planning is all Python: on a thread the loop gets its turn
+        [targets] = await run_jobs(pool, [self._targets])
+        [default] = await run_jobs(pool, [partial(default_load_info, targets)])
+        filtered = self._filter(default)
+        [info] = await run_jobs(pool, [partial(checked_load_info, filtered)])
         catalog = await read_catalog(storage, executor=pool)
         [choice] = await run_jobs(pool, [partial(choose, catalog, info, targets)])
         manifest = await read_manifest(
             storage, catalog, choice.shards(), parallel=self._parallel, executor=pool
         )
-        [plan] = await run_jobs(pool, [partial(plan_load, manifest, choice, strict=self._strict)])
-        wanted = {load.name: self._tensors[load.name] for load in plan.tensors}
+        wanted = {one.target.name: self._tensors[one.target.name] for one in choice.tensors}
         [problems] = await run_jobs(pool, [partial(overlaps, wanted)])
-        if problems:
-            raise PlanError(plan.location, problems)
+        choice.problems += problems
+        [plan] = await run_jobs(pool, [partial(plan_load, manifest, choice, strict=self._strict)])
         for warning in plan.warnings:
             _log.warning("%s: %s", plan.location, warning)
         if plan.missing:
@@ -280,14 +283,18 @@ class Loader:
 
 
 @contextlib.contextmanager
-def _naming(touched: Mapping[str, bool]) -> Iterator[None]:
+def _naming(location: str, touched: Mapping[str, bool]) -> Iterator[None]:
     """Say on an error which tensors are no longer what they were."""
     try:
         yield
-    except AsyncLoaderError as error:
-        error.touched = tuple(sorted(touched))
-        if touched:
-            error.add_note(f"tensors written to: {', '.join(error.touched[:_NAMED])}")
+    except BaseException as error:
+        names = tuple(sorted(touched))
+        if isinstance(error, AsyncLoaderError):
+            error.touched = names
+        if isinstance(error, ReadError):
+            error.location = location
+        if names:
+            error.add_note(f"tensors written to: {', '.join(names[:_NAMED])}")
         raise
 
 

@@ -43,7 +43,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("chunk_bytes", [1, 4, 20, 1 << 20])
+@pytest.mark.parametrize("chunk_bytes", [4, 20])
 async def test_a_tensor_gets_its_values_however_it_lies_in_memory(
     tmp_path: Path, make: Callable[[], Tensor], chunk_bytes: int
 ) -> None:

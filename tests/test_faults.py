@@ -78,7 +78,7 @@ class Destination:
         """Load, and check that a failure leaves no trace."""
         rows = rows_in(self.table)
         tensors = {name: raw(tensor) for name, tensor in self.tensors.items()}
-        with nothing_left_behind(self.table):
+        with debug_off(), nothing_left_behind(self.table):
             try:
                 return await self.loader.aload()
             except AsyncLoaderError as error:

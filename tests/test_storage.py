@@ -277,7 +277,7 @@ async def test_whoever_comes_and_goes_reads_right_and_leaves_no_descriptor(
         assert await storage.readinto(f"f{number}", 0, [memoryview(buffer)]) == 3
         assert buffer == bytes([number]) + CONTENT[:2]
 
-    for _ in range(30):
+    for _ in range(10):
         async with LocalStorage(folder, executor=pool, max_open=max_open) as storage:
             users = [asyncio.create_task(use(storage, rng.randrange(6))) for _ in range(30)]
             for user in users:

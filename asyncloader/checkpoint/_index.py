@@ -80,7 +80,13 @@ def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | by
             table, slot, where = _split(location, key, sparse[key])
             tables.setdefault(table, {}).setdefault(slot, []).append(Part(where, place))
         else:
-            tensors[key.removesuffix(_DENSE_SUFFIX)] = place
+            name = key.removesuffix(_DENSE_SUFFIX)
+            if name in tensors:
+                raise CheckpointError(
+                    location, f"tensor {name!r} stands here twice, {tensors[name].key!r} is the "
+                    "other one", INDEX, key,
+                )  # fmt: skip
+            tensors[name] = place
     for key in sparse.keys() - blocks.keys():
         raise CheckpointError(location, f"is named here but not in {INDEX}", TENSORKEY, key)
     return Catalog(

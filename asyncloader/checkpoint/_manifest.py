@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import for_each, run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
-from asyncloader.storage import read_exactly, read_small
+from asyncloader.storage import read_exactly, read_small, read_text
 
 from ._header import PREFIX, Block, ShardHeader, header_length, parse_header
 from ._index import INDEX, TENSORKEY, Catalog, Place, parse_catalog
@@ -135,12 +135,11 @@ async def _read_header(storage: Storage, shard: str, *, executor: Executor) -> S
     length = header_length(where, shard, bytes(start[:PREFIX]), size)
     if bytes(start[PREFIX : PREFIX + 1]) not in {b"{", b" "}:
         raise CheckpointError(where, "does not start with a safetensors header", shard)
-    text = bytearray(length)  # no longer than the file
-    here = min(length, len(start) - PREFIX)
-    text[:here] = start[PREFIX : PREFIX + here]
-    if here < length:
-        rest = memoryview(text)[here:]
-        await read_exactly(storage, shard, PREFIX + here, [rest])
+    text = start[PREFIX : PREFIX + length]
+    try:
+        text += await read_text(storage, shard, PREFIX + len(text), length - len(text))
+    except ValueError as error:
+        raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
     parse = partial(parse_header, where, shard, memoryview(text), size)
     [header] = await run_jobs(executor, [parse])
     return header

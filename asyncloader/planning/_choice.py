@@ -44,7 +44,9 @@ class Choice:
     """Everything chosen, in the order of load_info, and everything that is wrong so far."""
 
     tensors: list[TensorChoice] = field(default_factory=list)
-    shared: dict[str, str] = field(default_factory=dict)
+    shared: list[TensorChoice] = field(default_factory=list)
+    """Tensors whose memory another one of `tensors` fills."""
+
     skipped: tuple[str, ...] = ()
     parts: list[PartChoice] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -53,7 +55,7 @@ class Choice:
 
     def shards(self) -> tuple[str, ...]:
         """Return the shards whose headers are needed."""
-        names = {choice.place.shard for choice in self.tensors}
+        names = {choice.place.shard for choice in (*self.tensors, *self.shared)}
         for part in self.parts:
             names |= {part.ids.shard, *(place.shard for place in part.slots.values())}
         return tuple(sorted(names))
@@ -96,15 +98,9 @@ def _choose_tensor(
 
 def _share(choice: Choice) -> None:
     """Of tensors that are the same memory, keep the last: it would have won."""
-    last = {wanted.target.memory: wanted.target.name for wanted in choice.tensors}
-    kept = []
-    for wanted in choice.tensors:
-        winner = last[wanted.target.memory]
-        if winner == wanted.target.name:
-            kept.append(wanted)
-        else:
-            choice.shared[wanted.target.name] = winner
-    choice.tensors = kept
+    last = {wanted.target.memory: wanted for wanted in choice.tensors}
+    choice.shared = [one for one in choice.tensors if last[one.target.memory] is not one]
+    choice.tensors = list(last.values())
 
 
 def _choose_table(  # noqa: PLR0917

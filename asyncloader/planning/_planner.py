@@ -14,7 +14,7 @@ from ._targets import RowType
 if TYPE_CHECKING:
     from asyncloader.checkpoint import Block, Manifest
 
-    from ._choice import Choice, PartChoice
+    from ._choice import Choice, PartChoice, TensorChoice
     from ._targets import TableTarget
 
 __all__ = ["plan_load"]
@@ -35,16 +35,10 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
         CheckpointError: If a header lacks a block that `index` says it has.
     """
     problems = list(dict.fromkeys(choice.problems))
-    tensors = []
-    for wanted in choice.tensors:
-        block = manifest.block(wanted.place)
-        have = RowType(shape=block.shape, dtype=block.dtype)
-        if have != wanted.target.type:
-            problems.append(
-                f"tensor {wanted.target.name!r} is {wanted.target.type}, the checkpoint has {have} "
-                f"({block.shard}, {block.key!r})"
-            )
-        tensors.append(TensorLoad(name=wanted.target.name, block=block))
+    tensors = [_tensor_load(manifest, wanted, problems) for wanted in choice.tensors]
+    for wanted in choice.shared:  # not read, but wrong all the same if it does not fit
+        _tensor_load(manifest, wanted, problems)
+    fillers = {wanted.target.memory: wanted.target.name for wanted in choice.tensors}
     tables: dict[str, _TableBuilder] = {}
     for part in choice.parts:
         builder = tables.setdefault(part.target.name, _TableBuilder(part.target))
@@ -59,13 +53,24 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
     return LoadPlan(
         location=manifest.location,
         tensors=tuple(tensors),
-        shared=choice.shared,
+        shared={one.target.name: fillers[one.target.memory] for one in choice.shared},
         skipped=choice.skipped,
         tables=tuple(builder.build() for builder in tables.values()),
         missing=missing,
         unexpected=choice.unexpected,
         warnings=manifest.warnings,
     )
+
+
+def _tensor_load(manifest: Manifest, wanted: TensorChoice, problems: list[str]) -> TensorLoad:
+    block = manifest.block(wanted.place)
+    have = RowType(shape=block.shape, dtype=block.dtype)
+    if have != wanted.target.type:
+        problems.append(
+            f"tensor {wanted.target.name!r} is {wanted.target.type}, the checkpoint has {have} "
+            f"({block.shard}, {block.key!r})"
+        )
+    return TensorLoad(name=wanted.target.name, block=block)
 
 
 @dataclass(slots=True)

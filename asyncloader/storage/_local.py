@@ -19,7 +19,7 @@ import aiofiles.os
 from asyncloader._concurrency import settled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from concurrent.futures import Executor
 
     from aiofiles.threadpool.binary import AsyncFileIO
@@ -34,7 +34,7 @@ _STEP = 4 << 20
 @dataclass(slots=True)
 class _OpenFile:
     handle: AsyncFileIO
-    size: int
+    status: os.stat_result
     users: int = 0
 
 
@@ -59,6 +59,7 @@ class LocalStorage:
         self._max_open = max_open
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._opening: dict[str, asyncio.Lock] = {}
+        self._seen: dict[str, tuple[int, ...]] = {}
 
     def __repr__(self) -> str:
         users = sum(file.users for file in self._files.values())
@@ -82,12 +83,13 @@ class LocalStorage:
     async def _close_all(self) -> None:
         while self._files:
             _, file = self._files.popitem()
-            await file.handle.close()
+            with contextlib.suppress(OSError):  # nothing was written: nothing is lost
+                await file.handle.close()
 
     async def size(self, name: str, /) -> int:
         """Return the length of a file in bytes."""
         async with self._using(name) as file:
-            return file.size
+            return file.status.st_size
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         """Fill `views` from `offset` on; see `Storage`."""
@@ -112,7 +114,11 @@ class LocalStorage:
         async with lock:
             if name not in self._files:
                 await self._close_idle()
-                self._files[name] = await self._open(name)
+                file = await self._open(name)
+                if self._seen.setdefault(name, _identity(file.status)) != _identity(file.status):
+                    await settled(asyncio.ensure_future(file.handle.close()))
+                    raise OSError(errno.ESTALE, "the file was replaced meanwhile", name)
+                self._files[name] = file
             return self._files[name]
 
     async def _open(self, name: str) -> _OpenFile:
@@ -123,17 +129,17 @@ class LocalStorage:
             raise await self._explained(error) from error
 
     async def _open_and_measure(self, path: Path) -> _OpenFile:
-        sizes: list[int] = []
+        found: list[os.stat_result] = []
 
         def opener(path: str, flags: int) -> int:
-            fd, size = _open_regular(path, flags)
-            sizes.append(size)
+            fd, status = _open_regular(path, flags)
+            found.append(status)
             return fd
 
         handle = await aiofiles.open(
             path, "rb", buffering=0, opener=opener, executor=self._executor
         )
-        return _OpenFile(handle, sizes[0])
+        return _OpenFile(handle, found[0])
 
     async def _explained(self, error: OSError) -> OSError:
         """Say whether it is the file or the folder that is missing."""
@@ -154,30 +160,51 @@ class LocalStorage:
             await settled(asyncio.ensure_future(file.handle.close()))
 
 
-def _open_regular(path: str, flags: int) -> tuple[int, int]:
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is written anew."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _open_regular(path: str, flags: int) -> tuple[int, os.stat_result]:
     """Open a file, but no FIFO, device or folder: those would block or never end.
 
     Returns:
-        The descriptor, and the file's length in bytes.
+        The descriptor, and what the file was then.
     """
     fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # O_NONBLOCK: or a FIFO hangs here
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "not a regular file", path)
-    return fd, status.st_size
+    return fd, status
+
+
+def _steps(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """Cut views, and group them, so that one call into the kernel takes at most a step."""
+    step: list[memoryview] = []
+    room = _STEP
+    for view in views:
+        start = 0
+        while start < view.nbytes:
+            piece = view[start : start + room]
+            step.append(piece)
+            start += piece.nbytes
+            room -= piece.nbytes
+            if not room:
+                yield step
+                step, room = [], _STEP
+    if step:
+        yield step
 
 
 if hasattr(os, "preadv"):
 
     def _preadv(fd: int, views: Sequence[memoryview], offset: int) -> int:
-        if len(views) > 1 or views[0].nbytes <= _STEP:
-            return os.preadv(fd, views, offset)
-        view, done = views[0], 0
-        while done < view.nbytes:
-            count = os.preadv(fd, [view[done : done + _STEP]], offset + done)
+        done = 0
+        for step in _steps(views):
+            count = os.preadv(fd, step, offset + done)
             done += count
-            if count == 0:
+            if count < sum(view.nbytes for view in step):
                 break
         return done
 

@@ -9,7 +9,10 @@ from asyncloader.errors import ReadError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Storage", "read_exactly", "read_small"]
+__all__ = ["Storage", "read_exactly", "read_small", "read_text"]
+
+
+_STEP = 1 << 20
 
 
 class Storage(Protocol):
@@ -82,6 +85,27 @@ async def read_small(storage: Storage, name: str, *, limit: int) -> bytearray:
     size = await storage.size(name)
     if size > limit:
         raise OSError(f"{size} bytes long, at most {limit} are read")
-    data = bytearray(size)
-    await read_exactly(storage, name, 0, [memoryview(data)])
-    return data
+    try:
+        return await read_text(storage, name, 0, size)
+    except ValueError as error:
+        raise OSError(str(error)) from error
+
+
+async def read_text(storage: Storage, name: str, offset: int, length: int) -> bytearray:
+    """Return a range of a file that is said to hold text.
+
+    Memory grows with what has been read, and reading ends where it cannot be text: a file may be
+    long and yet hold nothing, and then its length is no reason to take memory.
+
+    Raises:
+        ValueError: If there is a zero byte in it.
+        ReadError: If it cannot be read.
+    """
+    text = bytearray()
+    while len(text) < length:
+        piece = bytearray(min(_STEP, length - len(text)))
+        await read_exactly(storage, name, offset + len(text), [memoryview(piece)])
+        if 0 in piece:
+            raise ValueError(f"byte {offset + len(text) + piece.index(0)} is zero")
+        text += piece
+    return text

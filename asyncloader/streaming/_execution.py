@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import for_each, raising_first, run_jobs
+from asyncloader.errors import ReadError
 from asyncloader.planning import GAP, Extent, plan_reads
 from asyncloader.storage import read_exactly
 
 from ._indexing import Arrival, Indexer
 from ._selection import Means, RowPiece, load_piece, row_pieces
-from ._sinks import IdSink, StagedSink, sink_for
-from ._staging import StagingPool
+from ._sinks import DirectSink, IdSink, StagedSink, sink_for
+from ._staging import Arena, StagingPool
 from ._tensors import bump_versions, plain_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from asyncloader.checkpoint import Block
-    from asyncloader.planning import LoadPlan, PartLoad, Read, TableLoad
+    from asyncloader.planning import LoadPlan, PartLoad, Piece, Read, TableLoad
     from asyncloader.storage import Storage
     from asyncloader.table import LoadableTable, LoadableUpdate, UpdateCounts
 
@@ -78,6 +80,7 @@ class Execution:
         for update in self._updates.values():
             for jobs in update.finish(threads=self.threads.kernel_count):
                 await run_jobs(self.threads.kernels, jobs)
+        await run_jobs(self.threads.kernels, [self._tell_autograd])
         self.meter.finish()
 
     def commit(self) -> dict[str, UpdateCounts]:
@@ -85,14 +88,17 @@ class Execution:
 
         Nothing is awaited, so no cancellation can come between one table and the next.
         """
-        bump_versions([self.tensors[name] for name in self.touched])
         return {name: update.commit() for name, update in self._updates.items()}
 
     def abort(self) -> None:
         """Leave every table as it was."""
+        with contextlib.ExitStack() as stack:  # one that fails does not keep the others
+            stack.callback(self._tell_autograd)
+            for update in self._updates.values():
+                stack.callback(update.abort)
+
+    def _tell_autograd(self) -> None:
         bump_versions([self.tensors[name] for name in self.touched])
-        for update in self._updates.values():
-            update.abort()
 
     def _prepare(self) -> None:
         """Make room in the tables, and cut everything into reads."""
@@ -100,9 +106,7 @@ class Execution:
             self._begin(table)
         for load in self.plan.tensors:
             tensor = self.tensors[load.name]
-            self._add(
-                sink_for(load.name, tensor, self._staging), load.block, tensor.itemsize, tensor=True
-            )
+            self._add(sink_for(load.name, tensor), load.block, tensor.itemsize, tensor=True)
         self._reads = plan_reads(self._extents, chunk_bytes=self.chunk_bytes, gap_bytes=_GAP_BYTES)
 
     def _begin(self, table: TableLoad) -> None:
@@ -137,9 +141,11 @@ class Execution:
         self._add(IdSink(table.name, memory, arrived), part.ids, _ID_BYTES)
         for slot, block in part.slots.items():
             rows = update.view(slot, first, part.rows)
-            self._add(sink_for(table.name, rows, self._staging), block, rows.itemsize)
+            self._add(sink_for(table.name, rows), block, rows.itemsize)
 
     def _add(self, sink: Sink, block: Block, itemsize: int, *, tensor: bool = False) -> None:
+        if isinstance(sink, DirectSink) and sink.nbytes != block.nbytes:
+            raise RuntimeError(f"{sink.name!r} got other memory while it was being loaded")
         if block.nbytes:
             grain = itemsize if isinstance(sink, StagedSink | IdSink) else 1
             number = len(self._sinks)
@@ -186,26 +192,34 @@ class Execution:
         )
 
     async def _read(self, read: Read) -> None:
-        sinks = self._sinks
         async with self.budget.reserve(read.length):
-            views = []
-            surplus = 0
-            for number, position, length in read.pieces:
-                if number == GAP:
-                    views.append(self._gap[:length])
-                    surplus += length
-                    continue
-                sink = sinks[number]
-                if self._is_tensor[number]:
-                    self.touched[sink.name] = isinstance(sink, StagedSink)
-                views.append(sink.open(position, length))
-            await read_exactly(self.storage, read.shard, read.offset, views)
+            arena = Arena(self._staging, read.length, len(read.pieces))
+            views = [self._open(piece, arena) for piece in read.pieces]
+            try:
+                await read_exactly(self.storage, read.shard, read.offset, views)
+            except ReadError as error:
+                error.names = self._names(read)
+                raise
             jobs = []
             for (number, position, _), view in zip(read.pieces, views, strict=True):
-                if number != GAP and (job := sinks[number].filled(position, view)) is not None:
+                job = None if number == GAP else self._sinks[number].filled(position, view)
+                if job is not None:
                     jobs.append(job)
             if jobs:  # one after the other: handing a thread a job costs more than a small copy
                 await run_jobs(self.threads.kernels, [lambda: [job() for job in jobs]])
-        self.meter.note(
-            read=read.length, wanted=read.length - surplus, current=sinks[read.pieces[-1][0]].name
-        )
+            arena.close()
+        current = self._sinks[read.pieces[-1].sink].name
+        self.meter.note(read=read.length, wanted=read.length - read.surplus, current=current)
+
+    def _open(self, piece: Piece, arena: Arena) -> memoryview:
+        if piece.sink == GAP:
+            return self._gap[: piece.length]
+        sink = self._sinks[piece.sink]
+        if self._is_tensor[piece.sink]:
+            self.touched[sink.name] = isinstance(sink, StagedSink)
+        return sink.open(piece.position, piece.length, arena)
+
+    def _names(self, read: Read) -> tuple[str, ...]:
+        """Name whom the bytes of a read are for."""
+        names = dict.fromkeys(self._sinks[p.sink].name for p in read.pieces if p.sink != GAP)
+        return tuple(names)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from asyncloader._concurrency import run_jobs
+from asyncloader.errors import ReadError
 from asyncloader.storage import read_exactly
 
 from ._indexing import Arrival
@@ -100,6 +101,14 @@ def row_groups(rows: NDArray[np.int64], *, most: int, gap: int) -> Iterator[tupl
 
 async def load_piece(piece: RowPiece, means: Means) -> None:
     """Read a piece's ids, then the rows that the table wants."""
+    try:
+        await _load_piece(piece, means)
+    except ReadError as error:
+        error.names = (piece.table.name,)
+        raise
+
+
+async def _load_piece(piece: RowPiece, means: Means) -> None:
     part = piece.part
     widest = max((block.nbytes // part.rows for block in part.slots.values()), default=0)
     async with means.budget.reserve(piece.count * _COST + max(means.chunk_bytes, widest)):

@@ -11,7 +11,7 @@ from ._tensors import copy_flat, plain_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._staging import StagingPool
+    from ._staging import Arena
 
 __all__ = ["DirectSink", "IdSink", "Sink", "StagedSink", "sink_for"]
 
@@ -24,8 +24,8 @@ class Sink(Protocol):
         """The tensor or table that it belongs to."""
         ...
 
-    def open(self, position: int, length: int, /) -> memoryview:
-        """Lend memory for `length` bytes from `position` on."""
+    def open(self, position: int, length: int, arena: Arena, /) -> memoryview:
+        """Lend memory for `length` bytes from `position` on, of its own or of the read's."""
         ...
 
     def filled(self, position: int, view: memoryview, /) -> Callable[[], None] | None:
@@ -40,7 +40,12 @@ class DirectSink:
         self.name = name
         self._memory = memory
 
-    def open(self, position: int, length: int, /) -> memoryview:
+    @property
+    def nbytes(self) -> int:
+        """Length of the memory."""
+        return self._memory.nbytes
+
+    def open(self, position: int, length: int, _arena: Arena, /) -> memoryview:
         """Lend the memory itself."""
         return self._memory[position : position + length]
 
@@ -63,32 +68,27 @@ class IdSink(DirectSink):
 class StagedSink:
     """A tensor that does not take bytes as they lie: they stop over in host memory."""
 
-    def __init__(self, name: str, tensor: torch.Tensor, staging: StagingPool) -> None:
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self.name = name
         self._tensor = tensor.detach()
-        self._staging = staging
-        self._lent: dict[int, torch.Tensor] = {}
 
-    def open(self, position: int, length: int, /) -> memoryview:
+    def open(self, _position: int, length: int, arena: Arena, /) -> memoryview:
         """Lend staging memory, until its bytes are copied."""
-        buffer = self._lent[position] = self._staging.take(length)
-        return buffer[:length].numpy().data
+        return arena.take(length).numpy().data
 
     def filled(self, position: int, view: memoryview, /) -> Callable[[], None]:
         """Copy what is there to the tensor."""
-        tensor, buffer = self._tensor, self._lent.pop(position)
-        length = view.nbytes
+        tensor = self._tensor
 
         def copy() -> None:
-            values = buffer[:length].view(tensor.dtype)
+            values = torch.frombuffer(view, dtype=tensor.dtype)
             with torch.inference_mode(tensor.is_inference()):  # else torch refuses to write to it
                 copy_flat(tensor, position // tensor.itemsize, values)
-            self._staging.give(buffer)
 
         return copy
 
 
-def sink_for(name: str, tensor: torch.Tensor, staging: StagingPool) -> DirectSink | StagedSink:
+def sink_for(name: str, tensor: torch.Tensor) -> DirectSink | StagedSink:
     """Return the cheapest sink that gives a tensor the right values."""
     memory = plain_bytes(tensor)
-    return StagedSink(name, tensor, staging) if memory is None else DirectSink(name, memory)
+    return StagedSink(name, tensor) if memory is None else DirectSink(name, memory)

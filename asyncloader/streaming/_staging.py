@@ -11,18 +11,19 @@ from asyncloader._memory import zeros
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["StagingPool"]
+__all__ = ["Arena", "StagingPool"]
 
-# The C library keeps what large temporary buffers leave behind, and counts it as ours: measured,
-# 290 MB where 128 were allowed. Small ones it handles well.
+# Larger buffers are mappings of their own: the C library keeps what large temporary buffers leave
+# behind, and that counts as ours (measured: 290 MB where 128 were allowed).
 _SMALL = 1 << 20
+_ALIGNMENT = 16
 
 
 class StagingPool:
-    """Lends buffers of one size. Safe to use from several threads.
+    """Lends buffers, and keeps those of the usual size. Safe to use from several threads.
 
     Args:
-        size: Of the buffers, in bytes. A larger one is made for its use and then let go.
+        size: The usual size, in bytes.
     """
 
     def __init__(self, size: int) -> None:
@@ -34,14 +35,45 @@ class StagingPool:
 
     def take(self, nbytes: int) -> Tensor:
         """Return a buffer of at least `nbytes`, uint8 `[n]`; what it holds is anything."""
-        if nbytes < _SMALL or nbytes > self._size:
+        if nbytes < _SMALL:
             return torch.empty(nbytes, dtype=torch.uint8)
-        try:
-            return self._free.pop()
-        except IndexError:
-            return zeros((self._size,), torch.uint8)
+        if self._is_usual(nbytes):
+            try:
+                return self._free.pop()
+            except IndexError:
+                return zeros((self._size,), torch.uint8)
+        self._free.clear()  # what is kept and what is lent shall not add up
+        return zeros((nbytes,), torch.uint8)
 
     def give(self, buffer: Tensor) -> None:
         """Take a buffer back. Nobody may read it or write to it any more."""
         if buffer.numel() == self._size:
             self._free.append(buffer)
+
+    def _is_usual(self, nbytes: int) -> bool:
+        # A buffer that is much too large would take more memory than the budget was charged for.
+        return self._size - self._size // 16 < nbytes <= self._size
+
+
+class Arena:
+    """The staging memory of one read: one buffer, cut up among the pieces that need some."""
+
+    def __init__(self, pool: StagingPool, nbytes: int, pieces: int) -> None:
+        self._pool = pool
+        self._nbytes = nbytes + pieces * _ALIGNMENT
+        self._buffer: Tensor | None = None
+        self._used = 0
+
+    def take(self, nbytes: int) -> Tensor:
+        """Return memory for one piece, uint8 `[nbytes]`, aligned for every dtype."""
+        if self._buffer is None:
+            self._buffer = self._pool.take(self._nbytes)
+        start = self._used
+        self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        return self._buffer[start : start + nbytes]
+
+    def close(self) -> None:
+        """Give the buffer back."""
+        if self._buffer is not None:
+            self._pool.give(self._buffer)
+            self._buffer = None

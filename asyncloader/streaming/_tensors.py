@@ -42,7 +42,8 @@ def describe_tensors(tensors: Mapping[str, object]) -> dict[str, TensorTarget]:
                 f"tensors[{name!r}] is expanded, or overlaps itself: several of its elements are "
                 "one place in memory; pass a clone() of it"
             )
-        same = (tensor.device, tensor.data_ptr(), dtype, shape, strides) if tensor.numel() else name
+        steps = tuple(step for step, size in zip(strides, shape, strict=True) if size > 1)
+        same = (tensor.device, tensor.data_ptr(), dtype, shape, steps) if tensor.numel() else name
         targets[name] = TensorTarget(
             name=name,
             type=RowType(shape=shape, dtype=dtype),

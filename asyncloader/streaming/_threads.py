@@ -56,7 +56,8 @@ class Threads:
         await self._close()
 
     async def _close(self) -> None:
-        # Nobody is at work any more, but a thread still has to wake up to end: off the loop.
+        # Nobody is at work any more, but each thread still has to wake up to end. The readers are
+        # joined off the loop; the few others, one of which did that, on it.
         loop = asyncio.get_running_loop()
         try:
             await settled(loop.run_in_executor(self.kernels, self.reads.shutdown))
@@ -102,4 +103,5 @@ async def _fill(pool: ThreadPoolExecutor, size: int) -> None:
 def _step_back() -> None:
     """Let the event loop's thread go first where there are too few processors for all."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        with contextlib.suppress(OSError):  # some sandboxes forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

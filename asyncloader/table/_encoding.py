@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Children", "as_ids"]
+    from asyncloader.checkpoint import Slice
+
+__all__ = ["Children", "Encoding", "as_ids", "strays"]
 
 _BITS = 52
 _MASK = 2**_BITS - 1
@@ -100,6 +102,13 @@ class Encoding:
             return np.ones(len(ids), np.bool_)
         same: NDArray[np.bool_] = (ids & np.int64(~mask)) == np.int64(bits)
         return same
+
+
+def strays(ids: NDArray[np.int64], slice_: Slice) -> NDArray[np.int64]:
+    """Return those of `ids`, as they stand on disk, that do not belong to a slice."""
+    positions = ids.view(np.uint64) % np.uint64(slice_.size)
+    inside = (positions >= np.uint64(slice_.begin)) & (positions < np.uint64(slice_.end))
+    return ids[~inside]
 
 
 def as_ids(ids: torch.Tensor) -> tuple[NDArray[np.int64], torch.Size]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ._index import IdIndex
-    from ._layers import Layer, Run
+    from ._layers import Layer
     from ._slots import Slot
 
 __all__ = ["Fold"]
@@ -30,6 +31,20 @@ Jobs = list["Callable[[], None]"]
 
 # Slots of an index that one job walks over: some 20 ms, so that a cancelled load stops soon.
 _WINDOW = 1 << 18
+
+
+# Bytes of rows that one step fills or copies.
+_STEP = 4 << 20
+
+
+def _step(slot: Slot) -> int:
+    return max(_STEP // slot.row_bytes, 1)
+
+
+def _side_by_side(jobs: Iterator[Callable[[], None]], threads: int) -> Iterator[Jobs]:
+    """Hand out jobs as many at a time as there are threads."""
+    while wave := list(itertools.islice(jobs, threads)):
+        yield wave
 
 
 class Fold:
@@ -70,8 +85,7 @@ class Fold:
     def add(self, layer: Layer, *, threads: int) -> Iterator[Jobs]:
         """Yield the jobs that put a layer on top of what is there."""
         missing = [slot for name, slot in self._base.slots.items() if name not in layer.slots]
-        for run in layer.runs if missing else ():
-            yield [partial(self._initialise, missing, run)]
+        yield from _side_by_side(self._initialise_jobs(missing, layer), threads)
         if not layer.index.count:
             return
         if not self._index.count:
@@ -86,10 +100,16 @@ class Fold:
         gone[rows] = True
         self._index = self._index.grown(self._index.count, self._ids, self._base.seed, gone)
 
-    def _initialise(self, slots: list[Slot], run: Run) -> None:
+    def _initialise_jobs(self, slots: list[Slot], layer: Layer) -> Iterator[Callable[[], None]]:
         for slot in slots:
-            if not (run.fresh and slot.starts_as_zero):
-                fill(self._segments.view(slot.name, run.first, run.count), slot.initializer)
+            step = _step(slot)
+            for run in layer.runs:
+                if run.fresh and slot.starts_as_zero:
+                    continue
+                for first in range(run.first, run.first + run.count, step):
+                    count = min(step, run.first + run.count - first)
+                    rows = self._segments.view(slot.name, first, count)
+                    yield partial(fill, rows, slot.initializer)
 
     def _take_over_ids(self) -> None:
         """Copy the ids of the rows that were there, where new memory was taken for ids."""
@@ -144,9 +164,10 @@ class Fold:
             into.slots, *share, into.shift, self._base.seed, self._ids, words, wins, old, new
         )
         for name in missing:
-            rows = self._segments.gather(name, old[:count]) if count else None
-            if rows is not None:
-                self._segments.scatter(name, new[:count], rows)
+            step = _step(self._base.slots[name])
+            for i in range(0, count, step):
+                here = slice(i, min(i + step, count))
+                self._segments.scatter(name, new[here], self._segments.gather(name, old[here]))
         return count, int((old[:count] < self._base.end).sum())
 
     def tidy(self) -> Iterator[Jobs]:
@@ -183,9 +204,10 @@ class Fold:
         ids[:first] = self._ids[:first]
         ids[first : first + count] = ids[moved]
         segment.lent = count
-        for start in range(0, count, _WINDOW):
-            window = moved[start : start + _WINDOW]
-            for name in self._base.slots:
+        for name, slot in self._base.slots.items():
+            step = _step(slot)
+            for start in range(0, count, step):
+                window = moved[start : start + step]
                 values = self._segments.gather(name, window)
                 segments.view(name, first + start, len(window)).copy_(values)
         _kernels.relocate(self._index.words, moved, first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 
 from asyncloader.checkpoint import Slice, gen_slice
 
-from ._encoding import Encoding, as_ids
+from ._encoding import Encoding, as_ids, strays
 from ._slots import Initializer, Slot
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class HashTable(torch.nn.Module):
     table.insert(torch.tensor([7, -1]), torch.ones(2, 16))
     table(torch.tensor([[7, 8]]))  # [1, 2, 16]; zeros for 8
     ```
+
+    Rows are no parameters: gradients do not flow into them, `state_dict()` is without them, and
+    `to()` leaves them where they are.
 
     Args:
         embedding_shape: Shape of one row.
@@ -109,6 +113,9 @@ class HashTable(torch.nn.Module):
 
     def __bool__(self) -> bool:
         return True  # or `if table:` would ask whether it holds ids
+
+    def __copy__(self) -> HashTable:
+        return copy.deepcopy(self)  # two tables that append to the same memory would be neither
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what cannot be copied, so that a model with a table can."""
@@ -228,9 +235,12 @@ class HashTable(torch.nn.Module):
                 f"{[len(plain), *spec.shape]}, got {list(rows.shape)}"
             )
         encoded = self._encoding.encode(plain, child)
-        for id_ in self._encoding.plain(encoded).tolist() if not self.slice.is_whole else ():
-            if not self.slice.accepts(id_):
-                raise ValueError(f"table {self.name!r}: id {id_} is not in slice {self.slice}")
+        stray = strays(self._encoding.plain(encoded), self.slice)
+        if len(stray):
+            more = f", and {len(stray) - 1:,} others are not" if len(stray) > 1 else ""
+            raise ValueError(
+                f"table {self.name!r}: id {stray[0]} is not in slice {self.slice}{more}"
+            )
         insert(self.begin(most=len(plain), expected=len(plain)), encoded, rows, slot)
 
     def delete(self, ids: torch.Tensor, child: str | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,6 @@ class Run:
     first: int
     count: int
 
-    rank: int
-    """Of two rows of a layer with the same id, the one of higher rank wins."""
-
     fresh: bool
     """Whether its memory still reads as zero."""
 
@@ -33,3 +31,15 @@ class Layer:
     index: IdIndex
     runs: list[Run] = field(default_factory=list)
     """Ranges of rows reserved, ascending."""
+
+    firsts: array[int] = field(default_factory=lambda: array("q"))
+    """The first row of each."""
+
+    ranks: array[int] = field(default_factory=lambda: array("q"))
+    """Of two rows of a layer with the same id, the one in the range of higher rank wins."""
+
+    def add(self, run: Run, rank: int) -> None:
+        """Take note of another range."""
+        self.runs.append(run)
+        self.firsts.append(run.first)
+        self.ranks.append(rank)

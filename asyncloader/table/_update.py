@@ -103,9 +103,8 @@ class TableUpdate:
         self._end += count
         self._expected -= count
         segment = self._segments.owner(first)
-        self._layers[layer].runs.append(
-            Run(first, count, rank, fresh=first - segment.first >= segment.lent)
-        )
+        fresh = first - segment.first >= segment.lent
+        self._layers[layer].add(Run(first, count, fresh=fresh), rank)
         segment.lent = max(segment.lent, first + count - segment.first)
         return first
 
@@ -190,10 +189,9 @@ class TableUpdate:
         Hand what they return to `indexed`. Only one range of a layer at a time.
         """
         index, ids, seed = self._layers[layer].index, self._ids, self._base.seed
-        runs = self._layers[layer].runs
         skip = _NOBODY if refused is None else refused
-        run_first = np.array([run.first for run in runs], np.int64)
-        run_order = np.array([run.rank for run in runs], np.int64)
+        run_first = np.array(self._layers[layer].firsts, np.int64)
+        run_order = np.array(self._layers[layer].ranks, np.int64)
 
         def job(lo: int, hi: int) -> tuple[int, int]:
             return _kernels.insert_rows(
