@@ -238,3 +238,8 @@ def test_an_index_that_contradicts_itself_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=problem):
         catalog_of(files, blocks, sparse)
+
+
+def test_a_tensor_that_stands_twice_in_the_index_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="stands here twice"):
+        catalog_of({"f": 0}, {"w": 0, "w^ ": 0}, {})

@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -740,3 +741,18 @@ async def test_after_every_failure_the_same_loader_loads_once_the_checkpoint_is_
     await destination.attempt()
 
     assert destination.is_loaded()
+
+
+def test_a_long_file_of_nothing_is_no_reason_to_take_memory(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {}, {"w": torch.zeros(4)})
+    [shard] = tmp_path.glob("*.safetensors")
+    with shard.open("r+b") as file:
+        file.write((90_000_000).to_bytes(8, "little") + b"{")
+        file.truncate(100_000_000)  # sparse: it takes no room on disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="zero"):
+            Loader(tmp_path, tensors={"w": torch.zeros(4)}).load()
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import inspect
 import io
 import itertools
@@ -12,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from asyncloader import HashTable, Loader, LoadReport, Progress
+from asyncloader import HashTable, Loader, LoadReport, PlanError, Progress
 from asyncloader.streaming import Meter
 from tests.oracle import write_checkpoint
 from tests.support import (
@@ -335,3 +336,54 @@ async def test_one_source_may_feed_several_destinations(checkpoint: Path) -> Non
     ).aload()
     assert rows_in(one) == rows_in(other) == rows_on_disk(CONTENT)
     assert all(torch.equal(tensor, DENSE["w"]) for tensor in tensors.values())
+
+
+async def test_tensors_are_taken_as_they_are_when_the_load_begins(checkpoint: Path) -> None:
+    tensors = {"w": torch.zeros(2, 3)}
+    loader = Loader(checkpoint, tensors=tensors)
+    tensors["w"].data = torch.zeros(2, 3, dtype=torch.float16)
+    with pytest.raises(PlanError, match="'w' is float16"):
+        await loader.aload()
+    tensors["w"].data = torch.zeros(2, 3)
+    await loader.aload()
+    assert torch.equal(tensors["w"], DENSE["w"])
+
+
+def test_a_bar_takes_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path, {}, {"t[/x]": torch.ones(2)})
+    tensor = torch.zeros(2)
+    Loader(tmp_path, tensors={"t[/x]": tensor}, progress=True).load()
+    assert tensor.tolist() == [1.0, 1.0]
+    assert "t[/x]" in capsys.readouterr().out
+
+
+async def test_a_listener_that_counts_as_false_is_told_too(checkpoint: Path) -> None:
+    class Seen(list[Progress]):
+        def __call__(self, progress: Progress) -> None:
+            self.append(progress)
+
+    seen = Seen()
+    await Loader(checkpoint, {"t": table_for(CONTENT)}, progress=seen).aload()
+    assert seen
+
+
+async def test_every_name_of_tied_memory_has_to_fit(checkpoint: Path) -> None:
+    tied = torch.zeros(2, 3)
+    with pytest.raises(PlanError, match="'b' is float32"):
+        await Loader(checkpoint, tensors={"b": tied, "w": tied}).aload()
+    assert not tied.any()
+
+
+def test_overlaps_and_mismatches_come_in_one_error(checkpoint: Path) -> None:
+    memory = torch.zeros(8)
+    tensors = {"w": memory[:6].view(2, 3), "b": memory[5:6]}
+    with pytest.raises(PlanError) as caught:
+        Loader(checkpoint, tensors=tensors).load()
+    assert len(caught.value.problems) == 2
+
+
+def test_a_missing_checkpoint_has_the_facts_of_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        Loader(tmp_path / "x").load()
+    assert caught.value.errno == errno.ENOENT
+    assert caught.value.filename == str(tmp_path / "x")

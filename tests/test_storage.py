@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncloader import ReadError
-from asyncloader.storage import LocalStorage, read_exactly, read_small
+from asyncloader.storage import LocalStorage, read_exactly, read_small, read_text
 from tests.support import open_files
 
 if TYPE_CHECKING:
@@ -287,3 +287,33 @@ async def test_whoever_comes_and_goes_reads_right_and_leaves_no_descriptor(
             results = await asyncio.gather(*users, return_exceptions=True)
             assert [result for result in results if isinstance(result, Exception)] == []
         assert opened(folder) == []
+
+
+async def test_a_file_replaced_during_a_load_is_not_read_on(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    async with LocalStorage(folder, executor=pool, max_open=1) as storage:
+        await storage.size("f0")
+        (folder / "new").write_bytes(b"other content")
+        (folder / "new").rename(folder / "f0")
+        assert await storage.size("f0") == 1 + len(CONTENT)  # the old one is still open
+        await storage.size("f1")
+        with pytest.raises(OSError, match="replaced"):
+            await storage.size("f0")
+    assert opened(folder) == []
+
+
+async def test_many_views_are_filled_step_by_step(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    data = os.urandom(11 << 20)
+    (tmp_path / "big").write_bytes(data)
+    buffers = [bytearray(size) for size in (3 << 20, 1, 5 << 20, 0, 3 << 20)]
+    async with LocalStorage(tmp_path, executor=pool) as storage:
+        count = await storage.readinto("big", 0, [memoryview(buffer) for buffer in buffers])
+    assert count == len(data)
+    assert b"".join(buffers)[: len(data)] == data
+
+
+async def test_text_is_not_read_beyond_its_first_zero_byte() -> None:
+    assert await read_text(Stingy(b"{ab}", 3), "f", 1, 2) == b"ab"
+    with pytest.raises(ValueError, match="byte 3 is zero"):
+        await read_text(Stingy(b"{ab\0}", 3), "f", 1, 4)

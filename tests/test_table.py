@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from typing import TYPE_CHECKING, Any
@@ -741,3 +742,24 @@ def test_rows_live_on_the_device_that_was_named() -> None:
     )
     assert table.rows("s").tolist() == [1.0] * 5
     assert table.delete(ids(1).cuda()) == 1
+
+
+def test_a_copy_of_a_table_shares_no_memory_with_it() -> None:
+    table = HashTable([1])
+    table.insert(ids(1), column(1))
+    other = copy.copy(table)
+    table.insert(ids(2), column(2))
+    other.insert(ids(3), column(3))
+    assert table.ids().tolist() == [1, 2]
+    assert other.ids().tolist() == [1, 3]
+    assert other.lookup(ids(1, 2, 3)).flatten().tolist() == [1.0, 0.0, 3.0]
+    assert copy.deepcopy(table).rows().flatten().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("many", [2**62, 2**40])
+def test_more_rows_than_there_can_be_are_refused(many: int) -> None:
+    table = HashTable([1 << 20])
+    with pytest.raises(MemoryError):
+        table.reserve(many)
+    table.insert(ids(1), torch.ones(1, 1 << 20))
+    assert len(table) == 1
