@@ -36,4 +36,8 @@ def progress_bar() -> Iterator[Callable[[Progress], object]]:
                 description=moment.current or "loading",
             )
 
-        yield show
+        try:
+            yield show
+        except BaseException:  # no half-filled bar above the error
+            bar.remove_task(task)
+            raise

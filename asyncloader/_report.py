@@ -75,7 +75,7 @@ class LoadReport:
         head.add_column(style="dim")
         head.add_row("checkpoint", Text(self.location))
         surplus = self.bytes_read - self.bytes_wanted
-        also = f", {_size(surplus)} of them read along" if surplus else ""
+        also = f", {_size(surplus)} of it only to join reads" if surplus else ""
         head.add_row("read", f"{_size(self.bytes_read)} in {self.reads:,} reads{also}")
         rate = f"{self.gigabytes_per_second:.2f} GB/s"
         head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
@@ -92,6 +92,8 @@ class LoadReport:
             )
             if names
         ]
+        if notes:
+            notes.insert(0, Text())
         return Group(head, *(["", self._rich_tables()] if self.tables else []), *notes)
 
     def _rich_tables(self) -> RenderableType:

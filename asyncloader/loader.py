@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from .planning import (
     checked_load_info,
     choose,
     default_load_info,
+    did_you_mean,
     plan_load,
 )
 from .storage import LocalStorage
@@ -36,7 +38,7 @@ from .streaming import (
 from .table import UpdateCounts
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     import torch
 
@@ -118,6 +120,9 @@ class Loader:
             raise TypeError(f"filter_func must be callable, got {filter_func!r}")
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
             raise TypeError(f"progress must be callable, True or None, got {progress!r}")
+        for what, targets in (("hashtables", hashtables), ("tensors", tensors)):
+            if targets is not None and not isinstance(targets, Mapping):
+                raise TypeError(f"{what} maps names to what is filled, got {type(targets)}")
         self._path = os.fspath(checkpoint_path)
         if not isinstance(self._path, str):
             raise TypeError(f"checkpoint_path must be text, got {self._path!r}")
@@ -249,11 +254,14 @@ class Loader:
         for warning in plan.warnings:
             _log.warning("%s: %s", plan.location, warning)
         if plan.missing:
-            names = ", ".join(plan.missing[:_NAMED])
+            hints = did_you_mean(plan.missing, plan.unexpected)
             _log.warning(
-                "%s: %d names are asked for but not in the checkpoint; what they would fill keeps "
-                "its values: %s", plan.location, len(plan.missing), names,
-            )  # fmt: skip
+                "%s: not in the checkpoint, so what it would fill keeps its values: %s "
+                "(%d in all; strict=True makes this an error)",
+                plan.location,
+                ", ".join(f"{name!r}{hints[name]}" for name in plan.missing[:_NAMED]),
+                len(plan.missing),
+            )
         return plan
 
     def _report(

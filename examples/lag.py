@@ -32,6 +32,13 @@ async def measuring_lag(work: Awaitable[T], lags: list[float]) -> T:
             done = True
 
 
+async def idle_lag(seconds: float) -> list[float]:
+    """Measure the lag of a loop that has nothing else to do."""
+    lags: list[float] = []
+    await measuring_lag(asyncio.sleep(seconds), lags)
+    return lags
+
+
 def percentile(values: list[float], percent: float) -> float:
     """Return the smallest value that at least so many percent of the values do not exceed."""
     ordered = sorted(values)

@@ -387,3 +387,20 @@ def test_a_missing_checkpoint_has_the_facts_of_an_os_error(tmp_path: Path) -> No
         Loader(tmp_path / "x").load()
     assert caught.value.errno == errno.ENOENT
     assert caught.value.filename == str(tmp_path / "x")
+
+
+async def test_a_misspelt_name_is_guessed(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = {"bb": torch.zeros((), dtype=torch.int64), "www": torch.zeros(2, 3)}
+    table = table_for(CONTENT, name="tt")
+    await Loader(checkpoint, {"t": table}, tensors).aload()
+    assert "'bb' (did you mean 'b'?)" in caplog.text
+    with pytest.raises(PlanError, match=r"'tt' is asked for .* \(did you mean 't'\?\)"):
+        await Loader(checkpoint, {"t": table}, strict=True).aload()
+
+
+@pytest.mark.parametrize("what", ["hashtables", "tensors"])
+def test_targets_are_mappings(what: str) -> None:
+    with pytest.raises(TypeError, match=what):
+        Loader("nowhere", **{what: [torch.zeros(1)]})  # type: ignore[arg-type]  # the very thing

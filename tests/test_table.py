@@ -763,3 +763,8 @@ def test_more_rows_than_there_can_be_are_refused(many: int) -> None:
         table.reserve(many)
     table.insert(ids(1), torch.ones(1, 1 << 20))
     assert len(table) == 1
+
+
+def test_a_shape_is_a_sequence_of_sizes() -> None:
+    with pytest.raises(TypeError, match=r"as \[16\], got 16"):
+        HashTable(16)  # type: ignore[arg-type]  # the very thing

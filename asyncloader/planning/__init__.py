@@ -1,6 +1,7 @@
 """Decides what to read, before anything is read. No I/O, no `await`, no torch."""
 
 from ._choice import Choice, choose
+from ._hints import did_you_mean
 from ._load_info import ID, LoadInfo, checked_load_info, default_load_info
 from ._plan import LoadPlan, PartLoad, TableLoad, TensorLoad
 from ._planner import plan_load
@@ -26,6 +27,7 @@ __all__ = [
     "checked_load_info",
     "choose",
     "default_load_info",
+    "did_you_mean",
     "plan_load",
     "plan_reads",
 ]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "PartChoice", "TensorChoice", "choose"]
 
 
+_SHOWN = 10
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorChoice:
     """A dense tensor to load."""
@@ -72,8 +75,9 @@ def choose(catalog: Catalog, info: LoadInfo, targets: Targets) -> Choice:
             _choose_tensor(choice, catalog, targets.tensors[destination], sources)
         else:
             choice.problems.append(
-                f"load_info names the destination {destination!r}, but neither hashtables nor "
-                "tensors have it"
+                f"load_info names the destination {destination!r}, but there are only "
+                f"{_some([*targets.tables, *targets.tensors])}; a table goes by its name or its "
+                "children's"
             )
     choice.skipped = tuple(name for name in targets.tensors if not info.get(name))
     _share(choice)
@@ -94,6 +98,11 @@ def _choose_tensor(
             choice.missing.append(source)
         else:
             choice.tensors.append(TensorChoice(target=target, place=place))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more if names else "none"
 
 
 def _share(choice: Choice) -> None:

@@ -127,6 +127,9 @@ class LoadPlan:
                 blocks += [part.ids, *part.slots.values()]
         return tuple(sorted({block.shard for block in blocks}))
 
+    def __rich__(self) -> str:
+        return str(self)  # not every block of every shard
+
     def __str__(self) -> str:
         rows = sum(table.expected for table in self.tables)
         return (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader.errors import PlanError
 
+from ._hints import did_you_mean
 from ._load_info import ID
 from ._plan import LoadPlan, PartLoad, TableLoad, TensorLoad
 from ._targets import RowType
@@ -47,7 +48,10 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
         problems += builder.problems
     missing = tuple(dict.fromkeys(choice.missing))
     if strict:
-        problems += [f"{name!r} is asked for but not in the checkpoint" for name in missing]
+        hints = did_you_mean(missing, choice.unexpected)
+        problems += [
+            f"{name!r} is asked for but not in the checkpoint{hints[name]}" for name in missing
+        ]
     if problems:
         raise PlanError(manifest.location, problems)
     return LoadPlan(
@@ -68,7 +72,7 @@ def _tensor_load(manifest: Manifest, wanted: TensorChoice, problems: list[str]) 
     if have != wanted.target.type:
         problems.append(
             f"tensor {wanted.target.name!r} is {wanted.target.type}, the checkpoint has {have} "
-            f"({block.shard}, {block.key!r})"
+            f"({block.shard}, key {block.key!r})"
         )
     return TensorLoad(name=wanted.target.name, block=block)
 
@@ -128,7 +132,7 @@ class _TableBuilder:
             return [
                 (
                     f"{part.source}@{ID} is {ids.dtype} {list(ids.shape)} "
-                    f"({ids.shard}, {ids.key!r}); "
+                    f"({ids.shard}, key {ids.key!r}); "
                     f"ids are {_IDS} [n]"
                 )
             ]

@@ -28,7 +28,7 @@ __all__ = ["LocalStorage"]
 
 
 # One call into the kernel. A longer one may keep a processor from the event loop until it is done.
-_STEP = 4 << 20
+_STEP = 8 << 20
 
 
 @dataclass(slots=True)
@@ -147,7 +147,7 @@ class LocalStorage:
             return FileNotFoundError(errno.ENOENT, "no such folder", self.location)
         if not await aiofiles.os.path.isdir(self._root, executor=self._executor):
             return NotADirectoryError(errno.ENOTDIR, "not a folder", self.location)
-        return error
+        return FileNotFoundError(errno.ENOENT, "No such file in the folder", str(error.filename))
 
     async def _close_idle(self) -> None:
         """Make room for one more descriptor."""

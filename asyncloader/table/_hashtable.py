@@ -11,7 +11,7 @@ import torch
 from asyncloader.checkpoint import Slice, gen_slice
 
 from ._encoding import Encoding, as_ids, strays
-from ._slots import Initializer, Slot
+from ._slots import Initializer, Slot, as_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -91,7 +91,7 @@ class HashTable(torch.nn.Module):
         self._encoding = Encoding.of(name, children, coalesced=coalesced)
         embedding = Slot(
             name=EMBEDDING,
-            shape=tuple(embedding_shape),
+            shape=as_shape(embedding_shape),
             dtype=dtype,
             initializer=0.0 if initializer is None else initializer,
         )
@@ -160,7 +160,7 @@ class HashTable(torch.nn.Module):
         """
         if name == ID or name in self._state.slots:
             raise ValueError(f"table {self.name!r} already has a slot {name!r}")
-        slot = Slot(name=name, shape=tuple(shape), dtype=dtype, initializer=initializer)
+        slot = Slot(name=name, shape=as_shape(shape), dtype=dtype, initializer=initializer)
         self._change(lambda state: state.with_slot(slot))
 
     def ids(self, child: str | None = None) -> torch.Tensor:

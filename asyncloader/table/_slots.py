@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Initializer", "Slot", "fill"]
+__all__ = ["Initializer", "Slot", "as_shape", "fill"]
 
 Initializer = float | Callable[[torch.Tensor], object]
 """A number, or a function that fills a `[n, *shape]` tensor in place, as `torch.nn.init` has."""
@@ -50,6 +50,17 @@ class Slot:
         """Whether fresh memory, which reads as zero, is right as it is."""
         # -0.0 is equal to 0.0 but has a bit set.
         return not callable(self.initializer) and str(float(self.initializer)) == "0.0"
+
+
+def as_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape as a tuple.
+
+    Raises:
+        TypeError: If it is no sequence.
+    """
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"a shape is a sequence of sizes, as [16], got {shape!r}")
+    return tuple(shape)
 
 
 def fill(rows: torch.Tensor, initializer: Initializer) -> None:
