@@ -254,7 +254,8 @@ class Loader:
         for warning in plan.warnings:
             _log.warning("%s: %s", plan.location, warning)
         if plan.missing:
-            hints = did_you_mean(plan.missing, plan.unexpected)
+            guess = partial(did_you_mean, plan.missing, plan.unexpected)
+            [hints] = await run_jobs(pool, [guess])
             _log.warning(
                 "%s: not in the checkpoint, so what it would fill keeps its values: %s "
                 "(%d in all; strict=True makes this an error)",

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["did_you_mean"]
 
-# Comparing takes some 10 µs a pair: where there are many, nobody reads that far.
-_NAMES, _CANDIDATES = 20, 1000
+# Comparing took 40 µs a pair of common lengths, and grows with their product: where there is much
+# to compare, nobody reads that far.
+_NAMES, _CANDIDATES, _LENGTH = 5, 200, 200
 
 
 def did_you_mean(names: Sequence[str], candidates: Sequence[str]) -> Mapping[str, str]:
@@ -21,9 +22,10 @@ def did_you_mean(names: Sequence[str], candidates: Sequence[str]) -> Mapping[str
         names: Asked for, but not there.
         candidates: There, but asked for by nobody.
     """
+    short = [name for name in candidates[:_CANDIDATES] if len(name) <= _LENGTH]
     hints = dict.fromkeys(names, "")
     for name in names[:_NAMES]:
-        close = difflib.get_close_matches(name, candidates[:_CANDIDATES], n=1)
+        close = difflib.get_close_matches(name, short, n=1) if len(name) <= _LENGTH else []
         if close:
             hints[name] = f" (did you mean {close[0]!r}?)"
     return hints

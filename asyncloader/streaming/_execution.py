@@ -74,7 +74,7 @@ class Execution:
         """
         self._indexer = Indexer(self.threads)
         self._staging = StagingPool(self.chunk_bytes)
-        # Some 20 µs a tensor, all of it Python: on a thread the loop gets its turn meanwhile.
+        # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         await run_jobs(self.threads.kernels, [self._prepare])
         await self._read_all()
         for update in self._updates.values():
