@@ -24,11 +24,21 @@ from ._slices import Slice
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["INDEX", "TENSORKEY", "Catalog", "Part", "Place", "parse_catalog"]
+__all__ = [
+    "DENSE_SUFFIX",
+    "INDEX",
+    "TENSORKEY",
+    "Catalog",
+    "Part",
+    "Place",
+    "is_file_name",
+    "json_object",
+    "parse_catalog",
+]
 
 INDEX = "index"
 TENSORKEY = "tensorkey.json"
-_DENSE_SUFFIX = "^ "
+DENSE_SUFFIX = "^ "
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,9 @@ class Catalog:
     tables: Mapping[str, Mapping[str, tuple[Part, ...]]]
     """Table → slot → its parts in the order of their slices. The ids are the slot `id`."""
 
+    source: str = INDEX
+    """The file that says so."""
+
 
 def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | bytearray) -> Catalog:
     """Read both files.
@@ -67,7 +80,7 @@ def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | by
         CheckpointError: If either is not what it should be, or they contradict each other.
     """
     shards, blocks = _parse_index(location, index)
-    sparse = _object(location, TENSORKEY, tensorkey)
+    sparse = json_object(location, TENSORKEY, tensorkey)
     tensors: dict[str, Place] = {}
     tables: dict[str, dict[str, list[Part]]] = {}
     for key, number in blocks.items():
@@ -80,7 +93,7 @@ def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | by
             table, slot, where = _split(location, key, sparse[key])
             tables.setdefault(table, {}).setdefault(slot, []).append(Part(where, place))
         else:
-            name = key.removesuffix(_DENSE_SUFFIX)
+            name = key.removesuffix(DENSE_SUFFIX)
             if name in tensors:
                 raise CheckpointError(
                     location, f"tensor {name!r} stands here twice, {tensors[name].key!r} is the "
@@ -102,7 +115,12 @@ def _in_order(parts: list[Part]) -> tuple[Part, ...]:
     return tuple(sorted(parts, key=lambda part: (part.slice, part.place.key)))
 
 
-def _object(location: str, name: str, text: bytes | bytearray) -> dict[str, object]:
+def json_object(location: str, name: str, text: bytes | bytearray) -> dict[str, object]:
+    """Return the JSON object that the file `name` holds.
+
+    Raises:
+        CheckpointError: If it holds something else.
+    """
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -115,13 +133,13 @@ def _object(location: str, name: str, text: bytes | bytearray) -> dict[str, obje
 def _parse_index(
     location: str, text: bytes | bytearray
 ) -> tuple[dict[object, str], dict[str, object]]:
-    value = _object(location, INDEX, text)
+    value = json_object(location, INDEX, text)
     files, blocks = value.get("file_index"), value.get("block_index")
     if not isinstance(files, dict) or not isinstance(blocks, dict):
         raise CheckpointError(location, "lacks file_index or block_index", INDEX)
     shards: dict[object, str] = {}
     for name, number in files.items():
-        if not _is_file_name(name):
+        if not is_file_name(name):
             raise CheckpointError(location, f"{name[:200]!r} is not a plain file name", INDEX)
         if type(number) is not int or number in shards:
             problem = f"file_index gives {name!r} the number {shown(number)}, which is not its own"
@@ -133,7 +151,7 @@ def _parse_index(
     return shards, blocks
 
 
-def _is_file_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
     """Whether the name stays inside the checkpoint's folder."""
     return name not in {"", ".", ".."} and not set(name) & set("/\\\0")
 
