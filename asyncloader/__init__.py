@@ -1,6 +1,9 @@
 """Streams recommendation-model checkpoints into tensors and hash tables, on asyncio."""
 
+from ._load_tensors import aload_tensors, load_tensors
+from ._model import targets
 from ._report import LoadReport
+from ._runs import latest
 from .checkpoint import Slice, gen_slice
 from .errors import (
     AsyncLoaderError,
@@ -13,6 +16,7 @@ from .errors import (
 )
 from .loader import Loader
 from .planning import LoadPlan
+from .reader import CheckpointReader
 from .streaming import Progress
 from .table import HashTable, Slot, UpdateCounts
 
@@ -22,6 +26,7 @@ __all__ = [
     "AsyncLoaderError",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "CheckpointReader",
     "HashTable",
     "LoadPlan",
     "LoadReport",
@@ -35,5 +40,9 @@ __all__ = [
     "TruncatedShardError",
     "UpdateCounts",
     "__version__",
+    "aload_tensors",
     "gen_slice",
+    "latest",
+    "load_tensors",
+    "targets",
 ]

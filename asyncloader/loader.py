@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,8 +11,15 @@ from typing import TYPE_CHECKING
 from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
 from ._report import LoadReport
-from .checkpoint import read_catalog, read_manifest
-from .errors import AsyncLoaderError, LoadTimeoutError, ReadError
+from ._session import (
+    CHUNK_BYTES,
+    INFLIGHT_BYTES,
+    PARALLEL,
+    Limits,
+    checked_path,
+    open_session,
+)
+from .errors import AsyncLoaderError
 from .planning import (
     Targets,
     checked_load_info,
@@ -23,12 +28,9 @@ from .planning import (
     did_you_mean,
     plan_load,
 )
-from .storage import LocalStorage
 from .streaming import (
-    ByteBudget,
     Execution,
     Meter,
-    Threads,
     check_tables,
     describe_tables,
     describe_tensors,
@@ -38,12 +40,13 @@ from .streaming import (
 from .table import UpdateCounts
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    import os
+    from collections.abc import Callable, Iterator
 
     import torch
 
+    from ._session import Session
     from .planning import LoadInfo, LoadPlan
-    from .storage import Storage
     from .streaming import Progress
     from .table import LoadableTable
 
@@ -51,8 +54,6 @@ __all__ = ["Loader", "identity"]
 
 _log = logging.getLogger(__name__)
 
-_CHUNK = 16 << 20
-_INFLIGHT = 128 << 20
 _NAMED = 20
 
 
@@ -62,7 +63,7 @@ def identity(info: LoadInfo) -> LoadInfo:
 
 
 class Loader:
-    """Fills hash tables and dense tensors from a checkpoint in RecIS's format.
+    """Fills hash tables and dense tensors from a checkpoint in RecIS's format, or from safetensors.
 
     A load is planned first: whatever can be wrong with names, dtypes, shapes, offsets and sizes is
     found before the first byte is written, and listed in one error. A table shows no row of a load
@@ -74,7 +75,8 @@ class Loader:
     number of times.
 
     Args:
-        checkpoint_path: The folder that holds `index`.
+        checkpoint_path: A folder that holds `index`; for dense tensors also a safetensors file, or
+            a folder of these, as Hugging Face's are.
         hashtables: Tables to fill, by any name; their own `children` say which ids they take.
         tensors: Tensors to fill, by name: allocated, of the right shape and dtype, on any device,
             contiguous or not.
@@ -99,21 +101,18 @@ class Loader:
         checkpoint_path: str | os.PathLike[str],
         hashtables: Mapping[str, LoadableTable] | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
-        parallel: int = 16,
+        parallel: int = PARALLEL,
         filter_func: Callable[[LoadInfo], LoadInfo] = identity,
         *,
         strict: bool = False,
-        chunk_bytes: int = _CHUNK,
-        max_inflight_bytes: int = _INFLIGHT,
+        chunk_bytes: int = CHUNK_BYTES,
+        max_inflight_bytes: int = INFLIGHT_BYTES,
         timeout: float | None = None,
         progress: Callable[[Progress], object] | bool | None = None,
     ) -> None:
-        for name, value in (
-            ("parallel", parallel),
-            ("chunk_bytes", chunk_bytes),
-            ("max_inflight_bytes", max_inflight_bytes),
-        ):
-            _check_positive(name, value)
+        self._limits = Limits(
+            parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
+        )
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be positive or None, got {timeout}")
         if not callable(filter_func):
@@ -123,21 +122,14 @@ class Loader:
         for what, targets in (("hashtables", hashtables), ("tensors", tensors)):
             if targets is not None and not isinstance(targets, Mapping):
                 raise TypeError(f"{what} maps names to what is filled, got {type(targets)}")
-        self._path = os.fspath(checkpoint_path)
-        if not isinstance(self._path, str):
-            raise TypeError(f"checkpoint_path must be text, got {self._path!r}")
-        if "\0" in self._path:
-            raise ValueError(f"checkpoint_path: no path holds a NUL, got {self._path!r}")
+        self._path = checked_path(checkpoint_path)
         self._tensors = dict(tensors or {})
-        self._parallel = parallel
         self._filter = filter_func
         self._strict = strict
-        self._chunk_bytes = min(chunk_bytes, max_inflight_bytes)
-        self._max_inflight_bytes = max_inflight_bytes
         self._timeout = timeout
         self._progress = progress
         self._tables = dict(hashtables or {})
-        check_tables(self._tables, self._tensors)
+        check_tables(self._tables, self._tensors, able="begin")
         describe_tensors(self._tensors)
 
     def __repr__(self) -> str:
@@ -156,8 +148,8 @@ class Loader:
             ReadError: If the storage failed.
             LoadTimeoutError: If `timeout` passed.
         """
-        async with self._session() as (storage, threads):
-            return await self._plan(storage, threads)
+        async with self._session() as session:
+            return await self._plan(session)
 
     async def aload(self) -> LoadReport:
         """Load, on the caller's event loop, which goes on serving meanwhile.
@@ -187,20 +179,20 @@ class Loader:
         meter = Meter(0, listener)
         touched: dict[str, bool] = {}
         with contextlib.ExitStack() as unless_committed:
-            unless_committed.enter_context(_naming(self._path, touched))
-            async with self._session() as (storage, threads):
-                plan = await self._plan(storage, threads)
+            unless_committed.enter_context(_naming(touched))
+            async with self._session() as session:
+                plan = await self._plan(session)
                 meter.total = plan.nbytes
                 execution = Execution(
                     plan=plan,
                     tensors=self._tensors,
                     tables=self._tables,
-                    storage=storage,
-                    threads=threads,
-                    budget=ByteBudget(self._max_inflight_bytes),
+                    storage=session.storage,
+                    threads=session.threads,
+                    budget=session.budget,
                     meter=meter,
-                    parallel=self._parallel,
-                    chunk_bytes=self._chunk_bytes,
+                    parallel=self._limits.parallel,
+                    chunk_bytes=self._limits.read_bytes,
                     touched=touched,
                 )
                 unless_committed.callback(execution.abort)
@@ -212,23 +204,8 @@ class Loader:
         _log.info("%s", report)
         return report
 
-    @contextlib.asynccontextmanager
-    async def _session(self) -> AsyncIterator[tuple[Storage, Threads]]:
-        """Hold descriptors and threads, and keep to the time-out."""
-        limit = asyncio.timeout(self._timeout)
-        # No more threads than whole chunks fit into the budget: the others would wait for it.
-        threads_wanted = min(self._parallel, max(self._max_inflight_bytes // self._chunk_bytes, 1))
-        try:
-            async with (
-                limit,
-                Threads(reads=threads_wanted) as threads,
-                LocalStorage(self._path, executor=threads.reads) as storage,
-            ):
-                yield storage, threads
-        except TimeoutError as error:
-            if self._timeout is not None and limit.expired():
-                raise LoadTimeoutError(self._path, self._timeout) from error
-            raise
+    def _session(self) -> contextlib.AbstractAsyncContextManager[Session]:
+        return open_session(self._path, limits=self._limits, timeout=self._timeout)
 
     def _targets(self) -> Targets:
         """Describe what there is to fill, as it is now: slots and other memory may have come."""
@@ -236,17 +213,15 @@ class Loader:
             tensors=describe_tensors(self._tensors), tables=describe_tables(self._tables)
         )
 
-    async def _plan(self, storage: Storage, threads: Threads) -> LoadPlan:
-        pool = threads.kernels  # planning is all Python: on a thread the loop gets its turn
+    async def _plan(self, session: Session) -> LoadPlan:
+        pool = session.threads.kernels  # planning is all Python: on a thread the loop gets its turn
         [targets] = await run_jobs(pool, [self._targets])
         [default] = await run_jobs(pool, [partial(default_load_info, targets)])
         filtered = self._filter(default)
         [info] = await run_jobs(pool, [partial(checked_load_info, filtered)])
-        catalog = await read_catalog(storage, executor=pool)
+        catalog = await session.catalog()
         [choice] = await run_jobs(pool, [partial(choose, catalog, info, targets)])
-        manifest = await read_manifest(
-            storage, catalog, choice.shards(), parallel=self._parallel, executor=pool
-        )
+        manifest = await session.manifest(catalog, choice.shards())
         wanted = {one.target.name: self._tensors[one.target.name] for one in choice.tensors}
         [problems] = await run_jobs(pool, [partial(overlaps, wanted)])
         choice.problems += problems
@@ -292,7 +267,7 @@ class Loader:
 
 
 @contextlib.contextmanager
-def _naming(location: str, touched: Mapping[str, bool]) -> Iterator[None]:
+def _naming(touched: Mapping[str, bool]) -> Iterator[None]:
     """Say on an error which tensors are no longer what they were."""
     try:
         yield
@@ -300,15 +275,6 @@ def _naming(location: str, touched: Mapping[str, bool]) -> Iterator[None]:
         names = tuple(sorted(touched))
         if isinstance(error, AsyncLoaderError):
             error.touched = names
-        if isinstance(error, ReadError):
-            error.location = location
         if names:
             error.add_note(f"tensors written to: {', '.join(names[:_NAMED])}")
         raise
-
-
-def _check_positive(name: str, value: object) -> None:
-    if type(value) is not int:
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value <= 0:
-        raise ValueError(f"{name} must be positive, got {value}")

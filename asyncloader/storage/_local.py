@@ -45,6 +45,9 @@ class LocalStorage:
     no lock and no copy, so one descriptor serves all readers. At most `max_open` descriptors that
     nobody is reading from stay open. Belongs to one event loop.
 
+    A file that is not the one that was opened first under its name is an error. Storages of one
+    folder that are given the same `seen` remember that together, one after the other.
+
     ```python
     async with LocalStorage("/path", executor=pool) as storage:
         count = await storage.readinto("model.safetensors", 0, [memoryview(buffer)])
@@ -52,14 +55,19 @@ class LocalStorage:
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], *, executor: Executor, max_open: int = 64
+        self,
+        root: str | os.PathLike[str],
+        *,
+        executor: Executor,
+        max_open: int = 64,
+        seen: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         self._root = Path(root)
         self._executor = executor
         self._max_open = max_open
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._opening: dict[str, asyncio.Lock] = {}
-        self._seen: dict[str, tuple[int, ...]] = {}
+        self._seen = {} if seen is None else seen
 
     def __repr__(self) -> str:
         users = sum(file.users for file in self._files.values())

@@ -1,0 +1,66 @@
+"""Reads whole checkpoints of dense tensors, without being told what is in them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ._contents import Contents
+from ._reading import read_stored
+from ._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_path, open_session
+from .streaming import run_blocking
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+__all__ = ["aload_tensors", "load_tensors"]
+
+
+async def aload_tensors(
+    checkpoint_path: str | os.PathLike[str],
+    names: Iterable[str] | None = None,
+    *,
+    parallel: int = PARALLEL,
+) -> dict[str, Tensor]:
+    """Read tensors into memory of their own, on the caller's event loop.
+
+    Args:
+        checkpoint_path: A folder that holds `index`; a safetensors file; or a folder of these, as
+            Hugging Face's are.
+        names: What to read, and in which order to return it; a slot of a table is `table@slot`,
+            its ids are `table@id`. Without names, all dense tensors, in the checkpoint's order.
+        parallel: Reads at a time, as far as memory for reads under way, 128 MiB, has room for them.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument makes no sense.
+        KeyError: If there are no such names; it lists all of them.
+        CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+        ReadError: If the storage failed.
+    """
+    path = checked_path(checkpoint_path)
+    if isinstance(names, str):
+        raise TypeError(f"names are several, got one text; write [{names!r}]")
+    wanted = None if names is None else tuple(names)
+    limits = Limits(parallel=parallel, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=INFLIGHT_BYTES)
+    async with open_session(path, limits=limits, timeout=None) as session:
+        contents = Contents()
+        if wanted is None:
+            wanted = tuple((await contents.catalog(session)).tensors)
+        return await read_stored(session, await contents.find(session, wanted))
+
+
+def load_tensors(
+    checkpoint_path: str | os.PathLike[str],
+    names: Iterable[str] | None = None,
+    *,
+    parallel: int = PARALLEL,
+) -> dict[str, Tensor]:
+    """Read tensors into memory of their own; see `aload_tensors`."""
+    return run_blocking(partial(aload_tensors, checkpoint_path, names, parallel=parallel))

@@ -1,0 +1,145 @@
+"""Run folders, in which a trainer keeps its checkpoints: one sub-folder each.
+
+RecIS's trainer lists the sub-folders' names in a text file, `checkpoint`, a line each, the newest
+last. All of this blocks; it belongs on a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .checkpoint import INDEX, is_file_name
+from .errors import CheckpointError, CheckpointNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Version", "is_run_folder", "latest", "versions"]
+
+_LIST = "checkpoint"
+# Only the end of the list counts; it grows for as long as the run goes on.
+_LAST_BYTES = 64 << 10
+_NUMBER = re.compile("([0-9]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """A sub-folder of a run folder."""
+
+    name: str
+    committed: bool
+    """Whether it holds `index`, which is written last."""
+
+    modified: float
+    """When that was written, or else when the folder was changed, in seconds since 1970."""
+
+
+def latest(run_folder: str | os.PathLike[str]) -> Path:
+    """Return the newest committed checkpoint of a run folder.
+
+    That is the last line of its text file `checkpoint` that names a sub-folder with `index`; where
+    no line does, the sub-folder with the newest `index`. Looks at the file system and so blocks: in
+    a coroutine, `await asyncio.to_thread(latest, run_folder)`.
+
+    Raises:
+        CheckpointNotFoundError: If there is none.
+        CheckpointError: If the folder cannot be listed.
+    """
+    folder = Path(run_folder)
+    for name in _listed(folder):
+        if _is_committed(folder / name):
+            return folder / name
+    committed = [version for version in versions(folder) if version.committed]
+    if committed:
+        return folder / committed[-1].name
+    if _is_committed(folder):
+        problem = f"no run folder but a checkpoint itself, it holds {INDEX!r}; use it as it is"
+    else:
+        problem = (
+            f"no committed checkpoint here; looked for sub-folders that hold {INDEX!r}, which is "
+            f"written last, those first that the text file {_LIST!r} names"
+        )
+    raise CheckpointNotFoundError(str(folder), problem)
+
+
+def versions(run_folder: str | os.PathLike[str]) -> tuple[Version, ...]:
+    """Return all sub-folders of a run folder, the newest last.
+
+    Raises:
+        CheckpointNotFoundError: If there is no such folder.
+        CheckpointError: If it cannot be listed.
+    """
+    try:
+        with os.scandir(run_folder) as entries:
+            names = [entry.name for entry in entries if _is_folder(entry)]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        problem = f"no run folder: {error.strerror}"
+        raise CheckpointNotFoundError(os.fspath(run_folder), problem) from error
+    except OSError as error:
+        raise CheckpointError(os.fspath(run_folder), f"cannot be listed: {error}") from error
+    found = [version for name in names if (version := _version(Path(run_folder), name))]
+    return tuple(sorted(found, key=_age))
+
+
+def is_run_folder(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder that is no checkpoint looks like one that holds some."""
+    folder = Path(path)
+    if os.path.isfile(folder / _LIST):  # noqa: PTH113  # Path's own raises for odd names
+        return True
+    try:
+        with os.scandir(folder) as entries:
+            return any(_is_committed(Path(entry)) for entry in entries)
+    except OSError:
+        return False
+
+
+def _listed(folder: Path) -> Iterator[str]:
+    """Yield the names at the end of the list, the last one first, each once."""
+    lines = _tail(folder / _LIST).split(b"\n")
+    for line in dict.fromkeys(reversed(lines)):
+        name = os.fsdecode(line.strip())  # as the system decodes file names: never fails
+        if is_file_name(name):
+            yield name
+
+
+def _tail(path: Path) -> bytes:
+    """Return the last lines of a file; nothing if it is no file that can be read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would hang
+            return b""
+        with path.open("rb") as file:
+            skipped = max(file.seek(0, os.SEEK_END) - _LAST_BYTES, 0)
+            file.seek(skipped)
+            text = file.read(_LAST_BYTES)
+    except OSError:
+        return b""
+    return text.partition(b"\n")[2] if skipped else text  # the first line may be half a line
+
+
+def _version(folder: Path, name: str) -> Version | None:
+    path = folder / name
+    committed = _is_committed(path)
+    try:
+        modified = (path / INDEX if committed else path).stat().st_mtime
+    except OSError:  # removed meanwhile
+        return None
+    return Version(name=name, committed=committed, modified=modified)
+
+
+def _is_folder(path: os.DirEntry[str]) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112  # Path's own raises for odd links
+
+
+def _is_committed(path: Path) -> bool:
+    return os.path.isfile(path / INDEX)  # noqa: PTH113  # Path's own raises for odd names
+
+
+def _age(version: Version) -> tuple[float, list[str | int]]:
+    """Order by time; versions of the same moment by name, numbers by their value."""
+    parts = _NUMBER.split(version.name)  # text and numbers take turns
+    return version.modified, [int(part) if n % 2 else part for n, part in enumerate(parts)]

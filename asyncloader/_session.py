@@ -1,0 +1,187 @@
+"""What everybody needs who reads a checkpoint: its storage, threads, a byte budget, a time-out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._concurrency import run_jobs
+from ._runs import is_run_folder
+from .checkpoint import read_catalog, read_manifest
+from .errors import CheckpointNotFoundError, LoadTimeoutError, ReadError
+from .storage import LocalStorage
+from .streaming import ByteBudget, Threads
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from .checkpoint import Catalog, Manifest
+    from .storage import Storage
+
+__all__ = [
+    "CHUNK_BYTES",
+    "INFLIGHT_BYTES",
+    "PARALLEL",
+    "Limits",
+    "Session",
+    "checked_path",
+    "open_session",
+]
+
+PARALLEL = 16
+CHUNK_BYTES = 16 << 20
+INFLIGHT_BYTES = 128 << 20
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much may be under way at a time."""
+
+    parallel: int
+    """Reads."""
+
+    chunk_bytes: int
+    """The most that one read takes, in bytes; no more than fits into `max_inflight_bytes`."""
+
+    max_inflight_bytes: int
+    """Bytes of all reads."""
+
+    def __post_init__(self) -> None:
+        for name in ("parallel", "chunk_bytes", "max_inflight_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    @property
+    def read_bytes(self) -> int:
+        """The most that one read takes."""
+        return min(self.chunk_bytes, self.max_inflight_bytes)
+
+    @property
+    def threads(self) -> int:
+        """Threads that read: no more than whole chunks fit into memory, the others would wait."""
+        return min(self.parallel, max(self.max_inflight_bytes // self.read_bytes, 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A checkpoint that is open for reading, on one event loop."""
+
+    location: str
+    """The checkpoint, for messages."""
+
+    file: str | None
+    """The one file in `storage` that is all of it, unless all of the folder is."""
+
+    storage: Storage
+    threads: Threads
+    limits: Limits
+    budget: ByteBudget
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """For what several tasks should not do at the same time."""
+
+    async def catalog(self) -> Catalog:
+        """Read which names there are.
+
+        Raises:
+            CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
+            CheckpointError: If a file that says so is no good.
+            ReadError: If the storage failed.
+        """
+        pool = self.threads.kernels
+        try:
+            return await read_catalog(self.storage, executor=pool, file=self.file)
+        except CheckpointNotFoundError as error:
+            [is_run] = await run_jobs(pool, [partial(is_run_folder, self.location)])
+            if not is_run:
+                raise
+            problem = f"{error.problem}. It holds checkpoints: take asyncloader.latest() of it"
+            raise CheckpointNotFoundError(error.location, problem) from error.__cause__
+
+    async def manifest(self, catalog: Catalog, shards: Iterable[str]) -> Manifest:
+        """Read the headers of some shards.
+
+        Raises:
+            CheckpointError: If one of them is no good.
+            ReadError: If the storage failed.
+        """
+        manifest = await read_manifest(
+            self.storage,
+            catalog,
+            shards,
+            parallel=self.limits.parallel,
+            executor=self.threads.kernels,
+        )
+        return replace(manifest, location=self.location)
+
+
+@contextlib.asynccontextmanager
+async def open_session(
+    path: str,
+    *,
+    limits: Limits,
+    timeout: float | None,  # noqa: ASYNC109  # of the block, and with an error of ours
+    seen: dict[str, tuple[int, ...]] | None = None,
+) -> AsyncIterator[Session]:
+    """Hold descriptors and threads for the length of the block, and keep to a time-out.
+
+    Args:
+        path: A folder, or a file whose name ends in `.safetensors`.
+        limits: For all that the block does.
+        timeout: Seconds that the block may take; `None` is for ever.
+        seen: Which files there were when they were first opened; see `LocalStorage`.
+
+    Raises:
+        LoadTimeoutError: If `timeout` passed.
+    """
+    limit = asyncio.timeout(timeout)
+    try:
+        async with limit, Threads(reads=limits.threads) as threads:
+            [(root, file)] = await run_jobs(threads.kernels, [partial(_root_and_file, path)])
+            async with LocalStorage(root, executor=threads.reads, seen=seen) as storage:
+                yield Session(
+                    location=str(Path(path)),
+                    file=file,
+                    storage=storage,
+                    threads=threads,
+                    limits=limits,
+                    budget=ByteBudget(limits.max_inflight_bytes),
+                )
+    except ReadError as error:
+        error.location = path
+        raise
+    except TimeoutError as error:
+        if timeout is not None and limit.expired():
+            raise LoadTimeoutError(path, timeout) from error
+        raise
+
+
+def _root_and_file(path: str) -> tuple[Path, str | None]:
+    """Say which folder to look into, and at which file alone, if it is one."""
+    whole = Path(path)
+    if whole.name.endswith(_SUFFIX) and not os.path.isdir(whole):  # noqa: PTH112  # never raises
+        return whole.parent, whole.name
+    return whole, None
+
+
+def checked_path(path: str | os.PathLike[str]) -> str:
+    """Return the path as text.
+
+    Raises:
+        TypeError: If it is no path, or one in bytes.
+        ValueError: If no path can be like that.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"checkpoint_path must be text, got {text!r}")
+    if "\0" in text:
+        raise ValueError(f"checkpoint_path: no path holds a NUL, got {text!r}")
+    return text

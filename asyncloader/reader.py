@@ -1,0 +1,159 @@
+"""What users import to look into a checkpoint, or to read all of it."""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from ._concurrency import run_jobs
+from ._contents import Contents
+from ._reading import read_stored, torch_dtype
+from ._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_path
+from ._sessions import Sessions
+from .checkpoint import stored_names
+from .streaming import run_blocking
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import Tensor
+
+__all__ = ["CheckpointReader"]
+
+
+class CheckpointReader:
+    """Reads single tensors of a checkpoint, by name, without knowing more about it.
+
+    A dense tensor goes by its name; a slot of a table by `table@slot`, and the table's ids by
+    `table@id`: all rows that all ranks wrote, in the order of their slices, so that row *i* of
+    each slot belongs to id *i*. Names are matched exactly.
+
+    The methods are those of RecIS's `CheckpointReader`, and each has an awaitable twin whose name
+    begins with `a`. Names and headers are read when they are first needed, and then remembered; a
+    file that is replaced afterwards is an error.
+
+    ```python
+    async with CheckpointReader(path) as reader:  # keeps files and threads for all calls
+        ids = await reader.aread_tensor("item_emb@id")
+    ```
+
+    Without `async with` every call opens and closes what it needs, and so do the blocking methods
+    always.
+
+    Args:
+        checkpoint_path: A folder that holds `index`; a safetensors file; or a folder of these, as
+            Hugging Face's are.
+        parallel: Reads at a time, as far as `max_inflight_bytes` has room for them.
+        chunk_bytes: The most that one read takes, in bytes. Cancelling waits for one such read.
+        max_inflight_bytes: Bytes of reads under way, of all calls within one `async with` together.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        checkpoint_path: str | os.PathLike[str],
+        *,
+        parallel: int = PARALLEL,
+        chunk_bytes: int = CHUNK_BYTES,
+        max_inflight_bytes: int = INFLIGHT_BYTES,
+    ) -> None:
+        self._path = checked_path(checkpoint_path)
+        limits = Limits(
+            parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
+        )
+        self._sessions = Sessions(self._path, limits)
+        self._contents = Contents()
+
+    def __repr__(self) -> str:
+        return f"<CheckpointReader {self._path!r}: {self._contents!r}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close nothing: blocking calls leave nothing open."""
+
+    async def __aenter__(self) -> Self:
+        await self._sessions.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._sessions.__aexit__()
+
+    async def atensor_names(self) -> list[str]:
+        """Return all names: dense tensors, then `table@slot` of each table.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+            ReadError: If the storage failed.
+        """
+        async with self._sessions.use() as session:
+            catalog = await self._contents.catalog(session)
+            [names] = await run_jobs(session.threads.kernels, [partial(stored_names, catalog)])
+        return list(names)
+
+    async def atensor_shape(self, name: str) -> torch.Size:
+        """Return the shape that `aread_tensor` would return.
+
+        Raises:
+            KeyError: If there is no such name.
+            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+            ReadError: If the storage failed.
+        """
+        async with self._sessions.use() as session:
+            [stored] = await self._contents.find(session, [name])
+        return torch.Size(stored.shape)
+
+    async def atensor_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that `aread_tensor` would return; raises what `atensor_shape` does."""
+        async with self._sessions.use() as session:
+            [stored] = await self._contents.find(session, [name])
+        return torch_dtype(self._path, stored)
+
+    async def aread_tensor(self, name: str) -> Tensor:
+        """Read all of a tensor into memory of its own; raises what `atensor_shape` does."""
+        async with self._sessions.use() as session:
+            found = await self._contents.find(session, [name])
+            return (await read_stored(session, found))[name]
+
+    async def aread_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Read the rows `[begin, end)` of a tensor, so that it need not fit into memory.
+
+        Rows are what the first dimension counts.
+
+        Raises:
+            ValueError: If not all of these rows are there, or the tensor is a scalar.
+            KeyError: If there is no such name.
+            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+            ReadError: If the storage failed.
+        """
+        first, last = operator.index(begin), operator.index(end)
+        async with self._sessions.use() as session:
+            [stored] = await self._contents.find(session, [name])
+            return (await read_stored(session, [stored.window(first, last)]))[name]
+
+    def tensor_names(self) -> list[str]:
+        """Return all names; see `atensor_names`."""
+        return run_blocking(self.atensor_names)
+
+    def tensor_shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape; see `atensor_shape`."""
+        return run_blocking(partial(self.atensor_shape, name))
+
+    def tensor_dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype; see `atensor_dtype`."""
+        return run_blocking(partial(self.atensor_dtype, name))
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Read a tensor; see `aread_tensor`."""
+        return run_blocking(partial(self.aread_tensor, name))
+
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Read some rows of a tensor; see `aread_rows`."""
+        return run_blocking(partial(self.aread_rows, name, begin, end))
