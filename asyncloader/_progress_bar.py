@@ -14,7 +14,7 @@ __all__ = ["progress_bar"]
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[Progress], object]]:
+def progress_bar(doing: str = "loading") -> Iterator[Callable[[Progress], object]]:
     """Show a bar on the terminal, and yield what it wants to be told."""
     from rich import progress  # noqa: PLC0415  # only who looks at it pays for it
 
@@ -26,14 +26,14 @@ def progress_bar() -> Iterator[Callable[[Progress], object]]:
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns) as bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(doing, total=None)
 
         def show(moment: Progress) -> None:
             bar.update(
                 task,
                 completed=moment.bytes_done,
                 total=moment.bytes_total,
-                description=moment.current or "loading",
+                description=moment.current or doing,
             )
 
         try:

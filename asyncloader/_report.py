@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ._sizes import listed, size_text
 from .table import UpdateCounts
 
 if TYPE_CHECKING:
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = ["LoadReport"]
-
-_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +50,7 @@ class LoadReport:
         rows = sum(table.rows for table in self.tables.values())
         filled = sum(what in {"loaded", "copied"} for what in self.tensors.values())
         text = (
-            f"{self.location}: {_size(self.bytes_read)} in {self.seconds:.2f} s "
+            f"{self.location}: {size_text(self.bytes_read)} in {self.seconds:.2f} s "
             f"({self.gigabytes_per_second:.2f} GB/s), {filled} tensors, "
             f"{rows:,} rows of {len(self.tables)} table{'s' * (len(self.tables) != 1)}"
         )
@@ -75,8 +74,8 @@ class LoadReport:
         head.add_column(style="dim")
         head.add_row("checkpoint", Text(self.location))
         surplus = self.bytes_read - self.bytes_wanted
-        also = f", {_size(surplus)} of it only to join reads" if surplus else ""
-        head.add_row("read", f"{_size(self.bytes_read)} in {self.reads:,} reads{also}")
+        also = f", {size_text(surplus)} of it only to join reads" if surplus else ""
+        head.add_row("read", f"{size_text(self.bytes_read)} in {self.reads:,} reads{also}")
         rate = f"{self.gigabytes_per_second:.2f} GB/s"
         head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
         tally = _tally(self.tensors.values())
@@ -84,7 +83,7 @@ class LoadReport:
             counts = ", ".join(f"{count:,} {what}" for what, count in tally.items())
             head.add_row("tensors", counts)
         notes = [
-            Text(f"{title}: {_listed(names)}", style="yellow")
+            Text(f"{title}: {listed(names)}", style="yellow")
             for title, names in (
                 ("missing", self.missing),
                 ("unexpected", self.unexpected),
@@ -117,21 +116,9 @@ class LoadReport:
         return rows
 
 
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} bytes"
-
-
 def _tally(values: Iterable[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for value in values:
         kind = "shared" if value.startswith("shared") else value
         counts[kind] = counts.get(kind, 0) + 1
     return counts
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")

@@ -18,8 +18,12 @@ __all__ = [
     "LoadTimeoutError",
     "PlanError",
     "ReadError",
+    "SaveError",
+    "SaveTimeoutError",
     "TruncatedShardError",
 ]
+
+_RANKS_NAMED = 20
 
 
 class AsyncLoaderError(Exception):
@@ -155,3 +159,47 @@ class LoadTimeoutError(AsyncLoaderError, TimeoutError):
 
     def __str__(self) -> str:
         return f"{self.location}: not loaded within {self.seconds:g} seconds"
+
+
+class SaveError(AsyncLoaderError):
+    """A checkpoint could not be saved. An `OSError`, if there was one, is the `__cause__`.
+
+    Attributes:
+        location: The folder that was to become the checkpoint.
+        problem: What is wrong, and what to do about it where something can be done.
+        file: The file within the folder, if one is to blame.
+    """
+
+    def __init__(self, location: str, problem: str, file: str | None = None) -> None:
+        super().__init__(location, problem, file)
+        self.location = location
+        self.problem = problem
+        self.file = file
+
+    def __str__(self) -> str:
+        where = self.location if self.file is None else f"{self.location}: {self.file}"
+        return f"{where}: {self.problem}"
+
+
+class SaveTimeoutError(SaveError, TimeoutError):
+    """Other ranks did not write their parts in time. Nothing was committed.
+
+    Attributes:
+        ranks: Those whose parts are missing.
+        seconds: How long they were waited for.
+    """
+
+    def __init__(self, location: str, ranks: Iterable[int], seconds: float) -> None:
+        self.ranks = tuple(ranks)
+        named = ", ".join(map(str, self.ranks[:_RANKS_NAMED]))
+        more = len(self.ranks) - _RANKS_NAMED
+        also = f" and {more} more" if more > 0 else ""
+        problem = (
+            f"rank{'s' * (len(self.ranks) != 1)} {named}{also} did not write their parts within "
+            f"{seconds:g} seconds, so nothing was committed; do they save to the same folder, "
+            "with the same shard_num and the same save_id?"
+        )
+        super().__init__(location, problem)
+        self.args = (location, self.ranks, seconds)
+        self.errno, self.strerror = errno.ETIMEDOUT, "timed out"
+        self.seconds = seconds

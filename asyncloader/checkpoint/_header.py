@@ -18,11 +18,13 @@ import orjson
 from asyncloader.errors import CheckpointError, TruncatedShardError
 
 from ._dtypes import DTYPES
+from ._sidecar import SIDECAR, chunk_count, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ._dtypes import DType
+    from ._sidecar import ShardDigests
 
 __all__ = ["MAX_HEADER", "PREFIX", "Block", "ShardHeader", "header_length", "parse_header"]
 
@@ -50,6 +52,9 @@ class Block:
     """First byte, from the start of the file."""
 
     nbytes: int
+
+    digests: tuple[str, ...] | None = None
+    """Of each chunk of its bytes, where they are known: see `_sidecar`."""
 
     @property
     def rows(self) -> int:
@@ -92,7 +97,13 @@ def header_length(location: str, shard: str, prefix: bytes, size: int) -> int:
     return length
 
 
-def parse_header(location: str, shard: str, text: bytes | memoryview, size: int) -> ShardHeader:
+def parse_header(
+    location: str,
+    shard: str,
+    text: bytes | bytearray | memoryview,
+    size: int,
+    digests: ShardDigests | None = None,
+) -> ShardHeader:
     """Read the JSON of a header.
 
     Args:
@@ -100,9 +111,11 @@ def parse_header(location: str, shard: str, text: bytes | memoryview, size: int)
         shard: The file's name.
         text: The header, without the 8 bytes before it.
         size: The file's length in bytes.
+        digests: What the sidecar says of the shard.
 
     Raises:
-        CheckpointError: If it is not such JSON, or the offsets contradict each other.
+        CheckpointError: If it is not such JSON, the offsets contradict each other, or the digests
+            are not those of this header.
         TruncatedShardError: If the file ends before its last block does.
     """
     try:
@@ -112,6 +125,8 @@ def parse_header(location: str, shard: str, text: bytes | memoryview, size: int)
     if not isinstance(entries, dict):
         raise CheckpointError(location, "its header is not a JSON object", shard)
     start = PREFIX + len(text)
+    if digests is not None:
+        _check_digest(location, shard, text, digests.header)
     entries.pop(_METADATA, None)
     blocks = {}
     for key, entry in entries.items():
@@ -120,9 +135,24 @@ def parse_header(location: str, shard: str, text: bytes | memoryview, size: int)
             raise CheckpointError(location, problem, shard, key)
         begin, end = entry["data_offsets"]
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        blocks[key] = Block(shard, key, dtype, shape, start + begin, end - begin)
+        known = None if digests is None else digests.blocks.get(key, ())
+        if known is not None and len(known) != chunk_count(end - begin):
+            problem = f"{SIDECAR} has {len(known)} digests for its {end - begin} bytes"
+            raise CheckpointError(location, problem, shard, key)
+        blocks[key] = Block(shard, key, dtype, shape, start + begin, end - begin, known)
     end = _check_layout(location, list(blocks.values()), start, size)
     return ShardHeader(shard, blocks, size - end)
+
+
+def _check_digest(
+    location: str, shard: str, text: bytes | bytearray | memoryview, wanted: str
+) -> None:
+    found = digest_of(len(text).to_bytes(PREFIX, "little") + bytes(text))
+    if found != wanted:
+        end = PREFIX + len(text)
+        problem = f"bytes [0, {end}), its header, are not those that were written: {SIDECAR} has "
+        problem += f"the digest {wanted}, they have {found}; copy the file again"
+        raise CheckpointError(location, problem, shard)
 
 
 def _problem(entry: object) -> str | None:

@@ -9,7 +9,7 @@ from asyncloader.errors import ReadError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Storage", "read_exactly", "read_small", "read_text"]
+__all__ = ["Storage", "read_exactly", "read_small", "read_text", "views_after"]
 
 
 _STEP = 1 << 20
@@ -63,10 +63,10 @@ async def read_exactly(
             raise ReadError(name, offset, length, problem)
         done += count
         if done < length:
-            left = _after(left, count)
+            left = views_after(left, count)
 
 
-def _after(views: list[memoryview], count: int) -> list[memoryview]:
+def views_after(views: list[memoryview], count: int) -> list[memoryview]:
     """Return what is left of the views once the first `count` bytes are filled."""
     for index, view in enumerate(views):
         if count < view.nbytes:

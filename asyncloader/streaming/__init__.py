@@ -4,19 +4,24 @@ from ._blocking import run_blocking
 from ._budget import ByteBudget
 from ._execution import Execution
 from ._progress import Meter, Progress
+from ._staging import Arena, StagingPool
 from ._tables import check_tables, describe_tables
-from ._tensors import describe_tensors, overlaps
+from ._tensors import copy_elements, describe_tensors, overlaps, plain_bytes
 from ._threads import Threads
 
 __all__ = [
+    "Arena",
     "ByteBudget",
     "Execution",
     "Meter",
     "Progress",
+    "StagingPool",
     "Threads",
     "check_tables",
+    "copy_elements",
     "describe_tables",
     "describe_tensors",
     "overlaps",
+    "plain_bytes",
     "run_blocking",
 ]

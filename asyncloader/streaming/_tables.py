@@ -10,13 +10,23 @@ from asyncloader.planning import RowType, TableTarget
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from asyncloader.table import LoadableTable
+    from asyncloader.table import LoadableTable, SavableTable
 
 __all__ = ["check_tables", "describe_tables"]
 
 
-def check_tables(tables: Mapping[str, LoadableTable], tensors: Mapping[str, object]) -> None:
-    """Refuse destinations that load_info could not tell apart.
+def check_tables(
+    tables: Mapping[str, LoadableTable] | Mapping[str, SavableTable],
+    tensors: Mapping[str, object],
+    *,
+    able: str,
+) -> None:
+    """Refuse tables and tensors whose names could not be told apart.
+
+    Args:
+        tables: By any name.
+        tensors: By name.
+        able: The method that they are there for.
 
     Raises:
         TypeError: If one is no table.
@@ -24,7 +34,7 @@ def check_tables(tables: Mapping[str, LoadableTable], tensors: Mapping[str, obje
     """
     owners: dict[str, str] = {}
     for name, table in tables.items():
-        if type(name) is not str or not hasattr(table, "begin"):
+        if type(name) is not str or not hasattr(table, able):
             raise TypeError(f"hashtables maps names to HashTables, got {name!r}: {type(table)}")
         for child in table.children:
             if child in tensors:

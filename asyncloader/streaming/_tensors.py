@@ -11,9 +11,16 @@ from asyncloader.checkpoint import BY_TORCH
 from asyncloader.planning import RowType, TensorTarget
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["bump_versions", "copy_flat", "describe_tensors", "overlaps", "plain_bytes"]
+__all__ = [
+    "bump_versions",
+    "copy_elements",
+    "copy_flat",
+    "describe_tensors",
+    "overlaps",
+    "plain_bytes",
+]
 
 # How long numpy may think about whether two strided views have an element in common.
 _MAX_WORK = 1_000_000
@@ -133,28 +140,42 @@ def copy_flat(tensor: torch.Tensor, start: int, values: torch.Tensor) -> None:
     Works for every tensor that can be written to, and copies boxes, not elements: at most two of
     each number of dimensions.
     """
-    if not values.numel():
+    for box, part in _boxes(tensor, start, values):
+        box.copy_(part)
+
+
+def copy_elements(tensor: torch.Tensor, start: int, out: torch.Tensor) -> None:
+    """Copy the elements `[start, start + n)` of a tensor in row-major order to `out`, `[n]`."""
+    for box, part in _boxes(tensor, start, out):
+        part.copy_(box)
+
+
+def _boxes(
+    tensor: torch.Tensor, start: int, flat: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pair parts of a tensor with parts of `flat`, `[n]`: its elements `[start, start + n)`."""
+    if not flat.numel():
         return
     if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
-        flat = tensor.as_strided((tensor.numel(),), (1,))
-        flat[start : start + len(values)].copy_(values)
+        whole_tensor = tensor.as_strided((tensor.numel(),), (1,))
+        yield whole_tensor[start : start + len(flat)], flat
         return
     if not tensor.dim():
-        tensor.copy_(values[0])
+        yield tensor, flat[0]
         return
     inner = tensor[0].numel()
     row, column = divmod(start, inner)
     if column:  # up to the end of the first row
-        head = min(inner - column, len(values))
-        copy_flat(tensor[row], column, values[:head])
-        values, row = values[head:], row + 1
-    whole = len(values) // inner
+        head = min(inner - column, len(flat))
+        yield from _boxes(tensor[row], column, flat[:head])
+        flat, row = flat[head:], row + 1
+    whole = len(flat) // inner
     if whole:
         box = tensor[row : row + whole]
-        box.copy_(values[: whole * inner].view(box.shape))
-    rest = values[whole * inner :]
+        yield box, flat[: whole * inner].view(box.shape)
+    rest = flat[whole * inner :]
     if rest.numel():
-        copy_flat(tensor[row + whole], 0, rest)
+        yield from _boxes(tensor[row + whole], 0, rest)
 
 
 def bump_versions(tensors: Sequence[torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ from asyncloader.checkpoint import Slice, gen_slice
 
 from ._encoding import Encoding, as_ids, strays
 from ._slots import Initializer, Slot, as_shape
+from ._snapshot import TableSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -275,6 +276,10 @@ class HashTable(torch.nn.Module):
         from ._edit import with_room  # noqa: PLC0415  # numba
 
         self._change(lambda state: with_room(state, n, block_size=self.block_size))
+
+    def snapshot(self) -> TableSnapshot:
+        """Return what the table holds now; for savers. Takes no lock, and copies nothing."""
+        return TableSnapshot(self.name, self.children, self.slice, self._state, self._encoding)
 
     def begin(self, *, most: int, expected: int) -> TableUpdate:
         """Begin an update of at most `most` rows, about `expected` of them; for loaders.

@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     from asyncloader.checkpoint import Slice
 
     from ._slots import Slot
+    from ._snapshot import SortedRows
 
-__all__ = ["LoadableTable", "LoadableUpdate", "UpdateCounts"]
+__all__ = [
+    "LoadableTable",
+    "LoadableUpdate",
+    "SavableSnapshot",
+    "SavableTable",
+    "UpdateCounts",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +79,33 @@ class LoadableTable(Protocol):
             MemoryError: If there is no room.
         """
         ...
+
+
+class SavableTable(Protocol):
+    """A table that can be saved."""
+
+    @property
+    def children(self) -> Sequence[str]:
+        """The names under which its ids stand on disk; its own, unless it is coalesced."""
+        ...
+
+    def snapshot(self) -> SavableSnapshot:
+        """Return what it holds now, which later changes leave alone. Must not take long."""
+        ...
+
+
+class SavableSnapshot(Protocol):
+    """A table at one moment. `TableSnapshot` documents each method."""
+
+    @property
+    def children(self) -> Sequence[str]: ...
+    @property
+    def slice(self) -> Slice: ...
+    @property
+    def slots(self) -> Mapping[str, Slot]: ...
+    def counts(self) -> Mapping[str, int]: ...
+    def sorted_rows(self, child: str, *, sub_slices: int) -> SortedRows: ...
+    def copy_rows(self, slot: str, rows: NDArray[np.int64], out: torch.Tensor) -> None: ...
 
 
 class LoadableUpdate(Protocol):

@@ -103,6 +103,18 @@ class Segments:
             out[torch.from_numpy(here).to(sample.device)] = memory.index_select(0, index)
         return out.view(sample.dtype)
 
+    def copy_out(self, slot: str, rows: NDArray[np.int64], out: torch.Tensor) -> None:
+        """Copy rows to host memory, uint8 `[n, row_bytes]`, without memory for a second copy."""
+        for segment, here in self._by_segment(rows):
+            whole = len(here) == len(rows)
+            index = torch.from_numpy((rows if whole else rows[here]) - segment.first)
+            memory = segment.slots[slot].view(segment.capacity, -1).view(torch.uint8)
+            if memory.device.type == "cpu" and whole:
+                torch.index_select(memory, 0, index, out=out)
+            else:
+                chosen = memory.index_select(0, index.to(memory.device)).to(out.device)
+                out[torch.from_numpy(here)] = chosen
+
     def scatter(self, slot: str, rows: NDArray[np.int64], values: torch.Tensor) -> None:
         """Copy rows in; `values` is `[n, *shape]`."""
         carrier = _CARRIERS[values.dtype.itemsize]

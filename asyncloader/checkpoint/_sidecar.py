@@ -1,0 +1,192 @@
+"""The sidecar `asyncloader.json`: digests of all bytes, and where the rows of sub-slices begin.
+
+RecIS neither writes nor reads it. A checkpoint without one is as good as ever, only that nobody
+can say whether its bytes are still those that were written.
+
+    {"format": 1, "digest": "xxh3-128", "chunk_bytes": 8388608,
+     "files":  {"index": digest, "tensorkey.json": digest},
+     "shards": {file: {"header": digest, "blocks": {key: [digest of each chunk]}}},
+     "parts":  {table: [{"slice": "begin@end@size", "rows": n, "offsets": [257 row numbers]}]}}
+
+A block's chunks are counted from its own first byte; the last one may be shorter. A header's digest
+is that of the shard's bytes before its data. Rows of a part are sorted by their slice position, and
+`offsets[i]` is the first row whose position is not below that of the part's sub-slice i of 256.
+
+The digest of `index` ties the sidecar to the checkpoint: when another program has written a new one
+into the same folder and left the sidecar of the old one behind, it is known for what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from reprlib import repr as shown  # shortens
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import xxhash
+
+from asyncloader.errors import CheckpointError
+
+from ._slices import Slice
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "DIGEST_CHUNK",
+    "SIDECAR",
+    "SUB_SLICES",
+    "PartRows",
+    "ShardDigests",
+    "Sidecar",
+    "chunk_count",
+    "digest_of",
+    "parse_sidecar",
+    "render_sidecar",
+]
+
+SIDECAR = "asyncloader.json"
+DIGEST_CHUNK = 8 << 20
+"""Bytes that one digest is of."""
+
+SUB_SLICES = 256
+_FORMAT = 1
+_ALGORITHM = "xxh3-128"
+_HEX = 32
+
+
+def digest_of(data: bytes | bytearray | memoryview) -> str:
+    """Return the digest of bytes, 32 hexadecimal digits. Holds no GIL while it computes."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def chunk_count(nbytes: int) -> int:
+    """Return how many chunks a block has."""
+    return -(-nbytes // DIGEST_CHUNK)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDigests:
+    """The digests of one shard."""
+
+    header: str
+    """Of the bytes before the data."""
+
+    blocks: Mapping[str, tuple[str, ...]]
+    """By key, of each chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartRows:
+    """How the rows of one part are spread over its slice."""
+
+    slice: Slice
+    rows: int
+    offsets: tuple[int, ...]
+    """First row of each of 256 equal sub-slices, and the number of rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """All that the sidecar says."""
+
+    files: Mapping[str, str]
+    """Digests of `index` and `tensorkey.json`."""
+
+    shards: Mapping[str, ShardDigests]
+    parts: Mapping[str, tuple[PartRows, ...]] = field(default_factory=dict)
+    """By table."""
+
+
+def render_sidecar(sidecar: Sidecar) -> bytes:
+    """Return the text of the file."""
+    shards = {
+        shard: {"header": digests.header, "blocks": digests.blocks}
+        for shard, digests in sidecar.shards.items()
+    }
+    parts = {
+        table: [
+            {"slice": str(part.slice), "rows": part.rows, "offsets": part.offsets} for part in rows
+        ]
+        for table, rows in sidecar.parts.items()
+    }
+    value = {
+        "format": _FORMAT,
+        "digest": _ALGORITHM,
+        "chunk_bytes": DIGEST_CHUNK,
+        "files": sidecar.files,
+        "shards": shards,
+        "parts": parts,
+    }
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
+    """Read the file; return `None` if it is of a format that is not known here.
+
+    Raises:
+        CheckpointError: If it is not what it should be.
+    """
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise _bad(location, f"not JSON: {error}") from error
+    if not isinstance(value, dict) or type(value.get("format")) is not int:
+        raise _bad(location, "lacks the number of its format")
+    said = value["format"], value.get("digest"), value.get("chunk_bytes")
+    if said != (_FORMAT, _ALGORITHM, DIGEST_CHUNK):
+        return None
+    try:
+        return Sidecar(
+            files={name: _digest(text) for name, text in _object(value["files"]).items()},
+            shards={shard: _shard(entry) for shard, entry in _object(value["shards"]).items()},
+            parts={
+                table: tuple(_part(entry) for entry in _list(entries))
+                for table, entries in _object(value["parts"]).items()
+            },
+        )
+    except (KeyError, ValueError) as error:
+        raise _bad(location, f"damaged: {error}") from error
+
+
+def _bad(location: str, problem: str) -> CheckpointError:
+    problem += "; without it (or with verify='off') the checkpoint can be loaded unverified"
+    return CheckpointError(location, problem, SIDECAR)
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{shown(value)} is not an object")  # noqa: TRY004  # it is data
+    return value
+
+
+def _list(value: object) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{shown(value)} is not a list")  # noqa: TRY004  # it is data
+    return value
+
+
+def _digest(value: object) -> str:
+    if not isinstance(value, str) or len(value) != _HEX:
+        raise ValueError(f"{shown(value)} is not a digest")
+    return value
+
+
+def _shard(value: object) -> ShardDigests:
+    entry = _object(value)
+    blocks = {
+        key: tuple(_digest(one) for one in _list(digests))
+        for key, digests in _object(entry["blocks"]).items()
+    }
+    return ShardDigests(_digest(entry["header"]), blocks)
+
+
+def _part(value: object) -> PartRows:
+    entry = _object(value)
+    rows, offsets, text = entry["rows"], _list(entry["offsets"]), entry["slice"]
+    if not isinstance(text, str) or type(rows) is not int:
+        raise ValueError(f"{shown(entry)} is not a part")
+    ascending = all(type(one) is int for one in offsets) and list(offsets) == sorted(offsets)
+    if not ascending or len(offsets) != SUB_SLICES + 1 or (offsets[0], offsets[-1]) != (0, rows):
+        raise ValueError(f"offsets {shown(offsets)} are not those of {SUB_SLICES} sub-slices")
+    return PartRows(Slice.parse(text), rows, tuple(offsets))

@@ -1,0 +1,266 @@
+"""What users import to save a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from ._concurrency import run_jobs
+from ._progress_bar import progress_bar
+from ._save_report import SaveReport
+from .planning import WriteBlock, checked_blocks, lay_out
+from .saving import (
+    CHUNK,
+    Commit,
+    Contents,
+    Means,
+    Save,
+    checked_save_id,
+    fresh_save_id,
+    shared_save_id,
+)
+from .storage import LocalFolder
+from .streaming import ByteBudget, Meter, StagingPool, Threads, check_tables, run_blocking
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .planning import ShardLayout
+    from .storage import Folder
+    from .streaming import Progress
+    from .table import SavableSnapshot, SavableTable
+
+__all__ = ["Saver", "every_block"]
+
+_log = logging.getLogger(__name__)
+
+_INFLIGHT = 128 << 20
+_PATIENCE = 1800.0
+"""Seconds that rank 0 waits for the others."""
+
+
+def every_block(blocks: list[WriteBlock]) -> list[WriteBlock]:
+    """Return what it is given: the `filter_func` that leaves nothing out."""
+    return blocks
+
+
+class Saver:
+    """Writes hash tables and dense tensors as a checkpoint in RecIS's format.
+
+    Everything is staged in a folder that no reader looks at, synced to the disk, and then moved
+    into place by renaming, `index` last. Whatever happens meanwhile, the folder holds the
+    checkpoint that was there before, whole, or none, or the new one, whole. An older checkpoint in
+    the folder is replaced, its files removed; a folder that holds anything else is refused.
+
+    Tables are saved as they are when `asave` is called, whatever is written to them meanwhile;
+    rows are sorted by slice position, then id. Dense tensors are read while the save goes on: leave
+    them alone until it is done.
+
+    The first seven arguments are those of RecIS's `Saver`, in its order. A saver may be used any
+    number of times.
+
+    Args:
+        shard_index: This rank.
+        shard_num: How many ranks save into the folder, each with a `Saver` of its own and with
+            `slice=gen_slice(shard_index, shard_num)` of each table. Rank 0 waits for the others
+            and commits; the others return when their parts are written.
+        parallel: Shard files that this rank writes, and writes at a time.
+        path: The folder that becomes the checkpoint; made if need be.
+        hashtables: Tables to save, by any name; on disk they have the names of their `children`.
+        tensors: Dense tensors to save, by name, on any device; only rank 0 writes them.
+        filter_func: Gets the `WriteBlock`s that would be written, and returns those to write.
+        save_id: Tells this save from every other one into the same folder: text or a number, the
+            same on all ranks, another one for each try. By default rank 0 draws one, and tells
+            the others by torch.distributed.
+        timeout: Seconds that rank 0 waits for the other ranks; `None` waits for ever.
+        max_inflight_bytes: Memory for writes under way, in bytes. Besides, the order of a table's
+            rows takes 16 bytes an id while the table is being written, and sorting it as much
+            again.
+        progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
+            shows a bar on the terminal.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument makes no sense.
+    """
+
+    def __init__(  # noqa: PLR0917  # RecIS's order
+        self,
+        shard_index: int = 0,
+        shard_num: int = 1,
+        parallel: int = 8,
+        path: str | os.PathLike[str] = ".",
+        hashtables: Mapping[str, SavableTable] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        filter_func: Callable[[list[WriteBlock]], list[WriteBlock]] = every_block,
+        *,
+        save_id: str | int | None = None,
+        timeout: float | None = _PATIENCE,
+        max_inflight_bytes: int = _INFLIGHT,
+        progress: Callable[[Progress], object] | bool | None = None,
+    ) -> None:
+        for name, value in (
+            ("shard_index", shard_index),
+            ("shard_num", shard_num),
+            ("parallel", parallel),
+            ("max_inflight_bytes", max_inflight_bytes),
+        ):
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value <= 0 and name != "shard_index":
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= shard_index < shard_num:
+            raise ValueError(f"shard_index is 0 to shard_num - 1, got {shard_index} of {shard_num}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be positive or None, got {timeout}")
+        if not callable(filter_func):
+            raise TypeError(f"filter_func must be callable, got {filter_func!r}")
+        if progress is not None and not isinstance(progress, bool) and not callable(progress):
+            raise TypeError(f"progress must be callable, True or None, got {progress!r}")
+        for what, given in (("hashtables", hashtables), ("tensors", tensors)):
+            if given is not None and not isinstance(given, Mapping):
+                raise TypeError(f"{what} maps names to what is saved, got {type(given)}")
+        self._rank = shard_index
+        self._ranks = shard_num
+        self._parallel = parallel
+        self._path = _checked_path(path)
+        self._tables = dict(hashtables or {})
+        self._tensors = dict(tensors or {})
+        self._filter = filter_func
+        self._save_id = None if save_id is None else checked_save_id(save_id)
+        self._timeout = timeout
+        self._max_inflight_bytes = max_inflight_bytes
+        self._progress = progress
+        check_tables(self._tables, self._tensors, able="snapshot")
+        _check_tensors(self._tensors)
+
+    def __repr__(self) -> str:
+        rank = f"rank {self._rank} of {self._ranks}, " if self._ranks > 1 else ""
+        what = f"{len(self._tables)} tables, {len(self._tensors)} tensors"
+        return f"<Saver {self._path!r}: {rank}{what}>"
+
+    async def asave(self) -> SaveReport:
+        """Save, on the caller's event loop, which goes on serving meanwhile.
+
+        Returns:
+            What was written; on rank 0 the checkpoint is committed then.
+
+        Raises:
+            SaveError: If the folder holds something else than a checkpoint, somebody else is
+                saving to it, it failed, or the ranks' parts do not fit together.
+            SaveTimeoutError: If other ranks did not write their parts in time.
+            TypeError: If `filter_func` returned something else than a list of its blocks.
+            ValueError: If what there is to save cannot be told apart by its names, or this is one
+                of several ranks and no `save_id` was given where torch.distributed could not help.
+        """
+        snapshots = [table.snapshot() for table in self._tables.values()]
+        with contextlib.ExitStack() as stack:
+            listener = self._progress
+            if listener is True:
+                listener = stack.enter_context(progress_bar("saving"))
+            meter = Meter(0, None if isinstance(listener, bool) else listener)
+            return await self._save(snapshots, meter, LocalFolder(self._path))
+
+    def save(self) -> SaveReport:
+        """Save, and return when it is done; raises what `asave` raises.
+
+        Runs an event loop of its own, from any thread, also where a loop is running already (which
+        it then blocks: inside a coroutine, `await asave()`).
+        """
+        return run_blocking(self.asave)
+
+    async def _save(
+        self, snapshots: list[SavableSnapshot], meter: Meter, folder: Folder
+    ) -> SaveReport:
+        writers = min(self._parallel, max(self._max_inflight_bytes // CHUNK, 1))
+        async with Threads(reads=writers) as threads:
+            save_id = await self._agreed_save_id(threads)
+            contents, layouts = await self._plan(snapshots, threads)
+            meter.total = sum(block.nbytes for block in contents.sources)
+            save = Save(
+                contents=contents,
+                layouts=layouts,
+                commit=Commit(folder, save_id, self._rank, self._ranks, self._timeout or _PATIENCE),
+                means=Means(
+                    folder=folder,
+                    threads=threads,
+                    budget=ByteBudget(self._max_inflight_bytes),
+                    staging=StagingPool(CHUNK),
+                    meter=meter,
+                    parallel=writers,
+                ),
+                timeout=self._timeout,
+            )
+            await save.run()
+        meter.finish()
+        report = SaveReport(
+            location=folder.location,
+            save_id=save_id,
+            shard_index=self._rank,
+            shard_num=self._ranks,
+            committed=save.committed,
+            bytes_written=sum(layout.size for layout in layouts),
+            seconds=meter.seconds,
+            shards=tuple(layout.file for layout in layouts),
+            tables={name: rows.rows for name, rows in contents.part_rows().items()},
+            tensors=tuple(block.name for block in contents.sources if block.table is None),
+        )
+        _log.info("%s", report)
+        return report
+
+    async def _agreed_save_id(self, threads: Threads) -> str:
+        if self._save_id is not None:
+            return self._save_id
+        if self._ranks == 1:
+            return fresh_save_id()
+        # Each thread has a current device of its own: take that of the caller.
+        started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        device = torch.cuda.current_device() if started else None
+        agree = partial(shared_save_id, self._rank, self._ranks, device)
+        [save_id] = await run_jobs(threads.kernels, [agree])
+        return save_id
+
+    async def _plan(
+        self, snapshots: list[SavableSnapshot], threads: Threads
+    ) -> tuple[Contents, tuple[ShardLayout, ...]]:
+        contents = Contents()
+
+        def gather() -> None:
+            for snapshot in snapshots:
+                contents.add_table(snapshot)
+            if self._rank == 0:
+                contents.add_tensors(self._tensors)
+
+        def decide(chosen: object) -> tuple[ShardLayout, ...]:
+            blocks = checked_blocks(offered, chosen)
+            contents.keep(blocks)
+            return lay_out(blocks, rank=self._rank, ranks=self._ranks, writers=self._parallel)
+
+        await run_jobs(threads.kernels, [gather])
+        offered = list(contents.sources)
+        chosen = self._filter(list(offered))
+        [layouts] = await run_jobs(threads.kernels, [partial(decide, chosen)])
+        return contents, layouts
+
+
+def _checked_path(path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"path must be text, got {text!r}")
+    if "\0" in text:
+        raise ValueError(f"path: no path holds a NUL, got {text!r}")
+    return text
+
+
+def _check_tensors(tensors: Mapping[str, object]) -> None:
+    for name, tensor in tensors.items():
+        if type(name) is not str or not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"tensors maps names to torch tensors, got {name!r}: {type(tensor)}")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise ValueError(f"tensors[{name!r}]: only plain strided tensors can be saved")

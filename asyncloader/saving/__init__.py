@@ -1,0 +1,23 @@
+"""Carries saves out: gathers rows, writes shards, makes a checkpoint of what ranks have written."""
+
+from ._commit import Commit
+from ._contents import Contents
+from ._part import RankPart
+from ._save import Save
+from ._save_id import checked_save_id, fresh_save_id, shared_save_id
+from ._sources import ByteSource
+from ._writing import CHUNK, Means, write_shards
+
+__all__ = [
+    "CHUNK",
+    "ByteSource",
+    "Commit",
+    "Contents",
+    "Means",
+    "RankPart",
+    "Save",
+    "checked_save_id",
+    "fresh_save_id",
+    "shared_save_id",
+    "write_shards",
+]

@@ -1,0 +1,117 @@
+"""One save under way: from blocks to a committed checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from asyncloader._concurrency import run_jobs
+from asyncloader.errors import SaveError, SaveTimeoutError
+
+from ._part import RankPart
+from ._writing import write_shards
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asyncloader.planning import ShardLayout
+
+    from ._commit import Commit
+    from ._contents import Contents
+    from ._writing import Means
+
+__all__ = ["Save"]
+
+# Between two looks at which ranks are done, in seconds: often at first, and then less.
+_FIRST_LOOK, _LAST_LOOK = 0.01, 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Save:
+    """Writes one rank's part and, as rank 0, commits those of all."""
+
+    contents: Contents
+    layouts: Sequence[ShardLayout]
+    commit: Commit
+    means: Means
+    timeout: float | None
+    """Seconds to wait for the other ranks."""
+
+    committed: bool = field(default=False, init=False)
+
+    async def run(self) -> None:
+        """Write, wait, commit. On failure nothing of it stays.
+
+        Raises:
+            SaveError: If the folder holds something else, or failed, or the ranks' parts do not
+                fit together.
+            SaveTimeoutError: If ranks are missing.
+        """
+        threads, folder = self.means.threads.reads, self.means.folder
+        held = contextlib.ExitStack()
+        try:
+            await run_jobs(threads, [lambda: self._hold(held)])
+            await self._write_and_commit()
+        except SaveError:
+            raise
+        except OSError as error:
+            problem = f"could not be written: {error}; {self.commit.outcome()}"
+            raise SaveError(folder.location, problem) from error
+        finally:
+            await run_jobs(threads, [held.close])
+
+    def _hold(self, held: contextlib.ExitStack) -> None:
+        """Let nobody else commit to this folder meanwhile."""
+        self.means.folder.make("")
+        if self.commit.rank == 0 and not held.enter_context(self.means.folder.hold()):
+            problem = "somebody else is saving to this folder right now"
+            raise SaveError(self.means.folder.location, problem)
+
+    async def _write_and_commit(self) -> None:
+        threads = self.means.threads.reads
+        try:
+            await run_jobs(threads, [self.commit.begin])
+            digests = await write_shards(
+                self.layouts,
+                self.contents.sources,
+                self.means,
+                under=f"{self.commit.staging}/",
+            )
+            part = RankPart.of(
+                self.layouts,
+                digests,
+                self.contents.part_rows(),
+                save_id=self.commit.save_id,
+                rank=self.commit.rank,
+                ranks=self.commit.ranks,
+            )
+            await run_jobs(threads, [lambda: self.commit.publish(part)])
+            if self.commit.rank == 0:
+                await self._wait_for_others()
+                await run_jobs(threads, [self._commit])
+        except BaseException:
+            if not self.committed:
+                files = [layout.file for layout in self.layouts]
+                await run_jobs(threads, [lambda: self.commit.abandon(files)])
+            raise
+
+    def _commit(self) -> None:
+        self.commit.commit()
+        self.committed = True
+        self.commit.clean()
+
+    async def _wait_for_others(self) -> None:
+        clock = asyncio.get_running_loop().time
+        start, pause = clock(), _FIRST_LOOK
+        while True:
+            [missing] = await run_jobs(self.means.threads.reads, [self.commit.missing])
+            if not missing:
+                return
+            waited = clock() - start
+            if self.timeout is not None and waited >= self.timeout:
+                raise SaveTimeoutError(self.means.folder.location, missing, self.timeout)
+            left = pause if self.timeout is None else self.timeout - waited
+            await asyncio.sleep(min(pause, left))
+            pause = min(2 * pause, _LAST_LOOK)

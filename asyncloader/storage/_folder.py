@@ -1,0 +1,220 @@
+"""A folder that is written to: the few calls from which a commit is made."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ._protocol import views_after
+
+if sys.platform != "win32":
+    import fcntl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["Folder", "LocalFolder", "WritableFile"]
+
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+
+
+class WritableFile(Protocol):
+    """A file that is being written, at any positions, by any number of threads."""
+
+    def write(self, offset: int, views: Sequence[memoryview], /) -> None:
+        """Write all of `views`, one after the other, from `offset` on. At most 1024 views."""
+        ...
+
+    def sync(self) -> None:
+        """Return when all that was written would outlive a loss of power."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; not twice."""
+        ...
+
+
+class Folder(Protocol):
+    """Names are relative to the folder, parts separated by `/`; `""` is the folder itself.
+
+    Every call may block, and belongs on a thread. Every call may raise `OSError`.
+    """
+
+    @property
+    def location(self) -> str:
+        """What to call it in messages."""
+        ...
+
+    def make(self, name: str, /) -> None:
+        """Make a folder and those above it; fine if it is there."""
+        ...
+
+    def names(self, name: str, /) -> list[str]:
+        """Return what a folder holds; `FileNotFoundError` if it is not there."""
+        ...
+
+    def create(self, name: str, /) -> WritableFile:
+        """Begin a file anew."""
+        ...
+
+    def read(self, name: str, /) -> bytes:
+        """Return a whole file."""
+        ...
+
+    def size(self, name: str, /) -> int:
+        """Return the length of a file in bytes."""
+        ...
+
+    def age(self, name: str, than: str, /) -> float:
+        """Return by how many seconds `than` was changed after `name`."""
+        ...
+
+    def move(self, source: str, target: str, /) -> None:
+        """Rename a file; what had the new name is gone."""
+        ...
+
+    def remove(self, name: str, /) -> None:
+        """Remove a file."""
+        ...
+
+    def remove_folder(self, name: str, /) -> None:
+        """Remove an empty folder."""
+        ...
+
+    def sync(self, name: str, /) -> None:
+        """Return when a folder's names would outlive a loss of power."""
+        ...
+
+    def hold(self) -> contextlib.AbstractContextManager[bool]:
+        """Keep others who hold the folder away, in any process, until the block ends.
+
+        Yields:
+            Whether nobody else holds it.
+        """
+        ...
+
+
+class _LocalFile:
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o644)
+
+    def write(self, offset: int, views: Sequence[memoryview], /) -> None:
+        left = list(views)
+        while left:
+            count = _pwritev(self._fd, left, offset)
+            offset += count
+            left = views_after(left, count)
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class LocalFolder:
+    """A folder of the file system, which need not be there yet."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(root)
+
+    @property
+    def location(self) -> str:
+        """The path."""
+        return str(self._root)
+
+    def make(self, name: str, /) -> None:
+        """Make a folder, and let each new name outlive a loss of power."""
+        path = self._root / name
+        missing = []
+        while not path.is_dir():
+            missing.append(path)
+            path = path.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)  # another rank may be faster
+            _sync(new.parent)
+
+    def names(self, name: str, /) -> list[str]:
+        """Return what a folder holds."""
+        return sorted(os.listdir(self._root / name))  # noqa: PTH208  # names, not paths
+
+    def create(self, name: str, /) -> _LocalFile:
+        """Begin a file anew."""
+        return _LocalFile(self._root / name)
+
+    def read(self, name: str, /) -> bytes:
+        """Return a whole file."""
+        return (self._root / name).read_bytes()
+
+    def size(self, name: str, /) -> int:
+        """Return the length of a file in bytes."""
+        return (self._root / name).stat().st_size
+
+    def age(self, name: str, than: str, /) -> float:
+        """Return by how many seconds `than` was changed after `name`."""
+        return (self._root / than).stat().st_mtime - (self._root / name).stat().st_mtime
+
+    def move(self, source: str, target: str, /) -> None:
+        """Rename a file."""
+        (self._root / source).replace(self._root / target)
+
+    def remove(self, name: str, /) -> None:
+        """Remove a file."""
+        (self._root / name).unlink()
+
+    def remove_folder(self, name: str, /) -> None:
+        """Remove an empty folder."""
+        (self._root / name).rmdir()
+
+    def sync(self, name: str, /) -> None:
+        """Sync a folder."""
+        _sync(self._root / name)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[bool]:
+        """Lock the folder, where the system can; the lock ends with the process at the latest."""
+        if sys.platform == "win32":  # no folder can be opened there
+            yield True
+            return
+        fd = os.open(self._root, os.O_RDONLY | _CLOEXEC)
+        try:
+            yield _locked(fd)
+        finally:
+            os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems lock no folders; the others say who else is at work.
+        return error.errno not in {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN}
+    return True
+
+
+def _sync(path: Path) -> None:
+    if sys.platform == "win32":  # no folder can be opened there
+        return
+    fd = os.open(path, os.O_RDONLY | _CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+if hasattr(os, "pwritev"):
+    _pwritev = os.pwritev
+else:  # Windows: one position a descriptor, so one writer at a time
+    _seek_and_write = threading.Lock()
+
+    def _pwritev(fd: int, views: Sequence[memoryview], offset: int, /) -> int:
+        with _seek_and_write:
+            os.lseek(fd, offset, os.SEEK_SET)
+            return os.write(fd, views[0])
