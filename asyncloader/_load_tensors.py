@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 from ._contents import Contents
 from ._reading import read_stored
-from ._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_path, open_session
+from ._session import (
+    CHUNK_BYTES,
+    INFLIGHT_BYTES,
+    PARALLEL,
+    Limits,
+    checked_path,
+    checked_verify,
+    open_session,
+)
 from .streaming import run_blocking
 
 if TYPE_CHECKING:
@@ -15,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import Tensor
+
+    from .checkpoint import Verify
 
 __all__ = ["aload_tensors", "load_tensors"]
 
@@ -24,6 +34,7 @@ async def aload_tensors(
     names: Iterable[str] | None = None,
     *,
     parallel: int = PARALLEL,
+    verify: Verify = "auto",
 ) -> dict[str, Tensor]:
     """Read tensors into memory of their own, on the caller's event loop.
 
@@ -33,6 +44,9 @@ async def aload_tensors(
         names: What to read, and in which order to return it; a slot of a table is `table@slot`,
             its ids are `table@id`. Without names, all dense tensors, in the checkpoint's order.
         parallel: Reads at a time, as far as memory for reads under way, 128 MiB, has room for them.
+        verify: Whether they are compared with the digests that `Saver` wrote along: `"auto"`,
+            where there are some; `"require"`, always, and a checkpoint without is an error;
+            `"off"`.
 
     Returns:
         The tensors by name.
@@ -49,7 +63,8 @@ async def aload_tensors(
         raise TypeError(f"names are several, got one text; write [{names!r}]")
     wanted = None if names is None else tuple(names)
     limits = Limits(parallel=parallel, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=INFLIGHT_BYTES)
-    async with open_session(path, limits=limits, timeout=None) as session:
+    checked = checked_verify(verify)
+    async with open_session(path, limits=limits, verify=checked, timeout=None) as session:
         contents = Contents()
         if wanted is None:
             wanted = tuple((await contents.catalog(session)).tensors)
@@ -61,6 +76,9 @@ def load_tensors(
     names: Iterable[str] | None = None,
     *,
     parallel: int = PARALLEL,
+    verify: Verify = "auto",
 ) -> dict[str, Tensor]:
     """Read tensors into memory of their own; see `aload_tensors`."""
-    return run_blocking(partial(aload_tensors, checkpoint_path, names, parallel=parallel))
+    return run_blocking(
+        partial(aload_tensors, checkpoint_path, names, parallel=parallel, verify=verify)
+    )

@@ -12,7 +12,7 @@ from ._concurrency import run_jobs
 from ._memory import zeros
 from .errors import CheckpointError
 from .planning import LoadPlan, TensorLoad
-from .streaming import Execution, Meter
+from .streaming import Execution, Meter, Tracer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +47,8 @@ async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, T
         meter=Meter(plan.nbytes),
         parallel=session.limits.parallel,
         chunk_bytes=session.limits.read_bytes,
+        verifier=session.verifier,
+        tracer=Tracer(None),
         touched={},
     )
     try:

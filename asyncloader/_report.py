@@ -27,6 +27,10 @@ class LoadReport:
     bytes_wanted: int
     """Those of `bytes_read` that somebody asked for; what is read along with them is not."""
 
+    bytes_verified: int
+    """Those of `bytes_wanted` that were compared with the digests that were written with them, and
+    found to be the same. 0 if there are no digests, or nobody wanted them compared."""
+
     reads: int
     seconds: float
     tables: Mapping[str, UpdateCounts]
@@ -54,11 +58,23 @@ class LoadReport:
             f"({self.gigabytes_per_second:.2f} GB/s), {filled} tensors, "
             f"{rows:,} rows of {len(self.tables)} table{'s' * (len(self.tables) != 1)}"
         )
+        if self.bytes_verified:
+            text += f", {self.verified}"
         if self.missing:
             text += f", {len(self.missing)} missing"
         if self.unexpected:
             text += f", {len(self.unexpected)} unexpected"
         return text
+
+    @property
+    def verified(self) -> str:
+        """How much of it was verified, in words."""
+        if not self.bytes_verified:
+            return "not verified"
+        if self.bytes_verified == self.bytes_wanted:
+            return "all verified"
+        part = f"{size_text(self.bytes_verified)} of {size_text(self.bytes_wanted)}"
+        return f"{part} verified"
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -77,6 +93,7 @@ class LoadReport:
         also = f", {size_text(surplus)} of it only to join reads" if surplus else ""
         head.add_row("read", f"{size_text(self.bytes_read)} in {self.reads:,} reads{also}")
         rate = f"{self.gigabytes_per_second:.2f} GB/s"
+        head.add_row("digests", self.verified)
         head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
         tally = _tally(self.tensors.values())
         if tally:

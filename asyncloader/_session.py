@@ -15,12 +15,12 @@ from ._runs import is_run_folder
 from .checkpoint import read_catalog, read_manifest
 from .errors import CheckpointNotFoundError, LoadTimeoutError, ReadError
 from .storage import LocalStorage
-from .streaming import ByteBudget, Threads
+from .streaming import ByteBudget, Threads, Verifier
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-    from .checkpoint import Catalog, Manifest
+    from .checkpoint import Catalog, Manifest, Verify
     from .storage import Storage
 
 __all__ = [
@@ -30,12 +30,14 @@ __all__ = [
     "Limits",
     "Session",
     "checked_path",
+    "checked_verify",
     "open_session",
 ]
 
 PARALLEL = 16
 CHUNK_BYTES = 16 << 20
 INFLIGHT_BYTES = 128 << 20
+VERIFY: tuple[Verify, ...] = ("auto", "require", "off")
 _SUFFIX = ".safetensors"
 
 
@@ -85,8 +87,14 @@ class Session:
     threads: Threads
     limits: Limits
     budget: ByteBudget
+    verify: Verify
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """For what several tasks should not do at the same time."""
+
+    @property
+    def verifier(self) -> Verifier:
+        """Compares what was read with digests."""
+        return Verifier(self.location, widen=self.verify == "require")
 
     async def catalog(self) -> Catalog:
         """Read which names there are.
@@ -98,7 +106,9 @@ class Session:
         """
         pool = self.threads.kernels
         try:
-            return await read_catalog(self.storage, executor=pool, file=self.file)
+            return await read_catalog(
+                self.storage, executor=pool, file=self.file, verify=self.verify
+            )
         except CheckpointNotFoundError as error:
             [is_run] = await run_jobs(pool, [partial(is_run_folder, self.location)])
             if not is_run:
@@ -128,6 +138,7 @@ async def open_session(
     path: str,
     *,
     limits: Limits,
+    verify: Verify,
     timeout: float | None,  # noqa: ASYNC109  # of the block, and with an error of ours
     seen: dict[str, tuple[int, ...]] | None = None,
 ) -> AsyncIterator[Session]:
@@ -136,6 +147,7 @@ async def open_session(
     Args:
         path: A folder, or a file whose name ends in `.safetensors`.
         limits: For all that the block does.
+        verify: Whether to take digests along, if there are any.
         timeout: Seconds that the block may take; `None` is for ever.
         seen: Which files there were when they were first opened; see `LocalStorage`.
 
@@ -154,6 +166,7 @@ async def open_session(
                     threads=threads,
                     limits=limits,
                     budget=ByteBudget(limits.max_inflight_bytes),
+                    verify=verify,
                 )
     except ReadError as error:
         error.location = path
@@ -185,3 +198,15 @@ def checked_path(path: str | os.PathLike[str]) -> str:
     if "\0" in text:
         raise ValueError(f"checkpoint_path: no path holds a NUL, got {text!r}")
     return text
+
+
+def checked_verify(verify: object) -> Verify:
+    """Return what may be asked for.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    for known in VERIFY:
+        if verify == known:
+            return known
+    raise ValueError(f"verify is one of {', '.join(map(repr, VERIFY))}, got {verify!r}")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from ._session import Limits, Session
+    from .checkpoint import Verify
 
 __all__ = ["Sessions"]
 
@@ -38,10 +39,12 @@ class Sessions:
     Args:
         path: As for `open_session`.
         limits: For each session.
+        verify: Likewise.
     """
 
-    def __init__(self, path: str, limits: Limits) -> None:
+    def __init__(self, path: str, limits: Limits, verify: Verify) -> None:
         self._path = path
+        self._verify = verify
         self._limits = limits
         self._seen: dict[str, tuple[int, ...]] = {}
         self._held: _Held | None = None
@@ -85,4 +88,6 @@ class Sessions:
                 held.idle.set()
 
     def _open(self) -> contextlib.AbstractAsyncContextManager[Session]:
-        return open_session(self._path, limits=self._limits, timeout=None, seen=self._seen)
+        return open_session(
+            self._path, limits=self._limits, verify=self._verify, timeout=None, seen=self._seen
+        )

@@ -17,6 +17,7 @@ from ._session import (
     PARALLEL,
     Limits,
     checked_path,
+    checked_verify,
     open_session,
 )
 from .errors import AsyncLoaderError
@@ -31,6 +32,7 @@ from .planning import (
 from .streaming import (
     Execution,
     Meter,
+    Tracer,
     check_tables,
     describe_tables,
     describe_tensors,
@@ -46,8 +48,9 @@ if TYPE_CHECKING:
     import torch
 
     from ._session import Session
+    from .checkpoint import Verify
     from .planning import LoadInfo, LoadPlan
-    from .streaming import Progress
+    from .streaming import Progress, Span
     from .table import LoadableTable
 
 __all__ = ["Loader", "identity"]
@@ -90,6 +93,12 @@ class Loader:
         timeout: Seconds after which the load is given up; `None` waits for ever.
         progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
             shows a bar on the terminal.
+        verify: Whether what is read is compared with the digests that `Saver` wrote along:
+            `"auto"`, where there are some, as far as whole chunks of 8 MiB are read anyway;
+            `"require"`, every byte that is loaded, and a checkpoint without digests is an error;
+            `"off"`. With digests, at least one chunk is read at a time. The report says how many
+            bytes were verified.
+        trace: Called on the event loop with a `Span` after every step of the load.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -109,6 +118,8 @@ class Loader:
         max_inflight_bytes: int = INFLIGHT_BYTES,
         timeout: float | None = None,
         progress: Callable[[Progress], object] | bool | None = None,
+        verify: Verify = "auto",
+        trace: Callable[[Span], object] | None = None,
     ) -> None:
         self._limits = Limits(
             parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
@@ -119,6 +130,8 @@ class Loader:
             raise TypeError(f"filter_func must be callable, got {filter_func!r}")
         if progress is not None and not isinstance(progress, bool) and not callable(progress):
             raise TypeError(f"progress must be callable, True or None, got {progress!r}")
+        if trace is not None and not callable(trace):
+            raise TypeError(f"trace must be callable or None, got {trace!r}")
         for what, targets in (("hashtables", hashtables), ("tensors", tensors)):
             if targets is not None and not isinstance(targets, Mapping):
                 raise TypeError(f"{what} maps names to what is filled, got {type(targets)}")
@@ -128,6 +141,8 @@ class Loader:
         self._strict = strict
         self._timeout = timeout
         self._progress = progress
+        self._verify = checked_verify(verify)
+        self._tracer = Tracer(trace)
         self._tables = dict(hashtables or {})
         check_tables(self._tables, self._tensors, able="begin")
         describe_tensors(self._tensors)
@@ -193,19 +208,24 @@ class Loader:
                     meter=meter,
                     parallel=self._limits.parallel,
                     chunk_bytes=self._limits.read_bytes,
+                    verifier=session.verifier,
+                    tracer=self._tracer,
                     touched=touched,
                 )
                 unless_committed.callback(execution.abort)
                 await execution.run()
             # No await from here on: who is cancelled finds the tables as they were.
-            counts = execution.commit()
+            with self._tracer.span("commit", "all tables"):
+                counts = execution.commit()
             unless_committed.pop_all()
         report = self._report(plan, counts, touched, meter)
         _log.info("%s", report)
         return report
 
     def _session(self) -> contextlib.AbstractAsyncContextManager[Session]:
-        return open_session(self._path, limits=self._limits, timeout=self._timeout)
+        return open_session(
+            self._path, limits=self._limits, verify=self._verify, timeout=self._timeout
+        )
 
     def _targets(self) -> Targets:
         """Describe what there is to fill, as it is now: slots and other memory may have come."""
@@ -215,17 +235,23 @@ class Loader:
 
     async def _plan(self, session: Session) -> LoadPlan:
         pool = session.threads.kernels  # planning is all Python: on a thread the loop gets its turn
-        [targets] = await run_jobs(pool, [self._targets])
+        with self._tracer.span("plan", "destinations"):
+            [targets] = await run_jobs(pool, [self._targets])
         [default] = await run_jobs(pool, [partial(default_load_info, targets)])
         filtered = self._filter(default)
         [info] = await run_jobs(pool, [partial(checked_load_info, filtered)])
-        catalog = await session.catalog()
-        [choice] = await run_jobs(pool, [partial(choose, catalog, info, targets)])
-        manifest = await session.manifest(catalog, choice.shards())
+        with self._tracer.span("plan", "names"):
+            catalog = await session.catalog()
+        with self._tracer.span("plan", "choice"):
+            [choice] = await run_jobs(pool, [partial(choose, catalog, info, targets)])
+        with self._tracer.span("plan", "headers"):
+            manifest = await session.manifest(catalog, choice.shards())
         wanted = {one.target.name: self._tensors[one.target.name] for one in choice.tensors}
         [problems] = await run_jobs(pool, [partial(overlaps, wanted)])
         choice.problems += problems
-        [plan] = await run_jobs(pool, [partial(plan_load, manifest, choice, strict=self._strict)])
+        with self._tracer.span("plan", "plan"):
+            decide = partial(plan_load, manifest, choice, strict=self._strict)
+            [plan] = await run_jobs(pool, [decide])
         for warning in plan.warnings:
             _log.warning("%s: %s", plan.location, warning)
         if plan.missing:
@@ -256,6 +282,7 @@ class Loader:
             location=plan.location,
             bytes_read=meter.read,
             bytes_wanted=meter.wanted,
+            bytes_verified=meter.verified,
             reads=meter.reads,
             seconds=meter.seconds,
             tables={name: counts.get(name, nothing) for name in self._tables},

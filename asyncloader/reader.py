@@ -11,7 +11,7 @@ import torch
 from ._concurrency import run_jobs
 from ._contents import Contents
 from ._reading import read_stored, torch_dtype
-from ._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_path
+from ._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_path, checked_verify
 from ._sessions import Sessions
 from .checkpoint import stored_names
 from .streaming import run_blocking
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import os
 
     from torch import Tensor
+
+    from .checkpoint import Verify
 
 __all__ = ["CheckpointReader"]
 
@@ -49,6 +51,9 @@ class CheckpointReader:
         parallel: Reads at a time, as far as `max_inflight_bytes` has room for them.
         chunk_bytes: The most that one read takes, in bytes. Cancelling waits for one such read.
         max_inflight_bytes: Bytes of reads under way, of all calls within one `async with` together.
+        verify: Whether whole tensors are compared with the digests that `Saver` wrote along:
+            `"auto"`, where there are some; `"require"`, always, and a checkpoint without is an
+            error; `"off"`. Windows of rows are not.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -62,12 +67,13 @@ class CheckpointReader:
         parallel: int = PARALLEL,
         chunk_bytes: int = CHUNK_BYTES,
         max_inflight_bytes: int = INFLIGHT_BYTES,
+        verify: Verify = "auto",
     ) -> None:
         self._path = checked_path(checkpoint_path)
         limits = Limits(
             parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
         )
-        self._sessions = Sessions(self._path, limits)
+        self._sessions = Sessions(self._path, limits, checked_verify(verify))
         self._contents = Contents()
 
     def __repr__(self) -> str:

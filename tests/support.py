@@ -19,6 +19,8 @@ from asyncloader.streaming import (
     Execution,
     Meter,
     Threads,
+    Tracer,
+    Verifier,
     describe_tables,
     describe_tensors,
 )
@@ -241,6 +243,8 @@ class Run:
                 parallel=self.parallel,
                 chunk_bytes=self.chunk_bytes,
                 touched=self.touched,
+                verifier=Verifier(self.storage.location, widen=False),
+                tracer=Tracer(None),
             )
             try:
                 await execution.run()
@@ -254,7 +258,7 @@ class Run:
             tensors=describe_tensors(self.tensors), tables=describe_tables(self.tables)
         )
         info = self.filter_func(default_load_info(targets))
-        catalog = await read_catalog(self.storage, executor=threads.kernels)
+        catalog = await read_catalog(self.storage, executor=threads.kernels, verify="auto")
         choice = choose(catalog, info, targets)
         manifest = await read_manifest(
             self.storage, catalog, choice.shards(), parallel=4, executor=threads.kernels

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from asyncloader import HashTable, Loader, LoadPlan, LoadReport, UpdateCounts, gen_slice
 from asyncloader import Slice as TableSlice
-from asyncloader.streaming import ByteBudget, Execution, Meter, Threads
+from asyncloader.streaming import ByteBudget, Execution, Meter, Threads, Tracer, Verifier
 from tests.oracle import (
     DTYPES,
     Block,
@@ -496,6 +496,8 @@ async def load_from(
             meter=Meter(0, None),
             parallel=how["parallel"],
             chunk_bytes=how["chunk_bytes"],
+            verifier=Verifier("memory", widen=False),
+            tracer=Tracer(None),
             touched={},
         )
         await execution.run()

@@ -2,23 +2,84 @@
 
 from ._dtypes import BY_TORCH, DTYPES, DType
 from ._header import Block, ShardHeader
-from ._index import Catalog, Part, Place
-from ._manifest import Manifest, read_catalog, read_manifest
+from ._index import INDEX, TENSORKEY, Catalog, Part, Place, is_file_name, parse_catalog
+from ._manifest import Manifest, Verify, read_catalog, read_manifest
+from ._sidecar import (
+    DIGEST_CHUNK,
+    SIDECAR,
+    SUB_SLICES,
+    PartRows,
+    ShardDigests,
+    Sidecar,
+    chunk_count,
+    chunks_around,
+    digest_of,
+    parse_sidecar,
+    render_sidecar,
+    whole_chunks,
+)
 from ._slices import DEFAULT_SLICE_SIZE, Slice, gen_slice
+from ._stored import Stored, cut_rows, places_of, stored_names, stored_tensor
+from ._text import (
+    DESCRIPTION,
+    dense_key,
+    describe_embedding,
+    describe_slot,
+    describe_tensor,
+    render_header,
+    render_index,
+    render_json,
+    shard_name,
+    sparse_key,
+    sparse_name,
+)
 
 __all__ = [
     "BY_TORCH",
     "DEFAULT_SLICE_SIZE",
+    "DESCRIPTION",
+    "DIGEST_CHUNK",
     "DTYPES",
+    "INDEX",
+    "SIDECAR",
+    "SUB_SLICES",
+    "TENSORKEY",
     "Block",
     "Catalog",
     "DType",
     "Manifest",
     "Part",
+    "PartRows",
     "Place",
+    "ShardDigests",
     "ShardHeader",
+    "Sidecar",
     "Slice",
+    "Stored",
+    "Verify",
+    "chunk_count",
+    "chunks_around",
+    "cut_rows",
+    "dense_key",
+    "describe_embedding",
+    "describe_slot",
+    "describe_tensor",
+    "digest_of",
     "gen_slice",
+    "is_file_name",
+    "parse_catalog",
+    "parse_sidecar",
+    "places_of",
     "read_catalog",
     "read_manifest",
+    "render_header",
+    "render_index",
+    "render_json",
+    "render_sidecar",
+    "shard_name",
+    "sparse_key",
+    "sparse_name",
+    "stored_names",
+    "stored_tensor",
+    "whole_chunks",
 ]

@@ -24,6 +24,8 @@ from ._slices import Slice
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ._sidecar import Sidecar
+
 __all__ = [
     "DENSE_SUFFIX",
     "INDEX",
@@ -71,6 +73,12 @@ class Catalog:
 
     source: str = INDEX
     """The file that says so."""
+
+    sidecar: Sidecar | None = None
+    """Digests of all that it names, if there are any and they are wanted."""
+
+    warnings: tuple[str, ...] = ()
+    """What is odd but does no harm."""
 
 
 def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | bytearray) -> Catalog:

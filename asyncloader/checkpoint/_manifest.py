@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from asyncloader._concurrency import for_each, run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
@@ -13,6 +13,7 @@ from asyncloader.storage import read_exactly, read_small, read_text
 from ._header import PREFIX, Block, ShardHeader, header_length, parse_header
 from ._index import INDEX, TENSORKEY, Catalog, Place, parse_catalog
 from ._safetensors import SHARDED, SINGLE, catalog_of_file, parse_weight_map
+from ._sidecar import SIDECAR, ShardDigests, Sidecar, check_files, parse_sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
     from asyncloader.storage import Storage
 
-__all__ = ["Manifest", "read_catalog", "read_manifest"]
+__all__ = ["Manifest", "Verify", "read_catalog", "read_manifest"]
+
+Verify = Literal["auto", "require", "off"]
+"""Whether bytes are compared with digests: where there are any, always or not at all, or never."""
 
 # A line of `index` takes some 60 bytes: room for 16 million blocks.
 _MAX_JSON = 1 << 30
@@ -61,14 +65,17 @@ class Manifest:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is odd but does no harm."""
-        return tuple(
+        surplus = (
             f"{header.shard}: {header.surplus} bytes after the last block, ignored"
             for _, header in sorted(self.headers.items())
             if header.surplus
         )
+        return (*self.catalog.warnings, *surplus)
 
 
-async def read_catalog(storage: Storage, *, executor: Executor, file: str | None = None) -> Catalog:
+async def read_catalog(
+    storage: Storage, *, executor: Executor, verify: Verify, file: str | None = None
+) -> Catalog:
     """Read which names there are, and where; parse on a thread, the loop goes on meanwhile.
 
     A folder that has `index` is a checkpoint of RecIS's, others are Hugging Face's.
@@ -77,6 +84,7 @@ async def read_catalog(storage: Storage, *, executor: Executor, file: str | None
         storage: The folder.
         executor: For parsing.
         file: The one safetensors file to look at, instead of the folder that holds it.
+        verify: Whether to take the digests along, if there are any.
 
     Raises:
         CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
@@ -86,32 +94,74 @@ async def read_catalog(storage: Storage, *, executor: Executor, file: str | None
     where = storage.location
     if file is not None:
         try:
-            return await _read_file(storage, executor, file)
+            return _without_digests(where, verify, await _read_file(storage, executor, file))
         except _ABSENT as error:
             problem = f"cannot be opened: {error.strerror}"
             raise CheckpointNotFoundError(f"{where}/{file}", problem) from error
-    absent: OSError | None = None
-    for read in (_read_recis, _read_sharded, _read_file):
+    try:
+        return await _read_recis(storage, executor, verify)
+    except _ABSENT as error:
+        absent = error
+    for read in (_read_sharded, _read_file):
         try:
-            return await read(storage, executor)
+            return _without_digests(where, verify, await read(storage, executor))
         except _ABSENT as error:
             absent = error
     problem = (
-        f"no finished checkpoint here: {absent and absent.strerror}; looked for {INDEX!r}, which "
+        f"no finished checkpoint here: {absent.strerror}; looked for {INDEX!r}, which "
         f"RecIS's have and which is written last, and for {SHARDED!r} and {SINGLE!r}. Give the "
         "folder that holds one of them, or a file whose name ends in .safetensors"
     )
     raise CheckpointNotFoundError(where, problem) from absent
 
 
-async def _read_recis(storage: Storage, executor: Executor) -> Catalog:
+async def _read_recis(storage: Storage, executor: Executor, verify: Verify) -> Catalog:
     where = storage.location
     index = await _read_json(storage, INDEX)
     try:
         tensorkey = await _read_json(storage, TENSORKEY)
     except _ABSENT as error:
         raise CheckpointError(where, f"cannot be opened: {error}", TENSORKEY) from error
-    [catalog] = await run_jobs(executor, [partial(parse_catalog, where, index, tensorkey)])
+    try:
+        sidecar = bytearray() if verify == "off" else await _read_json(storage, SIDECAR)
+    except _ABSENT:
+        sidecar = bytearray()
+
+    def parse() -> Catalog:
+        catalog = parse_catalog(where, index, tensorkey)
+        if not sidecar:
+            return _without_digests(where, verify, catalog)
+        return _with_digests(where, verify, catalog, sidecar, {INDEX: index, TENSORKEY: tensorkey})
+
+    [catalog] = await run_jobs(executor, [parse])
+    return catalog
+
+
+def _with_digests(
+    where: str,
+    verify: Verify,
+    catalog: Catalog,
+    text: bytearray,
+    others: Mapping[str, bytearray],
+) -> Catalog:
+    sidecar = parse_sidecar(where, text)
+    if sidecar is None:
+        odd = f"{SIDECAR} is of a format that is not known here, so nothing is verified"
+    elif check_files(where, sidecar, others):
+        return replace(catalog, sidecar=sidecar)
+    else:
+        odd = f"{SIDECAR} belongs to another save than {INDEX}, so nothing is verified"
+    return replace(_without_digests(where, verify, catalog), warnings=(odd,))
+
+
+def _without_digests(where: str, verify: Verify, catalog: Catalog) -> Catalog:
+    """Return a catalog as it is, unless digests are required."""
+    if verify == "require":
+        problem = (
+            f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
+            "save it with asyncloader.Saver, or load it with verify='auto'"
+        )
+        raise CheckpointError(where, problem)
     return catalog
 
 
@@ -128,7 +178,7 @@ async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -
         raise
     except OSError as error:
         raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
-    header = await _read_header(storage, name, executor=executor, source=name)
+    header = await _read_header(storage, name, executor=executor, catalog=Catalog({}, {}, name))
     [catalog] = await run_jobs(executor, [partial(catalog_of_file, header)])
     return catalog
 
@@ -163,9 +213,7 @@ async def read_manifest(
 
     async def read(shard: str) -> None:
         try:
-            headers[shard] = await _read_header(
-                storage, shard, executor=executor, source=catalog.source
-            )
+            headers[shard] = await _read_header(storage, shard, executor=executor, catalog=catalog)
         except CheckpointError as error:
             failures[shard] = error
 
@@ -179,13 +227,15 @@ async def read_manifest(
 
 
 async def _read_header(
-    storage: Storage, shard: str, *, executor: Executor, source: str
+    storage: Storage, shard: str, *, executor: Executor, catalog: Catalog
 ) -> ShardHeader:
     where = storage.location
+    digests = None if catalog.sidecar is None else _digests_of(where, shard, catalog.sidecar)
     try:
         size = await storage.size(shard)
     except FileNotFoundError as error:
-        problem = f"the file is missing, but {source} names it; copy it, or take another checkpoint"
+        named = f"the file is missing, but {catalog.source} names it"
+        problem = f"{named}; copy it, or take another checkpoint"
         raise CheckpointError(where, problem, shard) from error
     except OSError as error:
         raise CheckpointError(where, f"cannot be opened: {error}", shard) from error
@@ -199,6 +249,13 @@ async def _read_header(
         text += await read_text(storage, shard, PREFIX + len(text), length - len(text))
     except ValueError as error:
         raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
-    parse = partial(parse_header, where, shard, memoryview(text), size)
+    parse = partial(parse_header, where, shard, memoryview(text), size, digests)
     [header] = await run_jobs(executor, [parse])
     return header
+
+
+def _digests_of(where: str, shard: str, sidecar: Sidecar) -> ShardDigests:
+    digests = sidecar.shards.get(shard)
+    if digests is None:
+        raise CheckpointError(where, f"{INDEX} names it, but {SIDECAR} has no digests of it", shard)
+    return digests

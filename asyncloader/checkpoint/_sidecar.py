@@ -39,10 +39,13 @@ __all__ = [
     "PartRows",
     "ShardDigests",
     "Sidecar",
+    "check_files",
     "chunk_count",
+    "chunks_around",
     "digest_of",
     "parse_sidecar",
     "render_sidecar",
+    "whole_chunks",
 ]
 
 SIDECAR = "asyncloader.json"
@@ -50,6 +53,7 @@ DIGEST_CHUNK = 8 << 20
 """Bytes that one digest is of."""
 
 SUB_SLICES = 256
+INDEX = "index"  # not from `_index`, which knows this module
 _FORMAT = 1
 _ALGORITHM = "xxh3-128"
 _HEX = 32
@@ -147,6 +151,42 @@ def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
         )
     except (KeyError, ValueError) as error:
         raise _bad(location, f"damaged: {error}") from error
+
+
+def whole_chunks(begin: int, end: int, nbytes: int) -> range:
+    """Return the numbers of the chunks that lie whole within bytes `[begin, end)` of a block."""
+    last = chunk_count(nbytes) if end >= nbytes else end // DIGEST_CHUNK
+    return range(-(-begin // DIGEST_CHUNK), last)
+
+
+def chunks_around(begin: int, end: int, nbytes: int) -> tuple[int, int]:
+    """Return the smallest range of whole chunks around bytes `[begin, end)` of a block."""
+    first, last = begin // DIGEST_CHUNK, chunk_count(end)
+    return first * DIGEST_CHUNK, min(last * DIGEST_CHUNK, nbytes)
+
+
+def check_files(location: str, sidecar: Sidecar, texts: Mapping[str, bytes | bytearray]) -> bool:
+    """Say whether the sidecar was written with this `index`.
+
+    Args:
+        location: The checkpoint, for messages.
+        sidecar: What it says.
+        texts: The files that it has digests of, by name.
+
+    Raises:
+        CheckpointError: If it was, but another file is not what was written with it.
+    """
+    found = {name: digest_of(text) for name, text in texts.items()}
+    if sidecar.files.get(INDEX) != found.pop(INDEX):
+        return False
+    for name, digest in found.items():
+        if sidecar.files.get(name) != digest:
+            problem = (
+                f"is not what was written: {SIDECAR} has the digest {sidecar.files.get(name)}, "
+                f"it has {digest}; copy it again"
+            )
+            raise CheckpointError(location, problem, name)
+    return True
 
 
 def _bad(location: str, problem: str) -> CheckpointError:

@@ -210,11 +210,14 @@ def _sync(path: Path) -> None:
 
 
 if hasattr(os, "pwritev"):
-    _pwritev = os.pwritev
+
+    def _pwritev(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        return os.pwritev(fd, views, offset)
+
 else:  # Windows: one position a descriptor, so one writer at a time
     _seek_and_write = threading.Lock()
 
-    def _pwritev(fd: int, views: Sequence[memoryview], offset: int, /) -> int:
+    def _pwritev(fd: int, views: Sequence[memoryview], offset: int) -> int:
         with _seek_and_write:
             os.lseek(fd, offset, os.SEEK_SET)
             return os.write(fd, views[0])

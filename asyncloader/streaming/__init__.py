@@ -8,6 +8,8 @@ from ._staging import Arena, StagingPool
 from ._tables import check_tables, describe_tables
 from ._tensors import copy_elements, describe_tensors, overlaps, plain_bytes
 from ._threads import Threads
+from ._trace import Span, Tracer
+from ._verification import Verifier
 
 __all__ = [
     "Arena",
@@ -15,8 +17,11 @@ __all__ = [
     "Execution",
     "Meter",
     "Progress",
+    "Span",
     "StagingPool",
     "Threads",
+    "Tracer",
+    "Verifier",
     "check_tables",
     "copy_elements",
     "describe_tables",

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import for_each, raising_first, run_jobs
+from asyncloader.checkpoint import DIGEST_CHUNK
 from asyncloader.errors import ReadError
 from asyncloader.planning import GAP, Extent, plan_reads
 from asyncloader.storage import read_exactly
@@ -20,7 +22,7 @@ from ._staging import Arena, StagingPool
 from ._tensors import bump_versions, plain_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from ._progress import Meter
     from ._sinks import Sink
     from ._threads import Threads
+    from ._trace import Tracer
+    from ._verification import Verifier
 
 __all__ = ["Execution"]
 
@@ -55,11 +59,16 @@ class Execution:
     meter: Meter
     parallel: int
     chunk_bytes: int
+    verifier: Verifier
+    tracer: Tracer
 
     touched: dict[str, bool]
     """Receives the names of tensors that are written to, and whether by way of staging memory."""
 
     _sinks: list[Sink] = field(default_factory=list)
+    _blocks: list[Block] = field(default_factory=list)
+    """What fills each sink."""
+
     _is_tensor: list[bool] = field(default_factory=list)
     _extents: list[Extent] = field(default_factory=list)
     _id_sinks: set[int] = field(default_factory=set)
@@ -72,14 +81,16 @@ class Execution:
 
         Afterwards, or after a failure, call `commit` or `abort`: no thread writes any more then.
         """
-        self._indexer = Indexer(self.threads)
+        self._indexer = Indexer(self.threads, self.tracer)
         self._staging = StagingPool(self.chunk_bytes)
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
-        await run_jobs(self.threads.kernels, [self._prepare])
+        with self.tracer.span("plan", "reads"):
+            await run_jobs(self.threads.kernels, [self._prepare])
         await self._read_all()
-        for update in self._updates.values():
-            for jobs in update.finish(threads=self.threads.kernel_count):
-                await run_jobs(self.threads.kernels, jobs)
+        for name, update in self._updates.items():
+            with self.tracer.span("index", f"{name}: join"):
+                for jobs in update.finish(threads=self.threads.kernel_count):
+                    await run_jobs(self.threads.kernels, jobs)
         await run_jobs(self.threads.kernels, [self._tell_autograd])
         self.meter.finish()
 
@@ -148,9 +159,12 @@ class Execution:
             raise RuntimeError(f"{sink.name!r} got other memory while it was being loaded")
         if block.nbytes:
             grain = itemsize if isinstance(sink, StagedSink | IdSink) else 1
+            if block.digests is not None:  # whatever is read can be compared then
+                grain = DIGEST_CHUNK
             number = len(self._sinks)
             self._extents.append(Extent(block.shard, block.offset, block.nbytes, number, 0, grain))
         self._sinks.append(sink)
+        self._blocks.append(block)
         self._is_tensor.append(tensor)
 
     async def _read_all(self) -> None:
@@ -189,6 +203,8 @@ class Execution:
             meter=self.meter,
             chunk_bytes=self.chunk_bytes,
             gap_bytes=_GAP_BYTES,
+            verifier=self.verifier,
+            tracer=self.tracer,
         )
 
     async def _read(self, read: Read) -> None:
@@ -196,20 +212,43 @@ class Execution:
             arena = Arena(self._staging, read.length, len(read.pieces))
             views = [self._open(piece, arena) for piece in read.pieces]
             try:
-                await read_exactly(self.storage, read.shard, read.offset, views)
+                with self.tracer.span("read", read.shard, read.length):
+                    await read_exactly(self.storage, read.shard, read.offset, views)
             except ReadError as error:
                 error.names = self._names(read)
                 raise
+            verified = await self._verify(read, views)
             jobs = []
             for (number, position, _), view in zip(read.pieces, views, strict=True):
                 job = None if number == GAP else self._sinks[number].filled(position, view)
                 if job is not None:
                     jobs.append(job)
             if jobs:  # one after the other: handing a thread a job costs more than a small copy
-                await run_jobs(self.threads.kernels, [lambda: [job() for job in jobs]])
+                with self.tracer.span("copy", read.shard, read.length):
+                    await run_jobs(self.threads.kernels, [lambda: [job() for job in jobs]])
             arena.close()
         current = self._sinks[read.pieces[-1].sink].name
-        self.meter.note(read=read.length, wanted=read.length - read.surplus, current=current)
+        self.meter.note(
+            read=read.length,
+            wanted=read.length - read.surplus,
+            verified=verified,
+            current=current,
+        )
+
+    async def _verify(self, read: Read, views: Sequence[memoryview]) -> int:
+        """Compare what was read with its digests, if there are any; return how many bytes."""
+        checks = [
+            partial(self.verifier.check, self._blocks[number], position, view)
+            for (number, position, _), view in zip(read.pieces, views, strict=True)
+            if number != GAP and self._blocks[number].digests is not None
+        ]
+        if not checks:
+            return 0
+        with self.tracer.span("verify", read.shard, read.length):
+            [verified] = await run_jobs(
+                self.threads.reads, [lambda: sum(len(check()) for check in checks)]
+            )
+        return verified
 
     def _open(self, piece: Piece, arena: Arena) -> memoryview:
         if piece.sink == GAP:

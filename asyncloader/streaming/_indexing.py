@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from asyncloader.table import LoadableUpdate
 
     from ._threads import Threads
+    from ._trace import Tracer
 
 __all__ = ["Arrival", "Indexer"]
 
@@ -43,6 +44,7 @@ class Indexer:
     """
 
     threads: Threads
+    tracer: Tracer
     _queue: asyncio.Queue[Arrival | None] = field(default_factory=asyncio.Queue)
     _locks: dict[tuple[int, int], asyncio.Lock] = field(default_factory=dict)
 
@@ -58,7 +60,8 @@ class Indexer:
     async def serve(self) -> None:
         """Index arrivals until told to end."""
         while (arrival := await self._queue.get()) is not None:
-            await self._index(arrival)
+            with self.tracer.span("index", arrival.child, 8 * arrival.count):
+                await self._index(arrival)
 
     async def _index(self, arrival: Arrival) -> None:
         update, layer = arrival.update, arrival.layer

@@ -48,6 +48,7 @@ class Meter:
         self.total = total
         self.wanted = 0
         self.read = 0
+        self.verified = 0
         self.reads = 0
         self._listener = listener
         self._clock = clock
@@ -60,9 +61,17 @@ class Meter:
         """Since the load began."""
         return self._clock() - self._start
 
-    def note(self, *, read: int, wanted: int, current: str) -> None:
-        """Count one read of `read` bytes, `wanted` of which somebody asked for."""
+    def note(self, *, read: int, wanted: int, current: str, verified: int = 0) -> None:
+        """Count one read of `read` bytes.
+
+        Args:
+            read: Bytes.
+            wanted: Those of them that somebody asked for.
+            verified: Those of `wanted` that were compared with digests.
+            current: The tensor or table that the last ones belong to.
+        """
         self.read += read
+        self.verified += verified
         self.wanted += wanted
         self.reads += 1
         self._current = current

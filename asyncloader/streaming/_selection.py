@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from asyncloader._concurrency import run_jobs
+from asyncloader.checkpoint import DIGEST_CHUNK
 from asyncloader.errors import ReadError
 from asyncloader.storage import read_exactly
 
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
     from ._progress import Meter
     from ._staging import StagingPool
     from ._threads import Threads
+    from ._trace import Tracer
+    from ._verification import Verifier
 
-__all__ = ["RowPiece", "load_piece", "row_groups", "row_pieces"]
+__all__ = ["RowPiece", "load_piece", "row_groups", "row_pieces", "rows_within"]
 
 _ID_BYTES = 8
 # Ids, those wanted, encoded, their positions, and what grouping them takes: five int64 a row.
@@ -67,6 +70,12 @@ class Means:
     meter: Meter
     chunk_bytes: int
     gap_bytes: int
+    verifier: Verifier
+    tracer: Tracer
+
+    def room(self, length: int) -> int:
+        """Return the memory that reading `length` bytes may take besides them."""
+        return length + 2 * DIGEST_CHUNK if self.verifier.widen else 0
 
 
 def row_pieces(
@@ -111,11 +120,14 @@ async def load_piece(piece: RowPiece, means: Means) -> None:
 async def _load_piece(piece: RowPiece, means: Means) -> None:
     part = piece.part
     widest = max((block.nbytes // part.rows for block in part.slots.values()), default=0)
-    async with means.budget.reserve(piece.count * _COST + max(means.chunk_bytes, widest)):
+    most = max(means.chunk_bytes, widest)
+    async with means.budget.reserve(piece.count * _COST + most + means.room(most)):
         ids = np.empty(piece.count, np.int64)
-        offset = part.ids.offset + piece.start * _ID_BYTES
-        await read_exactly(means.storage, part.ids.shard, offset, [ids.data.cast("B")])
-        means.meter.note(read=ids.nbytes, wanted=ids.nbytes, current=piece.table.name)
+        begin = piece.start * _ID_BYTES
+        read, checked = await _read_range(means, part.ids, begin, ids.data.cast("B"))
+        means.meter.note(
+            read=read, wanted=ids.nbytes, verified=len(checked), current=piece.table.name
+        )
         select = partial(piece.update.select, part.child, ids, part.claimed, piece.table.slice)
         [(rows, kept, dropped)] = await run_jobs(means.threads.kernels, [select])
         piece.update.dropped(dropped)
@@ -144,7 +156,6 @@ async def _load_rows(  # noqa: PLR0917
 ) -> None:
     """Read the rows of one slot at positions `rows` of the piece; they belong at `first`."""
     row_bytes = block.nbytes // block.rows
-    start = block.offset + piece.start * row_bytes
     groups = row_groups(
         rows, most=max(means.chunk_bytes // row_bytes, 1), gap=means.gap_bytes // row_bytes
     )
@@ -152,20 +163,71 @@ async def _load_rows(  # noqa: PLR0917
         wanted = rows[i:j]
         span = int(wanted[-1] - wanted[0]) + 1
         target = piece.update.view(slot, first + i, j - i)
-        offset = start + int(wanted[0]) * row_bytes
+        begin = (piece.start + int(wanted[0])) * row_bytes
         direct = plain_bytes(target) if span == j - i else None
         if direct is not None:
-            await read_exactly(means.storage, block.shard, offset, [direct])
+            read, checked = await _read_range(means, block, begin, direct)
+            verified = len(checked)
         else:
             buffer = means.staging.take(span * row_bytes)
             staged = buffer[: span * row_bytes]
-            await read_exactly(means.storage, block.shard, offset, [staged.numpy().data])
+            read, checked = await _read_range(means, block, begin, staged.numpy().data)
+            verified = row_bytes * rows_within(wanted + piece.start, checked, row_bytes)
             pick = partial(_pick, staged.view(span, row_bytes), wanted - wanted[0], target)
             await run_jobs(means.threads.kernels, [pick])
             means.staging.give(buffer)
         means.meter.note(
-            read=span * row_bytes, wanted=(j - i) * row_bytes, current=piece.table.name
+            read=read,
+            wanted=(j - i) * row_bytes,
+            verified=verified,
+            current=piece.table.name,
         )
+
+
+async def _read_range(
+    means: Means, block: Block, begin: int, view: memoryview
+) -> tuple[int, range]:
+    """Fill a view with the bytes of a block from `begin` on.
+
+    Returns:
+        How many bytes were read, and which bytes of the block that are in the view were verified.
+    """
+    end = begin + view.nbytes
+    first, last = means.verifier.window(block, begin, end)
+    widened = (first, last) != (begin, end)
+    buffer = means.staging.take(last - first) if widened else None
+    into = view if buffer is None else buffer[: last - first].numpy().data
+    with means.tracer.span("read", block.shard, last - first):
+        await read_exactly(means.storage, block.shard, block.offset + first, [into])
+
+    def check() -> range:
+        checked = means.verifier.check(block, first, into)
+        if widened:
+            view[:] = into[begin - first : end - first]
+        return checked
+
+    if block.digests is None:
+        return last - first, range(0)
+    with means.tracer.span("verify", block.shard, last - first):
+        [checked] = await run_jobs(means.threads.reads, [check])
+    if buffer is not None:
+        del into, check  # nobody may look at the buffer any more
+        means.staging.give(buffer)
+    return last - first, range(max(checked.start, begin), max(min(checked.stop, end), begin))
+
+
+def rows_within(rows: NDArray[np.int64], checked: range, row_bytes: int) -> int:
+    """Count the rows whose bytes all lie within a range.
+
+    Args:
+        rows: int64 `[n]`, ascending; positions in the block.
+        checked: Bytes of the block.
+        row_bytes: Bytes a row.
+    """
+    first = -(-checked.start // row_bytes)
+    last = checked.stop // row_bytes
+    low, high = np.searchsorted(rows, [first, max(last, first)])
+    return int(high - low)
 
 
 def _pick(staged: torch.Tensor, rows: NDArray[np.int64], target: torch.Tensor) -> None:
