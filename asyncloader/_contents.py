@@ -37,6 +37,7 @@ class Contents:
     def __init__(self) -> None:
         self._catalog: Catalog | None = None
         self._headers: dict[str, ShardHeader] = {}
+        self._warned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Contents: {len(self._headers)} headers known>"
@@ -81,9 +82,15 @@ class Contents:
             if unknown:
                 manifest = await session.manifest(catalog, unknown)
                 self._headers |= manifest.headers
-                for warning in manifest.warnings:
-                    _log.warning("%s: %s", session.location, warning)
+                self._warn(session.location, manifest.warnings)
         return Manifest(session.location, catalog, self._headers)
+
+    def _warn(self, location: str, warnings: Iterable[str]) -> None:
+        """Say of each thing that is odd, once."""
+        for warning in warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                _log.warning("%s: %s", location, warning)
 
 
 def _locate(
