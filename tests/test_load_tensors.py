@@ -15,8 +15,8 @@ from asyncloader import CheckpointError, aload_tensors, load_tensors
 from asyncloader._reading import torch_dtype
 from asyncloader.checkpoint import Block, DType, Stored
 from tests.oracle import DTYPES, append, edit_header, flat_bytes, shard_holding, write_checkpoint
+from tests.steps import Steps
 from tests.support import data, debug_off, nothing_left_behind, raw
-from tests.test_cancellation import Steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
