@@ -1,0 +1,5 @@
+"""`python -m asyncloader`: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,140 @@
+"""Makes room for all that a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from asyncloader._concurrency import run_jobs
+from asyncloader._memory import zeros
+from asyncloader._reading import torch_dtype
+from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, open_session
+from asyncloader.checkpoint import gen_slice, stored_tensor
+from asyncloader.errors import CheckpointError
+from asyncloader.table import HashTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from asyncloader.checkpoint import Catalog, Manifest, Slice, Stored, Verify
+
+__all__ = ["LIMITS", "allocate", "shards_of", "stored_slot"]
+
+EMBEDDING = "embedding"
+ID = "id"
+LIMITS = Limits(parallel=PARALLEL, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=INFLIGHT_BYTES)
+
+
+_whole = partial(gen_slice, 0, 1)
+
+
+def every_slot(table: str, slot: str) -> bool:  # noqa: ARG001  # whichever it is
+    """Take them all."""
+    return True
+
+
+async def allocate(
+    path: str,
+    *,
+    slice_of: Callable[[int], Slice] = _whole,
+    take: Callable[[str, str], bool] = every_slot,
+    limits: Limits = LIMITS,
+    verify: Verify = "auto",
+) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+    """Read names and headers, and return empty tables and zero tensors that take all of it.
+
+    Each table on disk becomes a table of its own, also where several are children of one. Memory
+    is taken when it is first written to: allocating costs next to nothing.
+
+    Args:
+        path: A RecIS folder, a safetensors file, or a folder of Hugging Face's.
+        slice_of: The ids that a table accepts, given the slice size that the checkpoint has for
+            it: `partial(gen_slice, rank, ranks)`; all of them by default.
+        take: Says of a table and a slot besides `id` and `embedding` whether to have it.
+        limits: For reading headers.
+        verify: As `Loader` takes it.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself; if a table
+            has no embeddings or no ids; if torch has no such dtype.
+        ReadError: If the storage failed.
+        MemoryError: If there is no room.
+    """
+    async with open_session(path, limits=limits, verify=verify, timeout=None) as session:
+        catalog = await session.catalog()
+        manifest = await session.manifest(catalog, shards_of(catalog))
+        make = _Maker(manifest, slice_of, take).make
+        # Off the loop: the first table imports, or even compiles, the kernels.
+        [made] = await run_jobs(session.threads.kernels, [make])
+    return made
+
+
+def shards_of(catalog: Catalog) -> list[str]:
+    """Return the names of all shard files, sorted."""
+    parts = (part for slots in catalog.tables.values() for slot in slots.values() for part in slot)
+    places = (*catalog.tensors.values(), *(part.place for part in parts))
+    return sorted({place.shard for place in places})
+
+
+def stored_slot(manifest: Manifest, table: str, slot: str) -> Stored:
+    """Return what is stored of a slot, also where a dense tensor is called `table@slot`.
+
+    Raises:
+        CheckpointError: If its blocks do not fit together, or a shard lacks one.
+    """
+    tables_only = replace(manifest.catalog, tensors={})
+    return stored_tensor(replace(manifest, catalog=tables_only), f"{table}@{slot}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    manifest: Manifest
+    slice_of: Callable[[int], Slice]
+    take: Callable[[str, str], bool]
+
+    def make(self) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+        manifest = self.manifest
+        tables = {name: self._table(name) for name in manifest.catalog.tables}
+        stored = (stored_tensor(manifest, name) for name in manifest.catalog.tensors)
+        return tables, {one.name: self._tensor(one) for one in stored}
+
+    def _table(self, name: str) -> HashTable:
+        slots = self.manifest.catalog.tables[name]
+        for needed in (ID, EMBEDDING):
+            if needed not in slots:
+                problem = f"table {name!r} has no slot {needed!r}, so no table can be made for it"
+                raise CheckpointError(self.manifest.location, problem)
+        embedding, *others = self._slots(name, list(slots))
+        table = HashTable(
+            embedding.shape[1:],
+            dtype=torch_dtype(self.manifest.location, embedding),
+            slice=self.slice_of(slots[ID][0].slice.size),
+            name=name,
+        )
+        for stored in others:
+            slot = stored.name.rpartition("@")[2]
+            table.add_slot(slot, stored.shape[1:], torch_dtype(self.manifest.location, stored))
+        return table
+
+    def _slots(self, table: str, slots: Sequence[str]) -> Iterator[Stored]:
+        """Yield `embedding`, then the other slots to take, in the checkpoint's order."""
+        yield self._slot(table, EMBEDDING)
+        for slot in slots:
+            if slot not in {ID, EMBEDDING} and self.take(table, slot):
+                yield self._slot(table, slot)
+
+    def _slot(self, table: str, slot: str) -> Stored:
+        stored = stored_slot(self.manifest, table, slot)
+        if not stored.shape or 0 in stored.shape[1:]:
+            problem = (
+                f"slot {slot!r} of table {table!r} has the shape {list(stored.shape)}, "
+                "which are no rows of anything"
+            )
+            raise CheckpointError(self.manifest.location, problem)
+        return stored
+
+    def _tensor(self, stored: Stored) -> Tensor:
+        return zeros(stored.shape, torch_dtype(self.manifest.location, stored))

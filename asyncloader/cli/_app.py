@@ -1,0 +1,71 @@
+"""The commands, and what becomes of their failures."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from asyncloader import __version__
+
+from ._failures import EXPECTED, message_of
+from ._output import complain, prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main", "run"]
+
+_FAILED = 2
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="asyncloader",
+    add_completion=False,  # each would import torch, which takes seconds
+    pretty_exceptions_enable=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _asyncloader(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Look into the checkpoints of recommendation models."""
+    if version:
+        typer.echo(f"asyncloader {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line, and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code; expected failures are one line on stderr."""
+    prepare()
+    # Commands print warnings as a part of their results.
+    logging.getLogger("asyncloader").addHandler(logging.NullHandler())
+    try:
+        code = app(list(arguments), prog_name="asyncloader", standalone_mode=False)
+    except EXPECTED as error:
+        complain(message_of(error))
+        return _FAILED
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    except Exception as error:
+        # What is wrong with the arguments. Its class has moved between typer's releases.
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        complain(describe())
+        return _FAILED
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,35 @@
+"""Failures as one line for people."""
+
+from __future__ import annotations
+
+from asyncloader._runs import is_run_folder, latest
+from asyncloader.errors import AsyncLoaderError, CheckpointNotFoundError
+
+__all__ = ["EXPECTED", "message_of"]
+
+EXPECTED = (AsyncLoaderError, KeyError, OSError, ValueError, MemoryError)
+"""What is no bug: the checkpoint, the system, or what was asked for."""
+
+
+def message_of(error: BaseException) -> str:
+    """Say what is wrong."""
+    if isinstance(error, CheckpointNotFoundError):
+        return _not_found(error)
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])  # `str` of a KeyError is a `repr`
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}" if error.args else "not enough memory"
+    return str(error)
+
+
+def _not_found(error: CheckpointNotFoundError) -> str:
+    if not is_run_folder(error.location):
+        return str(error)
+    try:
+        newest = latest(error.location)
+    except AsyncLoaderError:
+        return f"{error.location}: a run folder in which no checkpoint is finished"
+    return (
+        f"{error.location}: no checkpoint itself but a run folder that holds some; the newest is "
+        f"{newest}"
+    )
