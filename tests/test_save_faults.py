@@ -1,0 +1,258 @@
+"""Whatever fails, and whenever the process dies: the old checkpoint whole, or none, or the new."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from asyncloader import HashTable, Loader, SaveError, Saver
+from tests.folders import WatchedFolder, content, save_into
+from tests.oracle import read_checkpoint
+from tests.support import debug_off, nothing_left_behind, open_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+EIO = 5
+
+
+def model(version: int) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+    """Make a small model whose every value tells its version."""
+    table = HashTable([4], name="t", block_size=16)
+    table.add_slot("m", [2])
+    ids = torch.arange(10 + version, dtype=torch.int64) * 7919
+    table.insert(ids, torch.full((len(ids), 4), float(version)))
+    return {"t": table}, {"w": torch.full((3,), float(version)), "b": torch.tensor(version)}
+
+
+def save_old(path: Path) -> dict[str, bytes]:
+    tables, tensors = model(1)
+    Saver(path=path, hashtables=tables, tensors=tensors, parallel=2).save()
+    return content(path)
+
+
+async def save_new(path: Path, fault: Callable[[int, str], str | None]) -> WatchedFolder:
+    tables, tensors = model(2)
+    folder = WatchedFolder.at(path, fault)
+    await save_into(folder, tables, tensors, parallel=3)
+    return folder
+
+
+def is_version(path: Path, version: int) -> bool:
+    """Say whether the folder holds a model of this version, whole, as an independent reader sees it."""
+    _, tensors = model(version)
+    found_tables, found_tensors = read_checkpoint(path)
+    return (
+        len(found_tables["t"].ids) == 10 + version
+        and bool((found_tables["t"].slots["embedding"] == version).all())
+        and all(torch.equal(found_tensors[name], tensor) for name, tensor in tensors.items())
+    )
+
+
+def check_all_or_nothing(path: Path, old: Mapping[str, bytes]) -> str:
+    """Fail unless the folder holds the old checkpoint bit for bit, none, or the new one whole."""
+    found = content(path)
+    if "index" not in found:
+        return "none"
+    if found == old:
+        return "old"
+    assert is_version(path, 2)
+    return "new"
+
+
+def check_next_save_heals(path: Path) -> None:
+    """Whatever was left behind, the next save works and clears it away."""
+    tables, tensors = model(3)
+    Saver(path=path, hashtables=tables, tensors=tensors, parallel=2).save()
+    assert is_version(path, 3)
+    assert [entry.name for entry in path.iterdir() if entry.name.startswith(".saving")] == []
+    fresh, _ = model(0)
+    report = Loader(path, fresh, verify="require").load()
+    assert report.bytes_verified == report.bytes_wanted
+
+
+@pytest.mark.parametrize("overwriting", [False, True])
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
+async def test_a_save_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
+    tmp_path: Path, overwriting: bool, for_good: bool
+) -> None:
+    with debug_off():
+        path = tmp_path / "clean"
+        if overwriting:
+            save_old(path)
+        calls = (await save_new(path, lambda *_: None)).calls
+        outcomes = set()
+        for number in range(len(calls)):
+            path = tmp_path / str(number)
+            old = save_old(path) if overwriting else {}
+
+            def fail(at: int, what: str, number: int = number) -> None:
+                if at == number or (for_good and at > number):
+                    raise OSError(EIO, f"I/O error in {what}")
+
+            with nothing_left_behind():
+                try:
+                    await save_new(path, fail)
+                except SaveError as error:
+                    assert isinstance(error.__cause__, OSError)
+                    assert "I/O error" in str(error)
+                    failed = True
+                else:
+                    failed = False
+            path.mkdir(exist_ok=True)  # it failed before it was made
+            outcome = check_all_or_nothing(path, old)
+            if not failed:
+                assert outcome == "new", calls[number]
+            elif not for_good and "move" not in calls[number]:
+                assert outcome == ("old" if overwriting else "none"), calls[number]
+            outcomes.add(outcome)
+            check_next_save_heals(path)
+            shutil.rmtree(path)
+    assert len(outcomes) == (3 if overwriting and for_good else 2)
+
+
+async def test_a_failed_commit_is_undone(tmp_path: Path) -> None:
+    """One rename fails, in the middle of all: the old checkpoint is back, bit for bit."""
+    old = save_old(tmp_path)
+
+    def fail(_: int, what: str) -> None:
+        if what == "move .saving-1-x/tensorkey.json tensorkey.json":
+            raise OSError(EIO, "I/O error")
+
+    tables, tensors = model(2)
+    folder = WatchedFolder.at(tmp_path, fail)
+    with pytest.raises(SaveError, match="what was there before is as it was"):
+        await save_into(folder, tables, tensors, parallel=3, save_id="x")
+    assert content(tmp_path) == old
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(old)
+
+
+async def test_where_undoing_fails_too_the_error_says_where_the_files_are(tmp_path: Path) -> None:
+    save_old(tmp_path)
+    broken = False
+
+    def fail(_: int, what: str) -> None:
+        nonlocal broken
+        broken = broken or what.startswith("move tensorkey.json")
+        if broken:
+            raise OSError(EIO, "I/O error")
+
+    tables, tensors = model(2)
+    with pytest.raises(SaveError, match=r"no checkpoint now.*\.saving-1-x") as caught:
+        await save_into(WatchedFolder.at(tmp_path, fail), tables, tensors, save_id="x")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert any("undoing it failed too" in note for note in caught.value.__cause__.__notes__)
+    assert "index" not in content(tmp_path)
+    old_files = content(tmp_path / ".saving-1-x" / "old")
+    assert "index" in old_files
+
+
+KILLER = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import asyncio
+from tests.test_save_faults import save_new, save_old
+
+base = Path(sys.argv[1])
+overwriting = sys.argv[2] == "True"
+
+
+def child(path, number, half):
+    folder = []
+
+    def fault(at, what):
+        if at == number:
+            if half and what.startswith("write"):
+                return "half"
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    async def main():
+        from tests.folders import WatchedFolder, save_into
+        from tests.test_save_faults import model
+        tables, tensors = model(2)
+        watched = WatchedFolder.at(path, fault)
+        watched.give_up = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        await save_into(watched, tables, tensors, parallel=3)
+
+    asyncio.run(main())
+
+
+results = []
+for number in range(1000):
+    for half in (False, True):
+        path = base / f"{number}-{half}"
+        if overwriting:
+            shutil.copytree(base / "old", path)
+        pid = os.fork()
+        if not pid:
+            child(path, number, half)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        if not killed and os.WEXITSTATUS(status):
+            raise SystemExit(f"call {number}: status {status}")
+        results.append([path.name, killed])
+    if not killed:
+        break
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("overwriting", [False, True])
+def test_a_saver_that_is_killed_at_any_call_leaves_the_old_checkpoint_or_none(
+    tmp_path: Path, overwriting: bool
+) -> None:
+    """Real processes, really killed: before each call, and in the middle of each write."""
+    old = save_old(tmp_path / "old")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path), str(overwriting)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    outcomes = []
+    for name, killed in results:
+        path = tmp_path / name
+        path.mkdir(exist_ok=True)  # killed before it was made
+        outcome = check_all_or_nothing(path, old)
+        assert killed or outcome == "new"
+        outcomes.append(outcome)
+        check_next_save_heals(path)
+    assert sum(killed for _, killed in results) > 60
+    assert set(outcomes) == ({"old", "none", "new"} if overwriting else {"none", "new"})
+
+
+def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
+    """ENOSPC at every write of the real thing: /dev/full takes nothing."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    full = tmp_path / ".saving-1-x"
+    full.mkdir()
+    (full / "model-000000-of-000002.safetensors").symlink_to("/dev/full")
+    tables, tensors = model(1)
+    with pytest.raises(SaveError, match="No space left"):
+        Saver(path=tmp_path, hashtables=tables, tensors=tensors, parallel=2, save_id="x").save()
+    assert content(tmp_path) == {}
+
+
+def test_nothing_stays_open_after_a_save(tmp_path: Path) -> None:
+    before = open_files()
+    save_old(tmp_path / "a")
+    assert open_files() == before
