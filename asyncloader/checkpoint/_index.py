@@ -24,6 +24,7 @@ from ._slices import Slice
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ._header import ShardHeader
     from ._sidecar import Sidecar
 
 __all__ = [
@@ -79,6 +80,9 @@ class Catalog:
 
     warnings: tuple[str, ...] = ()
     """What is odd but does no harm."""
+
+    header: ShardHeader | None = None
+    """That of `source`, if it is the one shard that there is."""
 
 
 def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | bytearray) -> Catalog:

@@ -212,6 +212,9 @@ async def read_manifest(
     failures: dict[str, CheckpointError] = {}
 
     async def read(shard: str) -> None:
+        if catalog.header is not None and catalog.header.shard == shard:
+            headers[shard] = catalog.header
+            return
         try:
             headers[shard] = await _read_header(storage, shard, executor=executor, catalog=catalog)
         except CheckpointError as error:

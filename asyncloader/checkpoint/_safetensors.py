@@ -25,7 +25,7 @@ SINGLE = "model.safetensors"
 def catalog_of_file(header: ShardHeader) -> Catalog:
     """Return the names in one file's header."""
     places = {key: Place(key, header.shard) for key in header.blocks}
-    return Catalog(places, {}, header.shard)
+    return Catalog(places, {}, header.shard, header=header)
 
 
 def parse_weight_map(location: str, text: bytes | bytearray) -> Catalog:
