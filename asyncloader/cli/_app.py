@@ -10,7 +10,9 @@ import typer
 
 from asyncloader import __version__
 
+from . import _inspect
 from ._failures import EXPECTED, message_of
+from ._options import examples
 from ._output import complain, prepare
 
 if TYPE_CHECKING:
@@ -25,7 +27,15 @@ app = typer.Typer(
     name="asyncloader",
     add_completion=False,  # each would import torch, which takes seconds
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help that wraps as it should, and that no bracket can break
     invoke_without_command=True,
+    epilog=examples(
+        ("asyncloader inspect runs/ctr/1200", "what does it hold?"),
+        ("asyncloader show runs/ctr/1200 item_emb --id 42", "what does it know of item 42?"),
+        ("asyncloader load runs/ctr/1200", "can it be loaded, and how fast?"),
+        codes="Exit codes: 0, done; 1, the answer is no (an id that is not there, say); 2, it "
+        "failed, and stderr says why.",
+    ),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -35,13 +45,22 @@ def _asyncloader(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Look into the checkpoints of recommendation models."""
+    """Look into the checkpoints of recommendation models.
+
+    A checkpoint is a folder of safetensors files that RecIS, a trainer of such models, or
+    asyncloader itself has written. It holds dense tensors, each under its name, and hash tables:
+    ids (of users, items, words) with a row of numbers for each, its embedding, and what the
+    optimizer keeps for it. Plain .safetensors files, which hold tensors only, will do too.
+    """
     if version:
         typer.echo(f"asyncloader {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit
+
+
+app.command(epilog=_inspect.EPILOG)(_inspect.inspect)
 
 
 def main() -> None:

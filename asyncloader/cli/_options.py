@@ -1,0 +1,32 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["JsonFlag", "PathArgument", "examples"]
+
+PathArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH",
+        help="The checkpoint: a folder that RecIS wrote, a .safetensors file, or a folder of "
+        "these, as Hugging Face's are.",
+        show_default=False,
+    ),
+]
+
+JsonFlag = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document, for other programs, complete."),
+]
+
+
+def examples(*lines: tuple[str, str], codes: str = "") -> str:
+    """Return the end of a help text: command lines with what they are for, then exit codes."""
+    width = max(len(command) for command, _ in lines)
+    shown = "\n".join(f"{command:{width}}  # {purpose}" for command, purpose in lines)
+    text = f"Examples:\n\n\b\n{shown}"  # \b: leave these lines as they are
+    return f"{text}\n\n{codes}" if codes else text
