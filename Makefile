@@ -12,8 +12,8 @@ PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-ve
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/installed ## write a small checkpoint and watch it load
-	@$(RUN) examples.demo
+demo: .venv/installed ## save a small checkpoint, look into it, and watch it load
+	@$(RUN) examples.demo $(ARGS)
 
 test: .venv/installed ## run the tests
 	$(RUN) pytest $(ARGS)

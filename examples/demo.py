@@ -1,14 +1,15 @@
-"""Writes a checkpoint of some 300 MB, loads it while the event loop goes on serving, and checks it.
+"""Saves a checkpoint of some 300 MB, looks into it, loads it on a serving event loop, checks it.
 
 make demo
+python -m examples.demo --keep FOLDER     # leaves the checkpoint there
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,22 +18,24 @@ import torch
 import uvloop
 from rich.console import Console
 
-from asyncloader import Loader
+from asyncloader import Loader, Saver, gen_slice
+from asyncloader.cli import run
 from examples.lag import idle_lag, measuring_lag, percentile
 from examples.made_up import (
     empty_table,
     empty_tensors,
+    filled_table,
     holds_exactly,
     random_table,
     random_tensor,
     same_bits,
 )
-from tests.oracle import TableData, write_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from asyncloader import HashTable, LoadReport
+    from asyncloader import HashTable, LoadReport, SaveReport
+    from tests.oracle import TableData
 
 SEED = 7
 RANKS = 4
@@ -60,6 +63,18 @@ def make_tensors(rng: np.random.Generator) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def save(
+    path: Path, tables: Mapping[str, TableData], tensors: Mapping[str, torch.Tensor]
+) -> Iterator[SaveReport]:
+    """Save as several ranks do, each its slice of the ids; here one after the other, 0 last."""
+    for rank in reversed(range(RANKS)):
+        part = gen_slice(rank, RANKS)
+        mine = {name: filled_table(name, data, part) for name, data in tables.items()}
+        yield Saver(
+            rank, RANKS, parallel=2, path=path, hashtables=mine, tensors=tensors, save_id="demo"
+        ).save()
+
+
 async def load(loader: Loader) -> tuple[LoadReport, list[float], list[float]]:
     """Load, and measure the lag of the loop that the load runs on, and of the same loop idle."""
     # What servers do once they are up: a full collection would stop the loop for 90 ms, because
@@ -84,43 +99,52 @@ def differences(
     return wrong
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Run the demo, and return the exit code."""
     console = Console(highlight=False)
+    with contextlib.ExitStack() as stack:
+        if arguments[:1] == ["--keep"]:
+            path = Path(arguments[1])
+        else:
+            temporary = tempfile.TemporaryDirectory(prefix="asyncloader-demo-")
+            path = Path(stack.enter_context(temporary), "checkpoint")
+        return demonstrate(path, console)
+
+
+def demonstrate(path: Path, console: Console) -> int:
+    """Save, look, load, compare."""
     rng = np.random.default_rng(SEED)
-    with tempfile.TemporaryDirectory(prefix="asyncloader-demo-") as folder:
-        path = Path(folder)
-        with console.status(f"Writing a checkpoint to {path}"):
-            start = time.perf_counter()
-            written_tables = {name: random_table(rng, *size) for name, size in TABLES.items()}
-            written_tensors = make_tensors(rng)
-            write_checkpoint(path, written_tables, written_tensors, ranks=RANKS, shuffle_seed=SEED)
-            seconds = time.perf_counter() - start
-        size = sum(file.stat().st_size for file in path.iterdir())
-        console.print(
-            f"Wrote {size / 1e6:.0f} MB in {seconds:.1f} s: {len(written_tables)} tables with "
-            f"AdamW's slots, by {RANKS} ranks, and {len(written_tensors)} tensors."
-        )
+    with console.status("Compiling the tables' kernels; the next time they are there"):
+        written_tables = {name: random_table(rng, *size) for name, size in TABLES.items()}
+        written_tensors = make_tensors(rng)
+        tables = {name: empty_table(name, data) for name, data in written_tables.items()}
+    with console.status("Saving"):
+        reports = list(save(path, written_tables, written_tensors))
+    megabytes = sum(report.bytes_written for report in reports) / 1e6
+    seconds = sum(report.seconds for report in reports)
+    console.print(
+        f"Saved {megabytes:.0f} MB as {RANKS} ranks in {seconds:.1f} s: sorted, digested, synced.\n"
+    )
+    console.print(f"[dim]$ asyncloader inspect {path}[/]", soft_wrap=True)
+    run(["inspect", str(path)])
 
-        with console.status("Compiling the tables' kernels; the next time they are there"):
-            tables = {name: empty_table(name, data) for name, data in written_tables.items()}
-        tensors = empty_tensors(written_tensors)
-        report, lags, idle = uvloop.run(load(Loader(path, tables, tensors)))
-        console.print("Loaded it on an event loop that goes on serving meanwhile:\n")
-        console.print(report)
+    tensors = empty_tensors(written_tensors)
+    report, lags, idle = uvloop.run(load(Loader(path, tables, tensors)))
+    console.print("\nLoaded it on an event loop that goes on serving meanwhile:\n")
+    console.print(report)
 
-        with console.status("Comparing every bit"):
-            wrong = differences(tables, tensors, written_tables, written_tensors)
+    with console.status("Comparing every bit"):
+        wrong = differences(tables, tensors, written_tables, written_tensors)
     console.print(
         f"\nHow late a timer of 1 ms was on that loop: median {percentile(lags, 50) * 1e3:.1f} ms, "
         f"worst {max(lags) * 1e3:.1f} ms (idle: worst {max(idle) * 1e3:.1f} ms)"
     )
     if wrong:
-        console.print(f"[bold red]✗[/] Not what was written: {', '.join(wrong)}")
+        console.print(f"[bold red]✗[/] Not what was saved: {', '.join(wrong)}")
         return 1
-    console.print("[bold green]✓[/] Every row and every tensor is what was written, bit for bit")
+    console.print("[bold green]✓[/] Every row and every tensor is what was saved, bit for bit")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -51,6 +51,17 @@ def empty_table(name: str, data: TableData, part: Slice | None = None) -> HashTa
     return table
 
 
+def filled_table(name: str, data: TableData, part: Slice | None = None) -> HashTable:
+    """Return a table that holds such rows, or those of them that belong to a slice."""
+    table = empty_table(name, data, part)
+    position = data.ids.numpy().view(np.uint64) % np.uint64(table.slice.size)
+    inside = (position >= np.uint64(table.slice.begin)) & (position < np.uint64(table.slice.end))
+    mine = torch.from_numpy(np.flatnonzero(inside))
+    for slot, rows in data.slots.items():
+        table.insert(data.ids[mine], rows[mine], slot)
+    return table
+
+
 def empty_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors of the same shapes and dtypes, all zero."""
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}

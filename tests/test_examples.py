@@ -32,7 +32,7 @@ def run(*arguments: str) -> str:
 
 def test_the_demo_finds_every_bit_where_it_was_written() -> None:
     out = run("examples.demo")
-    for what in ("bit for bit", "item_emb", "user_emb", "ad_emb", "GB/s", "worst"):
+    for what in ("bit for bit", "item_emb", "user_emb", "ad_emb", "GB/s", "worst", "all verified"):
         assert what in out
 
 

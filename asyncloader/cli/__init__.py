@@ -1,5 +1,5 @@
 """The command line: `asyncloader`, or `python -m asyncloader`."""
 
-from ._app import main
+from ._app import main, run
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
