@@ -49,4 +49,6 @@ def zeros(
             memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE  # a huge page begins at a multiple of its size
-    return whole[start : start + size].view(dtype).view(tuple(shape))
+    # Not a part of `whole`: whoever saves the tensor saves its storage, all of it.
+    exact = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
+    return exact.view(dtype).view(tuple(shape))
