@@ -10,7 +10,7 @@ import typer
 
 from asyncloader import __version__
 
-from . import _inspect
+from . import _inspect, _show
 from ._failures import EXPECTED, message_of
 from ._options import examples
 from ._output import complain, prepare
@@ -61,6 +61,7 @@ def _asyncloader(
 
 
 app.command(epilog=_inspect.EPILOG)(_inspect.inspect)
+app.command("show", epilog=_show.EPILOG)(_show.show_one)
 
 
 def main() -> None:

@@ -26,11 +26,21 @@ if TYPE_CHECKING:
     from ._folders import RunSummary, VersionSummary
     from ._summary import CheckpointSummary, TableSummary, TensorSummary
 
-__all__ = ["checkpoint_view", "facts", "grid_of_numbers", "plural", "run_view", "shape_text"]
+__all__ = [
+    "checkpoint_view",
+    "facts",
+    "grid_of_numbers",
+    "indented",
+    "plural",
+    "run_view",
+    "shape_text",
+]
 
 T = TypeVar("T")
 
 _SHOWN = 20
+# A line below the titles, and no room between columns but their padding.
+_UNDERLINED = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
 _DIGESTS = {
     "present": Text("of all bytes, to verify them by", "green"),
     "ignored": Text("not those of this save, so nothing can be verified", "yellow"),
@@ -87,20 +97,28 @@ def facts(kind: str, location: str, lines: Iterable[tuple[str, RenderableType]])
     )
 
 
-def _indented(what: RenderableType) -> RenderableType:
+def indented(what: RenderableType) -> RenderableType:
+    """Set something a little to the right, as wide as it is."""
     return Padding(what, (0, 2), expand=False)
 
 
-def grid_of_numbers(first: str, *others: str, left: Iterable[str] = ()) -> Table:
+def grid_of_numbers(first: str, *others: str, left: Iterable[str] = (), gap: int = 3) -> Table:
     """Return an empty table: names in its first column, then numbers, to the right.
 
     Args:
         first: The title of the names.
         others: Titles.
         left: Those of them that are no numbers.
+        gap: Cells between columns.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
-    table.border_style = "dim"
+    table = Table(
+        box=_UNDERLINED,
+        show_edge=False,
+        padding=(0, gap - 1, 0, 0),
+        pad_edge=False,
+        header_style="dim",
+        border_style="dim",
+    )
     table.add_column(first)
     for title in others:
         table.add_column(title, justify="left" if title in left else "right", no_wrap=True)
@@ -127,7 +145,7 @@ def _tables(tables: Sequence[TableSummary]) -> RenderableType:
                 shape_text(slot.shape) if slot.name != ID else "",
                 size_text(slot.bytes),
             )
-    return _indented(grid)
+    return indented(grid)
 
 
 def _tensors(tensors: Sequence[TensorSummary]) -> RenderableType:
@@ -139,7 +157,7 @@ def _tensors(tensors: Sequence[TensorSummary]) -> RenderableType:
             shape_text(tensor.shape),
             size_text(tensor.bytes),
         )
-    return _indented(grid)
+    return indented(grid)
 
 
 def run_view(run: RunSummary, *, everything: bool) -> RenderableType:
@@ -170,7 +188,7 @@ def _versions(versions: Sequence[VersionSummary]) -> RenderableType:
             size_text(version.bytes),
             Text("← latest" if version.latest else "", "green"),
         )
-    return _indented(grid)
+    return indented(grid)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -191,4 +209,4 @@ def _more(number: int, what: str, *, everything: bool) -> list[RenderableType]:
     if everything or number <= _SHOWN:
         return []
     text = Text(f"and {count(number - _SHOWN)} more {what}; --all shows them", "dim italic")
-    return [_indented(text)]
+    return [indented(text)]

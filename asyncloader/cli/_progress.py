@@ -1,0 +1,60 @@
+"""A bar on stderr, for what takes longer than a moment."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, TypeAlias
+
+from rich import progress
+
+from ._names import middle_cut, shown
+from ._output import console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Tell", "progress_bar", "silent"]
+
+Tell: TypeAlias = "Callable[[int, int, str], object]"
+"""Takes bytes done, bytes in all, and the name of what they belong to."""
+
+_MOMENT = 0.3
+_NAME = 24
+
+
+def silent(done: int, total: int, name: str) -> None:
+    """Show nothing."""
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Tell]:
+    """Show a bar while the block runs, and yield what it wants to be told.
+
+    Nothing if stderr is no terminal, or the block takes but a moment.
+    """
+    out = console(stderr=True)
+    if not out.is_terminal:
+        yield silent
+        return
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with contextlib.ExitStack() as stack:
+        bar = progress.Progress(*columns, console=out, transient=True)
+        task = bar.add_task("", total=None)
+        begin = time.monotonic()
+
+        def tell(done: int, total: int, name: str) -> None:
+            if not bar.live.is_started:
+                if time.monotonic() - begin < _MOMENT:
+                    return
+                stack.enter_context(bar)
+            description = middle_cut(shown(name), _NAME)
+            bar.update(task, completed=done, total=total, description=description)
+
+        yield tell

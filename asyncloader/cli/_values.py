@@ -1,0 +1,99 @@
+"""Rows as they are shown: some of their values, which JSON can hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from ._windows import read_elements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from asyncloader._session import Session
+    from asyncloader.checkpoint import Stored
+
+__all__ = ["Row", "Value", "read_row", "read_rows", "values_of"]
+
+Value: TypeAlias = "bool | int | float | str"
+"""A number; where JSON has none (NaN, infinities, complex numbers) its text."""
+
+_MOST = 4096
+"""Values of one row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row, its values in one dimension."""
+
+    number: int
+    """Counted over all parts."""
+
+    id: int | None
+    """In a table."""
+
+    values: tuple[Value, ...]
+
+    omitted: int
+    """Values after these."""
+
+
+async def read_rows(
+    session: Session, stored: Stored, rows: int, *, ids: Sequence[int]
+) -> tuple[Row, ...]:
+    """Read the first rows, of each no more than some thousand values.
+
+    Args:
+        session: The checkpoint.
+        stored: The tensor; a scalar is a row of one value.
+        rows: How many, if there are as many.
+        ids: Of the rows, as far as they have any.
+
+    Raises:
+        CheckpointError: If torch has no such dtype.
+        ReadError: If the storage failed.
+    """
+    count = min(rows, stored.shape[0]) if stored.shape else 1
+    width = math.prod(stored.shape[1:])
+    taken = min(width, _MOST)
+    if taken == width:
+        whole = await read_elements(session, stored, 0, count * width)
+        found = list(whole.view(count, width))
+    else:
+        begins = range(0, count * width, width)
+        found = [await read_elements(session, stored, at, at + taken) for at in begins]
+    return tuple(
+        Row(
+            number=number,
+            id=ids[number] if number < len(ids) else None,
+            values=values_of(row),
+            omitted=width - taken,
+        )
+        for number, row in enumerate(found)
+    )
+
+
+async def read_row(session: Session, stored: Stored, *, id_: int, number: int) -> Row:
+    """Read the row of an id, its first few thousand values; raises what `read_rows` does."""
+    width = math.prod(stored.shape[1:])
+    taken = min(width, _MOST)
+    values = await read_elements(session, stored, number * width, number * width + taken)
+    return Row(number=number, id=id_, values=values_of(values), omitted=width - taken)
+
+
+def values_of(tensor: Tensor) -> tuple[Value, ...]:
+    """Return the values in one dimension."""
+    flat = tensor.reshape(-1)
+    if flat.is_floating_point():
+        flat = flat.double()  # not every small dtype has a `tolist`
+    values: Iterable[bool | float | complex] = flat.tolist()
+    return tuple(_value(value) for value in values)
+
+
+def _value(value: bool | complex) -> Value:
+    if isinstance(value, complex) or not math.isfinite(value):
+        return str(value)
+    return value

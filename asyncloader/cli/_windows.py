@@ -1,0 +1,83 @@
+"""Reads tensors piece by piece, so that none of them has to fit into memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from asyncloader._concurrency import for_each, run_jobs
+from asyncloader._reading import read_stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from asyncloader._session import Session
+    from asyncloader.checkpoint import Block, Stored
+
+__all__ = ["WINDOW", "flat", "in_windows", "read_elements"]
+
+T = TypeVar("T")
+
+WINDOW = 2 << 20
+"""Elements in one piece."""
+
+_AT_A_TIME = 4
+
+
+def flat(stored: Stored) -> Stored:
+    """Return the elements as rows of one each: the rows of some tensors are large."""
+    blocks = tuple(replace(block, shape=(_elements(block),)) for block in stored.blocks)
+    return replace(stored, shape=(sum(map(_elements, blocks)),), blocks=blocks)
+
+
+def _elements(block: Block) -> int:
+    return math.prod(block.shape)
+
+
+async def read_elements(session: Session, stored: Stored, begin: int, end: int) -> Tensor:
+    """Read the elements `[begin, end)`, counted over all rows, in one dimension.
+
+    Raises:
+        CheckpointError: If torch has no such dtype.
+        ReadError: If the storage failed.
+    """
+    window = flat(stored).window(begin, end)
+    return (await read_stored(session, [window]))[stored.name]
+
+
+async def in_windows(
+    session: Session,
+    stored: Stored,
+    work: Callable[[Tensor], T],
+    *,
+    window: int = WINDOW,
+    advance: Callable[[int], object],
+) -> list[T]:
+    """Do something with all elements, some at a time; return the results in their order.
+
+    Args:
+        session: The checkpoint.
+        stored: The tensor.
+        work: Gets the elements of one window; runs on a thread.
+        window: How many that are.
+        advance: Gets the bytes of each window that is done.
+
+    Raises:
+        CheckpointError: If torch has no such dtype.
+        ReadError: If the storage failed.
+    """
+    total = math.prod(stored.shape)
+    results: dict[int, T] = {}
+
+    async def do(begin: int) -> None:
+        end = min(begin + window, total)
+        values = await read_elements(session, stored, begin, end)
+        [results[begin]] = await run_jobs(session.threads.kernels, [partial(work, values)])
+        advance((end - begin) * stored.dtype.itemsize)
+
+    await for_each(range(0, total, window), do, workers=_AT_A_TIME, name="asyncloader-window")
+    return [results[begin] for begin in sorted(results)]
