@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from asyncloader import HashTable, Saver
 from asyncloader.storage import LocalFolder
@@ -119,7 +119,7 @@ async def save_into(
     folder: WatchedFolder,
     tables: Mapping[str, HashTable],
     tensors: Mapping[str, Tensor],
-    **options: int,
+    **options: Any,  # noqa: ANN401  # of Saver
 ) -> SaveReport:
     """Save into a folder of one's own, which `Saver` does not take."""
     saver = Saver(path=folder.location, hashtables=tables, tensors=tensors, **options)

@@ -19,7 +19,7 @@ from tests.oracle import read_checkpoint
 from tests.support import debug_off, nothing_left_behind, open_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from torch import Tensor
 
@@ -50,7 +50,7 @@ async def save_new(path: Path, fault: Callable[[int, str], str | None]) -> Watch
 
 
 def is_version(path: Path, version: int) -> bool:
-    """Say whether the folder holds a model of this version, whole, as an independent reader sees it."""
+    """Say whether the folder holds this version, whole, as an independent reader sees it."""
     _, tensors = model(version)
     found_tables, found_tensors = read_checkpoint(path)
     return (
@@ -82,6 +82,14 @@ def check_next_save_heals(path: Path) -> None:
     assert report.bytes_verified == report.bytes_wanted
 
 
+async def failure_of(saving: Awaitable[object]) -> SaveError | None:
+    try:
+        await saving
+    except SaveError as error:
+        return error
+    return None
+
+
 @pytest.mark.parametrize("overwriting", [False, True])
 @pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
 async def test_a_save_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
@@ -102,14 +110,11 @@ async def test_a_save_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
                     raise OSError(EIO, f"I/O error in {what}")
 
             with nothing_left_behind():
-                try:
-                    await save_new(path, fail)
-                except SaveError as error:
-                    assert isinstance(error.__cause__, OSError)
-                    assert "I/O error" in str(error)
-                    failed = True
-                else:
-                    failed = False
+                failure = await failure_of(save_new(path, fail))
+            failed = failure is not None
+            if failure is not None:
+                assert isinstance(failure.__cause__, OSError)
+                assert "I/O error" in str(failure)
             path.mkdir(exist_ok=True)  # it failed before it was made
             outcome = check_all_or_nothing(path, old)
             if not failed:

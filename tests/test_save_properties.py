@@ -57,7 +57,7 @@ class Model:
                 name: filled(rng, (len(ids), *shape), dtype) for name, shape, dtype in self.slots
             }
             tables[child] = TableData(ids=torch.tensor(ids, dtype=torch.int64), slots=rows)
-        return tables, {name: filled(rng, *facts) for name, *facts in self.tensors}
+        return tables, {name: filled(rng, shape, dtype) for name, shape, dtype in self.tensors}
 
     def empty(self, rank: int, ranks: int) -> HashTable:
         (_, shape, dtype), *others = self.slots
@@ -70,8 +70,8 @@ class Model:
             slice=gen_slice(rank, ranks, self.size),
             name="t",
         )
-        for name, *facts in others:
-            table.add_slot(name, *facts)
+        for name, each_shape, each_dtype in others:
+            table.add_slot(name, each_shape, each_dtype)
         return table
 
     def table(self, rank: int, ranks: int) -> HashTable:

@@ -23,7 +23,9 @@ from asyncloader import HashTable, Saver, gen_slice
 path, rank, ranks, save_id, rendezvous = sys.argv[1:]
 rank, ranks = int(rank), int(ranks)
 if rendezvous:
-    torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=ranks)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{rendezvous}", rank=rank, world_size=ranks
+    )
 part = gen_slice(rank, ranks)
 table = HashTable([4], name="t", slice=part)
 ids = torch.tensor([id_ for id_ in range(-5000, 5000) if part.accepts(id_)])

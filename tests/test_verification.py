@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +23,7 @@ from tests.support import data, rows_in, rows_on_disk, table_for, unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 CONTENT = data(list(range(500)), width=4, exp_avg=4)
 CHUNK = 8 << 20
@@ -106,7 +106,7 @@ def test_a_checkpoint_without_digests_loads_unless_they_are_required(tmp_path: P
     loader, table, tensors = everything(tmp_path, verify="require")
     with (
         unchanged(table, tensors=tensors),
-        pytest.raises(CheckpointError, match="no digests.*asyncloader.Saver"),
+        pytest.raises(CheckpointError, match=r"no digests.*asyncloader.Saver"),
     ):
         loader.load()
 
