@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,6 +32,10 @@ LIMITS = Limits(parallel=PARALLEL, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=I
 _whole = partial(gen_slice, 0, 1)
 
 
+def nobody(seconds: float) -> None:
+    """Tell nobody."""
+
+
 def every_slot(table: str, slot: str) -> bool:  # noqa: ARG001  # whichever it is
     """Take them all."""
     return True
@@ -43,6 +48,7 @@ async def allocate(
     take: Callable[[str, str], bool] = every_slot,
     limits: Limits = LIMITS,
     verify: Verify = "auto",
+    kernels: Callable[[float], object] = nobody,
 ) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     """Read names and headers, and return empty tables and zero tensors that take all of it.
 
@@ -56,6 +62,8 @@ async def allocate(
         take: Says of a table and a slot besides `id` and `embedding` whether to have it.
         limits: For reading headers.
         verify: As `Loader` takes it.
+        kernels: Told how many seconds it took to load the compiled kernels, or to compile them,
+            if there are tables; on a thread.
 
     Raises:
         CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself; if a table
@@ -66,7 +74,7 @@ async def allocate(
     async with open_session(path, limits=limits, verify=verify, timeout=None) as session:
         catalog = await session.catalog()
         manifest = await session.manifest(catalog, shards_of(catalog))
-        make = _Maker(manifest, slice_of, take).make
+        make = _Maker(manifest, slice_of, take, kernels).make
         # Off the loop: the first table imports, or even compiles, the kernels.
         [made] = await run_jobs(session.threads.kernels, [make])
     return made
@@ -94,9 +102,14 @@ class _Maker:
     manifest: Manifest
     slice_of: Callable[[int], Slice]
     take: Callable[[str, str], bool]
+    kernels: Callable[[float], object]
 
     def make(self) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
         manifest = self.manifest
+        if manifest.catalog.tables:
+            begin = time.perf_counter()
+            HashTable([1])  # the first one imports them
+            self.kernels(time.perf_counter() - begin)
         tables = {name: self._table(name) for name in manifest.catalog.tables}
         stored = (stored_tensor(manifest, name) for name in manifest.catalog.tensors)
         return tables, {one.name: self._tensor(one) for one in stored}

@@ -10,7 +10,7 @@ import typer
 
 from asyncloader import __version__
 
-from . import _inspect, _show
+from . import _inspect, _load, _show
 from ._failures import EXPECTED, message_of
 from ._options import examples
 from ._output import complain, prepare
@@ -43,6 +43,7 @@ app = typer.Typer(
 @app.callback()
 def _asyncloader(
     context: typer.Context,
+    *,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Look into the checkpoints of recommendation models.
@@ -62,6 +63,7 @@ def _asyncloader(
 
 app.command(epilog=_inspect.EPILOG)(_inspect.inspect)
 app.command("show", epilog=_show.EPILOG)(_show.show_one)
+app.command("load", epilog=_load.EPILOG)(_load.load)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from asyncloader._runs import is_run_folder, latest
 from asyncloader.errors import AsyncLoaderError, CheckpointNotFoundError
 
@@ -23,6 +25,8 @@ def message_of(error: BaseException) -> str:
 
 
 def _not_found(error: CheckpointNotFoundError) -> str:
+    if not os.path.lexists(error.location):
+        return f"{error.location}: no such file or folder"
     if not is_run_folder(error.location):
         return str(error)
     try:

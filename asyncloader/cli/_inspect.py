@@ -30,6 +30,7 @@ EPILOG = examples(
 
 def inspect(
     path: PathArgument,
+    *,
     all_: Annotated[
         bool, typer.Option("--all", help="List everything, however long the lists are.")
     ] = False,

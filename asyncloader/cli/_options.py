@@ -8,6 +8,13 @@ import typer
 
 __all__ = ["JsonFlag", "PathArgument", "examples"]
 
+
+def _given(path: str) -> str:
+    if not path:
+        raise typer.BadParameter("it is empty")
+    return path
+
+
 PathArgument = Annotated[
     str,
     typer.Argument(
@@ -15,6 +22,7 @@ PathArgument = Annotated[
         help="The checkpoint: a folder that RecIS wrote, a .safetensors file, or a folder of "
         "these, as Hugging Face's are.",
         show_default=False,
+        callback=_given,
     ),
 ]
 

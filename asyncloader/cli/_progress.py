@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Tell", "progress_bar", "silent"]
 
 Tell: TypeAlias = "Callable[[int, int, str], object]"
-"""Takes bytes done, bytes in all, and the name of what they belong to."""
+"""Takes bytes done, bytes in all (0 if nobody knows), and the name of what they belong to."""
 
 _MOMENT = 0.3
 _NAME = 24
@@ -51,10 +51,10 @@ def progress_bar() -> Iterator[Tell]:
 
         def tell(done: int, total: int, name: str) -> None:
             if not bar.live.is_started:
-                if time.monotonic() - begin < _MOMENT:
+                if total and time.monotonic() - begin < _MOMENT:
                     return
                 stack.enter_context(bar)
             description = middle_cut(shown(name), _NAME)
-            bar.update(task, completed=done, total=total, description=description)
+            bar.update(task, completed=done, total=total or None, description=description)
 
         yield tell

@@ -48,11 +48,13 @@ def show_one(
             show_default=False,
         ),
     ],
-    rows: Annotated[int, typer.Option(min=0, help="How many rows to print.")] = 5,
+    *,
+    rows: Annotated[int, typer.Option(min=0, metavar="N", help="How many rows to print.")] = 5,
     id_: Annotated[
         int | None,
         typer.Option(
             "--id",
+            metavar="ID",
             min=-_INT64,
             max=_INT64 - 1,
             help="Find this id in the table, and print what is kept for it.",

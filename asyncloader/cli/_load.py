@@ -1,0 +1,203 @@
+"""`asyncloader load`."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from asyncloader._report import LoadReport
+from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_verify
+from asyncloader.loader import Loader
+from asyncloader.streaming import run_blocking
+
+from ._allocate import allocate
+from ._names import escaped, shown
+from ._options import JsonFlag, PathArgument, examples
+from ._output import print_json, show
+from ._progress import progress_bar
+from ._trace_file import write_trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.console import RenderableType
+
+    from asyncloader.checkpoint import Verify
+    from asyncloader.streaming import Progress, Span
+
+    from ._progress import Tell
+
+__all__ = ["EPILOG", "Loaded", "load", "load_all"]
+
+EPILOG = examples(
+    ("asyncloader load runs/ctr/1200", "read it all, and say how fast"),
+    ("asyncloader load runs/ctr/1200 --verify require", "compare every byte with digests"),
+    ("asyncloader load runs/ctr/1200 --trace load.json", "see it on ui.perfetto.dev"),
+)
+
+
+class VerifyChoice(enum.StrEnum):
+    """What `--verify` takes."""
+
+    AUTO = "auto"
+    REQUIRE = "require"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a load did, and what had to be done before."""
+
+    report: LoadReport
+
+    kernels_seconds: float
+    """To load the kernels that tables need, or, the first time ever, to compile them."""
+
+    allocation_seconds: float
+    """To read names and headers, and make tables and tensors."""
+
+
+def load(
+    path: PathArgument,
+    *,
+    parallel: Annotated[int, typer.Option(metavar="N", help="Reads at a time.")] = PARALLEL,
+    chunk_bytes: Annotated[
+        int, typer.Option(metavar="BYTES", help="The most that one read takes.")
+    ] = CHUNK_BYTES,
+    max_inflight_bytes: Annotated[
+        int,
+        typer.Option(metavar="BYTES", help="Memory for reads under way, besides what is loaded."),
+    ] = INFLIGHT_BYTES,
+    verify: Annotated[
+        VerifyChoice,
+        typer.Option(
+            help="Compare bytes with the digests that asyncloader saved along: where there are "
+            "some, always (without any it fails), or never."
+        ),
+    ] = VerifyChoice.AUTO,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write when each step began and how long it took, for ui.perfetto.dev.",
+            show_default=False,
+        ),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Load all of a checkpoint into memory, and say what that took.
+
+    Tables and tensors are made for whatever it holds, filled, and thrown away: this shows that a
+    checkpoint can be loaded, and how fast this machine does it with these settings. It takes as
+    much memory as the checkpoint is large.
+    """
+    limits = Limits(
+        parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
+    )
+    with _tracing(trace, path) as listener, progress_bar() as tell:
+        run = partial(
+            load_all, path, limits=limits, verify=checked_verify(verify), trace=listener, tell=tell
+        )
+        loaded = run_blocking(run)
+    if json:
+        print_json(loaded)
+    else:
+        show(_view(loaded), markup=True)  # the report's own
+
+
+@contextlib.contextmanager
+def _tracing(file: str | None, path: str) -> Iterator[Callable[[Span], object] | None]:
+    """Yield what hears of each step, and write all of them in the end, also of a load that fails.
+
+    Raises:
+        OSError: If the file cannot be written to; before anything is loaded.
+    """
+    if file is None:
+        yield None
+        return
+    spans: list[Span] = []
+    with Path(file).open("wb") as out:
+        try:
+            yield spans.append
+        finally:
+            write_trace(out, path, spans)
+
+
+async def load_all(
+    path: str,
+    *,
+    limits: Limits,
+    verify: Verify,
+    trace: Callable[[Span], object] | None,
+    tell: Tell,
+) -> Loaded:
+    """Make room for a checkpoint and load it.
+
+    Args:
+        path: The checkpoint.
+        limits: What may be under way at a time.
+        verify: As `Loader` takes it.
+        trace: As `Loader` takes it.
+        tell: Hears of progress.
+
+    Raises:
+        CheckpointError: If there is no committed checkpoint, or it is unreadable.
+        PlanError: If its parts disagree.
+        ReadError: If the storage failed.
+        MemoryError: If there is no room.
+    """
+    tell(0, 0, "preparing")
+    compiled: list[float] = []
+    begin = time.perf_counter()
+    tables, tensors = await allocate(path, limits=limits, verify=verify, kernels=compiled.append)
+    prepared = time.perf_counter() - begin
+
+    def listen(moment: Progress) -> None:
+        tell(moment.bytes_done, moment.bytes_total, moment.current or "loading")
+
+    loader = Loader(
+        path,
+        tables,
+        tensors,
+        limits.parallel,
+        chunk_bytes=limits.chunk_bytes,
+        max_inflight_bytes=limits.max_inflight_bytes,
+        progress=listen,
+        verify=verify,
+        trace=trace,
+    )
+    report = await loader.aload()
+    return Loaded(
+        report=report,
+        kernels_seconds=sum(compiled),
+        allocation_seconds=prepared - sum(compiled),
+    )
+
+
+def _view(loaded: Loaded) -> RenderableType:
+    kernels, rest = loaded.kernels_seconds, loaded.allocation_seconds
+    before = Text(
+        f"before that: {kernels:.3f} s for kernels, {rest:.3f} s for names and memory", "dim"
+    )
+    return Group(_harmless(loaded.report), "", before)
+
+
+def _harmless(report: LoadReport) -> LoadReport:
+    """Return the report with names that a terminal can show."""
+    return replace(
+        report,
+        location=escaped(report.location),
+        tables={shown(name): counts for name, counts in report.tables.items()},
+        missing=tuple(map(shown, report.missing)),
+        unexpected=tuple(map(shown, report.unexpected)),
+        warnings=tuple(map(escaped, report.warnings)),
+    )
