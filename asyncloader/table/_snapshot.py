@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from ._slots import Slot
     from ._state import TableState
 
-__all__ = ["SortedRows", "TableSnapshot", "sort_keys"]
+__all__ = ["SortedRows", "TableSnapshot", "order_of", "sort_keys"]
 
 _CHILD_BITS = np.uint64(52)
+_FEW = 1000
+_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +86,13 @@ class TableSnapshot:
         """Sort the rows of a child; after `counts`. May take long, and belongs on a thread."""
         rows = self._rows_of(child)
         ids = self._encoding.decode(self._state.ids[rows], child)
-        keys = sort_keys(ids, self.slice.size)
-        order = np.argsort(keys)
+        order = order_of(sort_keys(ids, self.slice.size))
+        ids, rows = ids[order], rows[order]
         begin, end = self.slice.begin, self.slice.end
         cuts = [begin + (end - begin) * i // sub_slices for i in range(1, sub_slices)]
-        first = np.searchsorted(keys, _keys_of(cuts, self.slice.size), sorter=order)
-        offsets = (0, *first.tolist(), len(rows))
-        return SortedRows(ids=ids[order], rows=rows[order], offsets=offsets)
+        positions = ids.view(np.uint64) % np.uint64(self.slice.size)
+        firsts = np.searchsorted(positions, np.array(cuts, np.uint64)).tolist()
+        return SortedRows(ids=ids, rows=rows, offsets=(0, *firsts, len(rows)))
 
     def copy_rows(self, slot: str, rows: NDArray[np.int64], out: torch.Tensor) -> None:
         """Copy rows of a slot, `[n]` of them, to host memory, uint8 `[n, row_bytes]`."""
@@ -105,9 +107,11 @@ class TableSnapshot:
 
 
 def sort_keys(ids: NDArray[np.int64], size: int) -> NDArray[np.uint64]:
-    """Return numbers that sort as (slice position, id) do: the rank of each id in that order.
+    """Return numbers that sort as (slice position, id) do, so that one sort of numbers does it.
 
-    So one sort of plain numbers does it. Of the 2⁶⁴ ids `2⁶⁴ // size` have each position, and the
+    Of ids whose quotients by `size` are `low` to `high` at most `high - low + 1` have the same
+    position: `position * (high - low + 1) + quotient - low` is an id's place among all such. Of all
+    2⁶⁴ ids that would be one too many at times; there `2⁶⁴ // size` have each position, and the
     first `2⁶⁴ % size` positions have one more.
 
     Args:
@@ -115,17 +119,55 @@ def sort_keys(ids: NDArray[np.int64], size: int) -> NDArray[np.uint64]:
         size: Of the slices.
     """
     unsigned = ids.view(np.uint64)
-    if size == 1:  # all ids have position 0: one number too many for 64 bits
+    if size == 1 or not len(ids):  # all ids have position 0
         return unsigned
-    share, larger = divmod(2**64, size)
+    quotient: NDArray[np.uint64]
+    position: NDArray[np.uint64]
     quotient, position = np.divmod(unsigned, np.uint64(size))
-    position_keys = position * np.uint64(share) + np.minimum(position, np.uint64(larger))
-    keys: NDArray[np.uint64] = position_keys + quotient
+    low, high = int(quotient.min()), int(quotient.max())
+    keys: NDArray[np.uint64]
+    if (high - low + 1) * size <= 2**64:
+        keys = position * np.uint64(high - low + 1) + quotient - np.uint64(low)
+    else:
+        share, larger = divmod(2**64, size)
+        begins = position * np.uint64(share) + np.minimum(position, np.uint64(larger))
+        keys = begins + quotient
     return keys
 
 
-def _keys_of(positions: Sequence[int], size: int) -> NDArray[np.uint64]:
-    """Return the keys of the smallest ids that have these positions; of `size` itself the last."""
-    share, larger = divmod(2**64, size)
-    keys = [min(p * share + min(p, larger), 2**64 - 1) for p in positions]
-    return np.array(keys, np.uint64)
+def order_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the positions that sort keys, as `np.argsort` does, in a third of the time.
+
+    numpy sorts plain numbers seven times faster than positions of numbers (4 million in 22 ms
+    instead of 158). So each key takes its position along in its lowest bits. Where that pushes out
+    bits of its own, neighbours may come in the wrong order: few if keys are spread, as hashed ids
+    are, and they are put right; if many, `np.argsort` does it after all.
+
+    Args:
+        keys: uint64 `[n]`, all different.
+    """
+    if len(keys) < _FEW:
+        return np.argsort(keys)
+    low, high = int(keys.min()), int(keys.max())
+    bits = (len(keys) - 1).bit_length()
+    lost = max((high - low).bit_length() + bits - 64, 0)
+    packed = ((keys - np.uint64(low)) >> np.uint64(lost)) << np.uint64(bits)
+    packed |= np.arange(len(keys), dtype=np.uint64)
+    packed.sort()
+    packed &= np.uint64((1 << bits) - 1)
+    order = packed.view(np.int64)
+    return order if not lost or _put_right(keys, order) else np.argsort(keys)
+
+
+def _put_right(keys: NDArray[np.uint64], order: NDArray[np.int64]) -> bool:
+    """Swap neighbours that are in the wrong order until none are; give up if they are many."""
+    for _ in range(_ROUNDS):
+        found = keys[order]
+        wrong = np.flatnonzero(found[1:] < found[:-1])
+        if not len(wrong):
+            return True
+        if len(wrong) > len(order) // _FEW:
+            return False
+        wrong = wrong[np.append(True, np.diff(wrong) > 1)]  # of three in a row, two at a time
+        order[wrong], order[wrong + 1] = order[wrong + 1], order[wrong]
+    return False
