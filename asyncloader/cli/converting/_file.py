@@ -1,0 +1,145 @@
+"""Writes all of a checkpoint into one plain safetensors file, a piece at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from asyncloader._concurrency import run_jobs
+from asyncloader.errors import SaveError
+from asyncloader.planning import ID, WriteBlock, lay_out_shard
+from asyncloader.saving import CHUNK, Means, fresh_save_id, write_shards
+from asyncloader.storage import LocalFolder
+from asyncloader.streaming import ByteBudget, Meter, StagingPool
+
+from ._blocks import BlockFiles, StoredSource
+from ._recognition import METADATA, describe_tables, key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from asyncloader._session import Session
+    from asyncloader.checkpoint import Stored
+    from asyncloader.planning import ShardLayout
+    from asyncloader.streaming import Progress
+
+    from ._source import Source
+
+__all__ = ["Written", "lay_out_file", "write_file"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written."""
+
+    files: tuple[str, ...]
+    bytes_written: int
+    bytes_verified: int
+
+
+def lay_out_file(file: str, source: Source) -> tuple[ShardLayout, dict[WriteBlock, Stored]]:
+    """Decide what stands where: tables first, the ids before the slots.
+
+    Args:
+        file: Its name.
+        source: What it shall hold.
+
+    Raises:
+        ValueError: If two things would have the same name there.
+    """
+    blocks: dict[str, WriteBlock] = {}
+    stored: dict[WriteBlock, Stored] = {}
+    for key, one in _entries(source):
+        if key == "__metadata__":
+            raise ValueError(f"{one.name!r} would stand under {key!r}, which is no tensor's name")
+        if key in blocks:
+            other = stored[blocks[key]].name
+            raise ValueError(
+                f"{other!r} and {one.name!r} would both stand under {key!r}; a plain file has no "
+                "other name for them"
+            )
+        block = WriteBlock(name=key, table=None, slice=None, dtype=one.dtype, shape=one.shape)
+        blocks[key] = block
+        stored[block] = one
+    return lay_out_shard(file, 0, blocks, _metadata(source)), stored
+
+
+def _entries(source: Source) -> Iterator[tuple[str, Stored]]:
+    for table in source.tables:
+        yield key_of(table.name, ID), table.ids
+        for slot, stored in table.slots.items():
+            yield key_of(table.name, slot), stored
+    for stored in source.tensors:
+        yield stored.name, stored
+
+
+def _metadata(source: Source) -> dict[str, str]:
+    # Without a "format" some readers of Hugging Face's refuse a file.
+    metadata = {"format": "pt", **source.metadata}
+    tables = {table.name: (table.slice_size, [ID, *table.slots]) for table in source.tables}
+    metadata.pop(METADATA, None)
+    return metadata | ({METADATA: describe_tables(tables)} if tables else {})
+
+
+async def write_file(
+    session: Session,
+    source: Source,
+    path: Path,
+    *,
+    parallel: int,
+    progress: Callable[[Progress], object] | None,
+) -> Written:
+    """Write the file beside its place, sync it, and move it there; if that fails, leave nothing.
+
+    Args:
+        session: The source.
+        source: What it holds.
+        path: The file.
+        parallel: Writes at a time.
+        progress: Called on the event loop.
+
+    Raises:
+        ValueError: If two things would have the same name there.
+        CheckpointError: If bytes are not those that were written.
+        ReadError: If the source failed.
+        SaveError: If the file could not be written.
+    """
+    folder = LocalFolder(path.parent)
+    draft = f".{fresh_save_id()}.safetensors.tmp"
+    threads = session.threads
+    lay_out = partial(lay_out_file, draft, source)
+    [(layout, stored)] = await run_jobs(threads.kernels, [lay_out])
+    files = BlockFiles(session.storage.location)
+    sources = {block: StoredSource(one, files, session.verifier) for block, one in stored.items()}
+    means = Means(
+        folder=folder,
+        threads=threads,
+        budget=ByteBudget(session.limits.max_inflight_bytes),
+        staging=StagingPool(CHUNK),
+        meter=Meter(source.nbytes, progress),
+        parallel=parallel,
+    )
+
+    def publish() -> None:
+        folder.move(draft, path.name)
+        folder.sync("")
+
+    def give_up() -> None:
+        with contextlib.suppress(OSError):
+            folder.remove(draft)
+
+    try:
+        await write_shards([layout], sources, means, under="")
+        means.meter.finish()
+        await run_jobs(threads.reads, [publish])
+    except BaseException as error:
+        await run_jobs(threads.reads, [give_up])
+        if isinstance(error, OSError):
+            raise SaveError(str(path), f"could not be written: {error}") from error
+        raise
+    return Written(
+        files=(path.name,), bytes_written=layout.size, bytes_verified=files.bytes_verified
+    )

@@ -1,0 +1,193 @@
+"""Writes a checkpoint in RecIS's format, as so many ranks would, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from asyncloader._concurrency import run_jobs
+from asyncloader._memory import zeros
+from asyncloader._reading import torch_dtype
+from asyncloader.checkpoint import gen_slice
+from asyncloader.cli._filling import fill, make_table
+from asyncloader.errors import CheckpointError
+from asyncloader.saver import Saver
+from asyncloader.saving import Commit, fresh_save_id
+from asyncloader.storage import LocalFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from asyncloader._save_report import SaveReport
+    from asyncloader._session import Session
+    from asyncloader.checkpoint import Stored
+    from asyncloader.planning import WriteBlock
+    from asyncloader.streaming import Progress
+    from asyncloader.table import HashTable
+
+    from ._source import Source, StoredTable
+
+__all__ = ["Part", "write_folder"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one rank has written."""
+
+    report: SaveReport
+    duplicates: Mapping[str, int]
+    """Rows that gave way to a later one of the same id, by table."""
+
+    bytes_verified: int
+    """Of those that were read for it."""
+
+
+@dataclass(slots=True)
+class _Steps:
+    """Tells of several reads and saves as if they were one."""
+
+    total: int
+    listener: Callable[[Progress], object] | None
+    before: int = 0
+    now: int = 0
+
+    def tell(self, moment: Progress) -> None:
+        self.now = moment.bytes_done
+        if self.listener is not None:
+            done = self.before + self.now
+            self.listener(replace(moment, bytes_done=done, bytes_total=max(self.total, done)))
+
+    def next(self) -> None:
+        self.before += self.now
+        self.now = 0
+
+
+async def write_folder(
+    session: Session,
+    source: Source,
+    path: Path,
+    *,
+    ranks: int,
+    parallel: int,
+    progress: Callable[[Progress], object] | None,
+) -> list[Part]:
+    """Load each rank's part and save it; rank 0, which commits, comes last.
+
+    Args:
+        session: The source.
+        source: What it holds.
+        path: The folder.
+        ranks: How many.
+        parallel: Shards of each rank.
+        progress: Called on the event loop.
+
+    Raises:
+        PlanError: If something does not fit together.
+        CheckpointError: Likewise, or if bytes are not those that were written.
+        ReadError: If the source failed.
+        SaveError: If the folder could not be written, or holds something else.
+    """
+    _check_ranks(source, ranks)
+    writer = _Writer(
+        session=session,
+        source=source,
+        path=path,
+        ranks=ranks,
+        parallel=parallel,
+        steps=_Steps(2 * source.nbytes, progress),
+        save_id=fresh_save_id(),
+    )
+    try:
+        return [await writer.write(rank) for rank in reversed(range(ranks))]
+    except BaseException:
+        await run_jobs(session.threads.reads, [writer.give_up])
+        raise
+
+
+def _check_ranks(source: Source, ranks: int) -> None:
+    for table in source.tables:
+        if ranks > table.slice_size:
+            problem = (
+                f"table {table.name!r} has a slice size of {table.slice_size}, so at most as many "
+                f"ranks can share it, not {ranks}"
+            )
+            raise CheckpointError(source.manifest.location, problem)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Writer:
+    session: Session
+    source: Source
+    path: Path
+    ranks: int
+    parallel: int
+    steps: _Steps
+    save_id: str
+    _kept: frozenset[str] = field(init=False)
+    """Names of the blocks that there are; a table without embeddings has some of ours."""
+
+    def __post_init__(self) -> None:
+        self._kept = frozenset(
+            f"{table.name}@{slot}" for table in self.source.tables for slot in ("id", *table.slots)
+        )
+
+    async def write(self, rank: int) -> Part:
+        """Write one rank's part. Its rows are let go when this returns."""
+        pool = self.session.threads.kernels
+        [(tables, tensors)] = await run_jobs(pool, [partial(self._allocate, rank)])
+        slots = {table.name: table.slots for table in self.source.tables}
+        filled = await fill(
+            self.session,
+            self.source.manifest,
+            {name: (table, slots[name]) for name, table in tables.items()},
+            tensors,
+            progress=self.steps.tell,
+        )
+        self.steps.next()
+        saver = Saver(
+            rank,
+            self.ranks,
+            self.parallel,
+            self.path,
+            tables,
+            tensors,
+            self._wanted,
+            save_id=self.save_id,
+            max_inflight_bytes=self.session.limits.max_inflight_bytes,
+            progress=self.steps.tell,
+        )
+        report = await saver.asave()
+        self.steps.next()
+        return Part(
+            report=report,
+            duplicates={name: counts.duplicates for name, counts in filled.counts.items()},
+            bytes_verified=filled.bytes_verified,
+        )
+
+    def _allocate(self, rank: int) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+        where = self.source.manifest.location
+        tables = {table.name: self._table(where, table, rank) for table in self.source.tables}
+        dense = self.source.tensors if rank == 0 else ()
+        return tables, {stored.name: _tensor(where, stored) for stored in dense}
+
+    def _table(self, where: str, table: StoredTable, rank: int) -> HashTable:
+        part = gen_slice(rank, self.ranks, table.slice_size)
+        return make_table(where, table.name, table.slots, part)
+
+    def _wanted(self, blocks: list[WriteBlock]) -> list[WriteBlock]:
+        return [block for block in blocks if block.table is None or block.name in self._kept]
+
+    def give_up(self) -> None:
+        """Remove what was staged; belongs on a thread."""
+        folder = LocalFolder(self.path)
+        with contextlib.suppress(OSError):
+            Commit(folder, self.save_id, 0, self.ranks, 0.0).clean_own()
+
+
+def _tensor(where: str, stored: Stored) -> Tensor:
+    return zeros(stored.shape, torch_dtype(where, stored))

@@ -1,0 +1,174 @@
+"""What is converted: all names and headers of it, tables told from tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import orjson
+
+from asyncloader._concurrency import run_jobs
+from asyncloader.checkpoint import INDEX, Manifest, stored_tensor
+from asyncloader.checkpoint._header import PREFIX
+from asyncloader.cli._allocate import shards_of, stored_slot
+from asyncloader.errors import CheckpointError
+from asyncloader.planning import ID
+from asyncloader.storage import read_exactly, read_text
+
+from ._recognition import recognized
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from asyncloader._session import Session
+    from asyncloader.checkpoint import Slice, Stored
+
+__all__ = ["Source", "StoredTable", "read_source"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTable:
+    """A table on disk."""
+
+    name: str
+    slice_size: int
+    ranks: int
+    """How many wrote it."""
+
+    ids: Stored
+    slots: Mapping[str, Stored]
+    """All but the ids."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(block.nbytes for one in (self.ids, *self.slots.values()) for block in one.blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """All that there is to convert."""
+
+    manifest: Manifest
+    metadata: Mapping[str, str]
+    """What a plain file says besides."""
+
+    tables: tuple[StoredTable, ...]
+    tensors: tuple[Stored, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        dense = sum(block.nbytes for one in self.tensors for block in one.blocks)
+        return dense + sum(table.nbytes for table in self.tables)
+
+
+async def read_source(session: Session, slots: Collection[str] | None) -> Source:
+    """Read what a checkpoint holds.
+
+    Args:
+        session: It.
+        slots: The slots to keep besides the ids; all if `None`.
+
+    Raises:
+        CheckpointError: If it is missing, unreadable, or contradicts itself; if no table has one of
+            the slots.
+        ReadError: If the storage failed.
+    """
+    catalog = await session.catalog()
+    manifest = await session.manifest(catalog, shards_of(catalog))
+    metadata = {}
+    if catalog.header is not None:
+        metadata = await _metadata(session, catalog.header.shard)
+
+    def describe() -> Source:
+        known = manifest if catalog.source == INDEX else recognized(manifest, metadata)
+        return _describe(_with_slots(known, slots), metadata)
+
+    [source] = await run_jobs(session.threads.kernels, [describe])
+    return source
+
+
+async def _metadata(session: Session, file: str) -> dict[str, str]:
+    prefix = bytearray(PREFIX)
+    await read_exactly(session.storage, file, 0, [memoryview(prefix)])
+    text = await read_text(session.storage, file, PREFIX, int.from_bytes(prefix, "little"))
+    found = orjson.loads(text).get("__metadata__")
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def _with_slots(manifest: Manifest, wanted: Collection[str] | None) -> Manifest:
+    if wanted is None:
+        return manifest
+    tables = manifest.catalog.tables
+    known = {slot for slots in tables.values() for slot in slots} - {ID}
+    unknown = sorted(set(wanted) - known - {ID})
+    if unknown:
+        there = ", ".join(map(repr, sorted(known))) or "none"
+        problem = f"no table has the slot {unknown[0]!r}; the slots are {there}"
+        raise CheckpointError(manifest.location, problem)
+    kept = {
+        name: {slot: parts for slot, parts in slots.items() if slot in {ID, *wanted}}
+        for name, slots in tables.items()
+    }
+    return replace(manifest, catalog=replace(manifest.catalog, tables=kept))
+
+
+def _describe(manifest: Manifest, metadata: Mapping[str, str]) -> Source:
+    catalog = manifest.catalog
+    return Source(
+        manifest=manifest,
+        metadata=metadata,
+        tables=tuple(_table(manifest, name) for name in catalog.tables),
+        tensors=tuple(stored_tensor(manifest, name) for name in catalog.tensors),
+    )
+
+
+def _table(manifest: Manifest, name: str) -> StoredTable:
+    parts = manifest.catalog.tables[name]
+    if ID not in parts:
+        problem = f"table {name!r} has no ids: nobody can say whose its rows are"
+        raise CheckpointError(manifest.location, problem)
+    stored = {slot: stored_slot(manifest, name, slot) for slot in parts}
+    cuts = {slot: _cuts(manifest, name, slot) for slot in parts}
+    for slot, cut in cuts.items():
+        if cut != cuts[ID]:
+            problem = (
+                f"the rows of {f'{name}@{slot}'!r} are not those of its ids: parts or their "
+                "numbers of rows differ; `asyncloader verify` says more"
+            )
+            raise CheckpointError(manifest.location, problem)
+    return StoredTable(
+        name=name,
+        slice_size=_slice_size(manifest.location, name, [part.slice for part in parts[ID]]),
+        ranks=len(parts[ID]),
+        ids=stored.pop(ID),
+        slots=stored,
+    )
+
+
+def _cuts(manifest: Manifest, name: str, slot: str) -> list[tuple[object, int]]:
+    """Return the slice of each part, and its rows."""
+    parts = manifest.catalog.tables[name][slot]
+    return [(part.slice, manifest.block(part.place).rows) for part in parts]
+
+
+def _slice_size(location: str, name: str, slices: list[Slice]) -> int:
+    """Return the size of slices, in order, that cover it."""
+    size, end = slices[0].size, 0
+    for one in slices:
+        if one.size != size:
+            problem = f"table {name!r} has slices of different sizes: {size} and {one.size}"
+            raise CheckpointError(location, problem)
+        if one.begin > end:
+            break
+        end = max(end, one.end)
+    if end < size:
+        problem = (
+            f"table {name!r}: positions from {end} on lie in no slice: the part of a rank is "
+            "missing; `asyncloader verify` says more"
+        )
+        raise CheckpointError(location, problem)
+    return size
