@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from asyncloader._memory import zeros
 from asyncloader._reading import torch_dtype
 from asyncloader.checkpoint import gen_slice
 from asyncloader.cli._filling import fill, make_table
+from asyncloader.cli._stages import Stages
 from asyncloader.errors import CheckpointError
 from asyncloader.saver import Saver
 from asyncloader.saving import Commit, fresh_save_id
@@ -47,26 +48,6 @@ class Part:
     """Of those that were read for it."""
 
 
-@dataclass(slots=True)
-class _Steps:
-    """Tells of several reads and saves as if they were one."""
-
-    total: int
-    listener: Callable[[Progress], object] | None
-    before: int = 0
-    now: int = 0
-
-    def tell(self, moment: Progress) -> None:
-        self.now = moment.bytes_done
-        if self.listener is not None:
-            done = self.before + self.now
-            self.listener(replace(moment, bytes_done=done, bytes_total=max(self.total, done)))
-
-    def next(self) -> None:
-        self.before += self.now
-        self.now = 0
-
-
 async def write_folder(
     session: Session,
     source: Source,
@@ -99,7 +80,7 @@ async def write_folder(
         path=path,
         ranks=ranks,
         parallel=parallel,
-        steps=_Steps(2 * source.nbytes, progress),
+        stages=Stages(2 * source.nbytes, progress),
         save_id=fresh_save_id(),
     )
     try:
@@ -126,7 +107,7 @@ class _Writer:
     path: Path
     ranks: int
     parallel: int
-    steps: _Steps
+    stages: Stages
     save_id: str
     _kept: frozenset[str] = field(init=False)
     """Names of the blocks that there are; a table without embeddings has some of ours."""
@@ -146,9 +127,9 @@ class _Writer:
             self.source.manifest,
             {name: (table, slots[name]) for name, table in tables.items()},
             tensors,
-            progress=self.steps.tell,
+            progress=self.stages.tell,
         )
-        self.steps.next()
+        self.stages.next()
         saver = Saver(
             rank,
             self.ranks,
@@ -159,10 +140,10 @@ class _Writer:
             self._wanted,
             save_id=self.save_id,
             max_inflight_bytes=self.session.limits.max_inflight_bytes,
-            progress=self.steps.tell,
+            progress=self.stages.tell,
         )
         report = await saver.asave()
-        self.steps.next()
+        self.stages.next()
         return Part(
             report=report,
             duplicates={name: counts.duplicates for name, counts in filled.counts.items()},

@@ -1,0 +1,93 @@
+"""Compares two checkpoints, whatever ranks wrote them and in whatever order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from asyncloader._session import checked_path, open_session
+from asyncloader.cli._stages import Stages
+from asyncloader.streaming import Meter
+
+from ._contents import Content, nbytes_of, only_in, read_content
+from ._difference import Difference
+from ._tables import compare_table
+from ._tensors import compare_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from asyncloader._session import Limits
+    from asyncloader.streaming import Progress
+
+__all__ = ["BUDGET", "adiff"]
+
+BUDGET = 1 << 30
+"""Bytes that rows and elements of both sides may take at a time."""
+
+_WINDOW = 64 << 20
+
+
+async def adiff(
+    a: str,
+    b: str,
+    *,
+    limits: Limits,
+    budget: int = BUDGET,
+    progress: Callable[[Progress], object] | None = None,
+) -> Difference:
+    """Compare all that both hold; name what only one holds.
+
+    Args:
+        a: A folder, or a safetensors file.
+        b: The same.
+        limits: Of reads under way, for each of them.
+        budget: Memory for what is compared, in bytes, besides that.
+        progress: Called on the event loop, at most ten times a second.
+
+    Raises:
+        CheckpointError: If one of them is missing, unreadable, or contradicts itself.
+        PlanError: If one of them does not fit together.
+        ReadError: If one of them could not be read.
+    """
+    clock = Meter(0)
+    paths = [checked_path(path) for path in (a, b)]
+    async with (
+        open_session(paths[0], limits=limits, verify="auto", timeout=None) as first,
+        open_session(paths[1], limits=limits, verify="auto", timeout=None) as second,
+    ):
+        one, other = await read_content(first), await read_content(second)
+        stages = Stages(sum(_common(one, other)), progress)
+        notes: list[str] = []
+        tables = [
+            await compare_table(one, other, name, budget=budget, stages=stages, notes=notes)
+            for name in one.tables
+            if name in other.tables
+        ]
+        meter = Meter(0, stages.tell)
+        window = min(budget, _WINDOW)
+        tensors = await compare_tensors(one, other, window_bytes=window, meter=meter)
+        meter.finish()
+    only_a, only_b = only_in(one, other), only_in(other, one)
+    same = all(table.equal for table in tables) and all(tensor.equal for tensor in tensors)
+    return Difference(
+        a=a,
+        b=b,
+        equal=same and not only_a and not only_b,
+        only_in_a=only_a,
+        only_in_b=only_b,
+        tables=tuple(tables),
+        tensors=tuple(tensors),
+        notes=tuple(notes),
+        seconds=clock.seconds,
+    )
+
+
+def _common(a: Content, b: Content) -> Iterator[int]:
+    """Yield the bytes of all that both have, of each."""
+    for one, other in ((a, b), (b, a)):
+        for name, table in one.tables.items():
+            if name in other.tables:
+                yield nbytes_of(table.ids)
+                both = table.slots.keys() & other.tables[name].slots.keys()
+                yield from (nbytes_of(table.slots[slot]) for slot in both)
+        yield from (nbytes_of(s) for name, s in one.tensors.items() if name in other.tensors)
