@@ -22,15 +22,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import orjson
-
-from asyncloader.checkpoint import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
+from asyncloader.checkpoint import INDEX
 from asyncloader.errors import SaveError
 
+from ._old_files import STAGING, old_files
 from ._part import merge_parts, parse_part, render_part
 
 if TYPE_CHECKING:
@@ -42,15 +40,7 @@ __all__ = ["Commit"]
 
 _log = logging.getLogger(__name__)
 
-_PREFIX = ".saving-"
 _OLD = "old"
-_SHARD = re.compile(r"model-\d{6,}-of-\d{6,}\.safetensors")
-_OURS = frozenset({INDEX, TENSORKEY, DESCRIPTION, SIDECAR})
-# RecIS's trainer puts these into the folder of a checkpoint, before or after.
-_BESIDE = re.compile(r"model\.pt|extra\.pt|io_state_.*\.pt")
-# What network file systems call a file that was removed while somebody had it open.
-_GHOST = re.compile(r"\.nfs.*")
-_NAMED = 5
 
 
 @dataclass(slots=True)
@@ -69,7 +59,7 @@ class Commit:
     @property
     def staging(self) -> str:
         """The folder that ranks write to."""
-        return f"{_PREFIX}{self.ranks}-{self.save_id}"
+        return f"{STAGING}{self.ranks}-{self.save_id}"
 
     def begin(self) -> None:
         """Make sure that the folder may become a checkpoint, and make room for this rank.
@@ -78,7 +68,7 @@ class Commit:
             SaveError: If it holds something else.
         """
         self.folder.make("")
-        self._old_files()
+        old_files(self.folder)
         self.folder.make(self.staging)
         with contextlib.suppress(FileNotFoundError):
             self.folder.remove(self._part_file(self.rank))
@@ -114,7 +104,7 @@ class Commit:
         self.folder.sync(self.staging)
         new = [name for part in parts for name in part.numbers]
         new += [name for name in texts if name != INDEX]
-        old = self._old_files()
+        old = old_files(self.folder)
         try:
             self._swap(old, new)
         except OSError as error:
@@ -168,7 +158,7 @@ class Commit:
         """Remove what was staged, and what dead saves have left behind. Fails in silence."""
         try:
             for name in self.folder.names(""):
-                if name.startswith(_PREFIX) and (name == self.staging or self._is_dead(name)):
+                if name.startswith(STAGING) and (name == self.staging or self._is_dead(name)):
                     self._remove_staging(name)
         except OSError as error:
             _log.warning("%s: left-overs could not be removed: %s", self.folder.location, error)
@@ -192,7 +182,7 @@ class Commit:
 
     def _is_dead(self, name: str) -> bool:
         """Say whether nobody works in a staging folder any more. We hold the checkpoint's lock."""
-        if name.startswith(f"{_PREFIX}1-"):
+        if name.startswith(f"{STAGING}1-"):
             return True  # whoever saves alone holds the lock
         return self.folder.age(name, self.staging) > self.dead_after
 
@@ -203,42 +193,6 @@ class Commit:
                     if under != staging or name != _OLD:
                         self.folder.remove(f"{under}/{name}")
                 self.folder.remove_folder(under)
-
-    def _old_files(self) -> list[str]:
-        """Return the names of the files that the new checkpoint replaces.
-
-        Raises:
-            SaveError: If the folder holds anything else.
-        """
-        names = self.folder.names("")
-        listed = self._listed() if INDEX in names else frozenset()
-        old = [name for name in names if name in _OURS | listed or _SHARD.fullmatch(name)]
-        others = [
-            name
-            for name in names
-            if name not in old
-            and not name.startswith(_PREFIX)
-            and not _BESIDE.fullmatch(name)
-            and not _GHOST.fullmatch(name)
-        ]
-        if others:
-            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-            problem = (
-                f"the folder holds something else than a checkpoint: "
-                f"{', '.join(map(repr, others[:_NAMED]))}{more}; nothing was written. Save into a "
-                "new folder, or move that away"
-            )
-            raise SaveError(self.folder.location, problem)
-        return old
-
-    def _listed(self) -> frozenset[str]:
-        """Return the shard files that the old `index` names, whatever they are called."""
-        try:
-            names = orjson.loads(self.folder.read(INDEX))["file_index"]
-        except (ValueError, TypeError, KeyError):
-            return frozenset()  # it is replaced all the same
-        is_shard = re.compile(r"[^/\\\0]+\.safetensors")
-        return frozenset(name for name in names if is_shard.fullmatch(str(name)))
 
     def _read_part(self, rank: int) -> RankPart:
         name = self._part_file(rank)
