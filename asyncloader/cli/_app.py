@@ -10,7 +10,7 @@ import typer
 
 from asyncloader import __version__
 
-from . import _inspect, _load, _show
+from . import _convert, _diff, _inspect, _load, _show, _verify
 from ._failures import EXPECTED, message_of
 from ._options import examples
 from ._output import complain, prepare
@@ -33,6 +33,9 @@ app = typer.Typer(
         ("asyncloader inspect runs/ctr/1200", "what does it hold?"),
         ("asyncloader show runs/ctr/1200 item_emb --id 42", "what does it know of item 42?"),
         ("asyncloader load runs/ctr/1200", "can it be loaded, and how fast?"),
+        ("asyncloader verify runs/ctr/1200", "is all of it as it was written?"),
+        ("asyncloader diff runs/ctr/1100 runs/ctr/1200", "what has changed?"),
+        ("asyncloader convert runs/ctr/1200 ctr.safetensors", "one file, for any program"),
         codes="Exit codes: 0, done; 1, the answer is no (an id that is not there, say); 2, it "
         "failed, and stderr says why.",
     ),
@@ -64,6 +67,9 @@ def _asyncloader(
 app.command(epilog=_inspect.EPILOG)(_inspect.inspect)
 app.command("show", epilog=_show.EPILOG)(_show.show_one)
 app.command("load", epilog=_load.EPILOG)(_load.load)
+app.command("verify", epilog=_verify.EPILOG)(_verify.verify)
+app.command("diff", epilog=_diff.EPILOG)(_diff.diff)
+app.command("convert", epilog=_convert.EPILOG)(_convert.convert)
 
 
 def main() -> None:

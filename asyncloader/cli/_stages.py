@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
     from asyncloader.streaming import Progress
 
-__all__ = ["Stages"]
+    from ._progress import Tell
+
+__all__ = ["Stages", "telling"]
 
 
 @dataclass(slots=True)
@@ -35,3 +37,12 @@ class Stages:
         """Begin the next stage."""
         self._before += self._now
         self._now = 0
+
+
+def telling(tell: Tell, doing: str) -> Callable[[Progress], object]:
+    """Return what passes progress on to a bar; `doing` is shown where it has no name."""
+
+    def listen(moment: Progress) -> None:
+        tell(moment.bytes_done, moment.bytes_total, moment.current or doing)
+
+    return listen
