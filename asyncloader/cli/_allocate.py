@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,8 @@ from asyncloader.checkpoint import gen_slice, stored_tensor
 from asyncloader.errors import CheckpointError
 from asyncloader.table import HashTable
 
+from ._room import check_room, free_memory
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     from asyncloader.checkpoint import Catalog, Manifest, Slice, Stored, Verify
 
-__all__ = ["LIMITS", "allocate", "shards_of", "stored_slot"]
+__all__ = ["EMBEDDING", "ID", "LIMITS", "allocate", "nbytes_of", "shards_of", "stored_slot"]
 
 EMBEDDING = "embedding"
 ID = "id"
@@ -80,6 +83,11 @@ async def allocate(
     return made
 
 
+def nbytes_of(stored: Stored) -> int:
+    """Return the bytes of all elements."""
+    return math.prod(stored.shape) * stored.dtype.itemsize
+
+
 def shards_of(catalog: Catalog) -> list[str]:
     """Return the names of all shard files, sorted."""
     parts = (part for slots in catalog.tables.values() for slot in slots.values() for part in slot)
@@ -106,6 +114,7 @@ class _Maker:
 
     def make(self) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
         manifest = self.manifest
+        check_room(manifest.location, self._nbytes(), free_memory())
         if manifest.catalog.tables:
             begin = time.perf_counter()
             HashTable([1])  # the first one imports them
@@ -113,6 +122,18 @@ class _Maker:
         tables = {name: self._table(name) for name in manifest.catalog.tables}
         stored = (stored_tensor(manifest, name) for name in manifest.catalog.tensors)
         return tables, {one.name: self._tensor(one) for one in stored}
+
+    def _nbytes(self) -> int:
+        """Return about how much memory all of it takes once it is filled."""
+        catalog = self.manifest.catalog
+        nbytes = sum(nbytes_of(stored_tensor(self.manifest, name)) for name in catalog.tensors)
+        for table, parts in catalog.tables.items():
+            part = self.slice_of(next(iter(parts.values()))[0].slice.size)
+            share = (part.end - part.begin) / part.size
+            taken = [slot for slot in parts if slot in {ID, EMBEDDING} or self.take(table, slot)]
+            rows = sum(nbytes_of(stored_slot(self.manifest, table, slot)) for slot in taken)
+            nbytes += int(rows * share)
+        return nbytes
 
     def _table(self, name: str) -> HashTable:
         slots = self.manifest.catalog.tables[name]

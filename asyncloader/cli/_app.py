@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -74,6 +75,8 @@ app.command("convert", epilog=_convert.EPILOG)(_convert.convert)
 
 def main() -> None:
     """Run the command line, and exit."""
+    # All that was imported stays: to look through it for garbage would take 0.15 s each time.
+    gc.freeze()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -24,6 +24,7 @@ __all__ = ["complain", "console", "count", "prepare", "print_json", "show"]
 PIPE_CLOSED = 141
 """Exit code when nobody reads on, that of a program which the signal has ended."""
 
+_STDERR = 2
 # Whatever reads a pipe has no width: nothing is cut.
 _UNLIMITED = 1 << 14
 
@@ -34,7 +35,14 @@ class _Console(Console):
 
 
 def prepare() -> None:
-    """Let no name fail for want of a character that stdout cannot encode."""
+    """Make the standard streams safe to use.
+
+    Let no name fail for want of a character that they cannot encode. If one of them is closed,
+    take its number: or the event loop's own descriptors would get it, which ends the process.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

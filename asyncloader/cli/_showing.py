@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from asyncloader.checkpoint import stored_tensor
 
-from ._allocate import ID, stored_slot
+from ._allocate import ID, nbytes_of, stored_slot
 from ._statistics import combine, measure
 from ._values import read_rows
 from ._windows import in_windows, read_elements
@@ -84,7 +84,7 @@ async def show_tensor(
         manifest = await _manifest_of(session, catalog, target.table)
         stored = stored_slot(manifest, target.table, target.slot)
         ids = await _first_ids(session, manifest, target.table, rows)
-    advance = _teller(tell, _nbytes(stored))
+    advance = _teller(tell, nbytes_of(stored))
     kind: Literal["tensor", "slot"] = "tensor" if target.table is None else "slot"
     return await _shown(session, stored, kind, rows=rows, ids=ids, advance=advance(stored.name))
 
@@ -93,7 +93,7 @@ async def show_table(session: Session, catalog: Catalog, table: str, *, tell: Te
     """Read all of a table, and say what its slots are like; raises what `show_tensor` does."""
     manifest = await _manifest_of(session, catalog, table)
     stored = {slot: stored_slot(manifest, table, slot) for slot in catalog.tables[table]}
-    nbytes = sum(map(_nbytes, stored.values()))
+    nbytes = sum(map(nbytes_of, stored.values()))
     advance = _teller(tell, nbytes)
     shown = [
         await _shown(session, one, "slot", rows=0, ids=(), advance=advance(one.name))
@@ -136,15 +136,11 @@ async def _shown(
         kind=kind,
         dtype=stored.dtype.torch,
         shape=stored.shape,
-        bytes=_nbytes(stored),
+        bytes=nbytes_of(stored),
         parts=len(stored.blocks),
         statistics=combine(found) if len(found) == len(moments) else None,
         rows=await read_rows(session, stored, rows, ids=ids),
     )
-
-
-def _nbytes(stored: Stored) -> int:
-    return math.prod(stored.shape) * stored.dtype.itemsize
 
 
 def _teller(tell: Tell, total: int) -> Callable[[str], Callable[[int], object]]:

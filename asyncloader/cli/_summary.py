@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from asyncloader.checkpoint import INDEX, SIDECAR, stored_tensor
 
-from ._allocate import ID, shards_of, stored_slot
+from ._allocate import ID, nbytes_of, shards_of, stored_slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -166,18 +165,14 @@ def _slot(name: str, stored: Stored) -> SlotSummary:
         dtype=stored.dtype.torch,
         shape=stored.shape[1:],
         rows=stored.shape[0] if stored.shape else 0,
-        bytes=_nbytes(stored),
+        bytes=nbytes_of(stored),
     )
 
 
 def _tensor(stored: Stored) -> TensorSummary:
     return TensorSummary(
-        name=stored.name, dtype=stored.dtype.torch, shape=stored.shape, bytes=_nbytes(stored)
+        name=stored.name, dtype=stored.dtype.torch, shape=stored.shape, bytes=nbytes_of(stored)
     )
-
-
-def _nbytes(stored: Stored) -> int:
-    return math.prod(stored.shape) * stored.dtype.itemsize
 
 
 def _oddities(table: TableSummary) -> Iterator[str]:
