@@ -85,7 +85,7 @@ def flip(path: Path, offset: int, by: int = 1) -> None:
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
-    """Run the command line; return its exit code, and what it printed."""
+    """Run the command line as a process; return its exit code, and what it printed."""
     command: Sequence[str] = [sys.executable, "-m", "asyncloader", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout, done.stderr

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, CheckpointNotFoundError, Progress, SaveError
+from asyncloader.cli._app import run as command
 from asyncloader.cli.converting import Conversion, Options, aconvert
 from asyncloader.cli.verifying import averify
-from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, save
+from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, run, save
 from tests.oracle import (
     TableData,
     dense_block,
-    edit_json,
     read_checkpoint,
     read_parts,
     shard_header,
@@ -453,4 +457,70 @@ async def test_digests_are_written_along(tmp_path: Path) -> None:
     await convert(GENUINE / "optim_slots", tmp_path / "b", shards=2)
     sidecar = json.loads((tmp_path / "b" / "asyncloader.json").read_bytes())
     assert len(sidecar["parts"]["user_emb"]) == 2
-    edit_json(tmp_path / "b" / "index", lambda index: None)
+
+
+def test_the_command_says_what_it_has_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(tmp_path / "a[b]")
+    assert (
+        command(["convert", str(source), str(tmp_path / "c"), "--slots", "embedding,filter"]) == 0
+    )
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [" ".join(line.strip("│ ").split()) for line in out.splitlines()]
+    rows = sum(len(table.ids) for table in TABLES.values())
+    for line in (
+        f"path {tmp_path / 'c'}",
+        f"from {source}",
+        f"holds 2 tables of {rows} ids, 6 tensors",
+        "slots embedding, filter",
+        "digests compared",
+    ):
+        assert line in lines, out
+    assert f"{len(list((tmp_path / 'c').glob('*.safetensors')))} files, as 2 ranks would" in out
+
+
+def test_the_command_says_what_it_has_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = data([1, 2, 1, 40000, 3])
+    slots = {"id": content.ids, **content.slots}
+    first, second = split_slices(65536, 2)
+    blocks = [sparse_block("t", slot, rows, claim=first) for slot, rows in slots.items()]
+    empty = [
+        sparse_block("t", slot, rows[:0], rank=1, claim=second) for slot, rows in slots.items()
+    ]
+    write_ranks(tmp_path / "a", [blocks, empty])
+    assert command(["convert", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    out, _ = capsys.readouterr()
+    assert "t: 1 row of which a later one has the same id" in out
+    assert "t: 1 row whose id is not in the slice of its block" in out
+
+
+def test_the_processes_convert_there_and_back(tmp_path: Path) -> None:
+    source = save(tmp_path / "a")
+    code, out, err = run("convert", source, tmp_path / "b.safetensors", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["kind"] == "safetensors file"
+    assert run("convert", tmp_path / "b.safetensors", tmp_path / "c", "--parallel", "1")[0] == 0
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) == 1
+    assert everything(read_checkpoint(tmp_path / "c")) == everything(read_checkpoint(source))
+    code, out, err = run("convert", source, tmp_path / "c")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is there already" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT there")
+def test_a_process_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    ids = torch.arange(3_000_000)
+    table = TableData(ids=ids, slots={"embedding": torch.zeros(len(ids), 16)})
+    write_checkpoint(tmp_path / "a", {"t": table}, {})
+    command_line = [sys.executable, "-m", "asyncloader", "convert", str(tmp_path / "a")]
+    with subprocess.Popen([*command_line, str(tmp_path / "b"), "--shards", "50"]) as process:
+        while not (tmp_path / "b").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, CheckpointNotFoundError, Progress
+from asyncloader.cli._app import run as command
 from asyncloader.cli.diffing import Change, Difference, Kind, Names, adiff
 from asyncloader.cli.diffing._comparison import combined, compare
-from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, save
+from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
 from tests.oracle import (
     TableData,
     shard_holding,
@@ -273,3 +275,82 @@ def test_changes_add_up() -> None:
     other = Change(different=1, largest=None, infinite=0, nans=1)
     assert combined([one, other, NOTHING]) == Change(different=3, largest=1.0, infinite=1, nans=1)
     assert combined([]) == NOTHING
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[str, str]:
+    """Two checkpoints that differ in everything in which they can."""
+    count = len(BASE.ids)
+    embedding = BASE.slots["embedding"].clone()
+    embedding[3, 1] += 4
+    embedding[4, :2] = torch.tensor([math.nan, math.inf])
+    other = changed(BASE, embedding=embedding, exp_avg=torch.ones(count, 2).double())
+    tensors = {"w": TENSORS["w"] + 1, "step": TENSORS["step"], "new": torch.ones(1)}
+    a = save(tmp_path / "a", tables={"t": BASE, "old": data([1])})
+    b = save(tmp_path / "b", tables={"t": other}, tensors=tensors, ranks=1)
+    return str(a), str(b)
+
+
+def test_the_command_shows_what_differs(
+    pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["diff", *pair]) == 1
+    out, err = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert err == ""
+    for line in (
+        "only in A table old",
+        "only in A tensor mask",
+        "only in B tensor new",
+        "t 0 0 311",
+        "embedding 2 4, 1 infinite, 1 NaN",
+        "exp_avg float32 3 → float64 2",
+        "w 60 60 1",
+    ):
+        assert line in lines, out
+    assert not any(line.startswith(("filter", "step")) for line in lines)
+    assert command(["diff", *pair, "--all"]) == 1
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "filter 0" in lines
+    assert "step 1 0" in lines
+
+
+def test_long_lists_are_cut_unless_all_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"w{number:02}" for number in range(25)]
+    for file, number, prefix in (("a", 1.0, ""), ("b", 2.0, ""), ("c", 1.0, "x")):
+        tensors = {prefix + name: torch.full((1,), number) for name in names}
+        save_file(tensors, tmp_path / f"{file}.safetensors")
+    for other, what in (("b", "5 more tensors"), ("c", "30 more names")):
+        paths = [str(tmp_path / "a.safetensors"), str(tmp_path / f"{other}.safetensors")]
+        command(["diff", *paths])
+        out = capsys.readouterr().out
+        assert what in out
+        assert "w24" not in out
+        command(["diff", *paths, "--all"])
+        assert "w24" in capsys.readouterr().out
+
+
+def test_notes_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_ranks(
+        tmp_path, [[sparse_block("t", "id", torch.tensor([1, 1])),
+                    sparse_block("t", "embedding", torch.ones(2, 1))]]
+    )  # fmt: skip
+    assert command(["diff", str(tmp_path), str(tmp_path)]) == 0
+    out, _ = capsys.readouterr()
+    assert "1 rows of 't' gave way to a later one of their id" in out
+    assert "equal" in out
+
+
+def test_the_process_says_by_its_exit_code_whether_they_differ(pair: tuple[str, str]) -> None:
+    a, b = pair
+    code, out, err = run("diff", a, b, "--json")
+    found = json.loads(out)
+    assert (code, err, found["equal"]) == (1, "", False)
+    assert found["only_in_a"]["tables"] == ["old"]
+    slots = {slot["name"]: slot for slot in found["tables"][0]["slots"]}
+    assert slots["embedding"]["change"] == {"different": 3, "largest": 4, "infinite": 1, "nans": 1}
+    assert run("diff", a, a)[0] == 0
+    code, out, err = run("diff", a, b + "c")
+    assert (code, out, err.count("\n")) == (2, "", 1)

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from asyncloader import CheckpointNotFoundError, Progress
 from asyncloader._session import Limits
+from asyncloader.cli._app import run as command
 from asyncloader.cli.verifying import Verification, averify
-from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, save
+from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
 from tests.oracle import (
     TableData,
     append,
@@ -638,3 +639,53 @@ async def test_names_may_be_anything(tmp_path: Path) -> None:
               for name in names}  # fmt: skip
     write_checkpoint(tmp_path, tables, {f"w{name}": torch.ones(1) for name in names})
     assert problems(await verify(tmp_path)) == []
+
+
+def test_the_command_lists_all_and_then_sums_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "a[red]\n")
+    assert command(["verify", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "a[red]\\n" in out
+    assert "no problems" in out
+    shard_holding(path, "w^ ").unlink()
+    (path / "model-000009-of-000009.safetensors").touch()
+    assert command(["verify", str(path)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("problem  model-000000-of-000004.safetensors: the file is missing")
+    assert lines[1].startswith("note     model-000009-of-000009.safetensors: index does not name")
+    assert any("1 problem" in line for line in lines[2:])
+
+
+def test_names_are_shown_for_what_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name that a checkpoint holds must not be able to paint the terminal."""
+    odd = "[bold]\x1b[31m:smile:\n"
+    write_checkpoint(tmp_path, {}, {odd: torch.ones(1)})
+    edit_json(tmp_path / "index", lambda index: index["block_index"].pop(f"{odd}^ "))
+    assert command(["verify", str(tmp_path)]) == 2
+    out, _ = capsys.readouterr()
+    assert "[bold]\\x1b[31m:smile:\\n^ " in out
+    assert "\x1b" not in out
+
+
+def test_the_process_says_by_its_exit_code_whether_all_is_well(tmp_path: Path) -> None:
+    code, out, err = run("verify", GENUINE / "small_4shards")
+    assert (code, err) == (0, "")
+    assert "14 blocks" in out
+    path = save(tmp_path)
+    flip(shard_holding(path, "w^ "), -1)
+    code, out, err = run("verify", path, "--json")
+    found = json.loads(out)
+    assert (code, err, found["ok"], found["kind"]) == (2, "", False, "RecIS checkpoint")
+    [problem] = found["problems"]
+    assert (problem["severity"], problem["file"]) == ("problem", shard_holding(path, "w^ ").name)
+
+
+def test_where_there_is_nothing_the_process_says_so_in_one_line(tmp_path: Path) -> None:
+    code, out, err = run("verify", tmp_path / "absent", "--json")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"asyncloader: {tmp_path / 'absent'}")
