@@ -17,9 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from asyncloader import CheckpointError, CheckpointNotFoundError, Progress, SaveError
+from asyncloader import CheckpointError, CheckpointNotFoundError, Progress, ReadError, SaveError
 from asyncloader.cli._app import run as command
 from asyncloader.cli.converting import Conversion, Options, aconvert
+from asyncloader.cli.converting._blocks import BlockFiles
 from asyncloader.cli.verifying import averify
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, run, save
 from tests.oracle import (
@@ -457,6 +458,21 @@ async def test_digests_are_written_along(tmp_path: Path) -> None:
     await convert(GENUINE / "optim_slots", tmp_path / "b", shards=2)
     sidecar = json.loads((tmp_path / "b" / "asyncloader.json").read_bytes())
     assert len(sidecar["parts"]["user_emb"]) == 2
+
+
+def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(10)))
+    files, view = BlockFiles(str(tmp_path)), memoryview(bytearray(4))
+    files.read("a", 3, view)
+    assert bytes(view) == b"\3\4\5\6"
+    with pytest.raises(ReadError, match=r"bytes \[8, 12\): the file ends 2 bytes early"):
+        files.read("a", 8, view)
+    (tmp_path / "b").write_bytes(bytes(10))
+    (tmp_path / "b").replace(tmp_path / "a")
+    with pytest.raises(ReadError, match="the file was replaced meanwhile"):
+        files.read("a", 3, view)
+    with pytest.raises(ReadError, match="No such file"):
+        files.read("b", 3, view)
 
 
 def test_the_command_says_what_it_has_written(

@@ -341,6 +341,8 @@ def test_notes_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out, _ = capsys.readouterr()
     assert "1 rows of 't' gave way to a later one of their id" in out
     assert "equal" in out
+    assert command(["diff", str(tmp_path), str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] is True
 
 
 def test_the_process_says_by_its_exit_code_whether_they_differ(pair: tuple[str, str]) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from asyncloader import CheckpointNotFoundError, Progress
-from asyncloader._session import Limits
+from asyncloader import CheckpointError, CheckpointNotFoundError, Progress
+from asyncloader._session import Limits, Session
 from asyncloader.cli._app import run as command
 from asyncloader.cli.verifying import Verification, averify
+from asyncloader.cli.verifying._sifting import sift
+from asyncloader.cli.verifying._verify import verify_session
+from asyncloader.streaming import ByteBudget, Meter, Threads
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
 from tests.oracle import (
     TableData,
@@ -29,10 +33,10 @@ from tests.oracle import (
     write_checkpoint,
     write_ranks,
 )
-from tests.support import data, nothing_left_behind
+from tests.support import MemoryStorage, data, debug_off, nothing_left_behind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from tests.oracle import Block
@@ -627,6 +631,59 @@ async def test_all_bad_entries_of_one_file_are_listed(tmp_path: Path) -> None:
         assert any(want in problem for problem in found), (want, found)
 
 
+async def test_a_folder_with_one_file_is_that_file(tmp_path: Path) -> None:
+    save_file(dict(TENSORS), tmp_path / "model.safetensors")
+    found = await verify(tmp_path)
+    assert (found.kind, found.tensors, problems(found)) == ("safetensors file", len(TENSORS), [])
+
+
+async def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be listed: File name too long"):
+        await verify(tmp_path / ("x" * 300))
+
+
+async def verify_from(storage: MemoryStorage) -> Verification:
+    async with Threads(reads=2) as threads:
+        session = Session(
+            location=storage.location,
+            file=None,
+            storage=storage,
+            threads=threads,
+            limits=LIMITS,
+            budget=ByteBudget(LIMITS.max_inflight_bytes),
+            verify="off",
+        )
+        return await verify_session(session, Meter(0))
+
+
+async def test_wherever_reading_fails_the_rest_is_looked_at(tmp_path: Path) -> None:
+    """A disk with a bad sector: what is on the others, a user will want to know."""
+    path = save(tmp_path, ranks=1)
+    whole = MemoryStorage.of(path)
+    whole.location = str(path)
+    clean = await verify_from(whole)
+    assert clean.ok
+    with debug_off():
+        for number in range(len(whole.reads)):
+            storage = replace(whole, reads=[])
+            storage.before_read = {number: OSError(5, "bad")}.get
+            found = await verify_from(storage)
+            assert any("bad" in problem for problem in problems(found)), problems(found)
+            assert found.files >= clean.files - 1
+
+
+async def test_entries_that_only_together_are_no_good_are_found_too() -> None:
+    def parse(entries: Mapping[str, int]) -> int:
+        if sum(entries.values()) > 3:
+            raise CheckpointError("here", "too much", None, "c" if "c" in entries else None)
+        return sum(entries.values())
+
+    sifted = sift({"a": 1, "b": 1, "c": 2}, parse)
+    assert (sifted.parsed, dict(sifted.good), len(sifted.errors)) == (2, {"a": 1, "b": 1}, 1)
+    sifted = sift({"a": 2, "b": 2}, parse)
+    assert (sifted.parsed, len(sifted.errors)) == (None, 1)
+
+
 async def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     told: list[Progress] = []
     found = await averify(str(save(tmp_path)), limits=LIMITS, progress=told.append)
@@ -657,6 +714,8 @@ def test_the_command_lists_all_and_then_sums_up(
     assert lines[0].startswith("problem  model-000000-of-000004.safetensors: the file is missing")
     assert lines[1].startswith("note     model-000009-of-000009.safetensors: index does not name")
     assert any("1 problem" in line for line in lines[2:])
+    assert command(["verify", str(path), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
 def test_names_are_shown_for_what_they_are(

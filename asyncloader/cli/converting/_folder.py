@@ -11,7 +11,8 @@ from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
 from asyncloader._reading import torch_dtype
 from asyncloader.checkpoint import gen_slice
-from asyncloader.cli._filling import fill, make_table
+from asyncloader.cli._filling import fill, make_table, row_bytes
+from asyncloader.cli._room import check_room, free_memory
 from asyncloader.cli._stages import Stages
 from asyncloader.errors import CheckpointError
 from asyncloader.saver import Saver
@@ -72,8 +73,10 @@ async def write_folder(
         CheckpointError: Likewise, or if bytes are not those that were written.
         ReadError: If the source failed.
         SaveError: If the folder could not be written, or holds something else.
+        MemoryError: If one rank's part does not fit into memory.
     """
     _check_ranks(source, ranks)
+    await run_jobs(session.threads.reads, [partial(_check_memory, source, ranks)])
     writer = _Writer(
         session=session,
         source=source,
@@ -98,6 +101,13 @@ def _check_ranks(source: Source, ranks: int) -> None:
                 f"ranks can share it, not {ranks}"
             )
             raise CheckpointError(source.manifest.location, problem)
+
+
+def _check_memory(source: Source, ranks: int) -> None:
+    part = sum(table.ids.rows * row_bytes(table.slots) for table in source.tables) // ranks
+    dense = sum(block.nbytes for stored in source.tensors for block in stored.blocks)
+    what = f"the part of one of {ranks} ranks (with more --shards it is smaller)"
+    check_room(what, part + dense, free_memory())
 
 
 @dataclass(slots=True, kw_only=True)

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
+import torch
 
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
 from asyncloader._session import open_session
 from asyncloader.checkpoint._safetensors import catalog_of_file
+from asyncloader.cli._room import check_room, free_memory
 from asyncloader.streaming import Meter
 
 from ._bytes import Inspector, Watched, memories
@@ -25,6 +26,9 @@ from ._structure import TableIds, check_catalog
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from asyncloader._session import Limits, Session
     from asyncloader.checkpoint import Block, Catalog, PartRows, Slice
     from asyncloader.streaming import Progress
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     from ._names import Names
     from ._shards import Shard
 
-__all__ = ["averify"]
+__all__ = ["averify", "verify_session"]
 
 _ID_BYTES = 8
 
@@ -53,16 +57,22 @@ async def averify(
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
         CheckpointError: If the folder cannot be listed.
+        MemoryError: If the ids of a table do not fit into memory.
     """
     meter = Meter(0, progress)
     async with open_session(path, limits=limits, verify="off", timeout=None) as session:
-        findings = Findings()
-        names = await read_names(session, findings)
-        check = _Check(session=session, names=names, findings=findings, meter=meter)
-        await check.read_headers()
-        await check.read_bytes()
-        meter.finish()
-        return check.result()
+        return await verify_session(session, meter)
+
+
+async def verify_session(session: Session, meter: Meter) -> Verification:
+    """Look at everything in a checkpoint that is open; raises what `averify` does."""
+    findings = Findings()
+    names = await read_names(session, findings)
+    check = _Check(session=session, names=names, findings=findings, meter=meter)
+    await check.read_headers()
+    await check.read_bytes()
+    meter.finish()
+    return check.result()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -123,7 +133,7 @@ class _Check:
         self.compared = inspector.compared
 
     async def _read_ids(self, inspector: Inspector, ids: TableIds) -> None:
-        kept = _Kept.of(ids)
+        [kept] = await run_jobs(self.session.threads.kernels, [partial(_Kept.of, ids)])
         complete = await inspector.inspect(kept.watched)
         if complete:  # or some ids are zeros that nobody wrote
             told = self.told.get(ids.table, {})
@@ -152,15 +162,18 @@ class _Kept:
     """The ids of one table, in memory."""
 
     table: str
-    ids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    ids: NDArray[np.int64]
     parts: tuple[tuple[Slice, Block], ...]
     watched: tuple[Watched, ...]
 
     @classmethod
     def of(cls, ids: TableIds) -> _Kept:
-        """Make room for them."""
-        import torch  # noqa: PLC0415  # only here
+        """Make room for them; belongs on a thread.
 
+        Raises:
+            MemoryError: If there is none.
+        """
+        check_room(f"the ids of table {ids.table!r}", ids.rows * _ID_BYTES, free_memory())
         array = zeros((ids.rows,), torch.int64).numpy()
         sizes = [block.nbytes for block in ids.parts.values()]
         views = memories(array.data.cast("B"), sizes) if ids.rows else [None] * len(sizes)
