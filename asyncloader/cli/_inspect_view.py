@@ -53,10 +53,10 @@ def checkpoint_view(summary: CheckpointSummary, *, everything: bool) -> Renderab
     parts: list[RenderableType] = [_head(summary)]
     if summary.tables:
         parts += ["", _tables(_first(summary.tables, everything=everything))]
-        parts += _more(len(summary.tables), "tables", everything=everything)
+        parts += _more(len(summary.tables), "more tables", everything=everything)
     if summary.tensors:
         parts += ["", _tensors(_first(summary.tensors, everything=everything))]
-        parts += _more(len(summary.tensors), "tensors", everything=everything)
+        parts += _more(len(summary.tensors), "more tensors", everything=everything)
     return Group(*parts)
 
 
@@ -208,5 +208,5 @@ def _first(items: Sequence[T], *, everything: bool) -> Sequence[T]:
 def _more(number: int, what: str, *, everything: bool) -> list[RenderableType]:
     if everything or number <= _SHOWN:
         return []
-    text = Text(f"and {count(number - _SHOWN)} more {what}; --all shows them", "dim italic")
+    text = Text(f"and {count(number - _SHOWN)} {what}; --all shows them", "dim italic")
     return [indented(text)]
