@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._concurrency import for_each, run_jobs
-from asyncloader.cli._windows import read_elements
+from asyncloader._reading import read_stored
+from asyncloader.cli._windows import flat
 
 from ._comparison import Change, combined, compare
 from ._difference import Kind, TensorDifference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
 
     from asyncloader.checkpoint import Stored
     from asyncloader.streaming import Meter
@@ -23,6 +26,16 @@ if TYPE_CHECKING:
 __all__ = ["compare_tensors"]
 
 _AT_A_TIME = 4
+# A call takes a millisecond, whatever it reads: small tensors are read many at a time.
+_MOST = 1000
+
+
+class _Window(NamedTuple):
+    """The elements `[begin, end)` of a tensor."""
+
+    name: str
+    begin: int
+    end: int
 
 
 async def compare_tensors(
@@ -41,29 +54,54 @@ async def compare_tensors(
         ReadError: If the storage failed.
     """
     both = [name for name in a.tensors if name in b.tensors]
+    alike = [a.tensors[name] for name in both if _kind(a.tensors[name]) == _kind(b.tensors[name])]
     changes: dict[str, list[Change]] = {name: [] for name in both}
 
-    def windows() -> Iterator[tuple[str, int, int]]:
-        for name in both:
-            one, other = a.tensors[name], b.tensors[name]
-            if _kind(one) == _kind(other):
-                total = math.prod(one.shape)
-                step = max(window_bytes // _AT_A_TIME // one.dtype.itemsize, 1)
-                for begin in range(0, total, step):
-                    yield name, begin, min(begin + step, total)
+    async def work(batch: Sequence[_Window]) -> None:
+        ours, theirs = await _read(a, batch), await _read(b, batch)
+        job = partial(_compare_all, ours, theirs)
+        [found] = await run_jobs(a.session.threads.kernels, [job])
+        for name, change in found:
+            changes[name].append(change)
+        size = 2 * sum(tensor.nbytes for tensor in ours.values())
+        meter.note(read=size, wanted=size, current=batch[-1].name)
 
-    async def work(window: tuple[str, int, int]) -> None:
-        name, begin, end = window
-        one = await read_elements(a.session, a.tensors[name], begin, end)
-        other = await read_elements(b.session, b.tensors[name], begin, end)
-        job = partial(compare, one, other)
-        [(change, _)] = await run_jobs(a.session.threads.kernels, [job])
-        changes[name].append(change)
-        size = one.nbytes + other.nbytes
-        meter.note(read=size, wanted=size, current=name)
-
-    await for_each(windows(), work, workers=_AT_A_TIME, name="asyncloader-diff")
+    most = max(window_bytes // _AT_A_TIME, 1)
+    await for_each(_batches(alike, most), work, workers=_AT_A_TIME, name="asyncloader-diff")
     return [_difference(a.tensors[name], b.tensors[name], combined(changes[name])) for name in both]
+
+
+def _batches(tensors: Iterable[Stored], most: int) -> Iterator[list[_Window]]:
+    """Cut large tensors up, and put small ones together, so that none takes more than `most`."""
+    batch: list[_Window] = []
+    room = most
+    for stored in tensors:
+        itemsize, total = stored.dtype.itemsize, math.prod(stored.shape)
+        step = max(most // itemsize, 1)
+        for begin in range(0, total, step):
+            window = _Window(stored.name, begin, min(begin + step, total))
+            nbytes = (window.end - begin) * itemsize
+            if batch and (nbytes > room or len(batch) == _MOST):
+                yield batch
+                batch, room = [], most
+            batch.append(window)
+            room -= nbytes
+    if batch:
+        yield batch
+
+
+async def _read(content: Content, batch: Sequence[_Window]) -> dict[str, Tensor]:
+    def cut() -> list[Stored]:
+        return [flat(content.tensors[name]).window(begin, end) for name, begin, end in batch]
+
+    [wanted] = await run_jobs(content.session.threads.kernels, [cut])
+    return await read_stored(content.session, wanted)
+
+
+def _compare_all(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> list[tuple[str, Change]]:
+    return [(name, compare(tensor, theirs[name])[0]) for name, tensor in ours.items()]
 
 
 def _kind(stored: Stored) -> Kind:
