@@ -118,10 +118,11 @@ def combine(parts: Iterable[Moments]) -> Statistics:
     measured = [part for part in found if part.finite]
     number, mean, squares = 0, 0.0, 0.0
     for part in measured:  # Chan, Golub, LeVeque: no difference of large sums
-        number += part.finite
-        distance = part.mean - mean
-        mean += distance * part.finite / number
-        squares += part.squares + distance**2 * part.finite * (number - part.finite) / number
+        distance, before, number = part.mean - mean, number, number + part.finite
+        mean += distance * (part.finite / number)
+        squares += part.squares
+        if before:  # `**` would raise where this is infinite
+            squares += distance * distance * (before / number) * part.finite
     return Statistics(
         min=min((part.low for part in measured), default=None),
         max=max((part.high for part in measured), default=None),
