@@ -362,6 +362,18 @@ async def test_tables_that_do_not_fit_together_are_an_error(
         await convert(tmp_path / "a", tmp_path / destination)
 
 
+async def test_a_tensor_that_is_called_like_a_table_fits_into_a_plain_file_only(
+    tmp_path: Path,
+) -> None:
+    write_checkpoint(tmp_path / "a", {"t": data([1])}, {"t": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="both a tensor and a table are called 't'"):
+        await convert(tmp_path / "a", tmp_path / "b")
+    await convert(tmp_path / "a", tmp_path / "b.safetensors")
+    assert set(shard_header(tmp_path / "b.safetensors")) == {
+        "__metadata__", "t", "t.id", "t.embedding"
+    }  # fmt: skip
+
+
 async def test_rows_of_nothing_are_an_error(tmp_path: Path) -> None:
     ids = sparse_block("t", "id", torch.tensor([1, 2]))
     write_ranks(tmp_path / "a", [[ids, sparse_block("t", "embedding", torch.ones(2, 0))]])

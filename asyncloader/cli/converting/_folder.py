@@ -75,6 +75,7 @@ async def write_folder(
         SaveError: If the folder could not be written, or holds something else.
         MemoryError: If one rank's part does not fit into memory.
     """
+    _check_names(source)
     _check_ranks(source, ranks)
     await run_jobs(session.threads.reads, [partial(_check_memory, source, ranks)])
     writer = _Writer(
@@ -91,6 +92,14 @@ async def write_folder(
     except BaseException:
         await run_jobs(session.threads.reads, [writer.give_up])
         raise
+
+
+def _check_names(source: Source) -> None:
+    tensors = {stored.name for stored in source.tensors}
+    for table in source.tables:
+        if table.name in tensors:
+            problem = f"both a tensor and a table are called {table.name!r}, which cannot be saved"
+            raise CheckpointError(source.manifest.location, problem)
 
 
 def _check_ranks(source: Source, ranks: int) -> None:
