@@ -21,6 +21,8 @@ def message_of(error: BaseException) -> str:
         return str(error.args[0])  # `str` of a KeyError is a `repr`
     if isinstance(error, MemoryError):
         return f"not enough memory: {error}" if error.args else "not enough memory"
+    if isinstance(error, OSError) and not isinstance(error, AsyncLoaderError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
