@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from ._source import Source, StoredTable
 
 __all__ = ["Part", "write_folder"]
+
+_OLD = "old"
+"""The folder within a staging folder to which a commit moves what it replaces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,10 +187,17 @@ class _Writer:
         return [block for block in blocks if block.table is None or block.name in self._kept]
 
     def give_up(self) -> None:
-        """Remove what was staged; belongs on a thread."""
-        folder = LocalFolder(self.path)
+        """Remove what all ranks have staged; belongs on a thread.
+
+        A `Saver` that fails removes its own rank's files only. If the last one failed in its
+        commit, and what stood in the folder could not be put back, that is kept.
+        """
+        commit = Commit(LocalFolder(self.path), self.save_id, 0, self.ranks, 0.0)
+        staging = self.path / commit.staging
         with contextlib.suppress(OSError):
-            Commit(folder, self.save_id, 0, self.ranks, 0.0).clean_own()
+            aside = staging / _OLD
+            if not aside.is_dir() or not any(aside.iterdir()):
+                shutil.rmtree(staging)
 
 
 def _tensor(where: str, stored: Stored) -> Tensor:
