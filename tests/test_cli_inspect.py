@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from safetensors.torch import save_file
 
-from asyncloader import CheckpointNotFoundError
+from asyncloader import CheckpointNotFoundError, __version__
 from asyncloader.cli._app import run as run_here
 from asyncloader.cli._folders import RunSummary, VersionSummary
 from asyncloader.cli._inspect import look_into
@@ -498,6 +498,25 @@ def test_a_path_that_is_not_utf_8_can_be_shown(tmp_path: Path) -> None:
     assert "\\udcff\\n" in out
 
 
+def test_the_command_prints_what_was_found(a_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_here(["inspect", str(a_run)]) == 0
+    assert "3 versions, 2 committed" in capfd.readouterr().out
+    assert run_here(["inspect", str(a_run / "1")]) == 0
+    assert "RecIS checkpoint" in capfd.readouterr().out
+    assert run_here(["inspect", str(a_run), "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert ([one["name"] for one in json.loads(out)["versions"]], err) == (["1", "2", "3"], "")
+
+
+def test_without_a_command_there_is_help(capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"]):
+        assert run_here(arguments) == 0
+        out, err = capfd.readouterr()
+        assert (out[:18], err) == ("Usage: asyncloader", "")
+    assert run_here(["--version"]) == 0
+    assert capfd.readouterr().out == f"asyncloader {__version__}\n"
+
+
 def test_json_takes_any_name(capfd: pytest.CaptureFixture[str]) -> None:
     print_json({"a": (1, None), "\N{ROCKET}": True})
     assert json.loads(capfd.readouterr().out) == {"a": [1, None], "\N{ROCKET}": True}
@@ -514,15 +533,12 @@ def test_output_into_a_pipe_is_plain_and_whole(large: Path) -> None:
     assert sum("weight" in line for line in out.splitlines()) == 2000
 
 
-def test_help_and_version_are_printed() -> None:
-    code, out, err = run("--version")
-    assert (code, out.split()[0], err) == (0, "asyncloader", "")
-    for arguments in ([], ["show", "--help"]):
-        code, out, err = run(*arguments)
-        assert (code, err) == (0, "")
-        assert "Examples:" in out
-        assert "Exit codes: 0" in out
-        assert max(map(len, out.splitlines())) <= 90
+def test_help_says_what_the_exit_codes_mean() -> None:
+    code, out, err = run("show", "--help")
+    assert (code, err) == (0, "")
+    assert "Examples:" in out
+    assert "Exit codes: 0" in out
+    assert max(map(len, out.splitlines())) <= 90
 
 
 def test_whoever_stops_reading_ends_it_quietly(large: Path) -> None:

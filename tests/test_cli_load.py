@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, Loader, gen_slice
 from asyncloader.cli._allocate import allocate
 from asyncloader.cli._app import run as run_here
 from asyncloader.cli._load import load_all
-from asyncloader.cli._progress import silent
+from asyncloader.cli._progress import progress_bar, silent
 from asyncloader.cli._room import check_room, free_memory
 from asyncloader.cli._trace_file import trace_of
 from asyncloader.streaming import Span
@@ -148,11 +149,13 @@ def test_what_does_not_fit_into_memory_is_refused() -> None:
         check_room("x", 2000, 1000)
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux")
-def test_free_memory_is_known() -> None:
-    free = free_memory()
-    assert free is not None
-    assert 1 << 20 < free < 1 << 50
+def test_free_memory_is_what_linux_says(tmp_path: Path) -> None:
+    facts = tmp_path / "meminfo"
+    assert free_memory(facts) is None
+    facts.write_text("MemTotal:  9 kB\nSwapFree:  1 kB\n")
+    assert free_memory(facts) is None
+    facts.write_text("MemTotal:  9 kB\nMemAvailable:    4 kB\nSwapFree:  1 kB\n")
+    assert free_memory(facts) == 5 << 10
 
 
 def huge(path: Path) -> Path:
@@ -295,6 +298,22 @@ async def test_progress_is_told_from_beginning_to_end(tmp_path: Path) -> None:
     loaded = await load(save(tmp_path), tell=lambda *moment: told.append(moment))
     assert told[0] == (0, 0, "preparing")
     assert told[-1][:2] == (loaded.report.bytes_wanted, loaded.report.bytes_wanted)
+
+
+def test_a_bar_shows_where_it_stands_and_goes_away(tmp_path: Path) -> None:
+    with (tmp_path / "terminal").open("w+") as file:
+        out = Console(file=file, force_terminal=True, width=100)
+        with progress_bar(out) as tell:
+            tell(1, 2, "too early to show anything")
+            assert file.tell() == 0
+            tell(0, 0, "a[bold]\x1b[31mname")
+            tell(1_000_000, 2_000_000, "x" * 100)
+        assert file.tell() > 0
+        file.seek(0)
+        text = file.read()
+    assert "a[bold]\\x1b[31mname" in text
+    assert "xx…xx" in text
+    assert "1.0/2.0 MB" in text
 
 
 async def test_digests_are_compared_if_asked_for(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.measure import Measurement
-from rich.segment import Segment
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -75,5 +74,4 @@ class Name:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield one line."""
         text = middle_cut(self._text, max(options.max_width - self._indent, 1))
-        yield Segment(" " * self._indent)
-        yield from Text(text, self._style, end="\n").render(console)
+        yield Text(" " * self._indent + text, self._style, no_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,6 +14,8 @@ from ._output import console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from rich.console import Console
 
 __all__ = ["Tell", "progress_bar", "silent"]
 
@@ -28,14 +31,16 @@ def silent(done: int, total: int, name: str) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Tell]:
+def progress_bar(out: Console | None = None) -> Iterator[Tell]:
     """Show a bar while the block runs, and yield what it wants to be told.
 
-    Nothing if stderr is no terminal, or the block takes but a moment.
+    Nothing if the block takes but a moment.
+
+    Args:
+        out: Where to; by default stderr, if that is a terminal.
     """
-    out = console(stderr=True)
-    if not out.is_terminal:
-        yield silent
+    if out is None and (sys.stderr is None or not sys.stderr.isatty()):
+        yield silent  # whatever colours are forced
         return
     columns = (
         progress.TextColumn("{task.description}", markup=False),
@@ -45,7 +50,7 @@ def progress_bar() -> Iterator[Tell]:
         progress.TimeRemainingColumn(),
     )
     with contextlib.ExitStack() as stack:
-        bar = progress.Progress(*columns, console=out, transient=True)
+        bar = progress.Progress(*columns, console=out or console(stderr=True), transient=True)
         task = bar.add_task("", total=None)
         begin = time.monotonic()
 

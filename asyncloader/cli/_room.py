@@ -23,10 +23,10 @@ def check_room(location: str, nbytes: int, free: int | None) -> None:
         raise MemoryError(f"{location} takes {size_text(nbytes)}, {size_text(free)} are free")
 
 
-def free_memory() -> int | None:
+def free_memory(source: Path = Path("/proc/meminfo")) -> int | None:
     """Return the bytes that this machine can still give, swap included; `None` if unknown."""
     with contextlib.suppress(OSError):  # on another system than Linux
-        facts = dict(_FACT.findall(Path("/proc/meminfo").read_bytes()))
+        facts = dict(_FACT.findall(source.read_bytes()))
         if b"MemAvailable" in facts:
             return sum(int(kilobytes) << 10 for kilobytes in facts.values())
     return None
