@@ -33,8 +33,8 @@ def _not_found(error: CheckpointNotFoundError) -> str:
         return str(error)
     try:
         newest = latest(error.location)
-    except AsyncLoaderError:
-        return f"{error.location}: a run folder in which no checkpoint is finished"
+    except AsyncLoaderError:  # removed meanwhile
+        return str(error)
     return (
         f"{error.location}: no checkpoint itself but a run folder that holds some; the newest is "
         f"{newest}"

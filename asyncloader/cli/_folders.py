@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["RunSummary", "VersionSummary", "run_folder", "saves_in", "unfinished"]
 
 _SAVING = ".saving-"
+_LIST = "checkpoint"  # in which a trainer lists its checkpoints, finished or not
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
@@ -58,7 +59,8 @@ def run_folder(path: str) -> RunSummary | None:
     Raises:
         CheckpointError: If it cannot be listed.
     """
-    if not is_run_folder(path):
+    listed = os.path.isfile(os.path.join(path, _LIST))  # noqa: PTH113, PTH118  # never raises
+    if not listed and not is_run_folder(path):
         return None
     try:
         newest = latest(path).name

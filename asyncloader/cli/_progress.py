@@ -55,11 +55,9 @@ def progress_bar(out: Console | None = None) -> Iterator[Tell]:
         begin = time.monotonic()
 
         def tell(done: int, total: int, name: str) -> None:
-            if not bar.live.is_started:
-                if total and time.monotonic() - begin < _MOMENT:
-                    return
-                stack.enter_context(bar)
             description = middle_cut(shown(name), _NAME)
             bar.update(task, completed=done, total=total or None, description=description)
+            if not bar.live.is_started and (not total or time.monotonic() - begin >= _MOMENT):
+                stack.enter_context(bar)
 
         yield tell
