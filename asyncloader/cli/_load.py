@@ -14,7 +14,6 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from asyncloader._report import LoadReport
 from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_verify
 from asyncloader.loader import Loader
 from asyncloader.streaming import run_blocking
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from asyncloader._report import LoadReport
     from asyncloader.checkpoint import Verify
     from asyncloader.streaming import Progress, Span
 

@@ -93,7 +93,7 @@ def values_of(tensor: Tensor) -> tuple[Value, ...]:
     return tuple(_value(value) for value in values)
 
 
-def _value(value: bool | complex) -> Value:
+def _value(value: bool | complex) -> Value:  # noqa: FBT001  # no flag: it is shown
     if isinstance(value, complex) or not math.isfinite(value):
         return str(value)
     return value
