@@ -8,6 +8,7 @@ from ._save_report import SaveReport
 from .checkpoint import Slice, gen_slice
 from .errors import (
     AsyncLoaderError,
+    CheckpointChangedError,
     CheckpointError,
     CheckpointNotFoundError,
     LoadTimeoutError,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncLoaderError",
+    "CheckpointChangedError",
     "CheckpointError",
     "CheckpointNotFoundError",
     "CheckpointReader",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ._arguments import checked_path
 from ._contents import Contents
 from ._reading import read_stored
 from ._session import (
@@ -12,7 +13,6 @@ from ._session import (
     INFLIGHT_BYTES,
     PARALLEL,
     Limits,
-    checked_path,
     checked_verify,
     open_session,
 )
@@ -58,7 +58,7 @@ async def aload_tensors(
         CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
         ReadError: If the storage failed.
     """
-    path = checked_path(checkpoint_path)
+    path = checked_path(checkpoint_path, "checkpoint_path")
     if isinstance(names, str):
         raise TypeError(f"names are several, got one text; write [{names!r}]")
     wanted = None if names is None else tuple(names)

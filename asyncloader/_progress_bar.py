@@ -17,6 +17,7 @@ __all__ = ["progress_bar"]
 def progress_bar(doing: str = "loading") -> Iterator[Callable[[Progress], object]]:
     """Show a bar on the terminal, and yield what it wants to be told."""
     from rich import progress  # noqa: PLC0415  # only who looks at it pays for it
+    from rich.console import Console  # noqa: PLC0415
 
     columns = (
         progress.TextColumn("{task.description}", markup=False),  # names may hold brackets
@@ -25,7 +26,7 @@ def progress_bar(doing: str = "loading") -> Iterator[Callable[[Progress], object
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns) as bar:
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(doing, total=None)
 
         def show(moment: Progress) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Version", "is_run_folder", "latest", "versions"]
 
 _LIST = "checkpoint"
+# Of savers, for one, that are at work: what lies there is not committed, even if it has an `index`.
+_HIDDEN = "."
 # Only the end of the list counts; it grows for as long as the run goes on.
 _LAST_BYTES = 64 << 10
 _NUMBER = re.compile("([0-9]+)")
@@ -77,6 +79,7 @@ def versions(run_folder: str | os.PathLike[str]) -> tuple[Version, ...]:
     try:
         with os.scandir(run_folder) as entries:
             names = [entry.name for entry in entries if _is_folder(entry)]
+            names = [name for name in names if not name.startswith(_HIDDEN)]
     except (FileNotFoundError, NotADirectoryError) as error:
         problem = f"no run folder: {error.strerror}"
         raise CheckpointNotFoundError(os.fspath(run_folder), problem) from error
@@ -87,13 +90,14 @@ def versions(run_folder: str | os.PathLike[str]) -> tuple[Version, ...]:
 
 
 def is_run_folder(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder that is no checkpoint looks like one that holds some."""
-    folder = Path(path)
-    if os.path.isfile(folder / _LIST):  # noqa: PTH113  # Path's own raises for odd names
-        return True
+    """Tell whether a folder holds checkpoints."""
     try:
-        with os.scandir(folder) as entries:
-            return any(_is_committed(Path(entry)) for entry in entries)
+        with os.scandir(path) as entries:
+            return any(
+                _is_committed(Path(entry))
+                for entry in entries
+                if not entry.name.startswith(_HIDDEN)
+            )
     except OSError:
         return False
 
@@ -103,7 +107,7 @@ def _listed(folder: Path) -> Iterator[str]:
     lines = _tail(folder / _LIST).split(b"\n")
     for line in dict.fromkeys(reversed(lines)):
         name = os.fsdecode(line.strip())  # as the system decodes file names: never fails
-        if is_file_name(name):
+        if is_file_name(name) and not name.startswith(_HIDDEN):
             yield name
 
 

@@ -29,7 +29,6 @@ __all__ = [
     "PARALLEL",
     "Limits",
     "Session",
-    "checked_path",
     "checked_verify",
     "open_session",
 ]
@@ -183,21 +182,6 @@ def _root_and_file(path: str) -> tuple[Path, str | None]:
     if whole.name.endswith(_SUFFIX) and not os.path.isdir(whole):  # noqa: PTH112  # never raises
         return whole.parent, whole.name
     return whole, None
-
-
-def checked_path(path: str | os.PathLike[str]) -> str:
-    """Return the path as text.
-
-    Raises:
-        TypeError: If it is no path, or one in bytes.
-        ValueError: If no path can be like that.
-    """
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise TypeError(f"checkpoint_path must be text, got {text!r}")
-    if "\0" in text:
-        raise ValueError(f"checkpoint_path: no path holds a NUL, got {text!r}")
-    return text
 
 
 def checked_verify(verify: object) -> Verify:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncLoaderError",
+    "CheckpointChangedError",
     "CheckpointError",
     "CheckpointNotFoundError",
     "LoadTimeoutError",
@@ -70,6 +71,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
         super().__init__(location, problem, shard, key)
         # OSError read its own facts from our arguments.
         self.errno, self.strerror, self.filename = errno.ENOENT, problem, location
+
+
+class CheckpointChangedError(CheckpointError):
+    """The checkpoint was replaced while it was being read. Read it again."""
 
 
 class TruncatedShardError(CheckpointError):

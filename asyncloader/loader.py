@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ._arguments import as_dict, check_callable, check_progress, check_timeout, checked_path
 from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
 from ._report import LoadReport
@@ -16,7 +17,6 @@ from ._session import (
     INFLIGHT_BYTES,
     PARALLEL,
     Limits,
-    checked_path,
     checked_verify,
     open_session,
 )
@@ -43,7 +43,7 @@ from .table import UpdateCounts
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
@@ -92,7 +92,7 @@ class Loader:
         max_inflight_bytes: Memory for reads under way, in bytes, above the destinations' own.
         timeout: Seconds after which the load is given up; `None` waits for ever.
         progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
-            shows a bar on the terminal.
+            shows a bar on stderr.
         verify: Whether what is read is compared with the digests that `Saver` wrote along:
             `"auto"`, where there are some, as far as whole chunks of 8 MiB are read anyway;
             `"require"`, every byte that is loaded, and a checkpoint without digests is an error;
@@ -124,26 +124,20 @@ class Loader:
         self._limits = Limits(
             parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
         )
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be positive or None, got {timeout}")
-        if not callable(filter_func):
-            raise TypeError(f"filter_func must be callable, got {filter_func!r}")
-        if progress is not None and not isinstance(progress, bool) and not callable(progress):
-            raise TypeError(f"progress must be callable, True or None, got {progress!r}")
-        if trace is not None and not callable(trace):
-            raise TypeError(f"trace must be callable or None, got {trace!r}")
-        for what, targets in (("hashtables", hashtables), ("tensors", tensors)):
-            if targets is not None and not isinstance(targets, Mapping):
-                raise TypeError(f"{what} maps names to what is filled, got {type(targets)}")
-        self._path = checked_path(checkpoint_path)
-        self._tensors = dict(tensors or {})
+        check_timeout(timeout)
+        check_callable(filter_func, "filter_func")
+        check_progress(progress)
+        if trace is not None:
+            check_callable(trace, "trace")
+        self._path = checked_path(checkpoint_path, "checkpoint_path")
+        self._tensors = as_dict(tensors, "tensors")
         self._filter = filter_func
         self._strict = strict
         self._timeout = timeout
         self._progress = progress
         self._verify = checked_verify(verify)
         self._tracer = Tracer(trace)
-        self._tables = dict(hashtables or {})
+        self._tables = as_dict(hashtables, "hashtables")
         check_tables(self._tables, self._tensors, able="begin")
         describe_tensors(self._tensors)
 
@@ -215,9 +209,10 @@ class Loader:
                 unless_committed.callback(execution.abort)
                 await execution.run()
             # No await from here on: who is cancelled finds the tables as they were.
-            with self._tracer.span("commit", "all tables"):
-                counts = execution.commit()
+            start = time.perf_counter()
+            counts = execution.commit()
             unless_committed.pop_all()
+        self._tracer.note("commit", "all tables", start)
         report = self._report(plan, counts, touched, meter)
         _log.info("%s", report)
         return report

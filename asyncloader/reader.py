@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from ._arguments import checked_path
 from ._concurrency import run_jobs
 from ._contents import Contents
 from ._reading import read_stored, torch_dtype
-from ._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_path, checked_verify
+from ._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_verify
 from ._sessions import Sessions
 from .checkpoint import stored_names
 from .streaming import run_blocking
@@ -69,7 +70,7 @@ class CheckpointReader:
         max_inflight_bytes: int = INFLIGHT_BYTES,
         verify: Verify = "auto",
     ) -> None:
-        self._path = checked_path(checkpoint_path)
+        self._path = checked_path(checkpoint_path, "checkpoint_path")
         limits = Limits(
             parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
         )

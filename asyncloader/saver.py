@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._arguments import as_dict, check_callable, check_progress, check_timeout, checked_path
 from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
 from ._save_report import SaveReport
@@ -29,7 +28,8 @@ from .storage import LocalFolder
 from .streaming import ByteBudget, Meter, StagingPool, Threads, check_tables, run_blocking
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import os
+    from collections.abc import Callable, Coroutine, Mapping
 
     from .planning import ShardLayout
     from .storage import Folder
@@ -43,6 +43,9 @@ _log = logging.getLogger(__name__)
 _INFLIGHT = 128 << 20
 _PATIENCE = 1800.0
 """Seconds that rank 0 waits for the others."""
+
+_DEAD_AFTER = 1800.0
+"""Seconds without a change after which what ranks have staged for another save is removed."""
 
 
 def every_block(blocks: list[WriteBlock]) -> list[WriteBlock]:
@@ -59,8 +62,8 @@ class Saver:
     the folder is replaced, its files removed; a folder that holds anything else is refused.
 
     Tables are saved as they are when `asave` is called, whatever is written to them meanwhile;
-    rows are sorted by slice position, then id. Dense tensors are read while the save goes on: leave
-    them alone until it is done.
+    rows are sorted by slice position, then id. Dense tensors are read while the save goes on: one
+    that is written to meanwhile makes it fail.
 
     The first seven arguments are those of RecIS's `Saver`, in its order. A saver may be used any
     number of times.
@@ -76,14 +79,14 @@ class Saver:
         tensors: Dense tensors to save, by name, on any device; only rank 0 writes them.
         filter_func: Gets the `WriteBlock`s that would be written, and returns those to write.
         save_id: Tells this save from every other one into the same folder: text or a number, the
-            same on all ranks, another one for each try. By default rank 0 draws one, and tells
-            the others by torch.distributed.
+            same on all ranks, another one for each try (a run's id and the step, say). By default
+            rank 0 draws one, and tells the others by way of torch.distributed's store.
         timeout: Seconds that rank 0 waits for the other ranks; `None` waits for ever.
         max_inflight_bytes: Memory for writes under way, in bytes. Besides, the order of a table's
-            rows takes 16 bytes an id while the table is being written, and sorting it as much
-            again.
+            rows takes 16 bytes an id while the table is being written, and three times that while
+            it is sorted.
         progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
-            shows a bar on the terminal.
+            shows a bar on stderr.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -117,21 +120,15 @@ class Saver:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= shard_index < shard_num:
             raise ValueError(f"shard_index is 0 to shard_num - 1, got {shard_index} of {shard_num}")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be positive or None, got {timeout}")
-        if not callable(filter_func):
-            raise TypeError(f"filter_func must be callable, got {filter_func!r}")
-        if progress is not None and not isinstance(progress, bool) and not callable(progress):
-            raise TypeError(f"progress must be callable, True or None, got {progress!r}")
-        for what, given in (("hashtables", hashtables), ("tensors", tensors)):
-            if given is not None and not isinstance(given, Mapping):
-                raise TypeError(f"{what} maps names to what is saved, got {type(given)}")
+        check_timeout(timeout)
+        check_callable(filter_func, "filter_func")
+        check_progress(progress)
         self._rank = shard_index
         self._ranks = shard_num
         self._parallel = parallel
-        self._path = _checked_path(path)
-        self._tables = dict(hashtables or {})
-        self._tensors = dict(tensors or {})
+        self._path = checked_path(path, "path")
+        self._tables = as_dict(hashtables, "hashtables")
+        self._tensors = as_dict(tensors, "tensors")
         self._filter = filter_func
         self._save_id = None if save_id is None else checked_save_id(save_id)
         self._timeout = timeout
@@ -145,27 +142,35 @@ class Saver:
         what = f"{len(self._tables)} tables, {len(self._tensors)} tensors"
         return f"<Saver {self._path!r}: {rank}{what}>"
 
-    async def asave(self) -> SaveReport:
+    def asave(self) -> Coroutine[Any, Any, SaveReport]:
         """Save, on the caller's event loop, which goes on serving meanwhile.
+
+        To be awaited. Tables are saved as they are now, when this is called.
 
         Returns:
             What was written; on rank 0 the checkpoint is committed then.
 
         Raises:
             SaveError: If the folder holds something else than a checkpoint, somebody else is
-                saving to it, it failed, or the ranks' parts do not fit together.
+                saving to it, it failed, another rank did, or the ranks' parts do not fit together;
+                or if a tensor was written to meanwhile.
             SaveTimeoutError: If other ranks did not write their parts in time.
             TypeError: If `filter_func` returned something else than a list of its blocks.
             ValueError: If what there is to save cannot be told apart by its names, or this is one
                 of several ranks and no `save_id` was given where torch.distributed could not help.
         """
         snapshots = [table.snapshot() for table in self._tables.values()]
+        return self._asave(snapshots, partial(LocalFolder, self._path))
+
+    async def _asave(
+        self, snapshots: list[SavableSnapshot], open_folder: Callable[[], Folder]
+    ) -> SaveReport:
         with contextlib.ExitStack() as stack:
             listener = self._progress
             if listener is True:
                 listener = stack.enter_context(progress_bar("saving"))
-            meter = Meter(0, None if isinstance(listener, bool) else listener)
-            return await self._save(snapshots, meter, LocalFolder(self._path))
+            meter = Meter(0, None if isinstance(listener, bool) else _apart(listener))
+            return await self._save(snapshots, meter, open_folder)
 
     def save(self) -> SaveReport:
         """Save, and return when it is done; raises what `asave` raises.
@@ -176,13 +181,14 @@ class Saver:
         return run_blocking(self.asave)
 
     async def _save(
-        self, snapshots: list[SavableSnapshot], meter: Meter, folder: Folder
+        self, snapshots: list[SavableSnapshot], meter: Meter, open_folder: Callable[[], Folder]
     ) -> SaveReport:
         writers = min(self._parallel, max(self._max_inflight_bytes // CHUNK, 1))
         async with Threads(reads=writers) as threads:
+            [folder] = await run_jobs(threads.reads, [open_folder])
             save_id = await self._agreed_save_id(threads)
             contents, layouts = await self._plan(snapshots, threads)
-            meter.total = sum(block.nbytes for block in contents.sources)
+            meter.total = sum(layout.size - len(layout.head) for layout in layouts)
             save = Save(
                 contents=contents,
                 layouts=layouts,
@@ -198,7 +204,6 @@ class Saver:
                 timeout=self._timeout,
             )
             await save.run()
-        meter.finish()
         report = SaveReport(
             location=folder.location,
             save_id=save_id,
@@ -209,7 +214,7 @@ class Saver:
             seconds=meter.seconds,
             shards=tuple(layout.file for layout in layouts),
             tables={name: rows.rows for name, rows in contents.part_rows().items()},
-            tensors=tuple(block.name for block in contents.sources if block.table is None),
+            tensors=tuple(block.name for block in contents.blocks if block.table is None),
         )
         _log.info("%s", report)
         return report
@@ -219,12 +224,9 @@ class Saver:
             return self._save_id
         if self._ranks == 1:
             return fresh_save_id()
-        # Each thread has a current device of its own: take that of the caller.
-        started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        device = torch.cuda.current_device() if started else None
-        agree = partial(shared_save_id, self._rank, self._ranks, device)
-        [save_id] = await run_jobs(threads.kernels, [agree])
-        return save_id
+        return await shared_save_id(
+            self._path, self._rank, self._ranks, timeout=self._timeout, executor=threads.reads
+        )
 
     async def _plan(
         self, snapshots: list[SavableSnapshot], threads: Threads
@@ -232,6 +234,7 @@ class Saver:
         contents = Contents()
 
         def gather() -> None:
+            _wait_for_devices(snapshots, self._tensors)
             for snapshot in snapshots:
                 contents.add_table(snapshot)
             if self._rank == 0:
@@ -243,19 +246,37 @@ class Saver:
             return lay_out(blocks, rank=self._rank, ranks=self._ranks, writers=self._parallel)
 
         await run_jobs(threads.kernels, [gather])
-        offered = list(contents.sources)
+        offered = contents.blocks
         chosen = self._filter(list(offered))
         [layouts] = await run_jobs(threads.kernels, [partial(decide, chosen)])
         return contents, layouts
 
 
-def _checked_path(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise TypeError(f"path must be text, got {text!r}")
-    if "\0" in text:
-        raise ValueError(f"path: no path holds a NUL, got {text!r}")
-    return text
+def _apart(
+    listener: Callable[[Progress], object] | None,
+) -> Callable[[Progress], object] | None:
+    """Keep a listener's own `OSError` from being taken for one of the folder's."""
+    if listener is None:
+        return None
+
+    def tell(moment: Progress) -> None:
+        try:
+            listener(moment)
+        except OSError as error:
+            raise RuntimeError(f"progress raised {error!r}") from error
+
+    return tell
+
+
+def _wait_for_devices(
+    snapshots: list[SavableSnapshot], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Wait for what the caller has left to do on GPUs, on whatever streams: we read on others."""
+    devices = {tensor.device for tensor in tensors.values()}
+    devices |= {snapshot.device for snapshot in snapshots}
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _check_tensors(tensors: Mapping[str, object]) -> None:

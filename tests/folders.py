@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from asyncloader import HashTable, Saver
 from asyncloader.storage import LocalFolder
-from asyncloader.streaming import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,19 +28,20 @@ class WatchedFile:
     file: WritableFile
 
     def write(self, offset: int, views: Sequence[memoryview], /) -> None:
-        if self.folder.step(f"write {self.name}") == "half":
-            half = views[0][: views[0].nbytes // 2]
-            self.file.write(offset, [half])
-            self.folder.give_up()
-        self.file.write(offset, views)
+        with self.folder.call(f"write {self.name}") as how:
+            if how == "half":
+                self.file.write(offset, [views[0][: views[0].nbytes // 2]])
+                self.folder.give_up()
+            self.file.write(offset, views)
 
     def sync(self) -> None:
-        self.folder.step(f"sync {self.name}")
-        self.file.sync()
+        with self.folder.call(f"sync {self.name}"):
+            self.file.sync()
 
     def close(self) -> None:
         self.file.close()  # fails for nobody: descriptors are let go whatever it returns
-        self.folder.step(f"close {self.name}")
+        with self.folder.call(f"close {self.name}"):
+            pass
 
 
 @dataclass
@@ -50,8 +50,8 @@ class WatchedFolder:
 
     real: LocalFolder
     fault: Callable[[int, str], str | None] = lambda _number, _what: None
-    """Gets the number of the call and what it is. Raises to fail it; returns `half` to have half of
-    a write written before `give_up`."""
+    """Gets the number of the call and what it is. Raises to fail it before it takes effect; returns
+    `after` to `give_up` when it has, `half` when half of a write has, `None` to let it be."""
 
     give_up: Callable[[], None] = lambda: None
     calls: list[str] = field(default_factory=list)
@@ -64,53 +64,63 @@ class WatchedFolder:
     def location(self) -> str:
         return self.real.location
 
-    def step(self, what: str) -> str | None:
+    @contextlib.contextmanager
+    def call(self, what: str) -> Iterator[str | None]:
+        """Count a call, and let it fail if it shall."""
         self.calls.append(what)
-        return self.fault(len(self.calls) - 1, what)
+        how = self.fault(len(self.calls) - 1, what)
+        yield how
+        if how == "after":
+            self.give_up()
 
     def make(self, name: str, /) -> None:
-        self.step(f"make {name}")
-        self.real.make(name)
+        with self.call(f"make {name}"):
+            self.real.make(name)
 
     def names(self, name: str, /) -> list[str]:
-        self.step(f"names {name}")
-        return self.real.names(name)
+        with self.call(f"names {name}"):
+            return self.real.names(name)
 
     def create(self, name: str, /) -> WatchedFile:
-        self.step(f"create {name}")
-        return WatchedFile(self, name, self.real.create(name))
+        with contextlib.ExitStack() as unless_it_works:
+            with self.call(f"create {name}"):
+                file = self.real.create(name)
+                unless_it_works.callback(file.close)
+            unless_it_works.pop_all()
+        return WatchedFile(self, name, file)
 
     def read(self, name: str, /) -> bytes:
-        self.step(f"read {name}")
-        return self.real.read(name)
+        with self.call(f"read {name}"):
+            return self.real.read(name)
 
     def size(self, name: str, /) -> int:
-        self.step(f"size {name}")
-        return self.real.size(name)
+        with self.call(f"size {name}"):
+            return self.real.size(name)
 
-    def age(self, name: str, than: str, /) -> float:
-        self.step(f"age {name}")
-        return self.real.age(name, than)
+    def changed_at(self, name: str, /) -> float:
+        with self.call(f"changed_at {name}"):
+            return self.real.changed_at(name)
 
     def move(self, source: str, target: str, /) -> None:
-        self.step(f"move {source} {target}")
-        self.real.move(source, target)
+        with self.call(f"move {source} {target}"):
+            self.real.move(source, target)
 
     def remove(self, name: str, /) -> None:
-        self.step(f"remove {name}")
-        self.real.remove(name)
+        with self.call(f"remove {name}"):
+            self.real.remove(name)
 
     def remove_folder(self, name: str, /) -> None:
-        self.step(f"remove {name}/")
-        self.real.remove_folder(name)
+        with self.call(f"remove {name}/"):
+            self.real.remove_folder(name)
 
     def sync(self, name: str, /) -> None:
-        self.step(f"sync {name}/")
-        self.real.sync(name)
+        with self.call(f"sync {name}/"):
+            self.real.sync(name)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[bool]:
-        self.step("hold")
+        with self.call("hold"):
+            pass
         with self.real.hold() as alone:
             yield alone
 
@@ -123,8 +133,7 @@ async def save_into(
 ) -> SaveReport:
     """Save into a folder of one's own, which `Saver` does not take."""
     saver = Saver(path=folder.location, hashtables=tables, tensors=tensors, **options)
-    snapshots = [table.snapshot() for table in tables.values()]
-    return await saver._save(snapshots, Meter(0), folder)
+    return await saver._asave([table.snapshot() for table in tables.values()], lambda: folder)
 
 
 def content(path: Path) -> dict[str, bytes]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from asyncloader import UpdateCounts
     from asyncloader.planning import LoadInfo, LoadPlan
+    from asyncloader.storage import Storage
 
 FDS = Path("/proc/self/fd")
 POISON = 0xA5
@@ -191,6 +192,9 @@ class MemoryStorage:
             raise FileNotFoundError(2, "No such file", name)
         return len(self.files[name])
 
+    async def changed(self, name: str, /) -> bool:
+        return name not in self.files
+
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         number = len(self.reads)
         length = sum(view.nbytes for view in views)
@@ -219,7 +223,7 @@ class MemoryStorage:
 class Run:
     """A load from a storage of one's own, which `Loader` does not take."""
 
-    storage: MemoryStorage
+    storage: Storage
     tables: Mapping[str, HashTable] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     parallel: int = 4

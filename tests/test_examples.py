@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import asyncio
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from examples.made_up import random_table, random_tensor
 from tests.oracle import TableData, write_checkpoint
@@ -63,6 +66,8 @@ def test_the_code_in_the_readme_runs_in_its_order(
         tmp_path / "checkpoint", {"item_emb": table}, {"w": random_tensor(rng, (2, 2))}
     )
     write_checkpoint(tmp_path / "old", {"item_emb_2024": table}, {})
+    shutil.copytree(tmp_path / "checkpoint", tmp_path / "run" / "1200")
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 6
     names: dict[str, object] = {}
@@ -77,3 +82,5 @@ def test_the_code_in_the_readme_runs_in_its_order(
 
     asyncio.run(run_all())
     assert "item_emb" in capsys.readouterr().out
+    assert names["newest"] == tmp_path / "run" / "1200"
+    assert (tmp_path / "new" / "index").exists()

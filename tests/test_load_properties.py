@@ -467,6 +467,9 @@ class Unruly:
     async def size(self, name: str, /) -> int:
         return len(self._files[name])
 
+    async def changed(self, name: str, /) -> bool:
+        return False
+
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         for _ in range(self._rng.choice([0, 0, 1, 3, 9])):
             await anyio.lowlevel.checkpoint()

@@ -307,7 +307,7 @@ def test_progress_is_told_at_most_ten_times_a_second() -> None:
 def test_progress_true_shows_a_bar(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = Loader(checkpoint, {"t": table_for(CONTENT)}, progress=True).load()
     assert isinstance(report, LoadReport)
-    assert "t" in capsys.readouterr().out
+    assert "t" in capsys.readouterr().err
 
 
 def test_a_path_may_be_any_path(checkpoint: Path) -> None:
@@ -354,7 +354,7 @@ def test_a_bar_takes_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     tensor = torch.zeros(2)
     Loader(tmp_path, tensors={"t[/x]": tensor}, progress=True).load()
     assert tensor.tolist() == [1.0, 1.0]
-    assert "t[/x]" in capsys.readouterr().out
+    assert "t[/x]" in capsys.readouterr().err
 
 
 async def test_a_listener_that_counts_as_false_is_told_too(checkpoint: Path) -> None:

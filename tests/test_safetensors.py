@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from asyncloader import (
     Loader,
     PlanError,
     TruncatedShardError,
+    latest,
     load_tensors,
 )
 from asyncloader.checkpoint._safetensors import SHARDED, parse_weight_map
@@ -317,19 +319,33 @@ async def test_where_nothing_is_the_error_says_what_was_looked_for(
     assert "latest" not in str(caught.value)
 
 
-def with_a_list(path: Path) -> None:
+def with_a_list_of_none(path: Path) -> Path:
+    """TensorFlow writes such a list, too."""
     (path / "checkpoint").write_text("1\n")
+    return path
 
 
-def with_a_checkpoint_in_it(path: Path) -> None:
-    write_checkpoint(path / "7", {}, {})
+def with_a_save_under_way(path: Path) -> Path:
+    write_checkpoint(path / ".saving-1-x" / "old", {}, {})
+    write_checkpoint(path / ".saving-1-x", {}, {})
+    return path
 
 
-@pytest.mark.parametrize("prepare", [with_a_list, with_a_checkpoint_in_it])
-async def test_who_gives_a_folder_of_checkpoints_is_told_how_to_find_the_newest(
-    tmp_path: Path, prepare: Callable[[Path], None]
+@pytest.mark.parametrize("prepare", [with_a_list_of_none, with_a_save_under_way])
+async def test_what_is_no_folder_of_checkpoints_is_not_taken_for_one(
+    tmp_path: Path, prepare: Callable[[Path], Path]
 ) -> None:
-    prepare(tmp_path)
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        await Loader(prepare(tmp_path)).aload()
+    assert "latest" not in str(caught.value)
+    with pytest.raises(CheckpointNotFoundError):
+        await asyncio.to_thread(latest, tmp_path)
+
+
+async def test_who_gives_a_folder_of_checkpoints_is_told_how_to_find_the_newest(
+    tmp_path: Path,
+) -> None:
+    write_checkpoint(tmp_path / "7", {}, {})
     with pytest.raises(CheckpointNotFoundError, match=r"take asyncloader\.latest\(\)") as caught:
         await Loader(tmp_path).aload()
     assert isinstance(caught.value.__cause__, OSError)

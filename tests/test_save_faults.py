@@ -45,6 +45,7 @@ def save_old(path: Path) -> dict[str, bytes]:
 async def save_new(path: Path, fault: Callable[[int, str], str | None]) -> WatchedFolder:
     tables, tensors = model(2)
     folder = WatchedFolder.at(path, fault)
+    folder.give_up = broken
     await save_into(folder, tables, tensors, parallel=3)
     return folder
 
@@ -91,9 +92,9 @@ async def failure_of(saving: Awaitable[object]) -> SaveError | None:
 
 
 @pytest.mark.parametrize("overwriting", [False, True])
-@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
+@pytest.mark.parametrize("how", ["once", "once, after it took effect", "for good"])
 async def test_a_save_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
-    tmp_path: Path, overwriting: bool, for_good: bool
+    tmp_path: Path, overwriting: bool, how: str
 ) -> None:
     with debug_off():
         path = tmp_path / "clean"
@@ -104,27 +105,39 @@ async def test_a_save_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
         for number in range(len(calls)):
             path = tmp_path / str(number)
             old = save_old(path) if overwriting else {}
-
-            def fail(at: int, what: str, number: int = number) -> None:
-                if at == number or (for_good and at > number):
-                    raise OSError(EIO, f"I/O error in {what}")
-
             with nothing_left_behind():
-                failure = await failure_of(save_new(path, fail))
-            failed = failure is not None
+                failure = await failure_of(save_new(path, failing(number, how)))
             if failure is not None:
                 assert isinstance(failure.__cause__, OSError)
                 assert "I/O error" in str(failure)
             path.mkdir(exist_ok=True)  # it failed before it was made
             outcome = check_all_or_nothing(path, old)
-            if not failed:
+            if failure is None:
                 assert outcome == "new", calls[number]
-            elif not for_good and "move" not in calls[number]:
+            elif how != "for good":  # what failed once is undone
                 assert outcome == ("old" if overwriting else "none"), calls[number]
+                assert "what was there before is as it was" in str(failure)
             outcomes.add(outcome)
             check_next_save_heals(path)
             shutil.rmtree(path)
-    assert len(outcomes) == (3 if overwriting and for_good else 2)
+    assert len(outcomes) == (3 if overwriting and how == "for good" else 2)
+
+
+def failing(number: int, how: str) -> Callable[[int, str], str | None]:
+    """Fail a call, before or after it took effect, or that call and all that follow it."""
+
+    def fault(at: int, what: str) -> str | None:
+        if at == number and "after" in how:
+            return "after"
+        if at == number or (at > number and how == "for good"):
+            raise OSError(EIO, f"I/O error in {what}")
+        return None
+
+    return fault
+
+
+def broken() -> None:
+    raise OSError(EIO, "I/O error")
 
 
 async def test_a_failed_commit_is_undone(tmp_path: Path) -> None:
@@ -145,12 +158,12 @@ async def test_a_failed_commit_is_undone(tmp_path: Path) -> None:
 
 async def test_where_undoing_fails_too_the_error_says_where_the_files_are(tmp_path: Path) -> None:
     save_old(tmp_path)
-    broken = False
+    dead = False
 
     def fail(_: int, what: str) -> None:
-        nonlocal broken
-        broken = broken or what.startswith("move tensorkey.json")
-        if broken:
+        nonlocal dead
+        dead = dead or what.startswith("move tensorkey.json")
+        if dead:
             raise OSError(EIO, "I/O error")
 
     tables, tensors = model(2)
@@ -159,8 +172,29 @@ async def test_where_undoing_fails_too_the_error_says_where_the_files_are(tmp_pa
     assert isinstance(caught.value.__cause__, OSError)
     assert any("undoing it failed too" in note for note in caught.value.__cause__.__notes__)
     assert "index" not in content(tmp_path)
-    old_files = content(tmp_path / ".saving-1-x" / "old")
-    assert "index" in old_files
+    assert "index" in content(tmp_path / ".saving-1-x" / "old")
+
+
+@pytest.mark.parametrize("save_id", ["x", "y"], ids=["the same save_id", "another"])
+async def test_what_a_crash_has_moved_away_is_put_back_by_the_next_save_even_if_that_fails(
+    tmp_path: Path, save_id: str
+) -> None:
+    """Or a retry on a full disk would remove the only copy."""
+    old = save_old(tmp_path)
+    dead = tmp_path / ".saving-1-x"
+    (dead / "old").mkdir(parents=True)
+    for name in ("index", "tensorkey.json"):
+        (tmp_path / name).rename(dead / "old" / name)
+    (tmp_path / "tensorkey.json").write_bytes(b"the new one's")
+
+    def fail(_: int, what: str) -> None:
+        if what.startswith("create"):
+            raise OSError(28, "No space left on device")
+
+    tables, tensors = model(2)
+    with pytest.raises(SaveError, match=r"No space left.*as it was"):
+        await save_into(WatchedFolder.at(tmp_path, fail), tables, tensors, save_id=save_id)
+    assert content(tmp_path) == old
 
 
 KILLER = """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
+import subprocess
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,11 +22,20 @@ from asyncloader import (
     SaveError,
     Saver,
     SaveTimeoutError,
+    Slice,
     WriteBlock,
     gen_slice,
 )
+from asyncloader.storage import LocalFolder
 from tests.folders import WatchedFolder, content, save_into
-from tests.oracle import TableData, read_checkpoint, read_parts, shard_header, write_checkpoint
+from tests.oracle import (
+    TableData,
+    edit_json,
+    read_checkpoint,
+    read_parts,
+    shard_header,
+    write_checkpoint,
+)
 from tests.support import data, nothing_left_behind, raw, rows_in, rows_on_disk, table_for
 
 if TYPE_CHECKING:
@@ -42,10 +53,6 @@ def filled(content: TableData, **how: object) -> HashTable:
     for slot, rows in content.slots.items():
         table.insert(content.ids, rows, slot)
     return table
-
-
-def by_id(content: TableData) -> object:
-    return rows_on_disk(content)
 
 
 def test_it_writes_the_files_that_recis_writes_under_the_same_names(tmp_path: Path) -> None:
@@ -121,12 +128,10 @@ def test_a_table_is_saved_as_it_is_when_the_save_begins(tmp_path: Path) -> None:
     saver = Saver(path=tmp_path, hashtables={"t": table})
 
     async def save_and_change() -> None:
-        async with asyncio.TaskGroup() as group:
-            saving = group.create_task(saver.asave())
-            await asyncio.sleep(0)  # it has begun
-            table.insert(torch.tensor([5, 1234]), torch.full((2, 3), -9.0))
-            table.delete(torch.tensor([3, 0]))
-            assert not saving.done()
+        saving = saver.asave()
+        table.insert(torch.tensor([5, 1234]), torch.full((2, 3), -9.0))
+        table.delete(torch.tensor([3, 0]))
+        await saving
 
     asyncio.run(save_and_change())
     tables, _ = read_checkpoint(tmp_path)
@@ -150,6 +155,28 @@ def test_a_tensor_is_saved_as_it_reads_however_it_lies(tmp_path: Path, tensor: T
     Saver(path=tmp_path, tensors={"x": tensor}).save()
     _, tensors = read_checkpoint(tmp_path)
     assert raw(tensors["x"]) == raw(tensor.detach().resolve_conj().contiguous())
+
+
+async def test_a_tensor_that_is_written_to_meanwhile_makes_the_save_fail(tmp_path: Path) -> None:
+    """Or its digests might be of other bytes than those on the disk."""
+    Saver(path=tmp_path, tensors={"old": torch.ones(2)}).save()
+    before, tensor = content(tmp_path), torch.ones(2)
+
+    def train(_: int, what: str) -> None:
+        if what.startswith("sync .saving-1-x/model"):
+            tensor.add_(1)
+
+    with pytest.raises(SaveError, match="written to while they were saved: x"):
+        await save_into(WatchedFolder.at(tmp_path, train), {}, {"x": tensor}, save_id="x")
+    assert content(tmp_path) == before
+
+
+def test_a_tensor_can_be_resized_after_it_was_saved(tmp_path: Path) -> None:
+    tensor, left_out = torch.ones(2), torch.ones(2)
+    tensors = {"x": tensor, "y": left_out}
+    Saver(path=tmp_path, tensors=tensors, filter_func=lambda blocks: blocks[:1]).save()
+    tensor.resize_(5)
+    left_out.untyped_storage().resize_(0)
 
 
 @pytest.mark.gpu
@@ -211,7 +238,10 @@ def test_saving_over_a_checkpoint_replaces_all_of_it(tmp_path: Path) -> None:
     assert not [entry for entry in tmp_path.iterdir() if entry.is_dir()]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "a folder/"])
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", "model.safetensors", "a folder/", "index", "model-000000-of-000001.safetensors/"],
+)
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
     if name.endswith("/"):
         (tmp_path / name).mkdir()
@@ -221,6 +251,32 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str
     with pytest.raises(SaveError, match=f"something else.*{name.rstrip('/')}.*nothing was written"):
         Saver(path=tmp_path, tensors={"x": torch.ones(1)}).save()
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "index", [b"{", b"[1]", b'{"file_index": 5}', b'{"file_index": {"../x": 0}}']
+)
+def test_a_damaged_checkpoint_is_replaced_all_the_same(tmp_path: Path, index: bytes) -> None:
+    Saver(path=tmp_path, tensors={"old": torch.ones(2)}, parallel=3).save()
+    (tmp_path / "index").write_bytes(index)
+    Saver(path=tmp_path, tensors={"x": torch.ones(1)}, parallel=1).save()
+    assert list(read_checkpoint(tmp_path)[1]) == ["x"]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_a_lock_does_not_outlive_its_save_in_a_process_that_was_forked_meanwhile(
+    tmp_path: Path,
+) -> None:
+    folder = LocalFolder(tmp_path)
+    with folder.hold() as alone:
+        assert alone
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)  # noqa: S607
+    try:
+        with folder.hold() as alone:
+            assert alone
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_a_file_in_the_place_of_the_folder_is_an_error_that_says_so(tmp_path: Path) -> None:
@@ -254,23 +310,39 @@ def test_every_file_and_name_is_on_the_disk_before_the_next_step_relies_on_it(
     assert calls[published - 1] == f"sync {staging}/"
     moves = [n for n, call in enumerate(calls) if call.startswith("move ") and "part-" not in call]
     assert calls[moves[0]] == f"move index {staging}/old/index"
-    assert calls[moves[0] + 1] == "sync /"
+    assert calls[moves[0] + 1 : moves[0] + 3] == [f"sync {staging}/old/", "sync /"]
     for text in ("tensorkey.json", DESCRIPTION, "asyncloader.json", "index"):
         assert at[f"write {staging}/{text}"] < at[f"sync {staging}/{text}"] < at[f"sync {staging}/"]
     assert at[f"sync {staging}/"] < moves[0]
     assert calls[moves[-1]] == f"move {staging}/index index"
-    assert (calls[moves[-1] - 1], calls[moves[-1] + 1]) == ("sync /", "sync /")
+    assert calls[moves[-1] - 2 : moves[-1]] == [f"sync {staging}/old/", "sync /"]
+    assert calls[moves[-1] + 1] == "sync /"
 
 
 def test_what_dead_saves_have_left_behind_is_cleared_away(tmp_path: Path) -> None:
     dead = tmp_path / ".saving-1-dead"
     (dead / "old").mkdir(parents=True)
     (dead / "model-000000-of-000001.safetensors").write_bytes(b"half")
-    (dead / "old" / "index").write_bytes(b"{}")
+    (dead / "old" / "tensorkey.json").write_bytes(b"{}")
+    stuck = tmp_path / ".saving-1-stuck" / "of" / "what nobody here makes"
+    stuck.mkdir(parents=True)
     living = tmp_path / ".saving-2-alive"  # of several ranks: perhaps the others are still at it
     living.mkdir()
+    (living / "model-000000-of-000002.safetensors").write_bytes(b"being written")
+    os.utime(living, (0, 0))  # which a folder does not notice
+    forgotten = tmp_path / ".saving-2-forgotten"
+    forgotten.mkdir()
+    (forgotten / "model-000000-of-000002.safetensors").write_bytes(b"half")
+    os.utime(forgotten / "model-000000-of-000002.safetensors", (0, 0))
+    os.utime(forgotten, (0, 0))
     Saver(path=tmp_path, tensors={"x": torch.ones(1)}).save()
-    assert (dead.exists(), living.exists()) == (False, True)
+    assert [path.exists() for path in (dead, forgotten, living, stuck)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert len(list(tmp_path.glob(".saving-*"))) == 2, "its own is still there"
 
 
 def test_filter_func_gets_blocks_and_returns_those_to_write(tmp_path: Path) -> None:
@@ -298,6 +370,7 @@ def test_filter_func_gets_blocks_and_returns_those_to_write(tmp_path: Path) -> N
     [
         (lambda _: None, TypeError, "must return a list of blocks"),
         (lambda _: ["t@id"], TypeError, "out of those that it was given"),
+        (lambda _: [["t@id"]], TypeError, "out of those that it was"),
         (lambda blocks: blocks[1:], ValueError, "'t@embedding' but not 't@id'"),
     ],
 )
@@ -381,6 +454,136 @@ def test_ranks_whose_slices_overlap_make_no_checkpoint(tmp_path: Path) -> None:
     assert content(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (None, r"leave ids out.*save it on every rank"),
+        (HashTable([3], name="t", slice=gen_slice(1, 3)), "which overlap"),
+        (HashTable([3], name="t", slice=gen_slice(1, 4)), "which overlap"),
+        (HashTable([3], name="t", slice=gen_slice(2, 3)), "leave ids out"),
+        (HashTable([3], name="t", slice=gen_slice(1, 2, 100)), "which overlap"),
+        (HashTable([4], name="t", slice=gen_slice(1, 2)), r"float32 \[3\].*float32 \[4\]"),
+        (HashTable([3], name="t", slice=gen_slice(1, 2), dtype=torch.float64), r"float64 \[3\]"),
+    ],
+    ids=["none", "a third", "a quarter", "a gap", "another size", "another shape", "another dtype"],
+)
+def test_parts_that_do_not_fit_together_make_no_checkpoint(
+    tmp_path: Path, other: HashTable | None, match: str
+) -> None:
+    """And leave the one that is there alone."""
+    Saver(path=tmp_path, tensors={"old": torch.ones(2)}).save()
+    before = content(tmp_path)
+    Saver(1, 2, path=tmp_path, hashtables={"t": other} if other else {}, save_id="a").save()
+    mine = HashTable([3], name="t", slice=gen_slice(0, 2))
+    with pytest.raises(SaveError, match=match):
+        Saver(0, 2, path=tmp_path, hashtables={"t": mine}, save_id="a").save()
+    assert content(tmp_path) == before
+
+
+def test_an_empty_slice_between_two_hides_no_overlap(tmp_path: Path) -> None:
+    slices = [Slice(0, 40000, 65536), Slice(30000, 30000, 65536), Slice(30000, 65536, 65536)]
+    for rank in (1, 2):
+        table = HashTable([1], name="t", slice=slices[rank])
+        Saver(rank, 3, path=tmp_path, hashtables={"t": table}, save_id="a").save()
+    with pytest.raises(SaveError, match="which overlap"):
+        Saver(
+            0,
+            3,
+            path=tmp_path,
+            hashtables={"t": HashTable([1], name="t", slice=slices[0])},
+            save_id="a",
+        ).save()
+
+
+async def test_rank_0_does_not_wait_for_a_rank_that_has_given_up(tmp_path: Path) -> None:
+    def fail(_: int, what: str) -> None:
+        if what.startswith("sync .saving-2-a/model"):
+            raise OSError(28, "No space left on device")
+
+    part = gen_slice(1, 2)
+    table = HashTable([1], name="t", slice=part)
+    with pytest.raises(SaveError, match="No space left"):
+        await save_into(
+            WatchedFolder.at(tmp_path, fail),
+            {"t": table},
+            {},
+            save_id="a",
+            shard_index=1,
+            shard_num=2,
+        )
+    with pytest.raises(SaveError, match=r"rank 1 gave up.*No space left"):
+        await Saver(0, 2, path=tmp_path, save_id="a").asave()
+    Saver(1, 2, path=tmp_path, save_id="a").save()  # tries again
+    Saver(0, 2, path=tmp_path, save_id="a").save()
+
+
+async def test_a_rank_that_is_through_may_begin_the_next_save_before_rank_0_commits(
+    tmp_path: Path,
+) -> None:
+    write_checkpoint(tmp_path, {}, {"w": torch.ones(1)})
+    (tmp_path / "model-000000-of-000002.safetensors").rename(tmp_path / "odd.safetensors")
+    edit_json(tmp_path / "index", lambda it: it.update(file_index={"odd.safetensors": 0}))
+    await Saver(1, 2, path=tmp_path, save_id="a").asave()
+    started: list[Exception | None] = []
+
+    def begin_next(_: int, what: str) -> None:
+        if what.startswith("move .saving-2-a/tensorkey.json"):
+            try:
+                Saver(1, 2, path=tmp_path, save_id="b").save()
+            except Exception as error:  # noqa: BLE001  # whatever it is
+                started.append(error)
+            else:
+                started.append(None)
+
+    folder = WatchedFolder.at(tmp_path, begin_next)
+    report = await save_into(folder, {}, {"x": torch.ones(1)}, save_id="a", shard_num=2)
+    assert (report.committed, started) == (True, [None])
+    assert (await Saver(0, 2, path=tmp_path, save_id="b").asave()).committed
+
+
+def test_a_part_file_that_is_damaged_is_named(tmp_path: Path) -> None:
+    Saver(1, 2, path=tmp_path, save_id="a").save()
+    (tmp_path / ".saving-2-a" / "part-000001.json").write_bytes(b'{"rank": 1}')
+    with pytest.raises(SaveError, match=r"part-000001\.json: damaged"):
+        Saver(0, 2, path=tmp_path, save_id="a").save()
+
+
+def test_more_names_than_a_header_may_hold_are_refused(tmp_path: Path) -> None:
+    tensors = {f"{number}{'x' * 30_000_000}": torch.ones(1) for number in range(4)}
+    with pytest.raises(ValueError, match=r"save to more shards \(parallel\)"):
+        Saver(path=tmp_path / "x", tensors=tensors, parallel=1).save()
+    assert not (tmp_path / "x").exists()
+
+
+def test_names_may_be_of_a_class_of_their_own(tmp_path: Path) -> None:
+    table = HashTable([1], name=np.str_("t"))
+    table.add_slot(np.str_("m"), [1])
+    Saver(path=tmp_path, hashtables={"t": table}).save()
+    assert list(read_checkpoint(tmp_path)[0]["t"].slots) == ["embedding", "m"]
+
+
+def test_a_listener_that_fails_is_not_taken_for_the_disk(tmp_path: Path) -> None:
+    def closed_pipe(_: Progress) -> None:
+        raise BrokenPipeError("nobody listens")
+
+    with pytest.raises(RuntimeError, match="progress raised BrokenPipeError"):
+        Saver(path=tmp_path, tensors={"x": torch.ones(1)}, progress=closed_pipe).save()
+    assert content(tmp_path) == {}
+
+
+def test_a_relative_path_is_that_of_the_moment_when_the_save_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def leave(_: Progress) -> None:
+        os.chdir(tmp_path / "elsewhere")
+
+    Saver(path="ck", tensors={"x": torch.ones(1)}, progress=leave).save()
+    assert (tmp_path / "ck" / "index").exists()
+
+
 def test_missing_ranks_are_named(tmp_path: Path) -> None:
     Saver(2, 4, path=tmp_path, hashtables={}, save_id="a").save()
     with (
@@ -457,7 +660,7 @@ def test_the_progress_bar_is_shown_and_goes_away(tmp_path: Path) -> None:
     assert (tmp_path / "index").exists()
 
 
-async def test_a_loop_that_is_running_goes_on_while_a_save_goes_on(tmp_path: Path) -> None:
+async def test_it_saves_on_a_loop_that_is_running_awaited_or_not(tmp_path: Path) -> None:
     report = await Saver(path=tmp_path, hashtables={"t": filled(CONTENT)}).asave()
     assert report.committed
     assert Saver(path=tmp_path, hashtables={"t": filled(CONTENT)}).save().committed

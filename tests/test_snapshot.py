@@ -22,7 +22,7 @@ ids = st_np.arrays(
 
 
 @given(ids=ids, size=st.one_of(st.integers(1, 100), st.integers(1, 2**62), st.just(65536)))
-def test_keys_sort_as_slice_position_and_id_do(ids: np.ndarray, size: int) -> None:  # type: ignore[type-arg]
+def test_keys_sort_as_slice_position_and_id_do(ids: np.ndarray, size: int) -> None:
     found = ids[np.argsort(sort_keys(ids, size), kind="stable")].tolist()
     assert found == sorted(ids.tolist(), key=lambda id_: (id_ % 2**64 % size, id_ % 2**64))
 

@@ -160,6 +160,9 @@ class Stingy:
     async def size(self, name: str, /) -> int:
         return len(self.content)
 
+    async def changed(self, name: str, /) -> bool:
+        return False
+
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         if self.error and offset > len(self.content) // 2:
             raise self.error
@@ -317,3 +320,16 @@ async def test_text_is_not_read_beyond_its_first_zero_byte() -> None:
     assert await read_text(Stingy(b"{ab}", 3), "f", 1, 2) == b"ab"
     with pytest.raises(ValueError, match="byte 3 is zero"):
         await read_text(Stingy(b"{ab\0}", 3), "f", 1, 4)
+
+
+async def test_a_file_has_changed_once_it_is_another_one_or_gone(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    async with LocalStorage(folder, executor=pool) as storage:
+        await storage.size("f1")
+        assert not await storage.changed("f1")
+        (folder / "new").write_bytes((folder / "f1").read_bytes())
+        (folder / "new").replace(folder / "f1")
+        assert await storage.changed("f1")
+        (folder / "f1").unlink()
+        assert await storage.changed("f1")

@@ -1,12 +1,13 @@
 """What a checkpoint is: names, slices, dtypes, shard headers."""
 
+from ._catalog import Verify, read_catalog
 from ._dtypes import BY_TORCH, DTYPES, DType
-from ._header import Block, ShardHeader
-from ._index import INDEX, TENSORKEY, Catalog, Part, Place, is_file_name, parse_catalog
-from ._manifest import Manifest, Verify, read_catalog, read_manifest
+from ._files import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
+from ._header import MAX_HEADER, Block, ShardHeader
+from ._index import Catalog, Part, Place, is_file_name, parse_catalog
+from ._manifest import Manifest, read_manifest
 from ._sidecar import (
     DIGEST_CHUNK,
-    SIDECAR,
     SUB_SLICES,
     PartRows,
     ShardDigests,
@@ -15,13 +16,16 @@ from ._sidecar import (
     chunks_around,
     digest_of,
     parse_sidecar,
+    part_as_json,
+    part_of_json,
     render_sidecar,
+    shards_as_json,
+    shards_of_json,
     whole_chunks,
 )
 from ._slices import DEFAULT_SLICE_SIZE, Slice, gen_slice
 from ._stored import Stored, cut_rows, places_of, stored_names, stored_tensor
 from ._text import (
-    DESCRIPTION,
     dense_key,
     describe_embedding,
     describe_slot,
@@ -41,6 +45,7 @@ __all__ = [
     "DIGEST_CHUNK",
     "DTYPES",
     "INDEX",
+    "MAX_HEADER",
     "SIDECAR",
     "SUB_SLICES",
     "TENSORKEY",
@@ -69,6 +74,8 @@ __all__ = [
     "is_file_name",
     "parse_catalog",
     "parse_sidecar",
+    "part_as_json",
+    "part_of_json",
     "places_of",
     "read_catalog",
     "read_manifest",
@@ -77,6 +84,8 @@ __all__ = [
     "render_json",
     "render_sidecar",
     "shard_name",
+    "shards_as_json",
+    "shards_of_json",
     "sparse_key",
     "sparse_name",
     "stored_names",

@@ -18,7 +18,8 @@ import orjson
 from asyncloader.errors import CheckpointError, TruncatedShardError
 
 from ._dtypes import DTYPES
-from ._sidecar import SIDECAR, chunk_count, digest_of
+from ._files import SIDECAR
+from ._sidecar import chunk_count, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -19,6 +19,7 @@ import orjson
 
 from asyncloader.errors import CheckpointError
 
+from ._files import INDEX, TENSORKEY
 from ._slices import Slice
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DENSE_SUFFIX",
-    "INDEX",
-    "TENSORKEY",
     "Catalog",
     "Part",
     "Place",
@@ -39,8 +38,6 @@ __all__ = [
     "parse_catalog",
 ]
 
-INDEX = "index"
-TENSORKEY = "tensorkey.json"
 DENSE_SUFFIX = "^ "
 
 

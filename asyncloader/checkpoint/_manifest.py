@@ -1,19 +1,20 @@
-"""Reads what a checkpoint says about itself: names first, then the headers of chosen shards."""
+"""Reads the headers of chosen shards."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import for_each, run_jobs
-from asyncloader.errors import CheckpointError, CheckpointNotFoundError
-from asyncloader.storage import read_exactly, read_small, read_text
+from asyncloader.errors import (
+    CheckpointChangedError,
+    CheckpointError,
+)
+from asyncloader.storage import read_exactly, read_text
 
+from ._files import INDEX, SIDECAR
 from ._header import PREFIX, Block, ShardHeader, header_length, parse_header
-from ._index import INDEX, TENSORKEY, Catalog, Place, parse_catalog
-from ._safetensors import SHARDED, SINGLE, catalog_of_file, parse_weight_map
-from ._sidecar import SIDECAR, ShardDigests, Sidecar, check_files, parse_sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -21,17 +22,14 @@ if TYPE_CHECKING:
 
     from asyncloader.storage import Storage
 
-__all__ = ["Manifest", "Verify", "read_catalog", "read_manifest"]
+    from ._index import Catalog, Place
+    from ._sidecar import ShardDigests, Sidecar
 
-Verify = Literal["auto", "require", "off"]
-"""Whether bytes are compared with digests: where there are any, always or not at all, or never."""
+__all__ = ["Manifest", "read_header", "read_manifest"]
 
-# A line of `index` takes some 60 bytes: room for 16 million blocks.
-_MAX_JSON = 1 << 30
+
 # Most headers fit, and one read is half the time of two.
 _FIRST_READ = 16 << 10
-# What a storage raises where there is no such file; it has a `strerror` that says what is missing.
-_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,126 +71,6 @@ class Manifest:
         return (*self.catalog.warnings, *surplus)
 
 
-async def read_catalog(
-    storage: Storage, *, executor: Executor, verify: Verify, file: str | None = None
-) -> Catalog:
-    """Read which names there are, and where; parse on a thread, the loop goes on meanwhile.
-
-    A folder that has `index` is a checkpoint of RecIS's, others are Hugging Face's.
-
-    Args:
-        storage: The folder.
-        executor: For parsing.
-        file: The one safetensors file to look at, instead of the folder that holds it.
-        verify: Whether to take the digests along, if there are any.
-
-    Raises:
-        CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
-        CheckpointError: If a file that says so is no good.
-        ReadError: If the storage failed.
-    """
-    where = storage.location
-    if file is not None:
-        try:
-            return _without_digests(where, verify, await _read_file(storage, executor, file))
-        except _ABSENT as error:
-            problem = f"cannot be opened: {error.strerror}"
-            raise CheckpointNotFoundError(f"{where}/{file}", problem) from error
-    try:
-        return await _read_recis(storage, executor, verify)
-    except _ABSENT as error:
-        absent = error
-    for read in (_read_sharded, _read_file):
-        try:
-            return _without_digests(where, verify, await read(storage, executor))
-        except _ABSENT as error:
-            absent = error
-    problem = (
-        f"no finished checkpoint here: {absent.strerror}; looked for {INDEX!r}, which "
-        f"RecIS's have and which is written last, and for {SHARDED!r} and {SINGLE!r}. Give the "
-        "folder that holds one of them, or a file whose name ends in .safetensors"
-    )
-    raise CheckpointNotFoundError(where, problem) from absent
-
-
-async def _read_recis(storage: Storage, executor: Executor, verify: Verify) -> Catalog:
-    where = storage.location
-    index = await _read_json(storage, INDEX)
-    try:
-        tensorkey = await _read_json(storage, TENSORKEY)
-    except _ABSENT as error:
-        raise CheckpointError(where, f"cannot be opened: {error}", TENSORKEY) from error
-    try:
-        sidecar = bytearray() if verify == "off" else await _read_json(storage, SIDECAR)
-    except _ABSENT:
-        sidecar = bytearray()
-
-    def parse() -> Catalog:
-        catalog = parse_catalog(where, index, tensorkey)
-        if not sidecar:
-            return _without_digests(where, verify, catalog)
-        return _with_digests(where, verify, catalog, sidecar, {INDEX: index, TENSORKEY: tensorkey})
-
-    [catalog] = await run_jobs(executor, [parse])
-    return catalog
-
-
-def _with_digests(
-    where: str,
-    verify: Verify,
-    catalog: Catalog,
-    text: bytearray,
-    others: Mapping[str, bytearray],
-) -> Catalog:
-    sidecar = parse_sidecar(where, text)
-    if sidecar is None:
-        odd = f"{SIDECAR} is of a format that is not known here, so nothing is verified"
-    elif check_files(where, sidecar, others):
-        return replace(catalog, sidecar=sidecar)
-    else:
-        odd = f"{SIDECAR} belongs to another save than {INDEX}, so nothing is verified"
-    return replace(_without_digests(where, verify, catalog), warnings=(odd,))
-
-
-def _without_digests(where: str, verify: Verify, catalog: Catalog) -> Catalog:
-    """Return a catalog as it is, unless digests are required."""
-    if verify == "require":
-        problem = (
-            f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
-            "save it with asyncloader.Saver, or load it with verify='auto'"
-        )
-        raise CheckpointError(where, problem)
-    return catalog
-
-
-async def _read_sharded(storage: Storage, executor: Executor) -> Catalog:
-    text = await _read_json(storage, SHARDED)
-    [catalog] = await run_jobs(executor, [partial(parse_weight_map, storage.location, text)])
-    return catalog
-
-
-async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -> Catalog:
-    try:
-        await storage.size(name)
-    except _ABSENT:
-        raise
-    except OSError as error:
-        raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
-    header = await _read_header(storage, name, executor=executor, catalog=Catalog({}, {}, name))
-    [catalog] = await run_jobs(executor, [partial(catalog_of_file, header)])
-    return catalog
-
-
-async def _read_json(storage: Storage, name: str) -> bytearray:
-    """Return a file of names; let `_ABSENT` errors pass, and translate the others."""
-    try:
-        return await read_small(storage, name, limit=_MAX_JSON)
-    except _ABSENT:
-        raise
-    except OSError as error:
-        raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
-
-
 async def read_manifest(
     storage: Storage,
     catalog: Catalog,
@@ -203,7 +81,11 @@ async def read_manifest(
 ) -> Manifest:
     """Read the headers of `shards`, `parallel` at a time; parse them on threads.
 
+    Whoever replaces a checkpoint takes its `index` away first and puts the new one there last. So
+    where `index` is still the one that was read, once all shards are open, they belong to it.
+
     Raises:
+        CheckpointChangedError: If it was replaced meanwhile.
         CheckpointError: For the first shard, in the order of names, that is no good; the others
             are notes on it.
         ReadError: If the storage failed.
@@ -216,11 +98,12 @@ async def read_manifest(
             headers[shard] = catalog.header
             return
         try:
-            headers[shard] = await _read_header(storage, shard, executor=executor, catalog=catalog)
+            headers[shard] = await read_header(storage, shard, executor=executor, catalog=catalog)
         except CheckpointError as error:
             failures[shard] = error
 
     await for_each(shards, read, workers=parallel, name="asyncloader-header")
+    await _check_unchanged(storage, catalog)  # first: it explains the failures
     if failures:
         first, *others = (failures[shard] for shard in sorted(failures))
         for other in others:
@@ -229,7 +112,19 @@ async def read_manifest(
     return Manifest(storage.location, catalog, headers)
 
 
-async def _read_header(
+async def _check_unchanged(storage: Storage, catalog: Catalog) -> None:
+    try:
+        changed = await storage.changed(catalog.source)
+    except OSError as error:
+        raise CheckpointError(
+            storage.location, f"cannot be looked at again: {error}", catalog.source
+        ) from error
+    if changed:
+        problem = "was replaced, or removed, while the checkpoint was being read; read it again"
+        raise CheckpointChangedError(storage.location, problem, catalog.source)
+
+
+async def read_header(
     storage: Storage, shard: str, *, executor: Executor, catalog: Catalog
 ) -> ShardHeader:
     where = storage.location

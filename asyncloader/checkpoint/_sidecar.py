@@ -27,6 +27,7 @@ import xxhash
 
 from asyncloader.errors import CheckpointError
 
+from ._files import INDEX, SIDECAR
 from ._slices import Slice
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIGEST_CHUNK",
-    "SIDECAR",
     "SUB_SLICES",
     "PartRows",
     "ShardDigests",
@@ -44,16 +44,18 @@ __all__ = [
     "chunks_around",
     "digest_of",
     "parse_sidecar",
+    "part_as_json",
+    "part_of_json",
     "render_sidecar",
+    "shards_as_json",
+    "shards_of_json",
     "whole_chunks",
 ]
 
-SIDECAR = "asyncloader.json"
 DIGEST_CHUNK = 8 << 20
 """Bytes that one digest is of."""
 
 SUB_SLICES = 256
-INDEX = "index"  # not from `_index`, which knows this module
 _FORMAT = 1
 _ALGORITHM = "xxh3-128"
 _HEX = 32
@@ -104,29 +106,26 @@ class Sidecar:
 
 def render_sidecar(sidecar: Sidecar) -> bytes:
     """Return the text of the file."""
-    shards = {
-        shard: {"header": digests.header, "blocks": digests.blocks}
-        for shard, digests in sidecar.shards.items()
-    }
-    parts = {
-        table: [
-            {"slice": str(part.slice), "rows": part.rows, "offsets": part.offsets} for part in rows
-        ]
-        for table, rows in sidecar.parts.items()
-    }
     value = {
         "format": _FORMAT,
         "digest": _ALGORITHM,
         "chunk_bytes": DIGEST_CHUNK,
         "files": sidecar.files,
-        "shards": shards,
-        "parts": parts,
+        "shards": shards_as_json(sidecar.shards),
+        "parts": {
+            table: [part_as_json(part) for part in rows] for table, rows in sidecar.parts.items()
+        },
     }
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
-def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
+def parse_sidecar(location: str, text: bytes | bytearray, *, parts: bool) -> Sidecar | None:
     """Read the file; return `None` if it is of a format that is not known here.
+
+    Args:
+        location: The checkpoint, for messages.
+        text: Of the file.
+        parts: Whether to look at how rows are spread, too, which takes longer than all else.
 
     Raises:
         CheckpointError: If it is not what it should be.
@@ -143,11 +142,8 @@ def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
     try:
         return Sidecar(
             files={name: _digest(text) for name, text in _object(value["files"]).items()},
-            shards={shard: _shard(entry) for shard, entry in _object(value["shards"]).items()},
-            parts={
-                table: tuple(_part(entry) for entry in _list(entries))
-                for table, entries in _object(value["parts"]).items()
-            },
+            shards=shards_of_json(value["shards"]),
+            parts=_parts(value["parts"]) if parts else {},
         )
     except (KeyError, ValueError) as error:
         raise _bad(location, f"damaged: {error}") from error
@@ -174,11 +170,11 @@ def check_files(location: str, sidecar: Sidecar, texts: Mapping[str, bytes | byt
         texts: The files that it has digests of, by name.
 
     Raises:
-        CheckpointError: If it was, but another file is not what was written with it.
+        CheckpointError: If it was, but a file is not what was written with it.
     """
     found = {name: digest_of(text) for name, text in texts.items()}
-    if sidecar.files.get(INDEX) != found.pop(INDEX):
-        return False
+    if sidecar.files.get(INDEX) != found[INDEX] and not texts[INDEX].endswith(b"\n"):
+        return False  # RecIS wrote it: a damaged one of ours would still end like this
     for name, digest in found.items():
         if sidecar.files.get(name) != digest:
             problem = (
@@ -212,6 +208,31 @@ def _digest(value: object) -> str:
     return value
 
 
+def shards_as_json(shards: Mapping[str, ShardDigests]) -> dict[str, Any]:
+    """Return digests as JSON has them."""
+    return {
+        shard: {"header": digests.header, "blocks": digests.blocks}
+        for shard, digests in shards.items()
+    }
+
+
+def shards_of_json(value: object) -> dict[str, ShardDigests]:
+    """Read what `shards_as_json` returned; raise `KeyError` or `ValueError` if it is not that."""
+    return {shard: _shard(entry) for shard, entry in _object(value).items()}
+
+
+def part_as_json(part: PartRows) -> dict[str, Any]:
+    """Return how rows are spread as JSON has it."""
+    return {"slice": str(part.slice), "rows": part.rows, "offsets": part.offsets}
+
+
+def _parts(value: object) -> dict[str, tuple[PartRows, ...]]:
+    return {
+        table: tuple(part_of_json(entry) for entry in _list(entries))
+        for table, entries in _object(value).items()
+    }
+
+
 def _shard(value: object) -> ShardDigests:
     entry = _object(value)
     blocks = {
@@ -221,7 +242,8 @@ def _shard(value: object) -> ShardDigests:
     return ShardDigests(_digest(entry["header"]), blocks)
 
 
-def _part(value: object) -> PartRows:
+def part_of_json(value: object) -> PartRows:
+    """Read what `part_as_json` returned; raise `KeyError` or `ValueError` if it is not that."""
     entry = _object(value)
     rows, offsets, text = entry["rows"], _list(entry["offsets"]), entry["slice"]
     if not isinstance(text, str) or type(rows) is not int:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ._slices import Slice
 
 __all__ = [
-    "DESCRIPTION",
     "dense_key",
     "describe_embedding",
     "describe_slot",
@@ -28,9 +27,6 @@ __all__ = [
     "sparse_key",
     "sparse_name",
 ]
-
-DESCRIPTION = "torch_rank_weights_embs_table_multi_shard.json"
-"""What RecIS writes for people and other tools; nobody needs it to load."""
 
 _ALIGNMENT = 8
 

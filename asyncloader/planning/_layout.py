@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asyncloader.checkpoint import (
+    MAX_HEADER,
     dense_key,
     describe_embedding,
     describe_slot,
@@ -127,7 +128,10 @@ def checked_blocks(offered: Sequence[WriteBlock], chosen: object) -> list[WriteB
         TypeError: If it returned something else than a list of such blocks.
         ValueError: If it kept slots of a table without the table's ids.
     """
-    if not isinstance(chosen, list | tuple) or not set(chosen) <= set(offered):
+    known = set(offered)
+    if not isinstance(chosen, list | tuple) or not all(
+        isinstance(block, WriteBlock) and block in known for block in chosen
+    ):
         raise TypeError(
             "filter_func must return a list of blocks out of those that it was given, "
             f"got {type(chosen).__name__}"
@@ -155,7 +159,8 @@ def lay_out(
         writers: Shards of each rank.
 
     Raises:
-        ValueError: If two blocks would have the same key, or a name cannot be written.
+        ValueError: If two blocks would have the same key, a name cannot be written, or they are too
+            many for so few shards.
     """
     keys: dict[str, WriteBlock] = {}
     for block in blocks:
@@ -181,12 +186,21 @@ def lay_out_shard(
     blocks: Mapping[str, WriteBlock],
     metadata: Mapping[str, str] | None = None,
 ) -> ShardLayout:
-    """Lay blocks back to back, by key."""
+    """Lay blocks back to back, by key.
+
+    Raises:
+        ValueError: If they are too many for one shard.
+    """
     entries, end = {}, 0
     for key, block in blocks.items():
         entries[key] = (block.dtype, block.shape, end, end + block.nbytes)
         end += block.nbytes
     head = render_header(entries, metadata)
+    if len(head) > MAX_HEADER:
+        raise ValueError(
+            f"the header of {file} would take {len(head)} bytes, more than the {MAX_HEADER} that "
+            "safetensors allows: save to more shards (parallel)"
+        )
     return ShardLayout(
         file=file,
         number=number,

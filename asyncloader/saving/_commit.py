@@ -3,6 +3,7 @@
     path/.saving-RANKS-ID/             no reader looks here
         model-…safetensors             each rank's shards
         part-000003.json               what rank 3 wrote, once all of it is on the disk
+        failed-000003.txt              or why it gave up
         old/                           what stood in the way, until the commit is done
     path/index, path/model-…           the checkpoint
 
@@ -15,7 +16,8 @@ The commit, by rank 0, once every rank's part is there and synced:
 
 The folder is synced after each step. If one fails, all moves are undone, in reverse. Whoever looks,
 at any moment and after a crash at any moment, sees the old checkpoint whole, or none, or the new
-one whole.
+one whole. (A reader that has read one `index` and opens shards of the other notices: see
+`read_manifest`.) What a crash between 1 and 3 has left is put back by the next save.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader.checkpoint import INDEX
@@ -32,6 +35,8 @@ from ._old_files import STAGING, old_files
 from ._part import merge_parts, parse_part, render_part
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from asyncloader.storage import Folder
 
     from ._part import RankPart
@@ -62,28 +67,64 @@ class Commit:
         return f"{STAGING}{self.ranks}-{self.save_id}"
 
     def begin(self) -> None:
-        """Make sure that the folder may become a checkpoint, and make room for this rank.
+        """Make room for this rank; as rank 0, make sure that the folder may become a checkpoint.
 
         Raises:
             SaveError: If it holds something else.
         """
         self.folder.make("")
-        old_files(self.folder)
+        if self.rank == 0:
+            self._recover()
+            old_files(self.folder)
         self.folder.make(self.staging)
-        with contextlib.suppress(FileNotFoundError):
-            self.folder.remove(self._part_file(self.rank))
+        for name in (_part_name(self.rank), _failure_name(self.rank)):
+            with contextlib.suppress(FileNotFoundError):
+                self.folder.remove(f"{self.staging}/{name}")
+
+    def _recover(self) -> None:
+        """Put a checkpoint back that a save which was cut off in its commit had moved away."""
+        names = self.folder.names("")
+        if INDEX in names:
+            return
+        for staging in names:
+            old = f"{staging}{_OLD}"
+            if not staging.startswith(STAGING) or f"{_OLD}/" not in self._names(staging):
+                continue
+            aside = self.folder.names(old)
+            if INDEX in aside:
+                for name in (*(name for name in aside if name != INDEX), INDEX):
+                    if name == INDEX:
+                        self.folder.sync("")
+                    self.folder.move(f"{old}/{name}", name)
+                self.folder.sync("")
+                return
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            return self.folder.names(folder)
+        except NotADirectoryError:
+            return []
 
     def publish(self, part: RankPart) -> None:
         """Say that all of this rank's shards are on the disk."""
         name = self._part_file(self.rank)
         self._write(f"{name}.tmp", render_part(part))
         self.folder.sync(self.staging)  # the shards' names, before anybody can read of them
+        # Not synced again: rank 0 may have committed, and removed all of this, by now.
         self.folder.move(f"{name}.tmp", name)
-        self.folder.sync(self.staging)
 
     def missing(self) -> tuple[int, ...]:
-        """Return the ranks that have not published their parts yet."""
+        """Return the ranks that have not published their parts yet.
+
+        Raises:
+            SaveError: If one of them has given up.
+        """
         there = set(self.folder.names(self.staging))
+        for rank in range(self.ranks):
+            if _failure_name(rank) in there:
+                text = self.folder.read(f"{self.staging}/{_failure_name(rank)}").decode()
+                problem = f"rank {rank} gave up, so nothing was committed: {text}"
+                raise SaveError(self.folder.location, problem)
         return tuple(r for r in range(self.ranks) if _part_name(r) not in there)
 
     def commit(self) -> None:
@@ -107,28 +148,33 @@ class Commit:
         old = old_files(self.folder)
         try:
             self._swap(old, new)
-        except OSError as error:
+        except BaseException as error:
             self._undo(error)
             raise
 
     def _swap(self, old: list[str], new: list[str]) -> None:
+        aside = f"{self.staging}/{_OLD}"
         if INDEX in old:
-            self._move(INDEX, f"{self.staging}/{_OLD}/{INDEX}")
-            self.folder.sync("")
+            self._move(INDEX, f"{aside}/{INDEX}")
+            self._sync_both(aside)
         for name in old:
             if name != INDEX:
-                self._move(name, f"{self.staging}/{_OLD}/{name}")
+                self._move(name, f"{aside}/{name}")
         for name in new:
             self._move(f"{self.staging}/{name}", name)
-        self.folder.sync("")
+        self._sync_both(aside)
         self._move(f"{self.staging}/{INDEX}", INDEX)
         self.folder.sync("")
 
-    def _move(self, source: str, target: str) -> None:
-        self.folder.move(source, target)
-        self._moved.append((source, target))
+    def _sync_both(self, aside: str) -> None:
+        self.folder.sync(aside)  # first: what has left one folder must be found in the other
+        self.folder.sync("")
 
-    def _undo(self, reason: OSError) -> None:
+    def _move(self, source: str, target: str) -> None:
+        self._moved.append((source, target))  # before: one that fails may have taken effect
+        self.folder.move(source, target)
+
+    def _undo(self, reason: BaseException) -> None:
         """Move everything back, last move first, so that the old `index` comes last."""
         try:
             while self._moved:
@@ -136,7 +182,9 @@ class Commit:
                 marks = INDEX in {source, target}
                 if marks:
                     self._sync_if_possible()
-                self.folder.move(target, source)
+                # Where nothing is, the move that failed did not take effect.
+                with contextlib.suppress(FileNotFoundError):
+                    self.folder.move(target, source)
                 self._moved.pop()
                 if marks:
                     self._sync_if_possible()
@@ -148,55 +196,81 @@ class Commit:
         """Say what a save that failed has left in the folder."""
         if not self._moved:
             return "what was there before is as it was"
-        return f"the folder holds no checkpoint now, its files are in {self.staging}"
+        return (
+            f"the folder holds no checkpoint now, its files are in {self.staging}; the next save "
+            "into it puts them back first"
+        )
 
     def _sync_if_possible(self) -> None:
         with contextlib.suppress(OSError):  # what matters is that names are right again
             self.folder.sync("")
 
     def clean(self) -> None:
-        """Remove what was staged, and what dead saves have left behind. Fails in silence."""
+        """Remove what was staged, and what dead saves have left behind. Fails with a warning."""
+        self._quietly(self._remove_dead)
+        self._quietly(lambda: self._remove_staging(self.staging))
+
+    def abandon(self, files: list[str], reason: str) -> None:
+        """Remove what this rank has staged, and tell rank 0; as rank 0, whose save it is, all."""
+        if self.rank == 0:
+            if not self._moved:
+                self._quietly(lambda: self._remove_staging(self.staging, keep_old=True))
+            return
+        for name in (_part_name(self.rank), *files):
+            with contextlib.suppress(OSError):
+                self.folder.remove(f"{self.staging}/{name}")
+        failure = f"{self.staging}/{_failure_name(self.rank)}"
+        with contextlib.suppress(OSError):
+            self._write(f"{failure}.tmp", reason.encode(errors="backslashreplace"))
+            self.folder.move(f"{failure}.tmp", failure)
+
+    def _quietly(self, work: Callable[[], None]) -> None:
         try:
-            for name in self.folder.names(""):
-                if name.startswith(STAGING) and (name == self.staging or self._is_dead(name)):
-                    self._remove_staging(name)
+            work()
         except OSError as error:
             _log.warning("%s: left-overs could not be removed: %s", self.folder.location, error)
 
-    def abandon(self, files: list[str]) -> None:
-        """Remove what this rank has staged; rank 0, whose save it is, removes all. In silence."""
-        if self.rank == 0:
-            if not self._moved:
-                self.clean_own()
+    def _remove_dead(self) -> None:
+        """Remove the staging folders in which nobody works any more. We hold the lock."""
+        now = self.folder.changed_at(self.staging)
+        for name in self.folder.names(""):
+            staging = name.removesuffix("/")
+            if name.startswith(STAGING) and name.endswith("/") and staging != self.staging:
+                # Whoever saves alone would hold the lock.
+                alone = staging.startswith(f"{STAGING}1-")
+                if alone or now - self.folder.changed_at(staging) > self.dead_after:
+                    self._quietly(partial(self._remove_staging, staging))
+
+    def _remove_staging(self, staging: str, *, keep_old: bool = False) -> None:
+        """Remove a staging folder.
+
+        Args:
+            staging: Its name.
+            keep_old: Not if there is somebody's old checkpoint in it.
+        """
+        try:
+            names = self.folder.names(staging)
+        except FileNotFoundError:
             return
-        for name in (self._part_file(self.rank), *(f"{self.staging}/{file}" for file in files)):
-            with contextlib.suppress(OSError):
-                self.folder.remove(name)
-        with contextlib.suppress(OSError):
-            self.folder.remove_folder(self.staging)
-
-    def clean_own(self) -> None:
-        """Remove what was staged for this save. Fails in silence."""
-        with contextlib.suppress(OSError):
-            self._remove_staging(self.staging)
-
-    def _is_dead(self, name: str) -> bool:
-        """Say whether nobody works in a staging folder any more. We hold the checkpoint's lock."""
-        if name.startswith(f"{STAGING}1-"):
-            return True  # whoever saves alone holds the lock
-        return self.folder.age(name, self.staging) > self.dead_after
-
-    def _remove_staging(self, staging: str) -> None:
-        for under in (f"{staging}/{_OLD}", staging):
-            with contextlib.suppress(FileNotFoundError):
-                for name in self.folder.names(under):
-                    if under != staging or name != _OLD:
-                        self.folder.remove(f"{under}/{name}")
-                self.folder.remove_folder(under)
+        old = f"{staging}/{_OLD}"
+        aside = self.folder.names(old) if f"{_OLD}/" in names else []
+        if aside and keep_old:
+            return
+        for name in aside:
+            self.folder.remove(f"{old}/{name}")
+        for name in names:
+            if name.endswith("/"):
+                self.folder.remove_folder(f"{staging}/{name.removesuffix('/')}")
+            else:
+                self.folder.remove(f"{staging}/{name}")
+        self.folder.remove_folder(staging)
 
     def _read_part(self, rank: int) -> RankPart:
         name = self._part_file(rank)
-        part = parse_part(self.folder.read(name))
+        try:
+            part = parse_part(self.folder.read(name))
+        except ValueError as error:
+            raise SaveError(self.folder.location, f"damaged: {error}", name) from error
         if (part.save_id, part.rank, part.ranks) != (self.save_id, rank, self.ranks):
             problem = f"it is rank {part.rank} of {part.ranks}'s part of save {part.save_id!r}"
             raise SaveError(self.folder.location, problem, name)
@@ -222,3 +296,7 @@ class Commit:
 
 def _part_name(rank: int) -> str:
     return f"part-{rank:06d}.json"
+
+
+def _failure_name(rank: int) -> str:
+    return f"failed-{rank:06d}.txt"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from asyncloader.checkpoint import DType
+    from asyncloader.checkpoint import DType, Slice
     from asyncloader.table import SavableSnapshot
 
     from ._sources import ByteSource
@@ -28,9 +28,14 @@ __all__ = ["Contents"]
 class Contents:
     """Blocks in the order in which they are dealt out, and their sources."""
 
+    blocks: list[WriteBlock] = field(default_factory=list)
     sources: dict[WriteBlock, ByteSource] = field(default_factory=dict)
-    orders: dict[str, RowOrder] = field(default_factory=dict)
+    """Of the blocks that are kept."""
+
+    _orders: dict[str, RowOrder] = field(default_factory=dict)
     """By child."""
+
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add_table(self, snapshot: SavableSnapshot) -> None:
         """Add all that a table holds. May take long, and belongs on a thread.
@@ -39,31 +44,19 @@ class Contents:
             ValueError: If some of it cannot be saved.
         """
         for child, count in snapshot.counts().items():
-            order = RowOrder(snapshot, child)
-            self.orders[child] = order
-            self._add(child, ID, order, DTYPES["I64"], (count,), IdSource(order))
+            self._orders[str(child)] = RowOrder(snapshot, child)
+            self._add(child, ID, snapshot.slice, DTYPES["I64"], (count,))
             for slot in snapshot.slots.values():
                 dtype = dtype_of(f"slot {slot.name!r} of table {child!r}", slot.dtype)
-                rows = RowSource(order, slot.name)
-                self._add(child, slot.name, order, dtype, (count, *slot.shape), rows)
+                self._add(child, slot.name, snapshot.slice, dtype, (count, *slot.shape))
 
-    def _add(  # noqa: PLR0917
-        self,
-        child: str,
-        slot: str,
-        order: RowOrder,
-        dtype: DType,
-        shape: tuple[int, ...],
-        source: ByteSource,
+    def _add(
+        self, child: str, slot: str, part: Slice, dtype: DType, shape: tuple[int, ...]
     ) -> None:
-        block = WriteBlock(
-            name=f"{child}@{slot}",
-            table=child,
-            slice=order.snapshot.slice,
-            dtype=dtype,
-            shape=shape,
-        )
-        self.sources[block] = source
+        # str(): a name may be a subclass of it, which JSON does not take.
+        name, table = f"{child}@{slot}", str(child)
+        block = WriteBlock(name=name, table=table, slice=part, dtype=dtype, shape=shape)
+        self.blocks.append(block)
 
     def add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Add dense tensors.
@@ -75,24 +68,39 @@ class Contents:
             dtype = dtype_of(f"tensors[{name!r}]", tensor.dtype)
             shape = tuple(tensor.shape)
             block = WriteBlock(name=name, table=None, slice=None, dtype=dtype, shape=shape)
-            self.sources[block] = TensorSource(tensor)
+            self.blocks.append(block)
+        self._tensors |= tensors
 
     def keep(self, blocks: Sequence[WriteBlock]) -> None:
-        """Forget all blocks but these; nothing is read before."""
-        self.sources = {block: self.sources[block] for block in blocks}
+        """Make sources for these blocks, and forget all others; nothing is read before."""
+        self.blocks = list(blocks)
         for block in blocks:
-            if block.table is not None:
-                self.orders[block.table].pending += -(-block.nbytes // CHUNK)
-        self.orders = {child: order for child, order in self.orders.items() if order.pending}
+            self.sources[block] = self._source(block)
+
+    def _source(self, block: WriteBlock) -> ByteSource:
+        if block.table is None:
+            return TensorSource(self._tensors[block.name])
+        order = self._orders[block.table]
+        order.pending += -(-block.nbytes // CHUNK)
+        return IdSource(order) if block.slot == ID else RowSource(order, block.slot)
+
+    def changed(self) -> tuple[str, ...]:
+        """Name the tensors that somebody has written to since `keep`."""
+        return tuple(
+            block.name
+            for block, source in self.sources.items()
+            if isinstance(source, TensorSource) and source.changed()
+        )
 
     def part_rows(self) -> dict[str, PartRows]:
-        """Say how the rows that were saved are spread over their slices, by child."""
+        """Say how the rows are spread over their slices, by child, once they have been read."""
         rows = {}
-        for block in self.sources:
+        for block in self.blocks:
             if block.table is not None and block.slot == ID and block.slice is not None:
-                order = self.orders.get(block.table)
-                offsets = order.offsets if order else (0,) * (SUB_SLICES + 1)
-                rows[block.table] = PartRows(block.slice, block.shape[0], offsets)
+                count = block.shape[0]
+                # Without rows nobody has sorted them.
+                offsets = self._orders[block.table].offsets if count else (0,) * (SUB_SLICES + 1)
+                rows[block.table] = PartRows(block.slice, count, offsets)
         return rows
 
 

@@ -39,6 +39,8 @@ def old_files(folder: Folder) -> list[str]:
     names = folder.names("")
     listed = _listed(folder) if INDEX in names else frozenset()
     old = [name for name in names if name in _OURS | listed or _SHARD.fullmatch(name)]
+    if old == [INDEX] and not listed:
+        old = []  # a file of that name, but none of ours
     others = [name for name in names if name not in old and not _stays(name)]
     if others:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
@@ -60,7 +62,7 @@ def _stays(name: str) -> bool:
 def _listed(folder: Folder) -> frozenset[str]:
     """Return the shard files that the old `index` names, whatever they are called."""
     try:
-        names = orjson.loads(folder.read(INDEX))["file_index"]
+        names = dict(orjson.loads(folder.read(INDEX))["file_index"])
     except (ValueError, TypeError, KeyError):
-        return frozenset()  # it is replaced all the same
+        return frozenset()  # damaged: it is replaced all the same
     return frozenset(name for name in names if _LISTED.fullmatch(str(name)))

@@ -16,15 +16,18 @@ from asyncloader.checkpoint import (
     PartRows,
     ShardDigests,
     Sidecar,
-    Slice,
     digest_of,
+    part_as_json,
+    part_of_json,
     render_index,
     render_json,
     render_sidecar,
+    shards_as_json,
+    shards_of_json,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from asyncloader.planning import ShardLayout
 
@@ -52,6 +55,9 @@ class RankPart:
     rows: Mapping[str, PartRows]
     """By table."""
 
+    slots: Mapping[str, Mapping[str, str]]
+    """By table and slot, what one row is: dtype and shape."""
+
     @classmethod
     def of(
         cls,
@@ -66,9 +72,14 @@ class RankPart:
         """Return the part that these shards are."""
         names: dict[str, str] = {}
         description: dict[str, dict[str, object]] = {}
+        slots: dict[str, dict[str, str]] = {}
         for layout in layouts:
             names |= layout.names()
             description |= layout.description()
+            for block in (placed.block for placed in layout.blocks):
+                if block.table is not None:
+                    row = f"{block.dtype} {list(block.shape[1:])}"
+                    slots.setdefault(block.table, {})[block.slot] = row
         return cls(
             save_id=save_id,
             rank=rank,
@@ -79,6 +90,7 @@ class RankPart:
             names=names,
             description=description,
             rows=rows,
+            slots=slots,
         )
 
 
@@ -91,32 +103,28 @@ def render_part(part: RankPart) -> bytes:
             "ranks": part.ranks,
             "numbers": part.numbers,
             "sizes": part.sizes,
-            "digests": {
-                file: {"header": digests.header, "blocks": digests.blocks}
-                for file, digests in part.digests.items()
-            },
+            "digests": shards_as_json(part.digests),
             "names": part.names,
             "description": part.description,
-            "rows": {
-                table: [str(rows.slice), rows.rows, rows.offsets]
-                for table, rows in part.rows.items()
-            },
+            "rows": {table: part_as_json(rows) for table, rows in part.rows.items()},
+            "slots": part.slots,
         }
     )
 
 
 def parse_part(text: bytes) -> RankPart:
-    """Read a part file that `render_part` wrote."""
-    value: dict[str, Any] = orjson.loads(text)
-    value["digests"] = {
-        file: ShardDigests(entry["header"], {k: tuple(v) for k, v in entry["blocks"].items()})
-        for file, entry in value["digests"].items()
-    }
-    value["rows"] = {
-        table: PartRows(Slice.parse(part), rows, tuple(offsets))
-        for table, (part, rows, offsets) in value["rows"].items()
-    }
-    return RankPart(**value)
+    """Read a part file that `render_part` wrote.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        value: dict[str, Any] = orjson.loads(text)
+        value["digests"] = shards_of_json(value["digests"])
+        value["rows"] = {table: part_of_json(rows) for table, rows in value["rows"].items()}
+        return RankPart(**value)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not a part file: {error!r}") from error
 
 
 def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
@@ -141,7 +149,8 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
         for table, of_rank in part.rows.items():
             rows.setdefault(table, []).append(of_rank)
     for table, of_table in rows.items():
-        _check_slices(table, of_table)
+        _check_slices(table, of_table, whole=len(parts) > 1)
+    _check_slots(parts)
     index, tensorkey = render_index(files, blocks), render_json(names)
     sidecar = Sidecar(
         files={INDEX: digest_of(index), TENSORKEY: digest_of(tensorkey)},
@@ -156,12 +165,41 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
     }
 
 
-def _check_slices(table: str, parts: list[PartRows]) -> None:
-    """Refuse parts that claim the same ids: nobody could say whose rows are right."""
+def _check_slices(table: str, parts: list[PartRows], *, whole: bool) -> None:
+    """Refuse parts that claim the same ids, or, together, not all of them.
+
+    Of ids that two ranks claim nobody could say whose rows are right.
+    """
     parts.sort(key=lambda part: part.slice)
-    for one, other in itertools.pairwise(parts):
-        if one.slice.size != other.slice.size or not one.slice.disjoint(other.slice):
+    claims = [part.slice for part in parts if part.slice.begin < part.slice.end]
+    remedy = "give each rank's table slice=gen_slice(shard_index, shard_num)"
+    for one, other in itertools.pairwise(claims):
+        if one.size != other.size or one.end > other.begin:
             raise ValueError(
-                f"table {table!r}: one rank's slice is {one.slice}, another's {other.slice}, which "
-                "overlap; give each rank's table slice=gen_slice(shard_index, shard_num)"
+                f"table {table!r}: one rank's slice is {one}, another's {other}, which overlap; "
+                f"{remedy}"
             )
+    claimed = sum(claim.end - claim.begin for claim in claims)
+    if whole and (not claims or claimed < claims[0].size):
+        raise ValueError(
+            f"table {table!r}: the slices of the {len(parts)} ranks that saved it leave ids out "
+            f"({', '.join(map(str, claims)) or 'they are empty'}); {remedy}, and save it on every "
+            "rank"
+        )
+
+
+def _check_slots(parts: Iterable[RankPart]) -> None:
+    """Refuse tables whose slots are not the same on all ranks that saved them."""
+    seen: dict[str, tuple[int, Mapping[str, str]]] = {}
+    for part in parts:
+        for table, slots in part.slots.items():
+            rank, others = seen.setdefault(table, (part.rank, slots))
+            if slots != others:
+                raise ValueError(
+                    f"table {table!r}: rank {rank} saved {_listed(others)}, but rank {part.rank} "
+                    f"{_listed(slots)}; give it the same slots on every rank"
+                )
+
+
+def _listed(slots: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({row})" for name, row in slots.items())

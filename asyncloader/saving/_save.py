@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
+from asyncloader._sizes import listed
 from asyncloader.errors import SaveError, SaveTimeoutError
 
 from ._part import RankPart
 from ._writing import write_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from asyncloader.checkpoint import ShardDigests
     from asyncloader.planning import ShardLayout
 
     from ._commit import Commit
@@ -42,7 +44,7 @@ class Save:
     committed: bool = field(default=False, init=False)
 
     async def run(self) -> None:
-        """Write, wait, commit. On failure nothing of it stays.
+        """Write, wait, commit. On failure nothing of it stays but the folder.
 
         Raises:
             SaveError: If the folder holds something else, or failed, or the ranks' parts do not
@@ -79,23 +81,35 @@ class Save:
                 self.means,
                 under=f"{self.commit.staging}/",
             )
-            part = RankPart.of(
-                self.layouts,
-                digests,
-                self.contents.part_rows(),
-                save_id=self.commit.save_id,
-                rank=self.commit.rank,
-                ranks=self.commit.ranks,
-            )
-            await run_jobs(threads, [lambda: self.commit.publish(part)])
+            self.means.meter.finish()
+            await run_jobs(threads, [lambda: self._publish(digests)])
             if self.commit.rank == 0:
                 await self._wait_for_others()
                 await run_jobs(threads, [self._commit])
-        except BaseException:
+        except BaseException as error:
             if not self.committed:
                 files = [layout.file for layout in self.layouts]
-                await run_jobs(threads, [lambda: self.commit.abandon(files)])
+                reason = f"{type(error).__name__}: {error}"
+                await run_jobs(threads, [lambda: self.commit.abandon(files, reason)])
             raise
+
+    def _publish(self, digests: Mapping[str, ShardDigests]) -> None:
+        changed = self.contents.changed()
+        if changed:
+            problem = (
+                f"tensors were written to while they were saved: {listed(changed)}; nothing was "
+                "committed. Leave them alone until the save is done, or save copies"
+            )
+            raise SaveError(self.means.folder.location, problem)
+        part = RankPart.of(
+            self.layouts,
+            digests,
+            self.contents.part_rows(),
+            save_id=self.commit.save_id,
+            rank=self.commit.rank,
+            ranks=self.commit.ranks,
+        )
+        self.commit.publish(part)
 
     def _commit(self) -> None:
         self.commit.commit()

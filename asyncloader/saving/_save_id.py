@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import distributed
 
+from asyncloader._concurrency import settled
+from asyncloader.errors import SaveTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Executor
+
+    from torch._C._distributed_c10d import Store
+
 __all__ = ["checked_save_id", "fresh_save_id", "shared_save_id"]
+
+T = TypeVar("T")
+
+_LOOK = 0.02
+"""Seconds between two looks at what rank 0 says."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -23,7 +39,7 @@ def checked_save_id(save_id: object) -> str:
     if type(save_id) is int:
         save_id = str(save_id)
     if not isinstance(save_id, str):
-        raise TypeError(f"save_id is text or an int, such as the step, got {save_id!r}")
+        raise TypeError(f"save_id is text or an int, got {save_id!r}")
     if _PLAIN.fullmatch(save_id) is None:
         raise ValueError(
             f"save_id becomes a part of a file's name: 1 to 100 of A-Z a-z 0-9 . _ -, and no sign "
@@ -37,25 +53,58 @@ def fresh_save_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def shared_save_id(rank: int, ranks: int, device: int | None) -> str:
-    """Return one that rank 0 draws and tells the others, by way of torch.distributed.
+async def shared_save_id(
+    path: str,
+    rank: int,
+    ranks: int,
+    *,
+    timeout: float | None,  # noqa: ASYNC109  # with an error of ours
+    executor: Executor,
+) -> str:
+    """Return one that rank 0 draws and tells the others, through torch.distributed's store.
 
-    A collective: every rank has to call it, and it may take as long as the slowest. Belongs on a
-    thread.
+    Not by a collective: those of the program may be under way at the same time, and a collective
+    cannot be cancelled. Each rank counts its saves to a path, so the n-th of one belongs to the
+    n-th of the others.
 
     Args:
+        path: The folder.
         rank: Ours.
         ranks: How many there are.
-        device: The CUDA device to talk through, where the backend needs one.
+        timeout: Seconds to wait for rank 0; `None` waits for ever.
+        executor: For talking to the store.
 
     Raises:
         ValueError: If torch.distributed does not connect these ranks.
+        SaveTimeoutError: If rank 0 did not tell in time.
     """
+    store = _store(rank, ranks)
+    loop = asyncio.get_running_loop()
+
+    async def ask(call: Callable[..., T], *arguments: object) -> T:
+        return await settled(loop.run_in_executor(executor, partial(call, *arguments)))
+
+    count = await ask(store.add, f"asyncloader/{ranks}/{path}/saves/{rank}", 1)
+    key = f"asyncloader/{ranks}/{path}/id/{count}"
+    if rank == 0:
+        save_id = fresh_save_id()
+        await ask(store.set, key, save_id)
+        return save_id
+    start = loop.time()
+    while not await ask(store.check, [key]):
+        if timeout is not None and loop.time() - start > timeout:
+            raise SaveTimeoutError(path, [0], timeout)
+        await asyncio.sleep(_LOOK)
+    told: bytes = await ask(store.get, key)
+    return told.decode()
+
+
+def _store(rank: int, ranks: int) -> Store:
     if not distributed.is_available() or not distributed.is_initialized():
         raise ValueError(
             f"rank {rank} of {ranks} cannot know what the others save: pass save_id, the same on "
-            "all ranks and another one for each try (a step's number and a start time, say), or "
-            "initialise torch.distributed"
+            "all ranks and another one for each try (a run's id and the step, say), or initialise "
+            "torch.distributed"
         )
     if (distributed.get_rank(), distributed.get_world_size()) != (rank, ranks):
         raise ValueError(
@@ -63,7 +112,6 @@ def shared_save_id(rank: int, ranks: int, device: int | None) -> str:
             f"{distributed.get_world_size()}, but this saver is shard {rank} of {ranks}: pass "
             "save_id, the same on all ranks and another one for each try"
         )
-    ids = [fresh_save_id()]
-    through = None if device is None else torch.device("cuda", device)
-    distributed.broadcast_object_list(ids, src=0, device=through)
-    return ids[0]
+    # The only way to the store by which the ranks found each other.
+    store: Store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001
+    return store

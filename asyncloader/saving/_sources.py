@@ -44,6 +44,7 @@ class TensorSource:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor.detach()
         self._memory = plain_bytes(tensor)
+        self._version = _version_of(tensor)
         self.slack = 0
 
     def read(self, begin: int, end: int, arena: Arena, /) -> memoryview:
@@ -58,6 +59,14 @@ class TensorSource:
 
     def done(self) -> None:
         """Nothing is kept."""
+
+    def changed(self) -> bool:
+        """Say whether somebody has written to the tensor since; of some nobody can know."""
+        return self._version != _version_of(self._tensor)
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001  # torch has no other
 
 
 @dataclass(slots=True)

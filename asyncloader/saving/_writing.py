@@ -146,7 +146,8 @@ async def write_shards(
     Raises:
         OSError: If the folder failed. What was written so far is left to the caller.
     """
-    writes = cut_writes(layouts)
+    # Python, and long for many tensors: on a thread the loop gets its turn.
+    [writes] = await run_jobs(means.threads.kernels, [partial(cut_writes, layouts)])
     counts = [0] * len(layouts)
     for write in writes:
         counts[write.shard] += 1
@@ -165,7 +166,11 @@ async def write_shards(
         )
     finally:
         await run_jobs(means.threads.reads, [partial(_close_all, shards)])
-    return {shard.layout.file: shard.summary() for shard in shards}
+    [digests] = await run_jobs(
+        means.threads.kernels,
+        [lambda: {shard.layout.file: shard.summary() for shard in shards}],
+    )
+    return digests
 
 
 def _begin_all(

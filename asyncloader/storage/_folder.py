@@ -55,7 +55,11 @@ class Folder(Protocol):
         ...
 
     def names(self, name: str, /) -> list[str]:
-        """Return what a folder holds; `FileNotFoundError` if it is not there."""
+        """Return what a folder holds, names of folders with a `/` behind them.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+        """
         ...
 
     def create(self, name: str, /) -> WritableFile:
@@ -70,8 +74,8 @@ class Folder(Protocol):
         """Return the length of a file in bytes."""
         ...
 
-    def age(self, name: str, than: str, /) -> float:
-        """Return by how many seconds `than` was changed after `name`."""
+    def changed_at(self, name: str, /) -> float:
+        """Return when a folder, or a file in it, was last changed, in seconds by its own clock."""
         ...
 
     def move(self, source: str, target: str, /) -> None:
@@ -101,7 +105,7 @@ class Folder(Protocol):
 
 class _LocalFile:
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o644)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o666)
 
     def write(self, offset: int, views: Sequence[memoryview], /) -> None:
         left = list(views)
@@ -121,7 +125,7 @@ class LocalFolder:
     """A folder of the file system, which need not be there yet."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = Path(root)
+        self._root = Path(root).absolute()  # or a chdir within a save would tear it apart
 
     @property
     def location(self) -> str:
@@ -141,7 +145,11 @@ class LocalFolder:
 
     def names(self, name: str, /) -> list[str]:
         """Return what a folder holds."""
-        return sorted(os.listdir(self._root / name))  # noqa: PTH208  # names, not paths
+        with os.scandir(self._root / name) as entries:
+            return sorted(
+                f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                for entry in entries
+            )
 
     def create(self, name: str, /) -> _LocalFile:
         """Begin a file anew."""
@@ -155,9 +163,12 @@ class LocalFolder:
         """Return the length of a file in bytes."""
         return (self._root / name).stat().st_size
 
-    def age(self, name: str, than: str, /) -> float:
-        """Return by how many seconds `than` was changed after `name`."""
-        return (self._root / than).stat().st_mtime - (self._root / name).stat().st_mtime
+    def changed_at(self, name: str, /) -> float:
+        """Return when a folder, or a file in it, was last changed."""
+        path = self._root / name
+        with os.scandir(path) as entries:
+            times = [entry.stat(follow_symlinks=False).st_mtime for entry in entries]
+        return max(path.stat().st_mtime, *times) if times else path.stat().st_mtime
 
     def move(self, source: str, target: str, /) -> None:
         """Rename a file."""
@@ -185,6 +196,9 @@ class LocalFolder:
         try:
             yield _locked(fd)
         finally:
+            with contextlib.suppress(OSError):
+                # Closing would not do: a process that was forked meanwhile holds the lock too.
+                fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
 

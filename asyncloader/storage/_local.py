@@ -99,6 +99,13 @@ class LocalStorage:
         async with self._using(name) as file:
             return file.status.st_size
 
+    async def changed(self, name: str, /) -> bool:
+        """Say whether a file is gone, or another one than when it was first opened."""
+        loop = asyncio.get_running_loop()
+        looking = loop.run_in_executor(self._executor, _status, self._root / name)
+        status = await settled(looking)
+        return status is None or self._seen.get(name, _identity(status)) != _identity(status)
+
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         """Fill `views` from `offset` on; see `Storage`."""
         async with self._using(name) as file:
@@ -171,6 +178,13 @@ class LocalStorage:
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     """Return what changes when a file is written anew."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _open_regular(path: str, flags: int) -> tuple[int, os.stat_result]:

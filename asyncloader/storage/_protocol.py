@@ -31,6 +31,14 @@ class Storage(Protocol):
         """
         ...
 
+    async def changed(self, name: str, /) -> bool:
+        """Say whether a file is gone, or another one than when it was first asked for.
+
+        Raises:
+            OSError: If the storage failed.
+        """
+        ...
+
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         """Fill `views`, one after the other, from `offset` on, and return the bytes read.
 

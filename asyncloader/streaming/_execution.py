@@ -131,7 +131,13 @@ class Execution:
             if part.certain:
                 self._add_part(table, part, update)
             else:
-                self._pieces += row_pieces(table, part, update, chunk_bytes=self.chunk_bytes)
+                self._pieces += row_pieces(
+                    table,
+                    part,
+                    update,
+                    chunk_bytes=self.chunk_bytes,
+                    widen=self.verifier.widen,
+                )
 
     def _add_part(self, table: TableLoad, part: PartLoad, update: LoadableUpdate) -> None:
         first = update.reserve(part.layer, part.rows, part.rank)

@@ -79,27 +79,42 @@ class Means:
 
 
 def row_pieces(
-    table: TableLoad, part: PartLoad, update: LoadableUpdate, *, chunk_bytes: int
+    table: TableLoad, part: PartLoad, update: LoadableUpdate, *, chunk_bytes: int, widen: bool
 ) -> Iterator[RowPiece]:
-    """Cut a part into pieces whose bookkeeping fits into a chunk."""
+    """Cut a part into pieces whose bookkeeping fits into a chunk.
+
+    If what is read is widened to whole digest chunks, into pieces of as many ids as one has.
+    """
     step = max(chunk_bytes // _COST, 1)
+    if widen and part.ids.digests is not None:
+        step = DIGEST_CHUNK // _ID_BYTES
     for start in range(0, part.rows, step):
         count = min(step, part.rows - start)
         yield RowPiece(table=table, part=part, update=update, start=start, count=count)
 
 
-def row_groups(rows: NDArray[np.int64], *, most: int, gap: int) -> Iterator[tuple[int, int]]:
+def row_groups(
+    rows: NDArray[np.int64],
+    *,
+    most: int,
+    gap: int,
+    windows: NDArray[np.int64] | None = None,
+) -> Iterator[tuple[int, int]]:
     """Group ascending positions into spans worth one read.
 
     Args:
         rows: int64 `[n]`, ascending.
         most: The most rows that a span covers.
         gap: The most unwanted rows between two neighbours of a span.
+        windows: int64 `[n]`, ascending; only rows with the same number are read at once.
 
     Yields:
         `(i, j)`: `rows[i:j]` are read at once.
     """
-    breaks = np.flatnonzero(np.diff(rows) > gap + 1) + 1
+    apart = np.diff(rows) > gap + 1
+    if windows is not None:
+        apart |= np.diff(windows) > 0
+    breaks = np.flatnonzero(apart) + 1
     for low, high in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
         i = low
         while i < high:
@@ -157,7 +172,10 @@ async def _load_rows(  # noqa: PLR0917
     """Read the rows of one slot at positions `rows` of the piece; they belong at `first`."""
     row_bytes = block.nbytes // block.rows
     groups = row_groups(
-        rows, most=max(means.chunk_bytes // row_bytes, 1), gap=means.gap_bytes // row_bytes
+        rows,
+        most=max(means.chunk_bytes // row_bytes, 1),
+        gap=means.gap_bytes // row_bytes,
+        windows=means.verifier.windows(block, (rows + piece.start) * row_bytes, means.chunk_bytes),
     )
     for i, j in groups:
         wanted = rows[i:j]

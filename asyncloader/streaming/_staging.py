@@ -27,7 +27,7 @@ class StagingPool:
     """
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self._size = size + size // 32  # room for what alignment and cut rows add
         self._free: list[Tensor] = []
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -125,13 +126,18 @@ def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def plain_bytes(tensor: torch.Tensor) -> memoryview | None:
-    """Return a tensor's memory, if a file's bytes can go there as they lie."""
+    """Return a tensor's memory, if a file's bytes can go there as they lie.
+
+    Not by way of `numpy()`: that forbids the tensor's storage, for good, to be resized.
+    """
     plain = tensor.detach()
     if plain.device.type != "cpu" or not plain.is_contiguous() or plain.is_conj() or plain.is_neg():
         return None
-    # A tensor of one element may have any strides and still count as contiguous.
-    flat = plain.as_strided((plain.numel(),), (1,))
-    return flat.view(torch.uint8).numpy().data
+    if not plain.numel():
+        return memoryview(b"")
+    memory = (ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr())
+    memory._tensor = plain  # type: ignore[attr-defined]  # lives as long as any view  # noqa: SLF001
+    return memoryview(memory).cast("B")
 
 
 def copy_flat(tensor: torch.Tensor, start: int, values: torch.Tensor) -> None:

@@ -54,19 +54,23 @@ class Tracer:
         """Measure the block."""
         if self._listener is None:
             return contextlib.nullcontext()
-        return self._measured(self._listener, step, name, nbytes)
+        return self._measured(step, name, nbytes)
+
+    def note(self, step: Step, name: str, start: float, nbytes: int = 0) -> None:
+        """Tell that a step which began at `start` is over."""
+        if self._listener is None:
+            return
+        seconds = time.perf_counter() - start
+        task = asyncio.current_task()
+        lane = "asyncloader" if task is None else task.get_name()
+        self._listener(
+            Span(step=step, name=name, lane=lane, start=start, seconds=seconds, nbytes=nbytes)
+        )
 
     @contextlib.contextmanager
-    def _measured(
-        self, listener: Callable[[Span], object], step: Step, name: str, nbytes: int
-    ) -> Iterator[None]:
+    def _measured(self, step: Step, name: str, nbytes: int) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
-            task = asyncio.current_task()
-            lane = "asyncloader" if task is None else task.get_name()
-            listener(
-                Span(step=step, name=name, lane=lane, start=start, seconds=seconds, nbytes=nbytes)
-            )
+            self.note(step, name, start, nbytes)

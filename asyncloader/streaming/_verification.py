@@ -9,6 +9,9 @@ from asyncloader.checkpoint import DIGEST_CHUNK, chunks_around, digest_of, whole
 from asyncloader.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from asyncloader.checkpoint import Block
 
 __all__ = ["Verifier"]
@@ -29,6 +32,26 @@ class Verifier:
         if not self.widen or block.digests is None:
             return begin, end
         return chunks_around(begin, end, block.nbytes)
+
+    def windows(
+        self, block: Block, begins: NDArray[np.int64], chunk_bytes: int
+    ) -> NDArray[np.int64] | None:
+        """Say which of several stretches of whole chunks bytes of a block lie in.
+
+        Reads that keep to one of them read no chunk twice.
+
+        Args:
+            block: The whole of it.
+            begins: int64 `[n]`, ascending.
+            chunk_bytes: About how long a stretch is.
+
+        Returns:
+            int64 `[n]`, a number each; `None` if it does not matter.
+        """
+        if not self.widen or block.digests is None:
+            return None
+        stretch: NDArray[np.int64] = begins // (max(chunk_bytes // DIGEST_CHUNK, 1) * DIGEST_CHUNK)
+        return stretch
 
     def check(self, block: Block, begin: int, view: memoryview) -> range:
         """Check bytes of a block; belongs on a thread.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,8 @@ class SortedRows:
 class TableSnapshot:
     """A table at one moment. Whatever becomes of the table, this stays as it is.
 
-    It keeps the memory of that moment alive, and copies none of it.
+    It keeps the memory of that moment alive, and copies none of it: it takes 8 bytes an id while
+    children are sorted one after the other, and 48 while one is.
     """
 
     name: str
@@ -54,11 +56,19 @@ class TableSnapshot:
     _encoding: Encoding
     _grouped: NDArray[np.int64] | None = field(default=None, init=False)
     _ends: NDArray[np.int64] = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _left: int = field(default=0, init=False)
+    """Rows of children that have not been sorted yet."""
 
     @property
     def slots(self) -> Mapping[str, Slot]:
         """What it keeps for each id, in order."""
         return self._state.slots
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows live."""
+        return self._state.device
 
     def counts(self) -> dict[str, int]:
         """Return how many ids each child has. May take long, and belongs on a thread.
@@ -68,18 +78,15 @@ class TableSnapshot:
         """
         if not self._encoding.coalesced:
             return {self.children[0]: self._state.index.count}
-        rows = self._state.live_rows()
-        numbers = (self._state.ids[rows].view(np.uint64) >> _CHILD_BITS).astype(np.uint16)
-        counts = np.bincount(numbers, minlength=len(self.children))
+        counts = np.bincount(self._numbers()[1], minlength=len(self.children))
         if len(counts) > len(self.children):
             odd = len(counts) - 1
             raise ValueError(
                 f"table {self.name!r} holds {counts[odd]:,} ids of child number {odd}, but has "
                 f"only {len(self.children)} children: insert ids with child="
             )
-        # A stable sort of 16-bit numbers is a radix sort.
-        self._grouped = rows[np.argsort(numbers, kind="stable")]
         self._ends = np.cumsum(counts)
+        self._left = int(counts.sum())
         return dict(zip(self.children, counts.tolist(), strict=True))
 
     def sorted_rows(self, child: str, *, sub_slices: int) -> SortedRows:
@@ -99,11 +106,28 @@ class TableSnapshot:
         self._state.segments.copy_out(slot, rows, out)
 
     def _rows_of(self, child: str) -> NDArray[np.int64]:
-        if self._grouped is None:
+        if not self._encoding.coalesced:
             return self._state.live_rows()
+        with self._lock:
+            return self._rows_of_child(child)
+
+    def _rows_of_child(self, child: str) -> NDArray[np.int64]:
+        if self._grouped is None:
+            rows, numbers = self._numbers()
+            # A stable sort of 16-bit numbers is a radix sort.
+            self._grouped = rows[np.argsort(numbers, kind="stable")]
         number = self.children.index(child)
         begin = int(self._ends[number - 1]) if number else 0
-        return self._grouped[begin : int(self._ends[number])]
+        rows = self._grouped[begin : int(self._ends[number])]
+        self._left -= len(rows)
+        if self._left <= 0:  # that was the last child
+            self._grouped = None
+        return rows
+
+    def _numbers(self) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+        """Return all rows, and the number of the child that each belongs to."""
+        rows = self._state.live_rows()
+        return rows, (self._state.ids[rows].view(np.uint64) >> _CHILD_BITS).astype(np.uint16)
 
 
 def sort_keys(ids: NDArray[np.int64], size: int) -> NDArray[np.uint64]:

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from asyncloader._arguments import checked_path
 from asyncloader._concurrency import run_jobs
-from asyncloader._session import checked_path, open_session
+from asyncloader._session import open_session
 from asyncloader.errors import AsyncLoaderError, SaveError
 
 from ._destination import Destination
@@ -115,7 +116,7 @@ async def aconvert(
     """
     start = time.perf_counter()
     for path in (source, destination):
-        checked_path(path)
+        checked_path(path, "path")
     async with open_session(source, limits=limits, verify="auto", timeout=None) as session:
         reads = session.threads.reads
         check = partial(Destination.checked, source, destination, overwrite=options.overwrite)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from asyncloader._session import checked_path, open_session
+from asyncloader._arguments import checked_path
+from asyncloader._session import open_session
 from asyncloader.cli._stages import Stages
 from asyncloader.streaming import Meter
 
@@ -50,7 +51,7 @@ async def adiff(
         ReadError: If one of them could not be read.
     """
     clock = Meter(0)
-    paths = [checked_path(path) for path in (a, b)]
+    paths = [checked_path(path, "path") for path in (a, b)]
     async with (
         open_session(paths[0], limits=limits, verify="auto", timeout=None) as first,
         open_session(paths[1], limits=limits, verify="auto", timeout=None) as second,

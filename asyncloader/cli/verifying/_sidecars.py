@@ -38,7 +38,7 @@ def sift_sidecar(
     if SIDECAR not in texts:
         return None
     try:
-        sidecar = parse_sidecar(location, texts[SIDECAR])
+        sidecar = parse_sidecar(location, texts[SIDECAR], parts=True)
     except CheckpointError as error:
         findings.error(error)
         return None

@@ -1,0 +1,67 @@
+"""Checks of what users pass to more than one class. Wrong arguments raise where they are passed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TypeVar
+
+__all__ = ["as_dict", "check_callable", "check_progress", "check_timeout", "checked_path"]
+
+T = TypeVar("T")
+
+
+def checked_path(path: str | os.PathLike[str], name: str) -> str:
+    """Return a path as text.
+
+    Raises:
+        TypeError: If it is no path, or one in bytes.
+        ValueError: If no path can be like that.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be text, got {text!r}")
+    if "\0" in text:
+        raise ValueError(f"{name}: no path holds a NUL, got {text!r}")
+    return text
+
+
+def as_dict(mapping: Mapping[str, T] | None, name: str) -> dict[str, T]:
+    """Return a copy of a mapping; of none an empty one.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if mapping is not None and not isinstance(mapping, Mapping):
+        raise TypeError(f"{name} maps names to values, got {type(mapping)}")
+    return dict(mapping or {})
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Refuse what is no time to wait.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout must be positive or None, got {timeout}")
+
+
+def check_callable(function: object, name: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if not callable(function):
+        raise TypeError(f"{name} must be callable, got {function!r}")
+
+
+def check_progress(progress: object) -> None:
+    """Refuse what is neither a listener nor a switch.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress must be callable, True or None, got {progress!r}")

@@ -1,0 +1,156 @@
+"""Reads which names a checkpoint holds, whatever it is: RecIS's, Hugging Face's, or one file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from asyncloader._concurrency import run_jobs
+from asyncloader.errors import CheckpointError, CheckpointNotFoundError
+from asyncloader.storage import read_small
+
+from ._files import INDEX, SIDECAR, TENSORKEY
+from ._index import Catalog, parse_catalog
+from ._manifest import read_header
+from ._safetensors import SHARDED, SINGLE, catalog_of_file, parse_weight_map
+from ._sidecar import check_files, parse_sidecar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from concurrent.futures import Executor
+
+    from asyncloader.storage import Storage
+
+    from ._sidecar import Sidecar
+
+__all__ = ["Verify", "read_catalog"]
+
+Verify = Literal["auto", "require", "off"]
+"""Whether bytes are compared with digests: where there are any, always or not at all, or never."""
+
+# A line of `index` takes some 60 bytes: room for 16 million blocks.
+_MAX_JSON = 1 << 30
+# What a storage raises where there is no such file; it has a `strerror` that says what is missing.
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+
+
+async def read_catalog(
+    storage: Storage, *, executor: Executor, verify: Verify, file: str | None = None
+) -> Catalog:
+    """Read which names there are, and where; parse on a thread, the loop goes on meanwhile.
+
+    A folder that has `index` is a checkpoint of RecIS's, others are Hugging Face's.
+
+    Args:
+        storage: The folder.
+        executor: For parsing.
+        file: The one safetensors file to look at, instead of the folder that holds it.
+        verify: Whether to take the digests along, if there are any.
+
+    Raises:
+        CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
+        CheckpointError: If a file that says so is no good.
+        ReadError: If the storage failed.
+    """
+    where = storage.location
+    if file is not None:
+        try:
+            return _without_digests(where, verify, await _read_file(storage, executor, file))
+        except _ABSENT as error:
+            problem = f"cannot be opened: {error.strerror}"
+            raise CheckpointNotFoundError(f"{where}/{file}", problem) from error
+    try:
+        return await _read_recis(storage, executor, verify)
+    except _ABSENT as error:
+        absent = error
+    for read in (_read_sharded, _read_file):
+        try:
+            return _without_digests(where, verify, await read(storage, executor))
+        except _ABSENT as error:
+            absent = error
+    problem = (
+        f"no finished checkpoint here: {absent.strerror}; looked for {INDEX!r}, which "
+        f"RecIS's have and which is written last, and for {SHARDED!r} and {SINGLE!r}. Give the "
+        "folder that holds one of them, or a file whose name ends in .safetensors"
+    )
+    raise CheckpointNotFoundError(where, problem) from absent
+
+
+async def _read_recis(storage: Storage, executor: Executor, verify: Verify) -> Catalog:
+    where = storage.location
+    index = await _read_json(storage, INDEX)
+    try:
+        tensorkey = await _read_json(storage, TENSORKEY)
+    except _ABSENT as error:
+        raise CheckpointError(where, f"cannot be opened: {error}", TENSORKEY) from error
+    try:
+        sidecar = bytearray() if verify == "off" else await _read_json(storage, SIDECAR)
+    except _ABSENT:
+        sidecar = bytearray()
+
+    files = {INDEX: index, TENSORKEY: tensorkey}
+    [catalog] = await run_jobs(executor, [partial(_parse_recis, where, verify, files, sidecar)])
+    return catalog
+
+
+def _parse_recis(
+    where: str, verify: Verify, files: Mapping[str, bytearray], text: bytearray
+) -> Catalog:
+    sidecar, odd = _parse_digests(where, files, text) if text else (None, ())
+    catalog = parse_catalog(where, files[INDEX], files[TENSORKEY])
+    catalog = replace(catalog, sidecar=sidecar, warnings=odd)
+    return catalog if sidecar is not None else _without_digests(where, verify, catalog)
+
+
+def _parse_digests(
+    where: str, files: Mapping[str, bytearray], text: bytearray
+) -> tuple[Sidecar | None, tuple[str, ...]]:
+    """Return what the sidecar says, or why it cannot be used."""
+    sidecar = parse_sidecar(where, text, parts=False)
+    if sidecar is None:
+        odd = f"{SIDECAR} is of a format that is not known here, so nothing is verified"
+    elif check_files(where, sidecar, files):
+        return sidecar, ()
+    else:
+        odd = f"{SIDECAR} belongs to another save than {INDEX}, so nothing is verified"
+    return None, (odd,)
+
+
+def _without_digests(where: str, verify: Verify, catalog: Catalog) -> Catalog:
+    """Return a catalog as it is, unless digests are required."""
+    if verify == "require":
+        problem = (
+            f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
+            "save it with asyncloader.Saver, or load it with verify='auto'"
+        )
+        raise CheckpointError(where, problem)
+    return catalog
+
+
+async def _read_sharded(storage: Storage, executor: Executor) -> Catalog:
+    text = await _read_json(storage, SHARDED)
+    [catalog] = await run_jobs(executor, [partial(parse_weight_map, storage.location, text)])
+    return catalog
+
+
+async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -> Catalog:
+    try:
+        await storage.size(name)
+    except _ABSENT:
+        raise
+    except OSError as error:
+        raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
+    header = await read_header(storage, name, executor=executor, catalog=Catalog({}, {}, name))
+    [catalog] = await run_jobs(executor, [partial(catalog_of_file, header)])
+    return catalog
+
+
+async def _read_json(storage: Storage, name: str) -> bytearray:
+    """Return a file of names; let `_ABSENT` errors pass, and translate the others."""
+    try:
+        return await read_small(storage, name, limit=_MAX_JSON)
+    except _ABSENT:
+        raise
+    except OSError as error:
+        raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
