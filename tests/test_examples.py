@@ -71,16 +71,12 @@ def test_the_code_in_the_readme_runs_in_its_order(
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 6
     names: dict[str, object] = {}
-
-    async def run_all() -> None:
-        for block in blocks:
-            text = block.replace("/path/to", str(tmp_path))
-            code = compile(text, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-            result = eval(code, names)  # noqa: S307  # the README's own code
-            if result is not None:
-                await result
-
-    asyncio.run(run_all())
+    for block in blocks:
+        text = block.replace("/path/to", str(tmp_path))
+        code = compile(text, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        result = eval(code, names)  # noqa: S307  # the README's own code
+        if result is not None:  # it awaits something
+            asyncio.run(result)
     assert "item_emb" in capsys.readouterr().out
     assert names["newest"] == tmp_path / "run" / "1200"
     assert (tmp_path / "new" / "index").exists()
