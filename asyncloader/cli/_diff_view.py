@@ -60,12 +60,13 @@ def _head(found: Difference) -> RenderableType:
         plural(sum(table.equal for table in found.tables), "table"),
         plural(sum(tensor.equal for tensor in found.tensors), "tensor"),
     ]
+    whole = not found.only_in_a and not found.only_in_b
     result = Text("equal", "green") if found.equal else Text("different", "bold yellow")
     lines: list[tuple[str, RenderableType]] = [
         ("A", Text(escaped(found.a), "bold", overflow="fold")),
         ("B", Text(escaped(found.b), "bold", overflow="fold")),
         ("result", result),
-        ("equal", ", ".join(same)),
+        ("equal", ", ".join(same) + ("" if whole else ", in what both have")),
         ("time", f"{found.seconds:.2f} s"),
     ]
     lines += [("note", Text(escaped(note), "yellow")) for note in found.notes]
