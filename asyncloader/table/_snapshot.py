@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -91,15 +92,28 @@ class TableSnapshot:
 
     def sorted_rows(self, child: str, *, sub_slices: int) -> SortedRows:
         """Sort the rows of a child; after `counts`. May take long, and belongs on a thread."""
-        rows = self._rows_of(child)
-        ids = self._encoding.decode(self._state.ids[rows], child)
-        order = order_of(sort_keys(ids, self.slice.size))
-        ids, rows = ids[order], rows[order]
-        begin, end = self.slice.begin, self.slice.end
-        cuts = [begin + (end - begin) * i // sub_slices for i in range(1, sub_slices)]
-        positions = ids.view(np.uint64) % np.uint64(self.slice.size)
-        firsts = np.searchsorted(positions, np.array(cuts, np.uint64)).tolist()
-        return SortedRows(ids=ids, rows=rows, offsets=(0, *firsts, len(rows)))
+        state = self._state
+        if not self._encoding.coalesced and state.index.count == state.end:  # every row is in use
+            order = order_of(sort_keys(state.ids[: state.end], self.slice.size))
+            ids, rows = state.ids[order], order
+        else:
+            rows = self._rows_of(child)
+            ids = self._encoding.decode(state.ids[rows], child)
+            order = order_of(sort_keys(ids, self.slice.size))
+            ids, rows = ids[order], rows[order]
+        return SortedRows(ids=ids, rows=rows, offsets=self._offsets(ids, sub_slices))
+
+    def _offsets(self, ids: NDArray[np.int64], sub_slices: int) -> tuple[int, ...]:
+        """Return where the rows of each sub-slice begin, given sorted ids."""
+        begin, size = self.slice.begin, self.slice.size
+        share = self.slice.end - begin
+
+        def position(row: int) -> int:
+            return int(ids[row]) % 2**64 % size
+
+        cuts = (begin + share * number // sub_slices for number in range(1, sub_slices))
+        firsts = (bisect_left(range(len(ids)), cut, key=position) for cut in cuts)
+        return (0, *firsts, len(ids))
 
     def copy_rows(self, slot: str, rows: NDArray[np.int64], out: torch.Tensor) -> None:
         """Copy rows of a slot, `[n]` of them, to host memory, uint8 `[n, row_bytes]`."""
