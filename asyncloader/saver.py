@@ -16,6 +16,7 @@ from ._save_report import SaveReport
 from .planning import WriteBlock, checked_blocks, lay_out
 from .saving import (
     CHUNK,
+    Agreed,
     Commit,
     Contents,
     Means,
@@ -63,7 +64,7 @@ class Saver:
 
     Tables are saved as they are when `asave` is called, whatever is written to them meanwhile;
     rows are sorted by slice position, then id. Dense tensors are read while the save goes on: one
-    that is written to meanwhile makes it fail.
+    that is written to meanwhile makes it fail, and their storage must not be resized.
 
     The first seven arguments are those of RecIS's `Saver`, in its order. A saver may be used any
     number of times.
@@ -186,13 +187,14 @@ class Saver:
         writers = min(self._parallel, max(self._max_inflight_bytes // CHUNK, 1))
         async with Threads(reads=writers) as threads:
             [folder] = await run_jobs(threads.reads, [open_folder])
-            save_id = await self._agreed_save_id(threads)
+            agreed = await self._agreed_save_id(threads)
+            save_id = agreed.save_id
             contents, layouts = await self._plan(snapshots, threads)
             meter.total = sum(layout.size - len(layout.head) for layout in layouts)
             save = Save(
                 contents=contents,
                 layouts=layouts,
-                commit=Commit(folder, save_id, self._rank, self._ranks, self._timeout or _PATIENCE),
+                commit=Commit(folder, save_id, self._rank, self._ranks, _DEAD_AFTER),
                 means=Means(
                     folder=folder,
                     threads=threads,
@@ -203,7 +205,10 @@ class Saver:
                 ),
                 timeout=self._timeout,
             )
-            await save.run()
+            try:
+                await save.run()
+            finally:
+                await agreed.close()
         report = SaveReport(
             location=folder.location,
             save_id=save_id,
@@ -219,11 +224,11 @@ class Saver:
         _log.info("%s", report)
         return report
 
-    async def _agreed_save_id(self, threads: Threads) -> str:
+    async def _agreed_save_id(self, threads: Threads) -> Agreed:
         if self._save_id is not None:
-            return self._save_id
+            return Agreed(self._save_id)
         if self._ranks == 1:
-            return fresh_save_id()
+            return Agreed(fresh_save_id())
         return await shared_save_id(
             self._path, self._rank, self._ranks, timeout=self._timeout, executor=threads.reads
         )
@@ -236,6 +241,11 @@ class Saver:
         def gather() -> None:
             _wait_for_devices(snapshots, self._tensors)
             for snapshot in snapshots:
+                if self._ranks == 1 and not snapshot.slice.is_whole:
+                    raise ValueError(
+                        f"table {snapshot.name!r} holds the ids of slice {snapshot.slice} alone, "
+                        "but shard_num is 1: pass this rank's shard_index and shard_num"
+                    )
                 contents.add_table(snapshot)
             if self._rank == 0:
                 contents.add_tensors(self._tensors)

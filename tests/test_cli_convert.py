@@ -265,8 +265,11 @@ async def test_rows_that_nobody_could_load_are_counted(tmp_path: Path) -> None:
     write_ranks(tmp_path / "a", [blocks, other])
     [table] = (await convert(tmp_path / "a", tmp_path / "b", shards=3)).tables
     assert (table.ids, table.duplicates, table.strays) == (3, 1, 1)
-    [table] = (await convert(tmp_path / "a", tmp_path / "b.safetensors")).tables
-    assert (table.ids, table.duplicates, table.strays) == (5, 0, 0)
+    with pytest.raises(CheckpointError, match="1 ids outside the slices"):
+        await convert(tmp_path / "a", tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+    [table] = (await convert(tmp_path / "b", tmp_path / "b.safetensors")).tables
+    assert (table.ids, table.duplicates, table.strays) == (3, 0, 0)
 
 
 @pytest.mark.parametrize("destination", ["b", "b.safetensors"])

@@ -146,6 +146,18 @@ async def test_slots_of_which_nothing_can_be_loaded_do_not_keep_the_rest(tmp_pat
     assert (found.equal, found.tables[0].kept) == (True, 2)
 
 
+async def test_a_slot_that_is_a_scalar_is_an_error_and_not_equal(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        blocks = [
+            sparse_block("t", "id", torch.tensor([1])),
+            sparse_block("t", "embedding", torch.ones(1, 1)),
+            sparse_block("t", "s", torch.tensor(float(number))),
+        ]
+        write_ranks(tmp_path / name, [blocks])
+    with pytest.raises(CheckpointError, match="no rows"):
+        await diff(tmp_path / "a", tmp_path / "b")
+
+
 @pytest.mark.parametrize("budget", [1, 7, 1 << 20])
 async def test_changes_of_tensors_are_counted_exactly(tmp_path: Path, budget: int) -> None:
     other = {name: tensor.clone() for name, tensor in TENSORS.items()}

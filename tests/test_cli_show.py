@@ -524,3 +524,13 @@ def test_the_command_prints_what_was_asked_for(capfd: pytest.CaptureFixture[str]
     id_ = int(read_checkpoint(GENUINE / "optim_slots")[0]["user_emb"].ids[0])
     assert run_here(["show", path, "user_emb", "--id", str(id_)]) == 0
     assert "step_filter" in capfd.readouterr().out
+
+
+def test_ids_that_are_no_int64_are_refused(tmp_path: Path) -> None:
+    """Comparing bytes with an id would find it where it is not."""
+    blocks = [
+        sparse_block("t", "id", torch.tensor([1, 2], dtype=torch.uint8)),
+        sparse_block("t", "embedding", torch.ones(2, 1)),
+    ]
+    write_ranks(tmp_path, [blocks])
+    assert run_here(["show", str(tmp_path), "t", "--id", "257"]) == 2

@@ -79,7 +79,7 @@ async def test_what_the_saver_wrote_has_no_problems(tmp_path: Path, ranks: int) 
     assert (problems(found), notes(found), found.kind) == ([], [], "RecIS checkpoint")
     assert (found.tables, found.tensors) == (len(TABLES), len(TENSORS))
     assert found.ids == sum(len(table.ids) for table in TABLES.values())
-    assert (found.files, found.blocks) == (len(shards) + 3, len(blocks))
+    assert (found.files, found.blocks) == (len(shards) + 4, len(blocks))
     lengths = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in blocks]
     assert found.bytes_read == sum(lengths)
     assert found.digests == sum(length > 0 for length in lengths)

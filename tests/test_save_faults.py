@@ -239,17 +239,31 @@ async def test_where_undoing_fails_too_the_error_says_where_the_files_are(tmp_pa
     assert "index" in content(tmp_path / ".saving-1-x" / "old")
 
 
+def nothing_but_index(path: Path) -> list[str]:
+    """Return what a crash after the first step has moved away."""
+    return ["index"]
+
+
+def all_of_it(path: Path) -> list[str]:
+    """Return what a crash just before the last step has: the new files are there, but `index`."""
+    return [entry.name for entry in path.iterdir() if entry.is_file()]
+
+
+@pytest.mark.parametrize("moved", [nothing_but_index, all_of_it])
 @pytest.mark.parametrize("save_id", ["x", "y"], ids=["the same save_id", "another"])
 async def test_what_a_crash_has_moved_away_is_put_back_by_the_next_save_even_if_that_fails(
-    tmp_path: Path, save_id: str
+    tmp_path: Path, save_id: str, moved: Callable[[Path], list[str]]
 ) -> None:
     """Or a retry on a full disk would remove the only copy."""
     old = save_old(tmp_path)
-    dead = tmp_path / ".saving-1-x"
-    (dead / "old").mkdir(parents=True)
-    for name in ("index", "tensorkey.json"):
-        (tmp_path / name).rename(dead / "old" / name)
-    (tmp_path / "tensorkey.json").write_bytes(b"the new one's")
+    aside = tmp_path / ".saving-1-x" / "old"
+    names = moved(tmp_path)
+    aside.mkdir(parents=True)
+    for name in names:
+        (tmp_path / name).rename(aside / name)
+    if len(names) > 1:
+        (tmp_path / "tensorkey.json").write_bytes(b"the new one's")
+        (tmp_path / "model-000000-of-000009.safetensors").write_bytes(b"the new one's")
 
     def fail(_: int, what: str) -> None:
         if what.startswith("create"):
@@ -259,6 +273,27 @@ async def test_what_a_crash_has_moved_away_is_put_back_by_the_next_save_even_if_
     with pytest.raises(SaveError, match=r"No space left.*as it was"):
         await save_into(WatchedFolder.at(tmp_path, fail), tables, tensors, save_id=save_id)
     assert content(tmp_path) == old
+    check_next_save_heals(tmp_path)
+
+
+async def test_what_a_save_that_was_killed_before_it_cleaned_up_has_left_is_never_put_back(
+    tmp_path: Path,
+) -> None:
+    """Not even if the next one is killed in its commit: it is older than what that one moved."""
+    newer = save_old(tmp_path)
+    aside = tmp_path / ".saving-1-a" / "old"
+    tables, tensors = model(3)
+    Saver(path=aside, hashtables=tables, tensors=tensors, parallel=2).save()
+
+    def fail(_: int, what: str) -> None:
+        if what.startswith("move .saving-1-b/tensorkey.json"):
+            raise OSError(EIO, "I/O error")
+
+    tables, tensors = model(2)
+    with pytest.raises(SaveError, match="I/O error"):
+        await save_into(WatchedFolder.at(tmp_path, fail), tables, tensors, save_id="b")
+    assert content(tmp_path) == newer
+    assert not aside.exists() or not list(aside.iterdir())
 
 
 KILLER = """

@@ -454,6 +454,26 @@ def test_ranks_whose_slices_overlap_make_no_checkpoint(tmp_path: Path) -> None:
     assert content(tmp_path) == {}
 
 
+def test_ranks_with_different_parallel_make_no_checkpoint(tmp_path: Path) -> None:
+    """Two of their shards would have the same number."""
+    Saver(path=tmp_path, tensors={"old": torch.ones(2)}).save()
+    before = content(tmp_path)
+    slices = [gen_slice(rank, 2) for rank in range(2)]
+    tables = [HashTable([3], name="t", slice=part) for part in slices]
+    Saver(1, 2, 2, tmp_path, {"t": tables[1]}, save_id="a").save()
+    with pytest.raises(SaveError, match="the same parallel"):
+        Saver(0, 2, 8, tmp_path, {"t": tables[0]}, save_id="a").save()
+    assert content(tmp_path) == before
+
+
+def test_a_slice_alone_is_refused_where_there_is_one_rank(tmp_path: Path) -> None:
+    """Whoever forgets shard_index and shard_num would lose all other ranks' ids."""
+    table = HashTable([3], name="t", slice=gen_slice(0, 2))
+    with pytest.raises(ValueError, match="pass this rank's shard_index and shard_num"):
+        Saver(path=tmp_path / "x", hashtables={"t": table}).save()
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("other", "match"),
     [

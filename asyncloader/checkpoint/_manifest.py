@@ -120,7 +120,10 @@ async def _check_unchanged(storage: Storage, catalog: Catalog) -> None:
             storage.location, f"cannot be looked at again: {error}", catalog.source
         ) from error
     if changed:
-        problem = "was replaced, or removed, while the checkpoint was being read; read it again"
+        problem = (
+            "was replaced, or removed, while the checkpoint was being read; read it again, with a "
+            "new CheckpointReader if you use one"
+        )
         raise CheckpointChangedError(storage.location, problem, catalog.source)
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from ._values import Row
 
-__all__ = ["FoundId", "FoundSlot", "find_id"]
+__all__ = ["FoundId", "FoundSlot", "check_ids", "find_id"]
+
+_IDS = "int64"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ async def find_id(
     hits: list[tuple[Part, int]] = []
     for part in parts:
         ids = _stored(manifest, part, ID)
+        check_ids(session.location, ids)
         found = await in_windows(session, ids, partial(_rows_of, id_), advance=advance)
         hits += [(part, number * WINDOW + row) for number, rows in enumerate(found) for row in rows]
     if not hits:
@@ -107,6 +110,17 @@ async def find_id(
         part=str(part.slice),
         slots=tuple(rows),
     )
+
+
+def check_ids(location: str, ids: Stored) -> None:
+    """Refuse what are no ids.
+
+    Raises:
+        CheckpointError: If they are not int64 `[n]`.
+    """
+    if ids.dtype.torch != _IDS or len(ids.shape) != 1:
+        problem = f"is {ids.dtype} {list(ids.shape)}; ids are {_IDS} [n]"
+        raise CheckpointError(location, problem, ids.blocks[0].shard, ids.blocks[0].key)
 
 
 def _rows_of(id_: int, ids: Tensor) -> list[int]:

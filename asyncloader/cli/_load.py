@@ -125,6 +125,9 @@ def _tracing(file: str | None, path: str) -> Iterator[Callable[[Span], object] |
         yield None
         return
     spans: list[Span] = []
+    target, source = Path(file).resolve(), Path(path).resolve()
+    if target == source or source in target.parents:
+        raise ValueError(f"{file}: a trace cannot be written into the checkpoint itself")
     with Path(file).open("wb") as out:
         try:
             yield spans.append

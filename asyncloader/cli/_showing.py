@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from asyncloader.checkpoint import stored_tensor
 
 from ._allocate import ID, nbytes_of, stored_slot
+from ._finding import check_ids
 from ._statistics import combine, measure
 from ._values import read_rows
 from ._windows import in_windows, read_elements
@@ -114,6 +115,7 @@ async def _first_ids(session: Session, manifest: Manifest, table: str, rows: int
     if ID not in manifest.catalog.tables[table]:
         return []
     stored = stored_slot(manifest, table, ID)
+    check_ids(session.location, stored)
     count = min(rows, math.prod(stored.shape))
     ids: list[int] = (await read_elements(session, stored, 0, count)).tolist()
     return ids

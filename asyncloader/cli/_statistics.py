@@ -86,8 +86,8 @@ def measure(values: Tensor) -> Moments | None:
     low = high = mean = squares = 0.0
     if finite.size:
         low, high = finite.min().item(), finite.max().item()
-        with np.errstate(over="ignore", invalid="ignore"):  # of numbers near the largest
-            mean = float(finite.mean(dtype=np.float64))
+        with np.errstate(over="ignore", invalid="ignore"):  # squares of numbers near the largest
+            mean = _mean(finite)
             distances = np.subtract(finite, mean, dtype=np.float64)
             squares = float(np.dot(distances, distances))
     return Moments(
@@ -100,6 +100,12 @@ def measure(values: Tensor) -> Moments | None:
         mean=mean,
         squares=squares,
     )
+
+
+def _mean(finite: NDArray[Any]) -> float:
+    mean = float(finite.mean(dtype=np.float64))
+    # The sum of numbers near the largest is infinite, that of their shares is not.
+    return mean if math.isfinite(mean) else float((finite / float(finite.size)).sum())
 
 
 def _as_array(values: Tensor) -> NDArray[Any]:

@@ -4,12 +4,13 @@ from ._commit import Commit
 from ._contents import Contents
 from ._part import RankPart
 from ._save import Save
-from ._save_id import checked_save_id, fresh_save_id, shared_save_id
+from ._save_id import Agreed, checked_save_id, fresh_save_id, shared_save_id
 from ._sources import ByteSource
 from ._writing import CHUNK, Means, write_shards
 
 __all__ = [
     "CHUNK",
+    "Agreed",
     "ByteSource",
     "Commit",
     "Contents",

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader.checkpoint import INDEX
+from asyncloader.checkpoint import INDEX, TENSORKEY
 from asyncloader.errors import SaveError
 
 from ._old_files import STAGING, old_files
@@ -82,28 +82,51 @@ class Commit:
                 self.folder.remove(f"{self.staging}/{name}")
 
     def _recover(self) -> None:
-        """Put a checkpoint back that a save which was cut off in its commit had moved away."""
+        """Clear up after saves that were cut off in their commit, or just after it.
+
+        Where there is no `index`, what they had moved away is put back; where there is one, it is
+        out of date. So there is never more than one old checkpoint that has been moved away.
+        """
         names = self.folder.names("")
+        stagings = [
+            name.removesuffix("/")
+            for name in names
+            if name.startswith(STAGING) and name.endswith("/")
+        ]
+        dead = [staging for staging in stagings if f"{_OLD}/" in self.folder.names(staging)]
         if INDEX in names:
+            for staging in dead:
+                self._remove_old(staging)
             return
-        for staging in names:
-            old = f"{staging}{_OLD}"
-            if not staging.startswith(STAGING) or f"{_OLD}/" not in self._names(staging):
-                continue
-            aside = self.folder.names(old)
-            if INDEX in aside:
-                for name in (*(name for name in aside if name != INDEX), INDEX):
-                    if name == INDEX:
-                        self.folder.sync("")
-                    self.folder.move(f"{old}/{name}", name)
-                self.folder.sync("")
+        for staging in dead:
+            if INDEX in self.folder.names(f"{staging}/{_OLD}"):
+                self._put_back(staging)
                 return
 
-    def _names(self, folder: str) -> list[str]:
-        try:
-            return self.folder.names(folder)
-        except NotADirectoryError:
-            return []
+    def _put_back(self, staging: str) -> None:
+        """Make a checkpoint again of what a dead save had moved away."""
+        old = f"{staging}/{_OLD}"
+        aside = self.folder.names(old)
+        if TENSORKEY in aside:  # it goes last, so all that is left is the dead save's own
+            for name in old_files(self.folder):
+                self.folder.move(name, f"{staging}/{name}")
+        for name in aside:
+            if name != INDEX:
+                self.folder.move(f"{old}/{name}", name)
+        self.folder.sync("")
+        self.folder.move(f"{old}/{INDEX}", INDEX)
+        self.folder.sync("")
+
+    def _remove_old(self, staging: str) -> None:
+        """Remove what was moved away; `index` first, so that nobody takes the rest for whole."""
+        old = f"{staging}/{_OLD}"
+        names = self.folder.names(old)
+        if INDEX in names:
+            self.folder.remove(f"{old}/{INDEX}")
+            self.folder.sync(old)
+        for name in names:
+            if name != INDEX:
+                self.folder.remove(f"{old}/{name}")
 
     def publish(self, part: RankPart) -> None:
         """Say that all of this rank's shards are on the disk."""
@@ -157,9 +180,8 @@ class Commit:
         if INDEX in old:
             self._move(INDEX, f"{aside}/{INDEX}")
             self._sync_both(aside)
-        for name in old:
-            if name != INDEX:
-                self._move(name, f"{aside}/{name}")
+        for name in sorted(set(old) - {INDEX}, key=lambda name: (name == TENSORKEY, name)):
+            self._move(name, f"{aside}/{name}")
         for name in new:
             self._move(f"{self.staging}/{name}", name)
         self._sync_both(aside)
@@ -253,11 +275,10 @@ class Commit:
         except FileNotFoundError:
             return
         old = f"{staging}/{_OLD}"
-        aside = self.folder.names(old) if f"{_OLD}/" in names else []
-        if aside and keep_old:
-            return
-        for name in aside:
-            self.folder.remove(f"{old}/{name}")
+        if f"{_OLD}/" in names:
+            if keep_old and self.folder.names(old):
+                return
+            self._remove_old(staging)
         for name in names:
             if name.endswith("/"):
                 self.folder.remove_folder(f"{staging}/{name.removesuffix('/')}")

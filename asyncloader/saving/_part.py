@@ -149,23 +149,29 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
         for table, of_rank in part.rows.items():
             rows.setdefault(table, []).append(of_rank)
     for table, of_table in rows.items():
-        _check_slices(table, of_table, whole=len(parts) > 1)
+        _check_slices(table, of_table)
     _check_slots(parts)
+    _check_numbers(files)
     index, tensorkey = render_index(files, blocks), render_json(names)
+    described = render_json(description)
     sidecar = Sidecar(
-        files={INDEX: digest_of(index), TENSORKEY: digest_of(tensorkey)},
+        files={
+            INDEX: digest_of(index),
+            TENSORKEY: digest_of(tensorkey),
+            DESCRIPTION: digest_of(described),
+        },
         shards=shards,
         parts={table: tuple(of_table) for table, of_table in rows.items()},
     )
     return {
         TENSORKEY: tensorkey,
-        DESCRIPTION: render_json(description),
+        DESCRIPTION: described,
         SIDECAR: render_sidecar(sidecar),
         INDEX: index,
     }
 
 
-def _check_slices(table: str, parts: list[PartRows], *, whole: bool) -> None:
+def _check_slices(table: str, parts: list[PartRows]) -> None:
     """Refuse parts that claim the same ids, or, together, not all of them.
 
     Of ids that two ranks claim nobody could say whose rows are right.
@@ -180,11 +186,20 @@ def _check_slices(table: str, parts: list[PartRows], *, whole: bool) -> None:
                 f"{remedy}"
             )
     claimed = sum(claim.end - claim.begin for claim in claims)
-    if whole and (not claims or claimed < claims[0].size):
+    if not claims or claimed < claims[0].size:
         raise ValueError(
-            f"table {table!r}: the slices of the {len(parts)} ranks that saved it leave ids out "
+            f"table {table!r}: the slices of the ranks that saved it leave ids out "
             f"({', '.join(map(str, claims)) or 'they are empty'}); {remedy}, and save it on every "
             "rank"
+        )
+
+
+def _check_numbers(files: Mapping[str, int]) -> None:
+    """Refuse shards that were counted in different ways: two would have the same number."""
+    totals = {file.rpartition("-of-")[2] for file in files}
+    if len(totals) > 1 or len(set(files.values())) < len(files):
+        raise ValueError(
+            "the ranks' shards are not counted alike: give every rank's Saver the same parallel"
         )
 
 

@@ -89,7 +89,7 @@ class Save:
         except BaseException as error:
             if not self.committed:
                 files = [layout.file for layout in self.layouts]
-                reason = f"{type(error).__name__}: {error}"
+                reason = f"{type(error).__name__}: {error}".removesuffix(": ")
                 await run_jobs(threads, [lambda: self.commit.abandon(files, reason)])
             raise
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import uuid
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import distributed
 
 from asyncloader._concurrency import settled
-from asyncloader.errors import SaveTimeoutError
+from asyncloader.errors import SaveError, SaveTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from concurrent.futures import Executor
 
     from torch._C._distributed_c10d import Store
 
-__all__ = ["checked_save_id", "fresh_save_id", "shared_save_id"]
+__all__ = ["Agreed", "checked_save_id", "fresh_save_id", "shared_save_id"]
 
 T = TypeVar("T")
 
@@ -53,6 +55,19 @@ def fresh_save_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
+async def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """A save_id that all ranks have."""
+
+    save_id: str
+    close: Callable[[], Awaitable[None]] = _nothing
+    """To be awaited once the save is over, whether it worked or not."""
+
+
 async def shared_save_id(
     path: str,
     rank: int,
@@ -60,12 +75,12 @@ async def shared_save_id(
     *,
     timeout: float | None,  # noqa: ASYNC109  # with an error of ours
     executor: Executor,
-) -> str:
+) -> Agreed:
     """Return one that rank 0 draws and tells the others, through torch.distributed's store.
 
     Not by a collective: those of the program may be under way at the same time, and a collective
     cannot be cancelled. Each rank counts its saves to a path, so the n-th of one belongs to the
-    n-th of the others.
+    n-th of the others; a rank whose n-th comes when rank 0's is over is out of step, and told so.
 
     Args:
         path: The folder.
@@ -76,6 +91,7 @@ async def shared_save_id(
 
     Raises:
         ValueError: If torch.distributed does not connect these ranks.
+        SaveError: If the save that this would be a part of is over.
         SaveTimeoutError: If rank 0 did not tell in time.
     """
     store = _store(rank, ranks)
@@ -84,19 +100,27 @@ async def shared_save_id(
     async def ask(call: Callable[..., T], *arguments: object) -> T:
         return await settled(loop.run_in_executor(executor, partial(call, *arguments)))
 
-    count = await ask(store.add, f"asyncloader/{ranks}/{path}/saves/{rank}", 1)
-    key = f"asyncloader/{ranks}/{path}/id/{count}"
+    base = f"asyncloader/{ranks}/{os.path.normpath(path)}"  # noqa: ASYNC240  # text alone
+    count = await ask(store.add, f"{base}/saves/{rank}", 1)
+    key, over = f"{base}/id/{count}", f"{base}/over/{count}"
     if rank == 0:
         save_id = fresh_save_id()
         await ask(store.set, key, save_id)
-        return save_id
+        return Agreed(save_id, partial(ask, store.set, over, "yes"))
     start = loop.time()
     while not await ask(store.check, [key]):
         if timeout is not None and loop.time() - start > timeout:
             raise SaveTimeoutError(path, [0], timeout)
         await asyncio.sleep(_LOOK)
+    if await ask(store.check, [over]):
+        problem = (
+            f"rank {rank}'s save number {count} to this folder is over on rank 0, which did not "
+            "wait any longer: some rank has left out a save. Pass save_id, the same on all ranks "
+            "and another one for each try"
+        )
+        raise SaveError(path, problem)
     told: bytes = await ask(store.get, key)
-    return told.decode()
+    return Agreed(told.decode())
 
 
 def _store(rank: int, ranks: int) -> Store:

@@ -45,11 +45,14 @@ class TensorSource:
         self._tensor = tensor.detach()
         self._memory = plain_bytes(tensor)
         self._version = _version_of(tensor)
+        self._place = _place_of(self._tensor)
         self.slack = 0
 
     def read(self, begin: int, end: int, arena: Arena, /) -> memoryview:
         """Lend the tensor's own memory, or copy from it."""
         if self._memory is not None:
+            if self._place != _place_of(self._tensor):
+                raise RuntimeError("a tensor got other memory while it was being saved")
             return self._memory[begin:end]
         itemsize = self._tensor.itemsize
         out = arena.take(end - begin)
@@ -62,7 +65,14 @@ class TensorSource:
 
     def changed(self) -> bool:
         """Say whether somebody has written to the tensor since; of some nobody can know."""
-        return self._version != _version_of(self._tensor)
+        moved = self._memory is not None and self._place != _place_of(self._tensor)
+        return moved or self._version != _version_of(self._tensor)
+
+
+def _place_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Say where a tensor's memory lies, and how much it is: resizing its storage changes that."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 def _version_of(tensor: torch.Tensor) -> int:

@@ -17,6 +17,7 @@ from ._destination import Destination
 from ._file import Written, write_file
 from ._folder import Part, write_folder
 from ._source import Source, read_source
+from ._strays import refuse_strays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -144,7 +145,15 @@ async def _write(
 ) -> Written | list[Part]:
     parallel = options.parallel
     if target.is_file:
-        return await write_file(session, content, target.path, parallel=parallel, progress=progress)
+        await refuse_strays(session, content)
+        return await write_file(
+            session,
+            content,
+            target.path,
+            parallel=parallel,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
     ranks = options.shards or max((table.ranks for table in content.tables), default=1)
     return await write_folder(
         session, content, target.path, ranks=ranks, parallel=parallel, progress=progress

@@ -90,6 +90,7 @@ async def write_file(
     path: Path,
     *,
     parallel: int,
+    overwrite: bool,
     progress: Callable[[Progress], object] | None,
 ) -> Written:
     """Write the file beside its place, sync it, and move it there; if that fails, leave nothing.
@@ -99,6 +100,7 @@ async def write_file(
         source: What it holds.
         path: The file.
         parallel: Writes at a time.
+        overwrite: Whether to replace what is there by then.
         progress: Called on the event loop.
 
     Raises:
@@ -124,6 +126,8 @@ async def write_file(
     )
 
     def publish() -> None:
+        if not overwrite and path.exists():  # it was not, when we began
+            raise SaveError(str(path), "has come into being meanwhile; nothing was replaced")
         folder.move(draft, path.name)
         folder.sync("")
 

@@ -85,6 +85,9 @@ def _told(text: str, places: Mapping[str, Place]) -> Tables:
     tables: Tables = {}
     for name, table in value["tables"].items():
         whole = Slice(0, table["slice_size"], table["slice_size"])
+        odd = [slot for slot in table["slots"] if "@" in slot or not slot]
+        if odd or ID not in table["slots"]:
+            raise ValueError(f"table {shown(name)} has odd slots: {shown(table['slots'])}")
         tables[name] = {slot: (Part(whole, places[key]),) for slot, key in table["slots"].items()}
     return tables
 

@@ -11,7 +11,7 @@ import torch
 
 from asyncloader._concurrency import run_jobs
 from asyncloader.checkpoint import gen_slice
-from asyncloader.cli._filling import fill, make_table, row_bytes
+from asyncloader.cli._filling import check_rows, fill, make_table, row_bytes
 
 from ._comparison import Change, combined, compare
 from ._contents import row_kind
@@ -64,6 +64,10 @@ async def compare_table(
     """
     one, other = a.tables[name], b.tables[name]
     both = [slot for slot in one.slots if slot in other.slots]
+    for content, table in ((a, one), (b, other)):
+        for stored in table.slots.values():
+            if not stored.shape:  # of which nothing would be read
+                check_rows(content.manifest.location, stored)
     loaded = [slot for slot in both if _comparable(one.slots[slot], other.slots[slot])]
     tally = _Tally(slots={slot: _SlotTally() for slot in both})
     count = sub_slices(one, other, budget=budget)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
-from asyncloader.checkpoint import INDEX, SIDECAR, TENSORKEY, Catalog
+from asyncloader.checkpoint import DESCRIPTION, INDEX, SIDECAR, TENSORKEY, Catalog
 from asyncloader.checkpoint._safetensors import SHARDED, SINGLE
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadError
 from asyncloader.storage import read_small
@@ -123,8 +123,8 @@ async def _hugging_face(session: Session, there: frozenset[str], findings: Findi
 
 async def _recis(session: Session, there: frozenset[str], findings: Findings) -> Names:
     texts = {}
-    for name in (INDEX, TENSORKEY, SIDECAR):
-        if name in there or name != SIDECAR:
+    for name in (INDEX, TENSORKEY, SIDECAR, DESCRIPTION):
+        if name in there or name in {INDEX, TENSORKEY}:
             text = await _text(session, name, findings)
             if text is not None:
                 texts[name] = text

@@ -66,8 +66,8 @@ def _belongs(sidecar: Sidecar, index: bytearray, findings: Findings) -> bool:
         )
     else:
         findings.note(
-            f"belongs to another save than {INDEX}, so no byte can be verified; another program "
-            "has saved into this folder since, and the file can be removed",
+            f"belongs to another save than {INDEX}, so no byte can be verified; either another "
+            f"program has saved into this folder since, or {INDEX} was cut or edited",
             file=SIDECAR,
         )
     return False

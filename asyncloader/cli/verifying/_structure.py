@@ -139,6 +139,9 @@ def _check_rows(name: str, blocks: Iterable[Block], findings: Findings) -> None:
         if not block.shape:
             findings.problem(f"{name}: is a scalar, it has no rows", file=block.shard,
                              name=block.key)  # fmt: skip
+        elif 0 in block.shape[1:]:
+            text = f"{name}: has the shape {list(block.shape)}, which are no rows of anything"
+            findings.problem(text, file=block.shard, name=block.key)
         elif (block.dtype, block.shape[1:]) != (first.dtype, first.shape[1:]):
             findings.problem(
                 f"is {block.dtype} {list(block.shape)}, but another part of {name!r}, "
