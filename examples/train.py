@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asyncloader import HashTable, Loader, gen_slice
-from examples.made_up import random_table
-from tests.oracle import write_checkpoint
+from asyncloader import HashTable, Loader, Saver, gen_slice
+from examples.made_up import filled_table, random_table
 
 WRITERS = 4
 IDS = 20_000
@@ -58,11 +57,20 @@ def main() -> None:
     table = random_table(np.random.default_rng(7), IDS, width=16)
     dense = Model(0, 1).state_dict()
     with tempfile.TemporaryDirectory(prefix="asyncloader-train-") as folder:
-        write_checkpoint(Path(folder), {"item_emb": table}, dense, ranks=WRITERS)
+        for writer in reversed(range(WRITERS)):  # rank 0 last: it waits for the others
+            mine = filled_table("item_emb", table, gen_slice(writer, WRITERS))
+            Saver(
+                writer,
+                WRITERS,
+                path=folder,
+                hashtables={"item_emb": mine},
+                tensors=dense,
+                save_id="example",
+            ).save()
         model = resume(Path(folder), rank, ranks)
-    mine = model.item_emb.ids()
-    print(f"{len(mine):,} of {IDS:,} ids are this rank's")
-    print(f"scores of two users: {model(mine[:6].view(2, 3)).flatten().tolist()}")
+    held = model.item_emb.ids()
+    print(f"{len(held):,} of {IDS:,} ids are this rank's")
+    print(f"scores of two users: {model(held[:6].view(2, 3)).flatten().tolist()}")
 
 
 if __name__ == "__main__":
