@@ -80,8 +80,9 @@ class Saver:
         tensors: Dense tensors to save, by name, on any device; only rank 0 writes them.
         filter_func: Gets the `WriteBlock`s that would be written, and returns those to write.
         save_id: Tells this save from every other one into the same folder: text or a number, the
-            same on all ranks, another one for each try (a run's id and the step, say). By default
-            rank 0 draws one, and tells the others by way of torch.distributed's store.
+            same on all ranks, another one for each try (a count of the job's starts and the step,
+            say). By default rank 0 draws one, and tells the others by way of torch.distributed's
+            store.
         timeout: Seconds that rank 0 waits for the other ranks; `None` waits for ever.
         max_inflight_bytes: Memory for writes under way, in bytes. Besides, the order of a table's
             rows takes 16 bytes an id while the table is being written, and three times that while

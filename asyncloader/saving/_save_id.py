@@ -127,8 +127,8 @@ def _store(rank: int, ranks: int) -> Store:
     if not distributed.is_available() or not distributed.is_initialized():
         raise ValueError(
             f"rank {rank} of {ranks} cannot know what the others save: pass save_id, the same on "
-            "all ranks and another one for each try (a run's id and the step, say), or initialise "
-            "torch.distributed"
+            "all ranks and another one for each try (a count of the job's starts and the step, "
+            "say), or initialise torch.distributed"
         )
     if (distributed.get_rank(), distributed.get_world_size()) != (rank, ranks):
         raise ValueError(
