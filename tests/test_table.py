@@ -768,3 +768,20 @@ def test_more_rows_than_there_can_be_are_refused(many: int) -> None:
 def test_a_shape_is_a_sequence_of_sizes() -> None:
     with pytest.raises(TypeError, match=r"as \[16\], got 16"):
         HashTable(16)  # type: ignore[arg-type]  # the very thing
+
+
+def test_rows_of_a_segment_that_was_let_go_are_not_counted_any_more() -> None:
+    """And who still looks at the table as it was finds what was there."""
+    table = HashTable([2], block_size=1)
+    table.insert(torch.tensor([0]), torch.zeros(1, 2))
+    many = torch.arange(1, 61)
+    table.insert(many, many[:, None].expand(60, 2).float())
+    before = table._state
+    table.delete(many)
+    assert (table._state.end, len(table._state.segments.items)) == (1, 1)
+    table.insert(-many, -many[:, None].expand(60, 2).float())
+    rows, missing = before.find(many.numpy())
+    assert missing == 0
+    assert before.segments.gather("embedding", rows)[:, 0].tolist() == many.tolist()
+    assert table(-many)[:, 0].tolist() == (-many).tolist()
+    assert not table.contains(many).any()

@@ -218,6 +218,10 @@ class Fold:
         if not kept:
             self._ids, self._segments, self._end = np.zeros(0, np.int64), Segments(), 0
             return
+        after = [s.first for s in self._segments.items if s.first > kept[-1].first]
+        if after:  # rows go on behind the last one kept; older states still look at the ids there
+            self._end = after[0]
+            self._ids = self._ids[: self._end].copy()
         shift = kept[0].first
         if shift:
             _kernels.rebase(self._index.words, shift)
