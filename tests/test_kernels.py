@@ -6,6 +6,7 @@ slot and their tag.
 
 from __future__ import annotations
 
+import bisect
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -415,11 +416,17 @@ def test_count_rows_counts_by_segment(
 
 
 @given(rows=some_rows, rng=st.randoms(use_true_random=False))
-def test_rebase_lowers_every_row_and_keeps_its_tag(rows: list[int], rng: random.Random) -> None:
-    shift = min(rows, default=3)
+def test_rebase_lowers_the_rows_of_each_segment_and_keeps_their_tags(
+    rows: list[int], rng: random.Random
+) -> None:
+    firsts = sorted({min(rows, default=3), *rng.sample(rows, min(len(rows), 2))})
+    shifts = [rng.randrange(first + 1) for first in firsts]
     words = as_words(rows, rng)
-    expected = [word - shift if word else 0 for word in words.tolist()]
-    _kernels.rebase(words, shift)
+    expected = [
+        word and word - shifts[bisect.bisect_right(firsts, (word & 2**40 - 1) - 1) - 1]
+        for word in words.tolist()
+    ]
+    _kernels.rebase(words, np.array(firsts, np.int64), np.array(shifts, np.int64))
     assert words.tolist() == expected
 
 

@@ -785,3 +785,15 @@ def test_rows_of_a_segment_that_was_let_go_are_not_counted_any_more() -> None:
     assert before.segments.gather("embedding", rows)[:, 0].tolist() == many.tolist()
     assert table(-many)[:, 0].tolist() == (-many).tolist()
     assert not table.contains(many).any()
+
+
+def test_a_table_that_is_loaded_again_and_again_does_not_number_ever_more_rows() -> None:
+    """Rows at its beginning that stay must not keep the holes behind them."""
+    table = HashTable([1], block_size=1)
+    table.insert(torch.arange(20), torch.zeros(20, 1))
+    many = torch.arange(100, 150)
+    for turn in range(30):
+        table.insert(many, torch.full((50, 1), float(turn)))
+        assert table._state.end <= 4 * len(table)
+    assert table(torch.tensor([100, 149, 0]))[:, 0].tolist() == [29.0, 29.0, 0.0]
+    assert table.contains(torch.arange(20)).all()

@@ -214,18 +214,22 @@ class Fold:
         self._ids, self._segments, self._end = ids, segments, first + count
 
     def _keep(self, kept: list[Segment]) -> None:
-        """Let go of all other segments, and number the rows from zero again."""
+        """Let go of all other segments, and number the rows anew, without holes."""
         if not kept:
             self._ids, self._segments, self._end = np.zeros(0, np.int64), Segments(), 0
             return
-        after = [s.first for s in self._segments.items if s.first > kept[-1].first]
-        if after:  # rows go on behind the last one kept; older states still look at the ids there
-            self._end = after[0]
-            self._ids = self._ids[: self._end].copy()
-        shift = kept[0].first
-        if shift:
-            _kernels.rebase(self._index.words, shift)
-        items = tuple(Segment(s.first - shift, s.capacity, s.slots, s.lent) for s in kept)
-        self._segments = Segments.of(items)
-        self._ids = self._ids[shift:]
-        self._end -= shift
+        firsts = [segment.first for segment in self._segments.items]
+        ends = dict(zip(firsts, (*firsts[1:], self._end), strict=True))
+        used = np.array([ends[segment.first] - segment.first for segment in kept])
+        old = np.array([segment.first for segment in kept])
+        new = np.cumsum(used) - used
+        _kernels.rebase(self._index.words, old, old - new)
+        # A copy: states before this one still look at the ids that were there.
+        self._ids = np.concatenate([self._ids[a : a + n] for a, n in zip(old, used, strict=True)])
+        self._segments = Segments.of(
+            tuple(
+                Segment(int(first), segment.capacity, segment.slots, segment.lent)
+                for segment, first in zip(kept, new, strict=True)
+            )
+        )
+        self._end = int(used.sum())

@@ -437,12 +437,19 @@ def count_rows(words: Words, firsts: Longs, counts: Longs) -> None:
             counts[np.searchsorted(firsts, row, side="right") - 1] += 1
 
 
-@_kernel("void(u8[::1], i8)")
-def rebase(words: Words, shift: int) -> None:
-    """Lower every row by `shift`."""
+@_kernel("void(u8[::1], i8[::1], i8[::1])")
+def rebase(words: Words, firsts: Longs, shifts: Longs) -> None:
+    """Lower every row by what its segment is lowered.
+
+    Args:
+        words: uint64 `[n]`, of an index.
+        firsts: int64 `[segments]`, ascending; the first row of each.
+        shifts: int64 `[segments]`; how far each is lowered.
+    """
     for i in range(words.shape[0]):
         if words[i] != _ZERO:
-            words[i] -= np.uint64(shift)
+            row = np.int64(words[i] & _ROW) - 1
+            words[i] -= np.uint64(shifts[np.searchsorted(firsts, row, side="right") - 1])
 
 
 @_kernel("void(u8[::1], i8[::1], i8)")
