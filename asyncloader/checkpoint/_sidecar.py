@@ -97,7 +97,7 @@ class Sidecar:
     """All that the sidecar says."""
 
     files: Mapping[str, str]
-    """Digests of `index` and `tensorkey.json`."""
+    """Digests of `index`, `tensorkey.json` and the description."""
 
     shards: Mapping[str, ShardDigests]
     parts: Mapping[str, tuple[PartRows, ...]] = field(default_factory=dict)

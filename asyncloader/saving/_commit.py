@@ -17,7 +17,7 @@ The commit, by rank 0, once every rank's part is there and synced:
 The folder is synced after each step. If one fails, all moves are undone, in reverse. Whoever looks,
 at any moment and after a crash at any moment, sees the old checkpoint whole, or none, or the new
 one whole. (A reader that has read one `index` and opens shards of the other notices: see
-`read_manifest`.) What a crash between 1 and 3 has left is put back by the next save.
+`read_manifest`.) What a crash between 1 and 3 has moved away is put back by the next save.
 """
 
 from __future__ import annotations
