@@ -1,53 +1,34 @@
-"""What is loaded: checkpoints, their truth, and the destinations, full-size or tiny."""
+"""What is loaded: checkpoints, their truth, and the destinations."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from asyncloader import Loader, gen_slice
-from examples.made_up import (
-    empty_table,
-    holds_exactly,
-    random_table,
-    random_tensor,
-    same_bits,
-)
+from asyncloader import Loader, Saver, gen_slice
+from bench._formats import files_of
+from bench._raw import shards, size_of
+from bench._truth import SEED, windows
+from examples.made_up import empty_table, filled_table, holds_exactly, same_bits
 from tests.oracle import TableData, write_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from torch import Tensor
+
     from asyncloader import HashTable, Slice
+    from bench._scale import Scale
 
 TABLE = "emb"
 QUARTER = gen_slice(0, 4)
-SEED = 7
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
-    """How large the checkpoints are."""
-
-    name: str
-    tensors: int
-    side: int
-    """Each tensor is `[side, side]` float32."""
-
-    small_tensors: int
-    """Of 4 KiB."""
-
-    ids: int
-    width: int
-
-
-FULL = Scale(name="full", tensors=128, side=2048, small_tensors=20_000, ids=4_000_000, width=32)
-TINY = Scale(name="tiny", tensors=32, side=64, small_tensors=200, ids=20_000, width=32)
-SCALES = {scale.name: scale for scale in (FULL, TINY)}
+POISON = 0xA5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +36,22 @@ class DenseCase:
     """A checkpoint of dense tensors, and what it holds."""
 
     path: Path
-    truth: dict[str, torch.Tensor]
+    truth: dict[str, Tensor]
 
-    def check(self, tensors: dict[str, torch.Tensor]) -> None:
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.truth.values())
+
+    def files(self, suffix: str = "safetensors") -> list[Path]:
+        """Return its files, or those of the same tensors in another format."""
+        return files_of(self.path, suffix, self.truth)
+
+    def destination(self) -> dict[str, Tensor]:
+        """Return tensors whose memory is there already."""
+        return {name: torch.ones(tensor.shape) for name, tensor in self.truth.items()}
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        assert tensors.keys() == self.truth.keys()
         for name, tensor in self.truth.items():
             assert same_bits(tensors[name], tensor), name
 
@@ -70,11 +64,42 @@ class TableCase:
     truth: TableData
     part: Slice | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the files, all slices."""
+        return size_of(shards(self.path))
+
     def table(self) -> HashTable:
         return empty_table(TABLE, self.truth, self.part)
 
     def check(self, table: HashTable) -> None:
         assert holds_exactly(table, self.truth)
+
+    def full_table(self) -> HashTable:
+        """Return a table that is loaded already."""
+        table = self.table()
+        Loader(self.path, {TABLE: table}).load()
+        return table
+
+    def owned(self, part: Slice) -> TableCase:
+        """Return the same checkpoint, to be loaded by one of several ranks."""
+        position = self.truth.ids.numpy().view(np.uint64) % np.uint64(part.size)
+        inside = (position >= np.uint64(part.begin)) & (position < np.uint64(part.end))
+        return replace(self, truth=rows_at(self.truth, np.flatnonzero(inside)), part=part)
+
+
+def rows_at(data: TableData, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> TableData:
+    """Return some of a table's rows."""
+    chosen = torch.from_numpy(rows)
+    return TableData(
+        ids=data.ids[chosen], slots={name: slot[chosen] for name, slot in data.slots.items()}
+    )
+
+
+def poison(tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite tensors, so that what is in them afterwards has come from somewhere."""
+    for tensor in tensors.values():
+        tensor.view(-1).view(torch.uint8).fill_(POISON)
 
 
 def dense_shapes(scale: Scale) -> dict[str, tuple[int, ...]]:
@@ -85,23 +110,13 @@ def small_shapes(scale: Scale) -> dict[str, tuple[int, ...]]:
     return {f"tensor.{number}": (1024,) for number in range(scale.small_tensors)}
 
 
-def touched(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Return tensors whose memory is there already."""
-    return {name: torch.ones(shape) for name, shape in shapes.items()}
-
-
-def dense_case(path: Path, shapes: dict[str, tuple[int, ...]]) -> DenseCase:
-    """Return a checkpoint of dense tensors in 16 shards; write it unless it is there."""
-    rng = np.random.default_rng(SEED)
-    truth = {name: random_tensor(rng, shape) for name, shape in shapes.items()}
+def dense_case(path: Path, shapes: dict[str, tuple[int, ...]], *, writers: int) -> DenseCase:
+    """Return a checkpoint of dense tensors; write it unless it is there."""
+    truth = windows(shapes)
     if not (path / "index").exists():
-        write_checkpoint(path, {}, truth, writers=16)
+        write_checkpoint(path, {}, truth, writers=writers)
         os.sync()  # writing it back later would compete with what is measured
     return DenseCase(path, truth)
-
-
-def table_truth(scale: Scale) -> TableData:
-    return random_table(np.random.default_rng(SEED), scale.ids, scale.width)
 
 
 def table_case(path: Path, truth: TableData, *, ranks: int) -> TableCase:
@@ -114,20 +129,20 @@ def table_case(path: Path, truth: TableData, *, ranks: int) -> TableCase:
     return TableCase(path, truth)
 
 
-def quarter_of(case: TableCase) -> TableCase:
-    """Return the same checkpoint, to be loaded by one of four ranks."""
-    position = case.truth.ids.numpy().view(np.uint64) % np.uint64(QUARTER.size)
-    mine = torch.from_numpy(np.flatnonzero(position < np.uint64(QUARTER.end)))
-    truth = TableData(
-        ids=case.truth.ids[mine],
-        slots={slot: rows[mine] for slot, rows in case.truth.slots.items()},
-    )
-    return TableCase(case.path, truth, QUARTER)
+def saved_case(path: Path, truth: TableData, *, ranks: int) -> TableCase:
+    """Return a checkpoint as our own `Saver` writes it: sorted, four shards in all."""
+    if not (path / "index").exists():
+        shutil.rmtree(path, ignore_errors=True)
+        for rank in reversed(range(ranks)):  # rank 0 waits for the others, and commits
+            table = filled_table(TABLE, truth, gen_slice(rank, ranks))
+            Saver(rank, ranks, 4 // ranks, path, {TABLE: table}, save_id="bench").save()
+        os.sync()
+    return TableCase(path, truth)
 
 
 def table_loader(path: Path, table: HashTable) -> Loader:
     return Loader(path, hashtables={TABLE: table}, strict=True)
 
 
-def tensor_loader(path: Path, tensors: dict[str, torch.Tensor]) -> Loader:
+def tensor_loader(path: Path, tensors: dict[str, Tensor]) -> Loader:
     return Loader(path, tensors=tensors, strict=True)

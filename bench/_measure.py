@@ -1,74 +1,116 @@
-"""Measures a load and its yardstick in turn."""
+"""Measures several contenders in turn: A B C A B C …, so that drift is shared by all."""
 
 from __future__ import annotations
 
 import gc
+import statistics
 import time
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from asyncloader._memory import zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from pytest_benchmark.fixture import BenchmarkFixture
+Role: TypeAlias = Literal["raw", "ours", "peer", "variant"]
 
-T = TypeVar("T")
+PATIENCE = 20.0
+"""Seconds that the rounds of one contender may take together, estimated by its first."""
 
 
-def alternate(
-    benchmark: BenchmarkFixture,
-    *,
-    rounds: int,
-    fresh: int,
-    raw: Callable[[], float],
-    prepare: Callable[[], T],
-    load: Callable[[T], object],
-    check: Callable[[T], None],
-) -> tuple[list[float], list[float]]:
-    """Read and load in turn, once to warm up and then `rounds` times.
+def nothing() -> None:
+    """Prepare nothing."""
 
-    Args:
-        benchmark: pytest-benchmark's fixture.
-        rounds: How often.
-        fresh: Bytes of fresh memory that either of the two takes.
-        raw: Reads the same bytes, and returns the seconds that took.
-        prepare: Makes the destination.
-        load: Loads into it; this is what is timed.
-        check: Fails if the destination is not what it should be.
 
-    Returns:
-        Seconds of every load, and of every read.
-    """
-    loads: list[float] = []
-    raws: list[float] = []
+def accept(_: object) -> None:
+    """Find everything right."""
 
-    def setup() -> tuple[tuple[list[T]], dict[str, object]]:
-        fault_in(fresh)
-        raws.append(raw())
-        held = [prepare()]
-        gc.collect()  # or what earlier rounds left behind is cleared away within this one
-        fault_in(fresh)
-        return (held,), {}
 
-    def timed(held: list[T]) -> list[T]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One way to do what a case asks for."""
+
+    name: str
+    role: Role
+    run: Callable[[Any], Any]
+    """Takes what `prepare` returned; this is what is timed."""
+
+    prepare: Callable[[], Any] = nothing
+    poison: Callable[[Any], object] = accept
+    """Overwrites the destination before a run that is checked: what was there does not pass."""
+
+    check: Callable[[Any], object] = accept
+    """Fails unless what `run` returned is right."""
+
+    clock: Callable[[Any], float] | None = None
+    """Takes what `run` returned, and returns the seconds, where `run` measures them itself."""
+
+    fresh: int = 0
+    """Bytes of fresh memory that a run takes."""
+
+    nbytes: int | None = None
+    """Bytes that a run loads, where they are not those of the case."""
+
+    def once(self, *, checked: bool) -> float:
+        """Run, and return the seconds that took."""
+        target = self.prepare()
+        if checked:
+            self.poison(target)
+        else:
+            gc.collect()  # or what earlier rounds left behind is cleared away within this one
+        fault_in(self.fresh)
         start = time.perf_counter()
-        load(held[0])
-        loads.append(time.perf_counter() - start)
-        return held
+        result = self.run(target)
+        seconds = time.perf_counter() - start
+        if checked:
+            self.check(result)
+        return seconds if self.clock is None else self.clock(result)
 
-    def teardown(held: list[T]) -> None:
-        check(held.pop())  # the only reference: its memory is free for the next round
 
-    last: list[T] = benchmark.pedantic(  # type: ignore[no-untyped-call]
-        timed, setup=setup, teardown=teardown, rounds=rounds, warmup_rounds=1, iterations=1
-    )
-    if benchmark.disabled:
-        teardown(last)
-        return loads, raws
-    return loads[1:], raws[1:]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """What one contender took."""
+
+    name: str
+    role: Role
+    seconds: Sequence[float]
+    nbytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+def interleave(contenders: Sequence[Contender], *, rounds: int) -> list[Times]:
+    """Run all of them once to warm up, checked, and then in turn, `rounds` times.
+
+    Ours are checked once more at the end. Who takes too long for that many rounds runs in the first
+    of them only, at least in one. With no rounds at all, warming up is what counts.
+    """
+    warm = [contender.once(checked=True) for contender in contenders]
+    if not rounds:
+        return _times(contenders, [[seconds] for seconds in warm])
+    turns = [max(1, min(rounds, int(PATIENCE / seconds))) for seconds in warm]
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for number in range(rounds):
+        for contender, turn, taken in zip(contenders, turns, seconds, strict=True):
+            if number < turn:
+                taken.append(contender.once(checked=False))
+    for contender in contenders:
+        if contender.role == "ours":
+            contender.once(checked=True)
+    return _times(contenders, seconds)
+
+
+def _times(contenders: Sequence[Contender], seconds: Sequence[Sequence[float]]) -> list[Times]:
+    return [
+        Times(name=one.name, role=one.role, seconds=taken, nbytes=one.nbytes)
+        for one, taken in zip(contenders, seconds, strict=True)
+    ]
 
 
 def fault_in(size: int) -> None:
@@ -79,3 +121,13 @@ def fault_in(size: int) -> None:
     """
     if size:
         zeros((size,), torch.uint8).fill_(1)
+
+
+def best(times: Sequence[Times], role: Role) -> Times | None:
+    """Return the fastest of a role by its median, or `None` where there is none of it."""
+    return min((one for one in times if one.role == role), key=lambda one: one.median, default=None)
+
+
+def named(times: Sequence[Times], name: str) -> Times:
+    """Return what the contender of a name took."""
+    return next(one for one in times if one.name == name)

@@ -13,19 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
+import torch
 import uvloop
 
 from asyncloader import HashTable, Loader
-from bench._cases import (
-    QUARTER,
-    SCALES,
-    TABLE,
-    dense_shapes,
-    table_case,
-    touched,
-)
-from examples.made_up import empty_table, random_table
+from bench._cases import QUARTER, TABLE, dense_shapes, table_case
+from bench._index import index_bytes
+from bench._scale import SCALES
+from bench._truth import table_rows
+from examples.made_up import empty_table
 
 INFLIGHT = 128 << 20
 FOLDERS = {"D1": "dense", "T1": "table-1", "T4": "table-1"}
@@ -41,7 +37,7 @@ def resident(mark: str) -> int:
 
 def warm_up(width: int) -> None:
     """Load a small table, so that what is imported, compiled or started once is there."""
-    data = random_table(np.random.default_rng(0), 1000, width)
+    data = table_rows(1000, width)
     with tempfile.TemporaryDirectory() as folder:
         case = table_case(Path(folder) / "small", data, ranks=1)
         uvloop.run(Loader(case.path, {TABLE: case.table()}).aload())
@@ -52,10 +48,11 @@ def main(case: str, scale_name: str, folder: str) -> None:
     scale = SCALES[scale_name]
     warm_up(scale.width)
     path = Path(folder) / FOLDERS[case]
-    tensors = touched(dense_shapes(scale)) if case == "D1" else {}
+    shapes = dense_shapes(scale) if case == "D1" else {}
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
     tables: dict[str, HashTable] = {}
     if case != "D1":
-        like = random_table(np.random.default_rng(0), 1, scale.width)
+        like = table_rows(1, scale.width)
         tables[TABLE] = empty_table(TABLE, like, QUARTER if case == "T4" else None)
     loader = Loader(path, tables, tensors, strict=True, max_inflight_bytes=INFLIGHT)
 
@@ -68,7 +65,7 @@ def main(case: str, scale_name: str, folder: str) -> None:
     for table in tables.values():
         row = 8 + sum(slot.row_bytes for slot in table.slots().values())
         stays += len(table) * row
-        index += table._state.index.words.nbytes  # noqa: SLF001  # users need not know
+        index += index_bytes(table)
     facts = {
         "rows": sum(counts.rows for counts in report.tables.values()),
         "destination": stays or sum(tensor.nbytes for tensor in tensors.values()),

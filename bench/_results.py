@@ -1,46 +1,74 @@
-"""What was measured: kept, shown as tables, and written to a file."""
+"""What was measured, as values, and as a file."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-import platform
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-import numba
-import torch
-from rich.console import Group
-from rich.table import Table
+from bench._machine import machine
+from bench._measure import best
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from rich.console import RenderableType
+    from bench._measure import Times
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """A load beside the raw read of the same bytes."""
+    """Contenders of one case."""
 
     case: str
     what: str
-    nbytes: int
-    """On disk."""
+    nbytes: int | None
+    """What each of them loads; `None` where bytes say nothing."""
 
-    load_seconds: Sequence[float]
-    raw_seconds: Sequence[float]
-    """Measured in turn: raw, load, raw, load, …"""
-
-    goal: float | None
-    """The least that `ratio` should be."""
+    times: Sequence[Times]
+    skipped: Sequence[str] = ()
+    """Peers that are not installed."""
 
     @property
-    def ratio(self) -> float:
-        """Rate of the load over that of the raw read, medians both."""
-        return statistics.median(self.raw_seconds) / statistics.median(self.load_seconds)
+    def raw(self) -> Times | None:
+        return best(self.times, "raw")
+
+    @property
+    def ours(self) -> Times | None:
+        return best(self.times, "ours")
+
+    def ratio(self, one: Times) -> float | None:
+        """Return how fast it is, raw being 1."""
+        return self.raw.median / one.median if self.raw is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A bound that a figure shall keep."""
+
+    sense: Literal["≥", "≤"]
+    bound: float
+
+    def reached(self, value: float) -> bool:
+        return value >= self.bound if self.sense == "≥" else value <= self.bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One number, and what it should be."""
+
+    case: str
+    what: str
+    value: float
+    unit: str
+    goal: Goal | None = None
+
+    @property
+    def reached(self) -> bool | None:
+        return None if self.goal is None else self.goal.reached(self.value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,113 +102,82 @@ class Lag:
     worst: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """What took how long, by its size."""
+
+    case: str
+    what: str
+    unit: str
+    """Of the sizes."""
+
+    sizes: Sequence[float]
+    seconds: Sequence[Sequence[float]]
+
+    @property
+    def medians(self) -> list[float]:
+        return [statistics.median(some) for some in self.seconds]
+
+    def worst_doubling(self) -> float:
+        """Return by how much the time grew at most for twice the size."""
+        steps = zip(itertools.pairwise(self.sizes), itertools.pairwise(self.medians), strict=True)
+        return max(
+            math.pow(after / before, 1 / math.log2(large / small))
+            for (small, large), (before, after) in steps
+        )
+
+
 @dataclass(slots=True)
 class Results:
     """All that one run measured."""
 
     scale: str
     speeds: list[Speed] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
     memories: list[Memory] = field(default_factory=list)
     lags: list[Lag] = field(default_factory=list)
+    growths: list[Growth] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.speeds or self.figures or self.memories or self.lags or self.growths)
+
+    def figure(
+        self, case: str, what: str, value: float, unit: str, goal: Goal | None = None
+    ) -> None:
+        """Note a figure."""
+        self.figures.append(Figure(case=case, what=what, value=value, unit=unit, goal=goal))
 
     def write(self, path: Path) -> None:
         """Write everything to a JSON file."""
         facts = {
             "machine": machine(),
             "scale": self.scale,
-            "speed": [{**asdict(speed), "ratio": speed.ratio} for speed in self.speeds],
+            "goals": [asdict(one) | {"reached": one.reached} for one in self.figures],
+            "speed": [_with_ratios(speed) for speed in self.speeds],
             "memory": [asdict(memory) for memory in self.memories],
             "lag": [asdict(lag) for lag in self.lags],
+            "growth": [asdict(growth) for growth in self.growths],
         }
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
-    def __rich__(self) -> RenderableType:
-        tables = []
-        if self.speeds:
-            tables.append(_speed_table(self.speeds, full=self.scale == "full"))
-        if self.memories:
-            tables.append(_memory_table(self.memories))
-        if self.lags:
-            tables.append(_lag_table(self.lags))
-        about = " · ".join(str(value) for value in machine().values())
-        return Group(*tables, f"[dim]{about}[/]")
+
+def against_raw(results: Results, speed: Speed, goal: Goal) -> None:
+    """Note how ours compares with the raw read."""
+    if speed.raw is None or speed.ours is None:
+        raise LookupError(f"{speed.case} has no raw read, or nothing of ours")
+    ratio = speed.raw.median / speed.ours.median
+    results.figure(speed.case, f"beside {speed.raw.name}", ratio, "of its speed", goal)
 
 
-def machine() -> dict[str, str | int]:
-    """Say what the measurements were made on."""
-    return {
-        "system": f"{platform.system()} {platform.release().split('-')[0]}",
-        "processor": _processor(),
-        "cores": f"{os.cpu_count()} cores",
-        "memory": f"{_memory_gib():.0f} GiB",
-        "python": f"Python {platform.python_version()}",
-        "torch": f"torch {torch.__version__}",
-        "numba": f"numba {numba.__version__}",
-    }
+def against_peers(results: Results, speed: Speed, goal: Goal) -> None:
+    """Note how ours compares with the best peer, if there is one."""
+    peer = best(speed.times, "peer")
+    if peer is not None and speed.ours is not None:
+        ratio = peer.median / speed.ours.median
+        results.figure(speed.case, f"beside {peer.name}", ratio, "of its speed", goal)
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123  # a pseudo-file
-            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _speed_table(speeds: Sequence[Speed], *, full: bool) -> Table:
-    table = _table("Speed, medians", "load s", "load GB/s", "raw s", "raw GB/s", "ratio", "goal")
-    for speed in speeds:
-        load, raw = statistics.median(speed.load_seconds), statistics.median(speed.raw_seconds)
-        table.add_row(
-            speed.case,
-            speed.what,
-            f"{load:.3f}",
-            f"{speed.nbytes / load / 1e9:.1f}",
-            f"{raw:.3f}",
-            f"{speed.nbytes / raw / 1e9:.1f}",
-            f"{speed.ratio:.2f}",
-            _goal(speed) if full else "",
-        )
-    return table
-
-
-def _goal(speed: Speed) -> str:
-    if speed.goal is None:
-        return "none"
-    return f"{speed.goal} {'[green]✓[/]' if speed.ratio >= speed.goal else '[red]✗[/]'}"
-
-
-def _memory_table(memories: Sequence[Memory]) -> Table:
-    table = _table("\nMemory, MiB", "destination", "id index", "above", "allowed", "")
-    for memory in memories:
-        sizes = (memory.destination, memory.index, memory.above, memory.allowed)
-        table.add_row(
-            memory.case,
-            memory.what,
-            *(f"{size / 2**20:,.0f}" for size in sizes),
-            "[green]✓[/]" if memory.above <= memory.allowed else "[red]✗[/]",
-        )
-    return table
-
-
-def _lag_table(lags: Sequence[Lag]) -> Table:
-    table = _table("\nLag of the event loop, ms", "ticks", "median", "p99", "worst")
-    for lag in lags:
-        times = (f"{seconds * 1e3:.1f}" for seconds in (lag.median, lag.p99, lag.worst))
-        table.add_row(lag.case, lag.what, f"{lag.ticks:,}", *times)
-    return table
+def _with_ratios(speed: Speed) -> dict[str, object]:
+    times = [asdict(one) | {"median": one.median, "ratio": speed.ratio(one)} for one in speed.times]
+    return asdict(speed) | {"times": times}

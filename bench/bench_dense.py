@@ -1,64 +1,57 @@
-"""How fast dense tensors load, into memory that is there already."""
+"""How fast dense tensors load, into memory that is there already, from a warm page cache."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
+import pytest
 
-from bench._cases import tensor_loader, touched
-from bench._measure import alternate
-from bench._raw import STEP, read_raw, shards, steps
-from bench._results import Results, Speed
+from bench import _dense
+from bench._measure import interleave
+from bench._results import Goal, Results, Speed, against_peers, against_raw
 
 if TYPE_CHECKING:
     import asyncio
 
-    from pytest_benchmark.fixture import BenchmarkFixture
-
     from bench._cases import DenseCase
+    from bench._scale import Scale
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what peers warn of is theirs to mend
 
 
-def measure(
-    benchmark: BenchmarkFixture,
-    case: DenseCase,
-    runner: asyncio.Runner,
-    *,
-    name: str,
-    goal: float | None,
-) -> Speed:
-    files = shards(case.path)
-    buffer = torch.ones(steps(files) * STEP // 4).numpy().data.cast("B")
-    tensors = touched({name: tuple(tensor.shape) for name, tensor in case.truth.items()})
-
-    def prepare() -> dict[str, torch.Tensor]:
-        for tensor in tensors.values():
-            tensor.zero_()
-        return tensors
-
-    loads, raws = alternate(
-        benchmark,
-        rounds=9,
-        fresh=0,
-        raw=lambda: read_raw(files, buffer),
-        prepare=prepare,
-        load=lambda tensors: runner.run(tensor_loader(case.path, tensors).aload()),
-        check=case.check,
-    )
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    what = f"{len(tensors):,} tensors of {next(iter(tensors.values())).nbytes // 1024:,} KiB"
+def measure(case: DenseCase, runner: asyncio.Runner, name: str, *, rounds: int) -> Speed:
+    tensors = case.destination()
+    peers, skipped = _dense.peers(case, tensors)
+    _dense.warm_all(case)
+    contenders = [*_dense.raw(case, tensors), _dense.ours(case, tensors, runner), *peers]
+    each = next(iter(tensors.values())).nbytes // 1024
     return Speed(
-        case=name, what=what, nbytes=nbytes, load_seconds=loads, raw_seconds=raws, goal=goal
+        case=name,
+        what=f"{len(tensors):,} tensors of {each:,} KiB, warm",
+        nbytes=case.nbytes,
+        times=interleave(contenders, rounds=rounds),
+        skipped=skipped,
     )
 
 
 def test_d1_large_tensors(
-    benchmark: BenchmarkFixture, dense: DenseCase, runner: asyncio.Runner, results: Results
+    dense: DenseCase, runner: asyncio.Runner, results: Results, scale: Scale
 ) -> None:
-    results.speeds.append(measure(benchmark, dense, runner, name="D1", goal=0.7))
+    speed = measure(dense, runner, "D1", rounds=scale.rounds(5))
+
+    results.speeds.append(speed)
+    against_raw(results, speed, Goal("≥", 0.9))
+    against_peers(results, speed, Goal("≥", 1))
 
 
 def test_d3_small_tensors(
-    benchmark: BenchmarkFixture, small: DenseCase, runner: asyncio.Runner, results: Results
+    small: DenseCase, runner: asyncio.Runner, results: Results, scale: Scale
 ) -> None:
-    results.speeds.append(measure(benchmark, small, runner, name="D3", goal=None))
+    speed = measure(small, runner, "D3", rounds=scale.rounds(5))
+
+    results.speeds.append(speed)
+    against_peers(results, speed, Goal("≥", 3))
+    assert speed.raw is not None
+    assert speed.ours is not None
+    each = (speed.ours.median - speed.raw.median) / len(small.truth)
+    results.figure("D3", "planning and bookkeeping", each * 1e6, "µs a tensor", Goal("≤", 10))

@@ -11,24 +11,30 @@ import gc
 import statistics
 from typing import TYPE_CHECKING
 
-import torch
-
-from bench._cases import DenseCase, TableCase, table_loader, tensor_loader, touched
+from bench._cache import warm
+from bench._cases import DenseCase, TableCase, table_loader, tensor_loader
 from bench._measure import fault_in
-from bench._raw import STEP, read_raw, shards, steps
-from bench._results import Lag, Results
+from bench._raw import carry_out, room_for, shards, tensor_reads
+from bench._results import Goal, Lag, Results
 from examples.lag import measuring_lag, percentile
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from asyncloader import HashTable
+    from bench._scale import Scale
 
-ROUNDS = 5
+ROUNDS = 9
 
 
 def measure(
-    results: Results, runner: asyncio.Runner, what: str, work: Callable[[], Awaitable[object]]
+    results: Results,
+    runner: asyncio.Runner,
+    what: str,
+    work: Callable[[], Awaitable[object]],
+    rounds: int,
+    *,
+    goals: bool = False,
 ) -> None:
     lags: list[float] = []
 
@@ -39,49 +45,61 @@ def measure(
 
     runner.run(once())
     lags.clear()  # the first was to warm up
-    for _ in range(ROUNDS):
+    for _ in range(max(1, rounds)):
         runner.run(once())
-    results.lags.append(
-        Lag(
-            case="L1",
-            what=what,
-            ticks=len(lags),
-            median=statistics.median(lags),
-            p99=percentile(lags, 99),
-            worst=max(lags),
-        )
+    lag = Lag(
+        case="L1",
+        what=what,
+        ticks=len(lags),
+        median=statistics.median(lags),
+        p99=percentile(lags, 99),
+        worst=max(lags),
     )
+    results.lags.append(lag)
+    if goals:
+        results.figure("L1", f"{what}, 99th percentile", lag.p99 * 1e3, "ms", Goal("≤", 5))
+        results.figure("L1", f"{what}, worst", lag.worst * 1e3, "ms", Goal("≤", 20))
 
 
-def test_l1_nothing(results: Results, runner: asyncio.Runner) -> None:
-    measure(results, runner, "idle", lambda: asyncio.sleep(0.2))
+def test_l1_nothing(results: Results, runner: asyncio.Runner, scale: Scale) -> None:
+    measure(results, runner, "idle", lambda: asyncio.sleep(0.2), scale.rounds(ROUNDS))
 
 
-def test_l1_raw_read(results: Results, runner: asyncio.Runner, dense: DenseCase) -> None:
-    files = shards(dense.path)
-    buffer = torch.ones(steps(files) * STEP // 4).numpy().data.cast("B")
+def test_l1_raw_read(
+    results: Results, runner: asyncio.Runner, scale: Scale, dense: DenseCase
+) -> None:
+    warm(dense.files())
+    reads = tensor_reads(dense.files(), dense.destination())
 
-    measure(
-        results, runner, "beside the raw read", lambda: asyncio.to_thread(read_raw, files, buffer)
-    )
+    def work() -> Awaitable[object]:
+        return asyncio.to_thread(carry_out, reads, threads=2)
+
+    measure(results, runner, "beside the raw read, 2 threads", work, scale.rounds(ROUNDS))
 
 
-def test_l1_dense(results: Results, runner: asyncio.Runner, dense: DenseCase) -> None:
-    tensors = touched({name: tuple(tensor.shape) for name, tensor in dense.truth.items()})
+def test_l1_dense(results: Results, runner: asyncio.Runner, scale: Scale, dense: DenseCase) -> None:
+    warm(dense.files())
+    tensors = dense.destination()
 
-    measure(results, runner, "while D1 loads", lambda: tensor_loader(dense.path, tensors).aload())
+    def work() -> Awaitable[object]:
+        return tensor_loader(dense.path, tensors).aload()
+
+    measure(results, runner, "while D1 loads", work, scale.rounds(ROUNDS), goals=True)
 
     dense.check(tensors)
 
 
-def test_l1_a_table(results: Results, runner: asyncio.Runner, one_rank: TableCase) -> None:
+def test_l1_a_table(
+    results: Results, runner: asyncio.Runner, scale: Scale, one_rank: TableCase
+) -> None:
+    warm(shards(one_rank.path))
     tables: list[HashTable] = []
 
-    def load() -> Awaitable[object]:
+    def work() -> Awaitable[object]:
         tables[:] = [one_rank.table()]
-        fault_in(steps(shards(one_rank.path)) * STEP)
+        fault_in(room_for(shards(one_rank.path)))
         return table_loader(one_rank.path, tables[0]).aload()
 
-    measure(results, runner, "while T1 loads", load)
+    measure(results, runner, "while T1 loads", work, scale.rounds(ROUNDS), goals=True)
 
     one_rank.check(tables[0])

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bench._results import Memory, Results
+from bench._cases import QUARTER
+from bench._results import Goal, Memory, Results
 
 if TYPE_CHECKING:
-    from bench._cases import DenseCase, Scale, TableCase
+    from bench._cases import DenseCase, TableCase
+    from bench._scale import Scale
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark"
@@ -27,6 +29,8 @@ def peak(results: Results, folder: Path, case: str, what: str) -> Memory:
     del facts["rows"]
     memory = Memory(case="M1", what=what, **facts)
     results.memories.append(memory)
+    goal = Goal("≤", memory.allowed / 2**20)
+    results.figure("M1", f"{what}, above the destination", memory.above / 2**20, "MiB", goal)
     return memory
 
 
@@ -44,9 +48,10 @@ def test_m1_a_table(results: Results, folder: Path, scale: Scale, one_rank: Tabl
     assert memory.above <= memory.allowed
 
 
-def test_m1_a_quarter_of_a_table(results: Results, folder: Path, quarter: TableCase) -> None:
+def test_m1_a_quarter_of_a_table(results: Results, folder: Path, one_rank: TableCase) -> None:
     memory = peak(results, folder, "T4", "while T4 loads")
 
+    quarter = one_rank.owned(QUARTER)
     row = 8 + sum(rows[:1].nbytes for rows in quarter.truth.slots.values())
     assert memory.destination == len(quarter.truth.ids) * row
     assert memory.above <= memory.allowed

@@ -5,180 +5,171 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from asyncloader import Loader, Saver
-from bench._cases import TABLE, dense_shapes, table_loader, touched
-from bench._measure import alternate
-from bench._results import Results, Speed
-from examples.made_up import empty_table
+from bench._cases import TABLE, DenseCase, TableCase, table_loader
+from bench._measure import Contender, interleave, named
+from bench._raw import room_for, shards
+from bench._results import Goal, Results, Speed, against_raw
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
     from pathlib import Path
 
-    from pytest_benchmark.fixture import BenchmarkFixture
-
     from asyncloader import HashTable
-    from bench._cases import Scale, TableCase
+    from bench._measure import Role
+    from bench._scale import Scale
 
 ROUNDS = 5
 
 
-def dd(path: Path, nbytes: int) -> float:
-    """Write as many zeros as `dd` does it, up to the disk, and return the seconds that took."""
+def dd(nbytes: int, path: Path) -> None:
+    """Write as many zeros as `dd` does it, up to the disk."""
     command = [
         "dd", "if=/dev/zero", f"of={path}", "bs=16M", "iflag=count_bytes", f"count={nbytes}",
         "conv=fsync", "status=none",
     ]  # fmt: skip
-    os.sync()
-    start = time.perf_counter()
     subprocess.run(command, check=True)
-    seconds = time.perf_counter() - start
-    path.unlink()
+
+
+def empty_disk(path: Path) -> Path:
+    """Return a path at which nothing is, with nothing left for the system to write."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
     os.sync()
-    return seconds
+    return path
 
 
 def measure(
-    benchmark: BenchmarkFixture,
+    *,
     folder: Path,
+    case: str,
+    what: str,
     nbytes: int,
-    save: Callable[[Path], object],
+    saver: Callable[[Path], Saver],
     check: Callable[[Path], None],
-) -> tuple[list[float], list[float]]:
+    rounds: int,
+) -> Speed:
     """Save into a new folder and let `dd` write as many bytes, in turn."""
     if shutil.which("dd") is None:
         pytest.skip("needs dd")
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "saved"
 
-    def checked(path: Path) -> None:
-        check(path)
-        shutil.rmtree(path)
+    def save(path: Path) -> Path:
+        saver(path).save()
+        return path
 
-    return alternate(
-        benchmark,
-        rounds=ROUNDS,
-        fresh=0,
-        raw=lambda: dd(folder / "dd", nbytes),
-        prepare=lambda: target,
-        load=save,
-        check=checked,
+    target, zeros = folder / f"{case}-saved", folder / f"{case}-dd"
+    times = interleave(
+        [
+            Contender(
+                name="dd conv=fsync",
+                role="raw",
+                prepare=partial(empty_disk, zeros),
+                run=partial(dd, nbytes),
+            ),
+            Contender(
+                name="asyncloader",
+                role="ours",
+                prepare=partial(empty_disk, target),
+                run=save,
+                check=check,
+            ),
+        ],
+        rounds=rounds,
     )
+    empty_disk(target)
+    empty_disk(zeros)
+    return Speed(case=case, what=what, nbytes=nbytes, times=times)
 
 
-def full_table(case: TableCase) -> HashTable:
-    table = case.table()
-    Loader(case.path, {TABLE: table}).load()
-    return table
-
-
-def test_w1_a_table(
-    benchmark: BenchmarkFixture, folder: Path, one_rank: TableCase, results: Results
-) -> None:
+def test_w1_a_table(folder: Path, one_rank: TableCase, results: Results, scale: Scale) -> None:
     """Its rows lie in random order, and are sorted."""
-    table = full_table(one_rank)
-    nbytes = sum(file.stat().st_size for file in one_rank.path.iterdir())
+    table = one_rank.full_table()
 
     def check(path: Path) -> None:
         again = one_rank.table()
         Loader(path, {TABLE: again}, strict=True, verify="require").load()
         one_rank.check(again)
 
-    saves, dds = measure(
-        benchmark,
-        folder / "w1",
-        nbytes,
-        lambda path: Saver(path=path, hashtables={TABLE: table}).save(),
-        check,
-    )
-    results.speeds.append(
-        Speed(
-            case="W1",
-            what=f"save {len(table):,} ids",
-            nbytes=nbytes,
-            load_seconds=saves,
-            raw_seconds=dds,
-            goal=0.6,
-        )
+    speed = measure(
+        folder=folder,
+        case="W1",
+        what=f"save {len(table):,} ids",
+        nbytes=one_rank.nbytes,
+        saver=lambda path: Saver(path=path, hashtables={TABLE: table}),
+        check=check,
+        rounds=scale.rounds(ROUNDS),
     )
 
+    results.speeds.append(speed)
+    against_raw(results, speed, Goal("≥", 0.6))
 
-def test_w2_dense_tensors(
-    benchmark: BenchmarkFixture, folder: Path, scale: Scale, results: Results
-) -> None:
-    tensors = touched(dense_shapes(scale))
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+
+def test_w2_dense_tensors(folder: Path, dense: DenseCase, results: Results, scale: Scale) -> None:
+    tensors = {name: tensor.clone() for name, tensor in dense.truth.items()}
 
     def check(path: Path) -> None:
-        again = {name: tensor * 0 for name, tensor in tensors.items()}
+        again = dense.destination()
         Loader(path, tensors=again, strict=True, verify="require").load()
-        assert all(bool((again[name] == tensor).all()) for name, tensor in tensors.items())
+        dense.check(again)
 
-    saves, dds = measure(
-        benchmark,
-        folder / "w2",
-        nbytes,
-        lambda path: Saver(path=path, tensors=tensors).save(),
-        check,
+    speed = measure(
+        folder=folder,
+        case="W2",
+        what=f"save {dense.nbytes / 2**20:,.0f} MiB of tensors",
+        nbytes=dense.nbytes,
+        saver=lambda path: Saver(path=path, tensors=tensors),
+        check=check,
+        rounds=scale.rounds(ROUNDS),
     )
-    results.speeds.append(
-        Speed(
-            case="W2",
-            what=f"save {nbytes / 2**20:,.0f} MiB dense",
-            nbytes=nbytes,
-            load_seconds=saves,
-            raw_seconds=dds,
-            goal=0.6,
-        )
-    )
+
+    results.speeds.append(speed)
+    against_raw(results, speed, Goal("≥", 0.6))
 
 
 def test_v1_a_table_with_and_without_verifying(
-    benchmark: BenchmarkFixture,
-    folder: Path,
-    one_rank: TableCase,
-    runner: asyncio.Runner,
-    results: Results,
+    folder: Path, one_rank: TableCase, runner: asyncio.Runner, results: Results, scale: Scale
 ) -> None:
-    """Here `raw` is the same load with verify="off"."""
-    path = folder / "v1"
-    Saver(path=path, hashtables={TABLE: full_table(one_rank)}, parallel=4).save()
+    path = empty_disk(folder / "V1")
+    Saver(path=path, hashtables={TABLE: one_rank.full_table()}, parallel=4).save()
     os.sync()
-    nbytes = sum(file.stat().st_size for file in path.iterdir())
 
-    def unverified() -> float:
-        table = empty_table(TABLE, one_rank.truth)
-        start = time.perf_counter()
+    def unverified(table: HashTable) -> HashTable:
         runner.run(Loader(path, {TABLE: table}, verify="off").aload())
-        return time.perf_counter() - start
+        return table
 
-    def load(table: HashTable) -> None:
+    def verified(table: HashTable) -> HashTable:
         report = runner.run(table_loader(path, table).aload())
         assert report.bytes_verified == report.bytes_wanted
+        return table
 
-    verified, off = alternate(
-        benchmark,
-        rounds=ROUNDS,
-        fresh=nbytes,
-        raw=unverified,
-        prepare=one_rank.table,
-        load=load,
-        check=one_rank.check,
-    )
-    shutil.rmtree(path)
-    results.speeds.append(
-        Speed(
-            case="V1",
-            what="T1 verified, beside not",
-            nbytes=nbytes,
-            load_seconds=verified,
-            raw_seconds=off,
-            goal=None,
+    def contender(name: str, role: Role, run: Callable[[HashTable], HashTable]) -> Contender:
+        return Contender(
+            name=name,
+            role=role,
+            prepare=one_rank.table,
+            run=run,
+            check=one_rank.check,
+            fresh=room_for(shards(path)),
         )
+
+    times = interleave(
+        [
+            contender("asyncloader, not verified", "variant", unverified),
+            contender("asyncloader, verified", "ours", verified),
+        ],
+        rounds=scale.rounds(ROUNDS),
     )
+    empty_disk(path)
+
+    speed = Speed(case="V1", what="the ids of W1, loaded", nbytes=one_rank.nbytes, times=times)
+    results.speeds.append(speed)
+    ratio = named(times, "asyncloader, not verified").median
+    ratio /= named(times, "asyncloader, verified").median
+    results.figure("V1", "load that verifies", ratio, "of one that does not")

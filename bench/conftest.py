@@ -1,12 +1,15 @@
 """Checkpoints for all benchmarks, and the tables at the end.
 
-With `--benchmark-disable`, the default of pytest in this project, everything is tiny.
+Without `--full` everything is tiny, and measured once, as a test.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import os
+import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,23 +19,22 @@ import pytest
 import uvloop
 from rich.console import Console
 
+from bench._cache import evict
 from bench._cases import (
-    FULL,
-    TINY,
     DenseCase,
-    Scale,
     TableCase,
     dense_case,
     dense_shapes,
-    quarter_of,
     small_shapes,
     table_case,
-    table_truth,
 )
 from bench._results import Results
+from bench._scale import SCALES, Scale
+from bench._tables import tables_of
+from bench._truth import table_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.oracle import TableData
 
@@ -41,28 +43,27 @@ LATEST = Path(__file__).parent / "results" / "latest.json"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="measure at full size, as `make bench`")
     parser.addoption(
         "--bench-data",
         type=Path,
         metavar="DIR",
-        help="where the benchmarks' checkpoints (some 5 GB) are kept for the next run; "
+        help="where the benchmarks' checkpoints (some 22 GB) are kept for the next run; "
         "without, they are written to a temporary folder and removed",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = Results("full" if config.getoption("benchmark_enable") else "tiny")
-    # The tables below say it all, on half the width.
-    config.option.benchmark_quiet = True
+    config.stash[RESULTS] = Results("full" if config.getoption("full") else "tiny")
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
     results = config.stash[RESULTS]
-    if not (results.speeds or results.memories or results.lags):
+    if not results:
         return
     console = Console(highlight=False)
-    console.print()
-    console.print(results)
+    console.width = max(console.width, 110)  # in a log
+    console.print(tables_of(results))
     if results.scale == "full":
         results.write(LATEST)
         console.print(f"[dim]Written to {os.path.relpath(LATEST)}[/]")
@@ -75,7 +76,13 @@ def results(request: pytest.FixtureRequest) -> Results:
 
 @pytest.fixture(scope="session")
 def scale(results: Results) -> Scale:
-    return FULL if results.scale == "full" else TINY
+    return SCALES[results.scale]
+
+
+@pytest.fixture(scope="session")
+def keeping(request: pytest.FixtureRequest) -> bool:
+    """Whether checkpoints are kept for the next run."""
+    return request.config.getoption("bench_data") is not None
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +94,9 @@ def folder(request: pytest.FixtureRequest, scale: Scale) -> Iterator[Path]:
             # Not tmp_path: pytest keeps the folders of three runs.
             temporary = tempfile.TemporaryDirectory(prefix="asyncloader-bench-")
             chosen = Path(stack.enter_context(temporary))
-        yield chosen / scale.name
+        path = chosen / scale.name
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
 
 
 @pytest.fixture(scope="session")
@@ -97,20 +106,45 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
+@pytest.fixture(scope="module", autouse=True)
+def clean_memory(folder: Path) -> Iterator[None]:
+    """Give back what a module holds: page cache, and memory that malloc keeps for later."""
+    yield
+    gc.collect()
+    evict(file for file in folder.rglob("*") if file.is_file())
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
+def scratch(folder: Path, keeping: bool) -> Iterator[Callable[[str], Path]]:
+    """Yield what names a folder that only this module needs."""
+    named: list[str] = []
+
+    def path(name: str) -> Path:
+        named.append(name)
+        return folder / name
+
+    yield path
+    for name in [] if keeping else named:
+        for related in folder.glob(f"{name}*"):  # and the formats of peers
+            shutil.rmtree(related)
+
+
 # Of a module each: what one holds in memory is given back before the next one needs it.
 @pytest.fixture(scope="module")
 def dense(folder: Path, scale: Scale) -> DenseCase:
-    return dense_case(folder / "dense", dense_shapes(scale))
+    return dense_case(folder / "dense", dense_shapes(scale), writers=16)
 
 
 @pytest.fixture(scope="module")
-def small(folder: Path, scale: Scale) -> DenseCase:
-    return dense_case(folder / "small", small_shapes(scale))
+def small(scratch: Callable[[str], Path], scale: Scale) -> DenseCase:
+    return dense_case(scratch("small"), small_shapes(scale), writers=4)
 
 
 @pytest.fixture(scope="module")
 def rows(scale: Scale) -> TableData:
-    return table_truth(scale)
+    return table_rows(scale.ids, scale.width)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +155,3 @@ def one_rank(folder: Path, rows: TableData) -> TableCase:
 @pytest.fixture(scope="module")
 def four_ranks(folder: Path, rows: TableData) -> TableCase:
     return table_case(folder / "table-4", rows, ranks=4)
-
-
-@pytest.fixture(scope="module")
-def quarter(one_rank: TableCase) -> TableCase:
-    return quarter_of(one_rank)

@@ -1,0 +1,83 @@
+"""What it takes to begin: importing, and the first table of a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from bench._cases import TABLE
+from bench._measure import Contender, interleave
+from bench._results import Goal, Results
+from bench._truth import table_rows
+from tests.oracle import write_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bench._scale import Scale
+
+
+def python(*arguments: str, **environment: str) -> str:
+    """Run this Python in a process of its own, and return what it printed."""
+    run = subprocess.run(
+        [sys.executable, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    return run.stdout
+
+
+def import_time(statement: str, _: None) -> float:
+    """Return the seconds that an import takes in a new process."""
+    script = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+    return float(python("-c", script))
+
+
+def test_i1_importing(results: Results, scale: Scale) -> None:
+    alone, both = interleave(
+        [
+            Contender(
+                name=statement,
+                role="variant",
+                run=partial(import_time, statement),
+                clock=float,
+            )
+            for statement in ("import torch", "import torch, asyncloader")
+        ],
+        rounds=scale.rounds(9),
+    )
+
+    results.figure("I1", "import torch", alone.median * 1e3, "ms")
+    more = (both.median - alone.median) * 1e3
+    results.figure("I1", "import asyncloader after it", more, "ms", Goal("≤", 60))
+
+
+def test_i1_the_first_table(results: Results, tmp_path: Path, scale: Scale) -> None:
+    """With a kernel cache that is empty, as on a new machine, and with one that is filled."""
+    if scale.name == "tiny":
+        pytest.skip("compiles for longer than a test should take")
+    write_checkpoint(tmp_path / "small", {TABLE: table_rows(100, 4, ("embedding",))}, {})
+
+    def first(cache: Path) -> dict[str, float]:
+        output = python("-m", "bench._first", str(tmp_path / "small"), NUMBA_CACHE_DIR=str(cache))
+        facts: dict[str, float] = json.loads(output)
+        assert facts["ids"] == 100
+        return facts
+
+    cold = [first(tmp_path / f"cache-{number}") for number in range(2)]
+    warm = [first(tmp_path / "cache-0") for _ in range(5)]
+
+    for runs, when, most in ((cold, "on a machine", 2), (warm, "of a process later", 0.5)):
+        made = statistics.median(one["made"] for one in runs)
+        loaded = statistics.median(one["loaded"] for one in runs)
+        results.figure("I1", f"first table {when}: made", made, "s", Goal("≤", most))
+        results.figure("I1", f"first table {when}: made and loaded", loaded, "s", Goal("≤", most))
