@@ -14,7 +14,7 @@ from asyncloader import Loader, Saver, gen_slice
 from bench._formats import files_of
 from bench._raw import shards, size_of
 from bench._truth import SEED, windows
-from examples.made_up import empty_table, filled_table, holds_exactly, same_bits
+from examples.made_up import empty_table, holds_exactly, same_bits
 from tests.oracle import TableData, write_checkpoint
 
 if TYPE_CHECKING:
@@ -129,15 +129,15 @@ def table_case(path: Path, truth: TableData, *, ranks: int) -> TableCase:
     return TableCase(path, truth)
 
 
-def saved_case(path: Path, truth: TableData, *, ranks: int) -> TableCase:
+def saved_case(path: Path, source: TableCase, *, ranks: int) -> TableCase:
     """Return a checkpoint as our own `Saver` writes it: sorted, four shards in all."""
     if not (path / "index").exists():
         shutil.rmtree(path, ignore_errors=True)
         for rank in reversed(range(ranks)):  # rank 0 waits for the others, and commits
-            table = filled_table(TABLE, truth, gen_slice(rank, ranks))
+            table = replace(source, part=gen_slice(rank, ranks)).full_table()
             Saver(rank, ranks, 4 // ranks, path, {TABLE: table}, save_id="bench").save()
         os.sync()
-    return TableCase(path, truth)
+    return TableCase(path, source.truth)
 
 
 def table_loader(path: Path, table: HashTable) -> Loader:

@@ -53,11 +53,11 @@ def ours(
 def peers(
     case: DenseCase,
     tensors: dict[str, Tensor],
-    names: Collection[str] | None = None,
+    names: Collection[str],
     prepare: Callable[[list[Path]], object] = len,
 ) -> tuple[list[Contender], list[str]]:
-    """Return the peers of these names, or all, and the names of those that are not installed."""
-    chosen = [one for one in PEERS if names is None or one.name in names]
+    """Return the peers of these names, and the names of those that are not installed."""
+    chosen = [one for one in PEERS if one.name in names]
     contenders = []
     for one in chosen:
         if one.installed:
@@ -80,7 +80,8 @@ def _fill(one: Peer, files: list[Path], tensors: dict[str, Tensor], _: object) -
     one.fill(files, tensors)
 
 
-def warm_all(case: DenseCase) -> None:
-    """Have the page cache hold the checkpoint, in all formats that the peers read."""
-    suffixes = {one.suffix for one in PEERS if one.installed}
+def warm_all(case: DenseCase, names: Collection[str]) -> None:
+    """Have the page cache hold the checkpoint, in all formats that these peers read."""
+    suffixes = {one.suffix for one in PEERS if one.installed and one.name in names}
+    suffixes.add("safetensors")
     warm(file for suffix in suffixes for file in case.files(suffix))

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 Role: TypeAlias = Literal["raw", "ours", "peer", "variant"]
 
-PATIENCE = 20.0
+PATIENCE = 10.0
 """Seconds that the rounds of one contender may take together, estimated by its first."""
+
+LEAST_ROUNDS = 3
+ENOUGH = 15.0
+"""Seconds after which no round begins that is more than the least."""
 
 
 def nothing() -> None:
@@ -61,7 +65,7 @@ class Contender:
             self.poison(target)
         else:
             gc.collect()  # or what earlier rounds left behind is cleared away within this one
-        fault_in(self.fresh)
+            fault_in(self.fresh)
         start = time.perf_counter()
         result = self.run(target)
         seconds = time.perf_counter() - start
@@ -88,28 +92,26 @@ class Times:
 def interleave(contenders: Sequence[Contender], *, rounds: int) -> list[Times]:
     """Run all of them once to warm up, checked, and then in turn, `rounds` times.
 
-    Ours are checked once more at the end. Who takes too long for that many rounds runs in the first
-    of them only, at least in one. With no rounds at all, warming up is what counts.
+    Where that takes long, there are fewer rounds, and fewer still for a contender that is slow. Of
+    one that is very slow, or with no rounds at all, warming up is what counts. Ours are checked
+    once more at the end.
     """
     warm = [contender.once(checked=True) for contender in contenders]
-    if not rounds:
-        return _times(contenders, [[seconds] for seconds in warm])
-    turns = [max(1, min(rounds, int(PATIENCE / seconds))) for seconds in warm]
-    seconds: list[list[float]] = [[] for _ in contenders]
+    turns = [min(rounds, int(PATIENCE / seconds)) for seconds in warm]
+    taken: list[list[float]] = [[] for _ in contenders]
+    start = time.perf_counter()
     for number in range(rounds):
-        for contender, turn, taken in zip(contenders, turns, seconds, strict=True):
+        if number >= LEAST_ROUNDS and time.perf_counter() - start > ENOUGH:
+            break
+        for contender, turn, seconds in zip(contenders, turns, taken, strict=True):
             if number < turn:
-                taken.append(contender.once(checked=False))
+                seconds.append(contender.once(checked=False))
     for contender in contenders:
-        if contender.role == "ours":
+        if contender.role == "ours" and rounds:
             contender.once(checked=True)
-    return _times(contenders, seconds)
-
-
-def _times(contenders: Sequence[Contender], seconds: Sequence[Sequence[float]]) -> list[Times]:
     return [
-        Times(name=one.name, role=one.role, seconds=taken, nbytes=one.nbytes)
-        for one, taken in zip(contenders, seconds, strict=True)
+        Times(name=one.name, role=one.role, seconds=seconds or [first], nbytes=one.nbytes)
+        for one, seconds, first in zip(contenders, taken, warm, strict=True)
     ]
 
 

@@ -175,3 +175,4 @@ PEERS = (
     _peer("fastsafetensors", "fastsafetensors", "safetensors", fastsafetensors),
     _peer("tensorizer", "tensorizer", "tensors", tensorizer),
 )
+NAMES = tuple(one.name for one in PEERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import threading
 import time
@@ -72,8 +73,9 @@ def test_t6_lookups_while_a_table_is_loaded(
     loading: list[float] = []
     loads: list[float] = []
 
+    filled = filled_table(TABLE, half)
     for number in range(1 + max(1, scale.rounds(5))):
-        table = filled_table(TABLE, half)
+        table = copy.deepcopy(filled)
         looker = Looker(table, batches)
         looker.start()
         time.sleep(IDLE)

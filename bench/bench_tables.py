@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from asyncloader import HashTable, LoadReport
     from bench._measure import Role
     from bench._scale import Scale
-    from tests.oracle import TableData
 
 ROUNDS = 7
 
@@ -85,10 +84,10 @@ def test_t2_a_table_saved_by_four_ranks(
 
 @pytest.fixture(params=[1, 4], ids=["one-rank", "four-ranks"])
 def sorted_table(
-    request: pytest.FixtureRequest, scratch: Callable[[str], Path], rows: TableData
+    request: pytest.FixtureRequest, scratch: Callable[[str], Path], one_rank: TableCase
 ) -> TableCase:
     ranks: int = request.param
-    return saved_case(scratch(f"sorted-{ranks}"), rows, ranks=ranks)
+    return saved_case(scratch(f"sorted-{ranks}"), one_rank, ranks=ranks)
 
 
 def test_t3_a_quarter_of_a_sorted_table(
