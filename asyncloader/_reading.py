@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ._collector import undisturbed
 from ._concurrency import run_jobs
 from ._memory import zeros
 from .errors import CheckpointError
-from .planning import LoadPlan, TensorLoad
-from .streaming import Execution, Meter, Tracer
+from .planning import LoadPlan, TensorLoad, TensorLoads
+from .streaming import Execution, Meter, Tracer, describe_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ._session import Session
     from .checkpoint import Stored
+    from .streaming import Destinations
 
 __all__ = ["read_stored", "torch_dtype"]
 
@@ -36,10 +38,10 @@ async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, T
     tensors: dict[str, Tensor] = {}
     views: dict[str, Tensor] = {}
     prepare = partial(_prepare, session.location, wanted, tensors, views)
-    [plan] = await run_jobs(session.threads.kernels, [prepare])
+    [(plan, into)] = await run_jobs(session.threads.kernels, [undisturbed(prepare)])
     execution = Execution(
         plan=plan,
-        tensors=views,
+        tensors=into,
         tables={},
         storage=session.storage,
         threads=session.threads,
@@ -85,7 +87,7 @@ def _prepare(
     wanted: Sequence[Stored],
     tensors: dict[str, Tensor],
     views: dict[str, Tensor],
-) -> LoadPlan:
+) -> tuple[LoadPlan, Destinations]:
     """Make the tensors, and say which block goes into which view of one."""
     loads = []
     for stored in wanted:
@@ -96,9 +98,9 @@ def _prepare(
                 name += "'"
             views[name] = view
             loads.append(TensorLoad(name=name, block=stored.blocks[number]))
-    return LoadPlan(
+    plan = LoadPlan(
         location=location,
-        tensors=tuple(loads),
+        tensors=TensorLoads.of(loads),
         shared={},
         skipped=(),
         tables=(),
@@ -106,6 +108,7 @@ def _prepare(
         unexpected=(),
         warnings=(),
     )
+    return plan, describe_tensors(views)
 
 
 def _allocate(location: str, stored: Stored) -> Tensor:

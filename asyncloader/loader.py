@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ._arguments import as_dict, check_callable, check_progress, check_timeout, checked_path
+from ._collector import undisturbed
 from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
 from ._report import LoadReport
@@ -36,7 +37,6 @@ from .streaming import (
     check_tables,
     describe_tables,
     describe_tensors,
-    overlaps,
     run_blocking,
 )
 from .table import UpdateCounts
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from ._session import Session
     from .checkpoint import Verify
     from .planning import LoadInfo, LoadPlan
-    from .streaming import Progress, Span
+    from .streaming import Destinations, Progress, Span
     from .table import LoadableTable
 
 __all__ = ["Loader", "identity"]
@@ -146,7 +146,7 @@ class Loader:
 
     def default_load_info(self) -> LoadInfo:
         """Return the plan that `filter_func` gets: every destination from its own name."""
-        return default_load_info(self._targets())
+        return default_load_info(self._targets(describe_tensors(self._tensors)))
 
     async def plan(self) -> LoadPlan:
         """Say what a load would do. Reads names and headers, touches nothing.
@@ -158,7 +158,7 @@ class Loader:
             LoadTimeoutError: If `timeout` passed.
         """
         async with self._session() as session:
-            return await self._plan(session)
+            return await self._plan(session, await self._destinations(session))
 
     async def aload(self) -> LoadReport:
         """Load, on the caller's event loop, which goes on serving meanwhile.
@@ -190,11 +190,12 @@ class Loader:
         with contextlib.ExitStack() as unless_committed:
             unless_committed.enter_context(_naming(touched))
             async with self._session() as session:
-                plan = await self._plan(session)
+                into = await self._destinations(session)
+                plan = await self._plan(session, into)
                 meter.total = plan.nbytes
                 execution = Execution(
                     plan=plan,
-                    tensors=self._tensors,
+                    tensors=into,
                     tables=self._tables,
                     storage=session.storage,
                     threads=session.threads,
@@ -222,30 +223,35 @@ class Loader:
             self._path, limits=self._limits, verify=self._verify, timeout=self._timeout
         )
 
-    def _targets(self) -> Targets:
-        """Describe what there is to fill, as it is now: slots and other memory may have come."""
-        return Targets(
-            tensors=describe_tensors(self._tensors), tables=describe_tables(self._tables)
-        )
-
-    async def _plan(self, session: Session) -> LoadPlan:
-        pool = session.threads.kernels  # planning is all Python: on a thread the loop gets its turn
+    async def _destinations(self, session: Session) -> Destinations:
+        """Describe the tensors as they are now, and hold on to their memory."""
         with self._tracer.span("plan", "destinations"):
-            [targets] = await run_jobs(pool, [self._targets])
-        [default] = await run_jobs(pool, [partial(default_load_info, targets)])
-        filtered = self._filter(default)
-        [info] = await run_jobs(pool, [partial(checked_load_info, filtered)])
+            describe = undisturbed(partial(describe_tensors, self._tensors))
+            [into] = await run_jobs(session.threads.kernels, [describe])
+        return into
+
+    def _targets(self, into: Destinations) -> Targets:
+        """Say what there is to fill, as it is now: slots may have come."""
+        return Targets(tensors=into.targets, tables=describe_tables(self._tables))
+
+    async def _plan(self, session: Session, into: Destinations) -> LoadPlan:
+        pool = session.threads.kernels  # planning is all Python: on a thread the loop gets its turn
+        [targets] = await run_jobs(pool, [partial(self._targets, into)])
+        info = None
+        if self._filter is not identity:
+            [default] = await run_jobs(pool, [partial(default_load_info, targets)])
+            filtered = self._filter(default)
+            [info] = await run_jobs(pool, [partial(checked_load_info, filtered)])
         with self._tracer.span("plan", "names"):
             catalog = await session.catalog()
         with self._tracer.span("plan", "choice"):
-            [choice] = await run_jobs(pool, [partial(choose, catalog, info, targets)])
+            [choice] = await run_jobs(pool, [undisturbed(partial(choose, catalog, info, targets))])
         with self._tracer.span("plan", "headers"):
             manifest = await session.manifest(catalog, choice.shards())
-        wanted = {one.target.name: self._tensors[one.target.name] for one in choice.tensors}
-        [problems] = await run_jobs(pool, [partial(overlaps, wanted)])
+        [problems] = await run_jobs(pool, [partial(into.overlaps, choice.tensors)])
         choice.problems += problems
         with self._tracer.span("plan", "plan"):
-            decide = partial(plan_load, manifest, choice, strict=self._strict)
+            decide = undisturbed(partial(plan_load, manifest, choice, strict=self._strict))
             [plan] = await run_jobs(pool, [decide])
         for warning in plan.warnings:
             _log.warning("%s: %s", plan.location, warning)
@@ -269,7 +275,7 @@ class Loader:
         meter: Meter,
     ) -> LoadReport:
         nothing = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
-        done = {load.name: "loaded" for load in plan.tensors}
+        done = dict.fromkeys(plan.tensors.names, "loaded")
         done |= {name: f"shared with {other!r}" for name, other in plan.shared.items()}
         done |= {name: "copied" for name, staged in touched.items() if staged}
         done |= dict.fromkeys(plan.skipped, "not asked for")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader import UpdateCounts
-    from asyncloader.planning import LoadInfo, LoadPlan
+    from asyncloader.planning import LoadInfo, LoadPlan, TensorTargets
     from asyncloader.storage import Storage
 
 FDS = Path("/proc/self/fd")
@@ -236,9 +236,10 @@ class Run:
     async def load(self) -> dict[str, UpdateCounts]:
         """Plan, read, commit; on failure, abort."""
         async with Threads(reads=1) as threads:
+            into = describe_tensors(self.tensors)
             execution = Execution(
-                plan=await self._plan(threads),
-                tensors=self.tensors,
+                plan=await self._plan(threads, into.targets),
+                tensors=into,
                 tables=self.tables,
                 storage=self.storage,
                 threads=threads,
@@ -257,10 +258,8 @@ class Run:
                 raise
             return execution.commit()
 
-    async def _plan(self, threads: Threads) -> LoadPlan:
-        targets = Targets(
-            tensors=describe_tensors(self.tensors), tables=describe_tables(self.tables)
-        )
+    async def _plan(self, threads: Threads, tensors: TensorTargets) -> LoadPlan:
+        targets = Targets(tensors=tensors, tables=describe_tables(self.tables))
         info = self.filter_func(default_load_info(targets))
         catalog = await read_catalog(self.storage, executor=threads.kernels, verify="auto")
         choice = choose(catalog, info, targets)

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from asyncloader import HashTable, Loader, LoadPlan, LoadReport, UpdateCounts, gen_slice
 from asyncloader import Slice as TableSlice
-from asyncloader.streaming import ByteBudget, Execution, Meter, Threads, Tracer, Verifier
+from asyncloader.streaming import (
+    ByteBudget,
+    Execution,
+    Meter,
+    Threads,
+    Tracer,
+    Verifier,
+    describe_tensors,
+)
 from tests.oracle import (
     DTYPES,
     Block,
@@ -491,7 +499,7 @@ async def load_from(
     async with Threads(reads=1) as threads:
         execution = Execution(
             plan=plan,
-            tensors=destinations.tensors,
+            tensors=describe_tensors(destinations.tensors),
             tables=destinations.tables,
             storage=storage,
             threads=threads,

@@ -10,23 +10,26 @@ from asyncloader import PlanError, Slice, gen_slice
 from asyncloader.checkpoint import (
     DTYPES,
     Block,
+    Blocks,
     Catalog,
     Manifest,
     Part,
     Place,
+    Places,
     ShardHeader,
 )
 from asyncloader.planning import (
     GAP,
     Extent,
+    Extents,
     LoadPlan,
     RowType,
     TableTarget,
     Targets,
     TensorTarget,
+    TensorTargets,
     checked_load_info,
     choose,
-    default_load_info,
     plan_load,
     plan_reads,
 )
@@ -58,7 +61,7 @@ def extents(draw: st.DrawFn) -> list[Extent]:
 def test_reads_bring_every_byte_to_its_place_once(
     wanted: list[Extent], chunk: int, gap: int
 ) -> None:
-    reads = plan_reads(wanted, chunk_bytes=chunk, gap_bytes=gap)
+    reads = plan_reads(Extents.of(wanted), chunk_bytes=chunk, gap_bytes=gap)
     brought: dict[tuple[int, int], tuple[str, int]] = {}
     for read in reads:
         assert sum(piece.length for piece in read.pieces) == read.length
@@ -78,7 +81,7 @@ def test_reads_bring_every_byte_to_its_place_once(
 @given(extents(), st.integers(1, 200), st.integers(0, 50))
 def test_reads_keep_to_chunks_grains_and_gaps(wanted: list[Extent], chunk: int, gap: int) -> None:
     grains = {extent.sink: extent.grain for extent in wanted}
-    for read in plan_reads(wanted, chunk_bytes=chunk, gap_bytes=gap):
+    for read in plan_reads(Extents.of(wanted), chunk_bytes=chunk, gap_bytes=gap):
         assert read.length <= max(chunk, *(grains.get(p.sink, 1) for p in read.pieces))
         assert read.pieces[0].sink != GAP
         assert read.pieces[-1].sink != GAP
@@ -92,14 +95,14 @@ def test_reads_keep_to_chunks_grains_and_gaps(wanted: list[Extent], chunk: int, 
 
 def test_a_read_has_no_more_pieces_than_the_kernel_takes() -> None:
     wanted = [Extent("a", 3 * n, 2, n, 0, 1) for n in range(5000)]
-    reads = plan_reads(wanted, chunk_bytes=1 << 20, gap_bytes=64)
+    reads = plan_reads(Extents.of(wanted), chunk_bytes=1 << 20, gap_bytes=64)
     assert max(len(read.pieces) for read in reads) <= 1024
     assert len(reads) < 12
 
 
 def test_a_block_for_two_destinations_is_read_for_each() -> None:
     wanted = [Extent("a", 0, 8, 0, 0, 1), Extent("a", 0, 8, 1, 0, 1)]
-    reads = plan_reads(wanted, chunk_bytes=1 << 20, gap_bytes=64)
+    reads = plan_reads(Extents.of(wanted), chunk_bytes=1 << 20, gap_bytes=64)
     assert sorted(piece.sink for read in reads for piece in read.pieces) == [0, 1]
 
 
@@ -135,9 +138,12 @@ class Disk:
         self, targets: Targets, info: LoadInfo | None = None, *, strict: bool = False
     ) -> LoadPlan:
         """Plan, with the headers of the shards that are asked for."""
-        catalog = Catalog(self.tensors, self.tables)
-        choice = choose(catalog, default_load_info(targets) if info is None else info, targets)
-        headers = {shard: ShardHeader(shard, self.blocks[shard], 0) for shard in choice.shards()}
+        catalog = Catalog(Places.of(self.tensors), self.tables)
+        choice = choose(catalog, info, targets)
+        headers = {
+            shard: ShardHeader(shard, Blocks.of(shard, self.blocks[shard].values()), 0)
+            for shard in choice.shards()
+        }
         return plan_load(Manifest("here", catalog, headers), choice, strict=strict)
 
 
@@ -148,7 +154,7 @@ def table(*children: str, slice_: Slice | None = None, slots: tuple[str, ...] = 
         slice=slice_ or gen_slice(),
         slots=dict.fromkeys(["embedding", *slots], F32),
     )
-    return Targets(tensors={}, tables=dict.fromkeys(children, target))
+    return Targets(tensors=TensorTargets(()), tables=dict.fromkeys(children, target))
 
 
 def test_only_the_shards_that_a_slice_needs_are_asked_for() -> None:
@@ -214,7 +220,8 @@ def test_what_nobody_asks_for_is_unexpected() -> None:
     disk.add("t", gen_slice(), 1, "embedding", "m")
     disk.add("u", gen_slice(), 1, "embedding")
     targets = Targets(
-        tensors={"w": TensorTarget(name="w", type=F32, memory=0)}, tables=table("t").tables
+        tensors=TensorTargets.of([TensorTarget(name="w", type=F32, memory=0)]),
+        tables=table("t").tables,
     )
     assert disk.plan(targets).unexpected == ("t@m", "u", "v")
 
@@ -224,10 +231,12 @@ def test_all_problems_come_in_one_error() -> None:
     disk = Disk({"w": block})
     disk.add("t", gen_slice(), 1, "embedding")
     targets = Targets(
-        tensors={
-            "w": TensorTarget(name="w", type=F32, memory=0),
-            "v": TensorTarget(name="v", type=F32, memory=1),
-        },
+        tensors=TensorTargets.of(
+            [
+                TensorTarget(name="w", type=F32, memory=0),
+                TensorTarget(name="v", type=F32, memory=1),
+            ]
+        ),
         tables=table("t").tables,
     )
     info: LoadInfo = {

@@ -1,10 +1,11 @@
 """What a checkpoint is: names, slices, dtypes, shard headers."""
 
+from ._blocks import Block, Blocks, BlockType
 from ._catalog import Verify, read_catalog
 from ._dtypes import BY_TORCH, DTYPES, DType
 from ._files import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
-from ._header import MAX_HEADER, Block, ShardHeader
-from ._index import Catalog, Part, Place, is_file_name, parse_catalog
+from ._header import MAX_HEADER, ShardHeader
+from ._index import Catalog, Part, Place, Places, is_file_name, parse_catalog
 from ._manifest import Manifest, read_manifest
 from ._sidecar import (
     DIGEST_CHUNK,
@@ -50,12 +51,15 @@ __all__ = [
     "SUB_SLICES",
     "TENSORKEY",
     "Block",
+    "BlockType",
+    "Blocks",
     "Catalog",
     "DType",
     "Manifest",
     "Part",
     "PartRows",
     "Place",
+    "Places",
     "ShardDigests",
     "ShardHeader",
     "Sidecar",

@@ -6,12 +6,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from asyncloader._collector import undisturbed
 from asyncloader._concurrency import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 from asyncloader.storage import read_small
 
 from ._files import INDEX, SIDECAR, TENSORKEY
-from ._index import Catalog, parse_catalog
+from ._index import Catalog, Places, parse_catalog
 from ._manifest import read_header
 from ._safetensors import SHARDED, SINGLE, catalog_of_file, parse_weight_map
 from ._sidecar import check_files, parse_sidecar
@@ -90,7 +91,8 @@ async def _read_recis(storage: Storage, executor: Executor, verify: Verify) -> C
         sidecar = bytearray()
 
     files = {INDEX: index, TENSORKEY: tensorkey}
-    [catalog] = await run_jobs(executor, [partial(_parse_recis, where, verify, files, sidecar)])
+    parse = undisturbed(partial(_parse_recis, where, verify, files, sidecar))
+    [catalog] = await run_jobs(executor, [parse])
     return catalog
 
 
@@ -141,7 +143,9 @@ async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -
         raise
     except OSError as error:
         raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
-    header = await read_header(storage, name, executor=executor, catalog=Catalog({}, {}, name))
+    header = await read_header(
+        storage, name, executor=executor, catalog=Catalog(Places({}, {}), {}, name)
+    )
     [catalog] = await run_jobs(executor, [partial(catalog_of_file, header)])
     return catalog
 

@@ -11,6 +11,7 @@ so that names may hold dots, slashes, spaces and `@` themselves.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from ._files import INDEX, TENSORKEY
 from ._slices import Slice
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
 
     from ._header import ShardHeader
     from ._sidecar import Sidecar
@@ -33,6 +34,7 @@ __all__ = [
     "Catalog",
     "Part",
     "Place",
+    "Places",
     "is_file_name",
     "json_object",
     "parse_catalog",
@@ -59,11 +61,49 @@ class Part:
     place: Place
 
 
+class Places(Mapping[str, Place]):
+    """Where dense tensors stand, by name. A `Place` is made when it is asked for.
+
+    Args:
+        keys: Of their blocks, by name.
+        shards: Their files, by name.
+    """
+
+    __slots__ = ("block_keys", "shards")
+
+    def __init__(self, keys: Mapping[str, str], shards: Mapping[str, str]) -> None:
+        self.block_keys = keys
+        self.shards = shards
+
+    @classmethod
+    def of(cls, places: Mapping[str, Place]) -> Places:
+        """Return places as columns."""
+        return cls(
+            {name: place.key for name, place in places.items()},
+            {name: place.shard for name, place in places.items()},
+        )
+
+    def __repr__(self) -> str:
+        return f"<Places of {len(self)} tensors>"
+
+    def __len__(self) -> int:
+        return len(self.block_keys)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.block_keys)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.block_keys
+
+    def __getitem__(self, name: str) -> Place:
+        return Place(self.block_keys[name], self.shards[name])
+
+
 @dataclass(frozen=True, slots=True)
 class Catalog:
     """All names of a checkpoint."""
 
-    tensors: Mapping[str, Place]
+    tensors: Places
     """Dense tensors by name."""
 
     tables: Mapping[str, Mapping[str, tuple[Part, ...]]]
@@ -90,34 +130,34 @@ def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | by
     """
     shards, blocks = _parse_index(location, index)
     sparse = json_object(location, TENSORKEY, tensorkey)
-    tensors: dict[str, Place] = {}
     tables: dict[str, dict[str, list[Part]]] = {}
-    for key, number in blocks.items():
-        shard = shards.get(number)
-        if shard is None:
-            raise CheckpointError(location, f"points to shard number {number}, which file_index "
-                                  "does not name", INDEX, key)  # fmt: skip
-        place = Place(key, shard)
-        if key in sparse:
-            table, slot, where = _split(location, key, sparse[key])
-            tables.setdefault(table, {}).setdefault(slot, []).append(Part(where, place))
-        else:
-            name = key.removesuffix(DENSE_SUFFIX)
-            if name in tensors:
-                raise CheckpointError(
-                    location, f"tensor {name!r} stands here twice, {tensors[name].key!r} is the "
-                    "other one", INDEX, key,
-                )  # fmt: skip
-            tensors[name] = place
+    for key in filter(sparse.__contains__, blocks):
+        table, slot, where = _split(location, key, sparse[key])
+        part = Part(where, Place(key, shards[blocks[key]]))
+        tables.setdefault(table, {}).setdefault(slot, []).append(part)
     for key in sparse.keys() - blocks.keys():
         raise CheckpointError(location, f"is named here but not in {INDEX}", TENSORKEY, key)
     return Catalog(
-        tensors,
+        _dense(location, shards, {k: n for k, n in blocks.items() if k not in sparse}),
         {
             table: {slot: _in_order(parts) for slot, parts in slots.items()}
             for table, slots in tables.items()
         },
     )
+
+
+def _dense(location: str, shards: Mapping[int, str], blocks: Mapping[str, int]) -> Places:
+    """Return where tensors stand, given the shard number of each key."""
+    keys = {key.removesuffix(DENSE_SUFFIX): key for key in blocks}
+    if len(keys) < len(blocks):
+        first: dict[str, str] = {}
+        again = next(
+            key for key in blocks if first.setdefault(key.removesuffix(DENSE_SUFFIX), key) != key
+        )
+        name = again.removesuffix(DENSE_SUFFIX)
+        problem = f"tensor {name!r} stands here twice, {first[name]!r} is the other one"
+        raise CheckpointError(location, problem, INDEX, again)
+    return Places(keys, dict(zip(keys, map(shards.__getitem__, blocks.values()), strict=True)))
 
 
 def _in_order(parts: list[Part]) -> tuple[Part, ...]:
@@ -139,14 +179,13 @@ def json_object(location: str, name: str, text: bytes | bytearray) -> dict[str, 
     return value
 
 
-def _parse_index(
-    location: str, text: bytes | bytearray
-) -> tuple[dict[object, str], dict[str, object]]:
+def _parse_index(location: str, text: bytes | bytearray) -> tuple[dict[int, str], dict[str, int]]:
+    """Return the shards by number, and the numbers of all blocks, each of which has a shard."""
     value = json_object(location, INDEX, text)
     files, blocks = value.get("file_index"), value.get("block_index")
     if not isinstance(files, dict) or not isinstance(blocks, dict):
         raise CheckpointError(location, "lacks file_index or block_index", INDEX)
-    shards: dict[object, str] = {}
+    shards: dict[int, str] = {}
     for name, number in files.items():
         if not is_file_name(name):
             raise CheckpointError(location, f"{name[:200]!r} is not a plain file name", INDEX)
@@ -154,10 +193,19 @@ def _parse_index(
             problem = f"file_index gives {name!r} the number {shown(number)}, which is not its own"
             raise CheckpointError(location, problem, INDEX)
         shards[number] = name
+    if not set(map(type, blocks.values())) <= {int} or not set(blocks.values()) <= shards.keys():
+        _explain(location, shards, blocks)
+    return shards, blocks
+
+
+def _explain(location: str, shards: Mapping[int, str], blocks: Mapping[str, object]) -> None:
+    """Raise an error about the first block whose shard is none."""
     for key, number in blocks.items():
         if type(number) is not int:
             raise CheckpointError(location, f"shard {shown(number)} is not a number", INDEX, key)
-    return shards, blocks
+        if number not in shards:
+            problem = f"points to shard number {number}, which file_index does not name"
+            raise CheckpointError(location, problem, INDEX, key)
 
 
 def is_file_name(name: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from asyncloader._collector import undisturbed
 from asyncloader._concurrency import for_each, run_jobs
 from asyncloader.errors import (
     CheckpointChangedError,
@@ -14,7 +15,7 @@ from asyncloader.errors import (
 from asyncloader.storage import read_exactly, read_text
 
 from ._files import INDEX, SIDECAR
-from ._header import PREFIX, Block, ShardHeader, header_length, parse_header
+from ._header import PREFIX, ShardHeader, header_length, parse_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from asyncloader.storage import Storage
 
+    from ._blocks import Block
     from ._index import Catalog, Place
     from ._sidecar import ShardDigests, Sidecar
 
@@ -151,7 +153,7 @@ async def read_header(
     except ValueError as error:
         raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
     parse = partial(parse_header, where, shard, memoryview(text), size, digests)
-    [header] = await run_jobs(executor, [parse])
+    [header] = await run_jobs(executor, [undisturbed(parse)])
     return header
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader.errors import CheckpointError
 
-from ._index import Catalog, Place, is_file_name, json_object
+from ._index import Catalog, Places, is_file_name, json_object
 
 if TYPE_CHECKING:
     from ._header import ShardHeader
@@ -24,8 +24,8 @@ SINGLE = "model.safetensors"
 
 def catalog_of_file(header: ShardHeader) -> Catalog:
     """Return the names in one file's header."""
-    places = {key: Place(key, header.shard) for key in header.blocks}
-    return Catalog(places, {}, header.shard, header=header)
+    keys = {key: key for key in header.blocks}
+    return Catalog(Places(keys, dict.fromkeys(keys, header.shard)), {}, header.shard, header=header)
 
 
 def parse_weight_map(location: str, text: bytes | bytearray) -> Catalog:
@@ -42,5 +42,4 @@ def parse_weight_map(location: str, text: bytes | bytearray) -> Catalog:
         if not isinstance(shard, str) or not is_file_name(shard):
             problem = f"its file {shown(shard)} is not a plain file name"
             raise CheckpointError(location, problem, SHARDED, key)
-    places = {key: Place(key, shard) for key, shard in weight_map.items()}
-    return Catalog(places, {}, SHARDED)
+    return Catalog(Places({key: key for key in weight_map}, weight_map), {}, SHARDED)

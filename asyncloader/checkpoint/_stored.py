@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from asyncloader.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from ._blocks import Block
     from ._dtypes import DType
-    from ._header import Block
     from ._index import Catalog, Place
     from ._manifest import Manifest
 

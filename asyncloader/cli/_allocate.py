@@ -12,7 +12,7 @@ from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
 from asyncloader._reading import torch_dtype
 from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, open_session
-from asyncloader.checkpoint import gen_slice, stored_tensor
+from asyncloader.checkpoint import Places, gen_slice, stored_tensor
 from asyncloader.errors import CheckpointError
 from asyncloader.table import HashTable
 
@@ -101,7 +101,7 @@ def stored_slot(manifest: Manifest, table: str, slot: str) -> Stored:
     Raises:
         CheckpointError: If its blocks do not fit together, or a shard lacks one.
     """
-    tables_only = replace(manifest.catalog, tensors={})
+    tables_only = replace(manifest.catalog, tensors=Places({}, {}))
     return stored_tensor(replace(manifest, catalog=tables_only), f"{table}@{slot}")
 
 

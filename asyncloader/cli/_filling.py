@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from asyncloader._session import Session
     from asyncloader.checkpoint import Manifest, Slice, Stored
     from asyncloader.planning import LoadInfo, LoadPlan
-    from asyncloader.streaming import Progress
+    from asyncloader.streaming import Destinations, Progress
     from asyncloader.table import UpdateCounts
 
 __all__ = ["Filled", "check_rows", "fill", "make_table", "row_bytes"]
@@ -128,11 +128,11 @@ async def fill(
     info = {name: {name: [ID, *slots]} for name, (_, slots) in tables.items()}
     info |= {name: {name: []} for name in tensors}
     decide = partial(_plan, manifest, info, made, tensors)
-    [plan] = await run_jobs(session.threads.kernels, [decide])
+    [(plan, into)] = await run_jobs(session.threads.kernels, [decide])
     meter = Meter(plan.nbytes, progress)
     execution = Execution(
         plan=plan,
-        tensors=tensors,
+        tensors=into,
         tables=made,
         storage=session.storage,
         threads=session.threads,
@@ -158,6 +158,7 @@ def _plan(
     info: LoadInfo,
     tables: Mapping[str, HashTable],
     tensors: Mapping[str, Tensor],
-) -> LoadPlan:
-    targets = Targets(tensors=describe_tensors(tensors), tables=describe_tables(tables))
-    return plan_load(manifest, choose(manifest.catalog, info, targets), strict=True)
+) -> tuple[LoadPlan, Destinations]:
+    into = describe_tensors(tensors)
+    targets = Targets(tensors=into.targets, tables=describe_tables(tables))
+    return plan_load(manifest, choose(manifest.catalog, info, targets), strict=True), into

@@ -11,16 +11,18 @@ from ._layout import (
     lay_out_shard,
 )
 from ._load_info import ID, LoadInfo, checked_load_info, default_load_info
-from ._plan import LoadPlan, PartLoad, TableLoad, TensorLoad
+from ._plan import LoadPlan, PartLoad, TableLoad
 from ._planner import plan_load
-from ._reads import GAP, Extent, Piece, Read, plan_reads
-from ._targets import RowType, TableTarget, Targets, TensorTarget
+from ._reads import GAP, Extent, Extents, Piece, Read, plan_reads
+from ._targets import RowType, TableTarget, Targets, TensorTarget, TensorTargets
+from ._tensor_loads import TensorLoad, TensorLoads
 
 __all__ = [
     "GAP",
     "ID",
     "Choice",
     "Extent",
+    "Extents",
     "LoadInfo",
     "LoadPlan",
     "PartLoad",
@@ -33,7 +35,9 @@ __all__ = [
     "TableTarget",
     "Targets",
     "TensorLoad",
+    "TensorLoads",
     "TensorTarget",
+    "TensorTargets",
     "WriteBlock",
     "checked_blocks",
     "checked_load_info",

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ._load_info import ID
+from ._load_info import ID, default_load_info
+from ._targets import TensorTargets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from asyncloader.checkpoint import Catalog, Part, Place, Slice
 
     from ._load_info import LoadInfo
-    from ._targets import TableTarget, Targets, TensorTarget
+    from ._targets import TableTarget, Targets
 
-__all__ = ["Choice", "PartChoice", "TensorChoice", "choose"]
+__all__ = ["Choice", "PartChoice", "choose"]
 
 
 _SHOWN = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorChoice:
-    """A dense tensor to load."""
-
-    target: TensorTarget
-    place: Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +39,13 @@ class PartChoice:
 class Choice:
     """Everything chosen, in the order of load_info, and everything that is wrong so far."""
 
-    tensors: list[TensorChoice] = field(default_factory=list)
-    shared: list[TensorChoice] = field(default_factory=list)
-    """Tensors whose memory another one of `tensors` fills."""
+    catalog: Catalog
+    targets: Targets
+    tensors: dict[str, str] = field(default_factory=dict)
+    """The dense tensors to load, and from which source each."""
+
+    shared: dict[str, str] = field(default_factory=dict)
+    """Likewise, but their memory is filled by one of `tensors`."""
 
     skipped: tuple[str, ...] = ()
     parts: list[PartChoice] = field(default_factory=list)
@@ -58,46 +55,64 @@ class Choice:
 
     def shards(self) -> tuple[str, ...]:
         """Return the shards whose headers are needed."""
-        names = {choice.place.shard for choice in (*self.tensors, *self.shared)}
+        shard_of = self.catalog.tensors.shards
+        names = {
+            shard_of[source] for chosen in (self.tensors, self.shared) for source in chosen.values()
+        }
         for part in self.parts:
             names |= {part.ids.shard, *(place.shard for place in part.slots.values())}
         return tuple(sorted(names))
 
 
-def choose(catalog: Catalog, info: LoadInfo, targets: Targets) -> Choice:
-    """Find the blocks that `info` asks for."""
-    choice = Choice()
-    for destination, sources in info.items():
+def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
+    """Find the blocks that `info` asks for; `None` asks for every destination by its own name."""
+    choice = Choice(catalog, targets)
+    by_own_name = info is None
+    if info is None:  # a dict for each of 100,000 tensors would take longer than all else here
+        info = default_load_info(replace(targets, tensors=TensorTargets(())))
+    else:
+        choice.skipped = tuple(name for name in targets.tensors if not info.get(name))
+    for destination, found in info.items():
         if destination in targets.tables:
-            for source, slots in sources.items():
+            for source, slots in found.items():
                 _choose_table(choice, catalog, targets, destination, source, slots)
         elif destination in targets.tensors:
-            _choose_tensor(choice, catalog, targets.tensors[destination], sources)
+            _choose_tensor(choice, destination, found)
         else:
             choice.problems.append(
                 f"load_info names the destination {destination!r}, but there are only "
                 f"{_some([*targets.tables, *targets.tensors])}; a table goes by its name or its "
                 "children's"
             )
-    choice.skipped = tuple(name for name in targets.tensors if not info.get(name))
+    if by_own_name:
+        _choose_by_own_name(choice)
+        wanted: Container[str] = targets.tensors
+    else:
+        wanted = {s for name, of in info.items() if name not in targets.tables for s in of}
+    choice.unexpected = tuple(_unexpected(catalog, info, targets, wanted))
     _share(choice)
-    choice.unexpected = tuple(_unexpected(catalog, info, targets))
     return choice
 
 
-def _choose_tensor(
-    choice: Choice, catalog: Catalog, target: TensorTarget, sources: Mapping[str, Sequence[str]]
-) -> None:
+def _choose_by_own_name(choice: Choice) -> None:
+    """Find the blocks of all dense tensors."""
+    there = choice.catalog.tensors.block_keys
+    choice.tensors = {name: name for name in choice.targets.tensors if name in there}
+    if len(choice.tensors) < len(choice.targets.tensors):
+        choice.missing += [name for name in choice.targets.tensors if name not in there]
+
+
+def _choose_tensor(choice: Choice, name: str, sources: Mapping[str, Sequence[str]]) -> None:
     if len(sources) > 1:
-        choice.problems.append(f"tensor {target.name!r} has several sources: {', '.join(sources)}")
+        choice.problems.append(f"tensor {name!r} has several sources: {', '.join(sources)}")
         return
     for source, slots in sources.items():
         if slots:
-            choice.problems.append(f"tensor {target.name!r} has no slots, load_info lists {slots}")
-        elif (place := catalog.tensors.get(source)) is None:
+            choice.problems.append(f"tensor {name!r} has no slots, load_info lists {slots}")
+        elif source not in choice.catalog.tensors:
             choice.missing.append(source)
         else:
-            choice.tensors.append(TensorChoice(target=target, place=place))
+            choice.tensors[name] = source
 
 
 def _some(names: Sequence[str]) -> str:
@@ -107,9 +122,13 @@ def _some(names: Sequence[str]) -> str:
 
 def _share(choice: Choice) -> None:
     """Of tensors that are the same memory, keep the last: it would have won."""
-    last = {wanted.target.memory: wanted for wanted in choice.tensors}
-    choice.shared = [one for one in choice.tensors if last[one.target.memory] is not one]
-    choice.tensors = list(last.values())
+    targets = choice.targets.tensors
+    memory = map(targets.memory.__getitem__, targets.numbers(choice.tensors))
+    last = dict(zip(memory, choice.tensors, strict=True))
+    if len(last) < len(choice.tensors):
+        kept = set(last.values())
+        choice.shared = {k: v for k, v in choice.tensors.items() if k not in kept}
+        choice.tensors = {name: choice.tensors[name] for name in last.values()}
 
 
 def _choose_table(  # noqa: PLR0917
@@ -193,14 +212,14 @@ def _gaps(source: str, parts: Sequence[Part], wanted: Slice) -> list[str]:
     return [f"{source}@id[{a}, {b}) of {size}" for a, b in gaps if a < b]
 
 
-def _unexpected(catalog: Catalog, info: LoadInfo, targets: Targets) -> Iterable[str]:
-    tensors, tables = set(), dict[str, set[str]]()
-    for destination, sources in info.items():
-        for source, slots in sources.items():
-            if destination in targets.tables:
-                tables.setdefault(source, set()).update(slots)
-            else:
-                tensors.add(source)
+def _unexpected(
+    catalog: Catalog, info: LoadInfo, targets: Targets, tensors: Container[str]
+) -> Iterable[str]:
+    """Yield what is there but asked for by nobody; of tensors, all but `tensors`."""
+    tables = dict[str, set[str]]()
+    for destination in info.keys() & targets.tables.keys():
+        for source, slots in info[destination].items():
+            tables.setdefault(source, set()).update(slots)
     for table, held in catalog.tables.items():
         if table not in tables:
             yield table

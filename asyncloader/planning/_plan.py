@@ -11,17 +11,9 @@ if TYPE_CHECKING:
 
     from asyncloader.checkpoint import Block, Slice
 
-__all__ = ["LoadPlan", "PartLoad", "TableLoad", "TensorLoad"]
+    from ._tensor_loads import TensorLoads
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorLoad:
-    """A block that fills a dense tensor."""
-
-    name: str
-    """The destination."""
-
-    block: Block
+__all__ = ["LoadPlan", "PartLoad", "TableLoad"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +88,7 @@ class LoadPlan:
     """What a load would do. Nothing was read but names and headers."""
 
     location: str
-    tensors: tuple[TensorLoad, ...]
+    tensors: TensorLoads
     shared: Mapping[str, str]
     """Destinations whose memory is filled under another name, and that name."""
 
@@ -115,17 +107,16 @@ class LoadPlan:
     @cached_property
     def nbytes(self) -> int:
         """Bytes to read; an estimate where only some rows of a block are wanted."""
-        tensors = sum(load.block.nbytes for load in self.tensors)
-        return tensors + sum(load.nbytes for load in self.tables)
+        return int(self.tensors.nbytes.sum()) + sum(load.nbytes for load in self.tables)
 
     @cached_property
     def shards(self) -> tuple[str, ...]:
         """The shard files to read from."""
-        blocks = [load.block for load in self.tensors]
+        blocks = []
         for table in self.tables:
             for part in table.parts:
                 blocks += [part.ids, *part.slots.values()]
-        return tuple(sorted({block.shard for block in blocks}))
+        return tuple(sorted({*self.tensors.shards, *(block.shard for block in blocks)}))
 
     def __rich__(self) -> str:
         return str(self)  # not every block of every shard

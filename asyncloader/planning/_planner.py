@@ -9,13 +9,14 @@ from asyncloader.errors import PlanError
 
 from ._hints import did_you_mean
 from ._load_info import ID
-from ._plan import LoadPlan, PartLoad, TableLoad, TensorLoad
+from ._plan import LoadPlan, PartLoad, TableLoad
 from ._targets import RowType
+from ._tensor_loads import match_tensors
 
 if TYPE_CHECKING:
     from asyncloader.checkpoint import Block, Manifest
 
-    from ._choice import Choice, PartChoice, TensorChoice
+    from ._choice import Choice, PartChoice
     from ._targets import TableTarget
 
 __all__ = ["plan_load"]
@@ -36,10 +37,10 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
         CheckpointError: If a header lacks a block that `index` says it has.
     """
     problems = list(dict.fromkeys(choice.problems))
-    tensors = [_tensor_load(manifest, wanted, problems) for wanted in choice.tensors]
-    for wanted in choice.shared:  # not read, but wrong all the same if it does not fit
-        _tensor_load(manifest, wanted, problems)
-    fillers = {wanted.target.memory: wanted.target.name for wanted in choice.tensors}
+    targets = choice.targets.tensors
+    tensors = match_tensors(manifest, choice.tensors, targets, problems)
+    # Not read, but wrong all the same if it does not fit.
+    match_tensors(manifest, choice.shared, targets, problems)
     tables: dict[str, _TableBuilder] = {}
     for part in choice.parts:
         builder = tables.setdefault(part.target.name, _TableBuilder(part.target))
@@ -56,8 +57,8 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
         raise PlanError(manifest.location, problems)
     return LoadPlan(
         location=manifest.location,
-        tensors=tuple(tensors),
-        shared={one.target.name: fillers[one.target.memory] for one in choice.shared},
+        tensors=tensors,
+        shared=_fillers(choice),
         skipped=choice.skipped,
         tables=tuple(builder.build() for builder in tables.values()),
         missing=missing,
@@ -66,15 +67,15 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
     )
 
 
-def _tensor_load(manifest: Manifest, wanted: TensorChoice, problems: list[str]) -> TensorLoad:
-    block = manifest.block(wanted.place)
-    have = RowType(shape=block.shape, dtype=block.dtype)
-    if have != wanted.target.type:
-        problems.append(
-            f"tensor {wanted.target.name!r} is {wanted.target.type}, the checkpoint has {have} "
-            f"({block.shard}, key {block.key!r})"
-        )
-    return TensorLoad(name=wanted.target.name, block=block)
+def _fillers(choice: Choice) -> dict[str, str]:
+    """Say under which name the memory of shared tensors is filled."""
+    if not choice.shared:
+        return {}
+    memory = {
+        name: choice.targets.tensors[name].memory for name in (*choice.tensors, *choice.shared)
+    }
+    fillers = {memory[name]: name for name in choice.tensors}
+    return {name: fillers[memory[name]] for name in choice.shared}
 
 
 @dataclass(slots=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+import numpy as np
 
-__all__ = ["GAP", "MAX_PIECES", "Extent", "Piece", "Read", "plan_reads"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ["GAP", "MAX_PIECES", "Extent", "Extents", "Piece", "Read", "plan_reads"]
 
 GAP = -1
 """The sink of bytes that nobody wants."""
@@ -40,7 +44,49 @@ class Extent:
     """The sink takes whole multiples of so many bytes."""
 
 
-_ON_DISK = attrgetter("shard", "offset", "length")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extents:
+    """Extents as columns."""
+
+    shards: Sequence[str]
+    """The different files, in the order of their names."""
+
+    shard: NDArray[np.int64]
+    """`[n]`; which of them."""
+
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    sink: NDArray[np.int64]
+    position: NDArray[np.int64]
+    grain: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, extents: Iterable[Extent]) -> Extents:
+        """Return extents as columns."""
+        known = list(extents)
+        shards = {name: number for number, name in enumerate(sorted({e.shard for e in known}))}
+        table = [(shards[e.shard], e.offset, e.length, e.sink, e.position, e.grain) for e in known]
+        shard, *columns = np.array(table, np.int64).reshape(-1, 6).T
+        offset, length, sink, position, grain = columns
+        return cls(
+            shards=tuple(shards), shard=shard, offset=offset, length=length, sink=sink,
+            position=position, grain=grain,
+        )  # fmt: skip
+
+    def __add__(self, other: Extents) -> Extents:
+        shards = sorted({*self.shards, *other.shards})
+
+        def renumbered(one: Extents) -> NDArray[np.int64]:
+            return np.array([shards.index(name) for name in one.shards], np.int64)[one.shard]
+
+        return Extents(
+            shards=tuple(shards),
+            shard=np.concatenate([renumbered(self), renumbered(other)]),
+            **{
+                name: np.concatenate([getattr(self, name), getattr(other, name)])
+                for name in ("offset", "length", "sink", "position", "grain")
+            },
+        )
 
 
 class Piece(NamedTuple):
@@ -51,22 +97,35 @@ class Piece(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Read:
     """One read, and where its bytes go, one piece after the other."""
 
     shard: str
     offset: int
     length: int
-    pieces: tuple[Piece, ...]
+    sinks: NDArray[np.int64]
+    """`[n]`; of each piece, the number of its sink, or `GAP`."""
+
+    positions: NDArray[np.int64]
+    """`[n]`; its first byte within the sink."""
+
+    lengths: NDArray[np.int64]
+    """`[n]`, in bytes."""
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces, one by one."""
+        columns = (self.sinks.tolist(), self.positions.tolist(), self.lengths.tolist())
+        return tuple(map(Piece, *columns))
 
     @property
     def surplus(self) -> int:
         """Bytes that nobody wants."""
-        return sum(piece.length for piece in self.pieces if piece.sink == GAP)
+        return int(self.lengths[self.sinks == GAP].sum())
 
 
-def plan_reads(extents: Iterable[Extent], *, chunk_bytes: int, gap_bytes: int) -> list[Read]:
+def plan_reads(extents: Extents, *, chunk_bytes: int, gap_bytes: int) -> list[Read]:
     """Cut extents into reads of about `chunk_bytes`, and join neighbours into one read.
 
     Args:
@@ -74,34 +133,84 @@ def plan_reads(extents: Iterable[Extent], *, chunk_bytes: int, gap_bytes: int) -
         chunk_bytes: The most a read takes, unless one grain of a sink is larger.
         gap_bytes: The largest gap between two extents that is read along.
     """
-    reads: list[Read] = []
-    shard, start, end, pieces = "", 0, 0, list[Piece]()
-    for extent in sorted(extents, key=_ON_DISK):
-        for offset, length, position in _cut(extent, chunk_bytes):
-            gap = offset - end
-            joins = (
-                pieces
-                and shard == extent.shard
-                and 0 <= gap <= gap_bytes
-                and offset + length - start <= chunk_bytes
-                and len(pieces) + 2 <= MAX_PIECES
-            )
-            if not joins:
-                if pieces:
-                    reads.append(Read(shard, start, end - start, tuple(pieces)))
-                shard, start, pieces = extent.shard, offset, []
-            elif gap:
-                pieces.append(Piece(GAP, 0, gap))
-            pieces.append(Piece(extent.sink, position, length))
-            end = offset + length
-    if pieces:
-        reads.append(Read(shard, start, end - start, tuple(pieces)))
-    return reads
+    pieces = _cut(extents, chunk_bytes)
+    count = len(pieces.offset)
+    if not count:
+        return []
+    ends = pieces.offset + pieces.length
+    gaps = np.zeros(count, np.int64)
+    gaps[1:] = pieces.offset[1:] - ends[:-1]
+    apart = (gaps < 0) | (gaps > gap_bytes)
+    apart[1:] |= pieces.shard[1:] != pieces.shard[:-1]
+    starts = _starts(pieces.offset, ends, gaps > 0, apart, chunk_bytes)
+    gaps[starts] = 0
+    # Gaps become pieces of their own, each before the piece that it precedes.
+    wide = np.flatnonzero(gaps)
+    sinks = np.insert(pieces.sink, wide, GAP)
+    positions = np.insert(pieces.position, wide, 0)
+    lengths = np.insert(pieces.length, wide, gaps[wide])
+    lows = starts + np.searchsorted(wide, starts)
+    bounds = [*lows.tolist(), len(sinks)]
+    lasts = np.append(starts[1:], count) - 1
+    shards = pieces.shard[starts].tolist()
+    offsets = pieces.offset[starts].tolist()
+    totals = (ends[lasts] - pieces.offset[starts]).tolist()
+    return [
+        Read(
+            extents.shards[shard], offset, total, sinks[low:high], positions[low:high],
+            lengths[low:high],
+        )
+        for shard, offset, total, low, high in zip(
+            shards, offsets, totals, bounds[:-1], bounds[1:], strict=True
+        )
+    ]  # fmt: skip
 
 
-def _cut(extent: Extent, chunk_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Yield offset, length and position of pieces of at most a chunk."""
-    step = max(chunk_bytes // extent.grain, 1) * extent.grain
-    for done in range(0, extent.length, step):
-        length = min(step, extent.length - done)
-        yield extent.offset + done, length, extent.position + done
+def _cut(extents: Extents, chunk_bytes: int) -> Extents:
+    """Sort extents as they lie on disk, and cut those that are longer than a chunk."""
+    order = np.lexsort((extents.length, extents.offset, extents.shard))
+    length, grain = extents.length[order], extents.grain[order]
+    step = np.maximum(chunk_bytes // grain, 1) * grain
+    counts = -(-length // step)
+    which = np.repeat(np.arange(len(order)), counts)
+    done = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * step[which]
+    source = order[which]
+    return Extents(
+        shards=extents.shards,
+        shard=extents.shard[source],
+        offset=extents.offset[source] + done,
+        length=np.minimum(step[which], length[which] - done),
+        sink=extents.sink[source],
+        position=extents.position[source] + done,
+        grain=grain[which],
+    )
+
+
+def _starts(
+    offset: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    gap: NDArray[np.bool_],
+    apart: NDArray[np.bool_],
+    chunk_bytes: int,
+) -> NDArray[np.int64]:
+    """Return the first piece of each read.
+
+    Args:
+        offset: `[n]`; first byte of each piece.
+        ends: `[n]`; one past its last.
+        gap: `[n]`; whether there is a gap before it.
+        apart: `[n]`; whether it cannot be in one read with the piece before it.
+        chunk_bytes: The most that a read of several pieces takes.
+    """
+    # How many buffers there are up to each piece, if all were one read.
+    buffers = np.arange(len(offset)) + np.cumsum(gap)
+    borders = [0, *np.flatnonzero(apart[1:]) + 1, len(offset)]
+    starts = []
+    for low, high in itertools.pairwise(map(int, borders)):
+        first = low
+        while first < high:
+            starts.append(first)
+            fits = np.searchsorted(ends[first:high], offset[first] + chunk_bytes, "right")
+            few = np.searchsorted(buffers[first:high], buffers[first] + MAX_PIECES - 1, "right")
+            first += max(int(min(fits, few)), 1)
+    return np.array(starts, np.int64)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from asyncloader.checkpoint import DType, Slice
+    from numpy.typing import NDArray
 
-__all__ = ["RowType", "TableTarget", "Targets", "TensorTarget"]
+    from asyncloader.checkpoint import BlockType, DType, Slice
+
+__all__ = ["RowType", "TableTarget", "Targets", "TensorTarget", "TensorTargets"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,66 @@ class TensorTarget:
     """Tensors of the same number are the same memory under several names."""
 
 
+class TensorTargets(Mapping[str, TensorTarget]):
+    """Dense tensors by name, as columns. A `TensorTarget` is made when it is asked for.
+
+    Args:
+        names: `[n]`, all different.
+        types: The different dtypes and shapes that there are.
+        kinds: int64 `[n]`; which of `types` each has.
+        memory: `[n]`; equal numbers are the same memory. All are different unless given.
+    """
+
+    __slots__ = ("_numbers", "kinds", "memory", "types")
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        types: Sequence[BlockType] = (),
+        kinds: NDArray[np.int64] | None = None,
+        memory: Sequence[int] | None = None,
+    ) -> None:
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self.types = types
+        self.kinds = np.zeros(0, np.int64) if kinds is None else kinds
+        self.memory = range(len(self.kinds)) if memory is None else memory
+
+    @classmethod
+    def of(cls, targets: Iterable[TensorTarget]) -> TensorTargets:
+        """Return targets as columns."""
+        known = list(targets)
+        types: dict[BlockType, int] = {}
+        kinds = [types.setdefault((t.type.dtype, t.type.shape), len(types)) for t in known]
+        return cls(
+            [one.name for one in known],
+            tuple(types),
+            np.array(kinds, np.int64),
+            [one.memory for one in known],
+        )
+
+    def __repr__(self) -> str:
+        return f"<TensorTargets {len(self)} tensors>"
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def __getitem__(self, name: str) -> TensorTarget:
+        number = self._numbers[name]
+        dtype, shape = self.types[self.kinds[number]]
+        kind = RowType(shape=shape, dtype=dtype)
+        return TensorTarget(name=name, type=kind, memory=self.memory[number])
+
+    def numbers(self, names: Iterable[str]) -> list[int]:
+        """Return where in the columns each name stands."""
+        return list(map(self._numbers.__getitem__, names))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableTarget:
     """A hash table."""
@@ -50,6 +115,6 @@ class TableTarget:
 class Targets:
     """All that a load may fill. No tensor has the name of a table's child."""
 
-    tensors: Mapping[str, TensorTarget]
+    tensors: TensorTargets
     tables: Mapping[str, TableTarget]
     """By the name of each child, so a coalesced table stands here several times."""

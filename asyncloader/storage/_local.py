@@ -10,6 +10,7 @@ import stat
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -29,6 +30,7 @@ __all__ = ["LocalStorage"]
 
 # One call into the kernel. A longer one may keep a processor from the event loop until it is done.
 _STEP = 8 << 20
+_NBYTES = attrgetter("nbytes")
 
 
 @dataclass(slots=True)
@@ -201,8 +203,16 @@ def _open_regular(path: str, flags: int) -> tuple[int, os.stat_result]:
     return fd, status
 
 
-def _steps(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """Cut views, and group them, so that one call into the kernel takes at most a step."""
+def _steps(views: Sequence[memoryview]) -> Iterator[tuple[Sequence[memoryview], int]]:
+    """Cut views, and group them, so that one call into the kernel takes at most a step.
+
+    Yields:
+        What one call takes, and how many bytes that are.
+    """
+    total = sum(map(_NBYTES, views))
+    if total <= _STEP:  # a thousand small ones, often
+        yield views, total
+        return
     step: list[memoryview] = []
     room = _STEP
     for view in views:
@@ -213,20 +223,20 @@ def _steps(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
             start += piece.nbytes
             room -= piece.nbytes
             if not room:
-                yield step
+                yield step, _STEP
                 step, room = [], _STEP
     if step:
-        yield step
+        yield step, _STEP - room
 
 
 if hasattr(os, "preadv"):
 
     def _preadv(fd: int, views: Sequence[memoryview], offset: int) -> int:
         done = 0
-        for step in _steps(views):
+        for step, length in _steps(views):
             count = os.preadv(fd, step, offset + done)
             done += count
-            if count < sum(view.nbytes for view in step):
+            if count < length:
                 break
         return done
 

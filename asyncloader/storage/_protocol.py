@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
 from asyncloader.errors import ReadError
@@ -13,6 +14,7 @@ __all__ = ["Storage", "read_exactly", "read_small", "read_text", "views_after"]
 
 
 _STEP = 1 << 20
+_NBYTES = attrgetter("nbytes")
 
 
 class Storage(Protocol):
@@ -59,7 +61,7 @@ async def read_exactly(
     Raises:
         ReadError: If that failed; it names the whole byte range.
     """
-    length = sum(view.nbytes for view in views)
+    length = sum(map(_NBYTES, views))
     left, done = list(views), 0
     while done < length:
         try:

@@ -2,11 +2,12 @@
 
 from ._blocking import run_blocking
 from ._budget import ByteBudget
+from ._destinations import Destinations, describe_tensors
 from ._execution import Execution
 from ._progress import Meter, Progress
 from ._staging import Arena, StagingPool
 from ._tables import check_tables, describe_tables
-from ._tensors import copy_elements, describe_tensors, overlaps, plain_bytes
+from ._tensors import copy_elements, plain_bytes
 from ._threads import Threads
 from ._trace import Span, Tracer
 from ._verification import Verifier
@@ -14,6 +15,7 @@ from ._verification import Verifier
 __all__ = [
     "Arena",
     "ByteBudget",
+    "Destinations",
     "Execution",
     "Meter",
     "Progress",
@@ -26,7 +28,6 @@ __all__ = [
     "copy_elements",
     "describe_tables",
     "describe_tensors",
-    "overlaps",
     "plain_bytes",
     "run_blocking",
 ]

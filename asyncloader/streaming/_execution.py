@@ -9,29 +9,28 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from asyncloader._collector import undisturbed
 from asyncloader._concurrency import for_each, raising_first, run_jobs
-from asyncloader.checkpoint import DIGEST_CHUNK
 from asyncloader.errors import ReadError
-from asyncloader.planning import GAP, Extent, plan_reads
+from asyncloader.planning import GAP, Extents, plan_reads
 from asyncloader.storage import read_exactly
 
 from ._indexing import Arrival, Indexer
 from ._selection import Means, RowPiece, load_piece, row_pieces
-from ._sinks import DirectSink, IdSink, StagedSink, sink_for
+from ._sinks import DirectSink, IdSink, Sinks, sink_for
 from ._staging import Arena, StagingPool
 from ._tensors import bump_versions, plain_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    import torch
-
     from asyncloader.checkpoint import Block
-    from asyncloader.planning import LoadPlan, PartLoad, Piece, Read, TableLoad
+    from asyncloader.planning import Extent, LoadPlan, PartLoad, Piece, Read, TableLoad
     from asyncloader.storage import Storage
     from asyncloader.table import LoadableTable, LoadableUpdate, UpdateCounts
 
     from ._budget import ByteBudget
+    from ._destinations import Destinations
     from ._progress import Meter
     from ._sinks import Sink
     from ._threads import Threads
@@ -51,7 +50,7 @@ class Execution:
     """One load under way: `run` once, then `commit` or `abort`."""
 
     plan: LoadPlan
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Destinations
     tables: Mapping[str, LoadableTable]
     storage: Storage
     threads: Threads
@@ -65,13 +64,8 @@ class Execution:
     touched: dict[str, bool]
     """Receives the names of tensors that are written to, and whether by way of staging memory."""
 
-    _sinks: list[Sink] = field(default_factory=list)
-    _blocks: list[Block] = field(default_factory=list)
-    """What fills each sink."""
-
-    _is_tensor: list[bool] = field(default_factory=list)
+    _sinks: Sinks = field(init=False)
     _extents: list[Extent] = field(default_factory=list)
-    _id_sinks: set[int] = field(default_factory=set)
     _pieces: list[RowPiece] = field(default_factory=list)
     _reads: list[Read] = field(default_factory=list)
     _updates: dict[str, LoadableUpdate] = field(default_factory=dict)
@@ -85,7 +79,7 @@ class Execution:
         self._staging = StagingPool(self.chunk_bytes)
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
-            await run_jobs(self.threads.kernels, [self._prepare])
+            await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
         await self._read_all()
         for name, update in self._updates.items():
             with self.tracer.span("index", f"{name}: join"):
@@ -109,16 +103,15 @@ class Execution:
                 stack.callback(update.abort)
 
     def _tell_autograd(self) -> None:
-        bump_versions([self.tensors[name] for name in self.touched])
+        bump_versions(list(map(self.tensors.tensors.__getitem__, self.touched)))
 
     def _prepare(self) -> None:
         """Make room in the tables, and cut everything into reads."""
+        self._sinks = Sinks(self.plan.tensors, self.tensors)
         for table in self.plan.tables:
             self._begin(table)
-        for load in self.plan.tensors:
-            tensor = self.tensors[load.name]
-            self._add(sink_for(load.name, tensor), load.block, tensor.itemsize, tensor=True)
-        self._reads = plan_reads(self._extents, chunk_bytes=self.chunk_bytes, gap_bytes=_GAP_BYTES)
+        extents = self._sinks.dense_extents() + Extents.of(self._extents)
+        self._reads = plan_reads(extents, chunk_bytes=self.chunk_bytes, gap_bytes=_GAP_BYTES)
 
     def _begin(self, table: TableLoad) -> None:
         """Reserve rows for the blocks that are wanted whole; note the others for later."""
@@ -154,24 +147,17 @@ class Execution:
         memory = plain_bytes(update.view("id", first, part.rows))
         if memory is None:
             raise TypeError(f"table {table.name!r}: its ids are not in plain host memory")
-        self._id_sinks.add(len(self._sinks))
         self._add(IdSink(table.name, memory, arrived), part.ids, _ID_BYTES)
         for slot, block in part.slots.items():
             rows = update.view(slot, first, part.rows)
             self._add(sink_for(table.name, rows), block, rows.itemsize)
 
-    def _add(self, sink: Sink, block: Block, itemsize: int, *, tensor: bool = False) -> None:
+    def _add(self, sink: Sink, block: Block, itemsize: int) -> None:
         if isinstance(sink, DirectSink) and sink.nbytes != block.nbytes:
             raise RuntimeError(f"{sink.name!r} got other memory while it was being loaded")
-        if block.nbytes:
-            grain = itemsize if isinstance(sink, StagedSink | IdSink) else 1
-            if block.digests is not None:  # whatever is read can be compared then
-                grain = DIGEST_CHUNK
-            number = len(self._sinks)
-            self._extents.append(Extent(block.shard, block.offset, block.nbytes, number, 0, grain))
-        self._sinks.append(sink)
-        self._blocks.append(block)
-        self._is_tensor.append(tensor)
+        extent = self._sinks.add(sink, block, itemsize)
+        if extent is not None:
+            self._extents.append(extent)
 
     async def _read_all(self) -> None:
         with raising_first():
@@ -186,11 +172,13 @@ class Execution:
     def _work(self) -> Iterable[Read | RowPiece]:
         """Return all work; ids first, so that they are indexed while the rest is read."""
         self._gap = memoryview(bytearray(_GAP_BYTES))  # whoever writes there, nobody reads
+        ids = self._sinks.ids
+        if not ids:
+            return itertools.chain(self._pieces, self._reads)
         first: list[Read] = []
         rest: list[Read] = []
         for read in self._reads:
-            brings_ids = any(piece.sink in self._id_sinks for piece in read.pieces)
-            (first if brings_ids else rest).append(read)
+            (first if ids.intersection(read.sinks.tolist()) else rest).append(read)
         return itertools.chain(first, self._pieces, rest)
 
     async def _do(self, work: Read | RowPiece) -> None:
@@ -215,39 +203,55 @@ class Execution:
 
     async def _read(self, read: Read) -> None:
         async with self.budget.reserve(read.length):
-            arena = Arena(self._staging, read.length, len(read.pieces))
-            views = [self._open(piece, arena) for piece in read.pieces]
-            try:
-                with self.tracer.span("read", read.shard, read.length):
-                    await read_exactly(self.storage, read.shard, read.offset, views)
-            except ReadError as error:
-                error.names = self._names(read)
-                raise
-            verified = await self._verify(read, views)
-            jobs = []
-            for (number, position, _), view in zip(read.pieces, views, strict=True):
-                job = None if number == GAP else self._sinks[number].filled(position, view)
-                if job is not None:
-                    jobs.append(job)
-            if jobs:  # one after the other: handing a thread a job costs more than a small copy
-                with self.tracer.span("copy", read.shard, read.length):
-                    await run_jobs(self.threads.kernels, [lambda: [job() for job in jobs]])
-            arena.close()
-        current = self._sinks[read.pieces[-1].sink].name
+            self.touched.update(self._sinks.tensors(read))
+            views = self._sinks.views(read)
+            if views is None:
+                verified = await self._read_pieces(read)
+            else:
+                await self._fill(read, views)
+                verified = 0
         self.meter.note(
             read=read.length,
             wanted=read.length - read.surplus,
             verified=verified,
-            current=current,
+            current=self._sinks.name(int(read.sinks[-1])),
         )
 
-    async def _verify(self, read: Read, views: Sequence[memoryview]) -> int:
+    async def _fill(self, read: Read, views: list[memoryview]) -> None:
+        try:
+            with self.tracer.span("read", read.shard, read.length):
+                await read_exactly(self.storage, read.shard, read.offset, views)
+        except ReadError as error:
+            error.names = self._names(read)
+            raise
+
+    async def _read_pieces(self, read: Read) -> int:
+        """Read what is to be verified, copied, or indexed; return how many bytes were verified."""
+        pieces = read.pieces
+        arena = Arena(self._staging, read.length, len(pieces))
+        views = [self._open(piece, arena) for piece in pieces]
+        await self._fill(read, views)
+        verified = await self._verify(read, pieces, views)
+        jobs = []
+        for piece, view in zip(pieces, views, strict=True):
+            job = None if piece.sink == GAP else self._sinks.filled(piece, view)
+            if job is not None:
+                jobs.append(job)
+        if jobs:  # one after the other: handing a thread a job costs more than a small copy
+            with self.tracer.span("copy", read.shard, read.length):
+                await run_jobs(self.threads.kernels, [lambda: [job() for job in jobs]])
+        arena.close()
+        return verified
+
+    async def _verify(
+        self, read: Read, pieces: Sequence[Piece], views: Sequence[memoryview]
+    ) -> int:
         """Compare what was read with its digests, if there are any; return how many bytes."""
-        checks = [
-            partial(self.verifier.check, self._blocks[number], position, view)
-            for (number, position, _), view in zip(read.pieces, views, strict=True)
-            if number != GAP and self._blocks[number].digests is not None
-        ]
+        checks = []
+        for (number, position, _), view in zip(pieces, views, strict=True):
+            block = None if number == GAP else self._sinks.block(number)
+            if block is not None and block.digests is not None:
+                checks.append(partial(self.verifier.check, block, position, view))
         if not checks:
             return 0
         with self.tracer.span("verify", read.shard, read.length):
@@ -259,12 +263,9 @@ class Execution:
     def _open(self, piece: Piece, arena: Arena) -> memoryview:
         if piece.sink == GAP:
             return self._gap[: piece.length]
-        sink = self._sinks[piece.sink]
-        if self._is_tensor[piece.sink]:
-            self.touched[sink.name] = isinstance(sink, StagedSink)
-        return sink.open(piece.position, piece.length, arena)
+        return self._sinks.open(piece, arena)
 
     def _names(self, read: Read) -> tuple[str, ...]:
         """Name whom the bytes of a read are for."""
-        names = dict.fromkeys(self._sinks[p.sink].name for p in read.pieces if p.sink != GAP)
-        return tuple(names)
+        sinks = read.sinks[read.sinks != GAP].tolist()
+        return tuple(dict.fromkeys(map(self._sinks.name, sinks)))

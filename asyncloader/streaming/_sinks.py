@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+
+from asyncloader.checkpoint import DIGEST_CHUNK
+from asyncloader.planning import Extent, Extents
 
 from ._tensors import copy_flat, plain_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from asyncloader.checkpoint import Block
+    from asyncloader.planning import Piece, Read, TensorLoads
+
+    from ._destinations import Destinations
     from ._staging import Arena
 
-__all__ = ["DirectSink", "IdSink", "Sink", "StagedSink", "sink_for"]
+__all__ = ["DirectSink", "IdSink", "Sink", "Sinks", "StagedSink", "sink_for"]
 
 
 class Sink(Protocol):
@@ -72,6 +80,11 @@ class StagedSink:
         self.name = name
         self._tensor = tensor.detach()
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self._tensor.itemsize
+
     def open(self, _position: int, length: int, arena: Arena, /) -> memoryview:
         """Lend staging memory, until its bytes are copied."""
         return arena.take(length).numpy().data
@@ -92,3 +105,114 @@ def sink_for(name: str, tensor: torch.Tensor) -> DirectSink | StagedSink:
     """Return the cheapest sink that gives a tensor the right values."""
     memory = plain_bytes(tensor)
     return StagedSink(name, tensor) if memory is None else DirectSink(name, memory)
+
+
+class Sinks:
+    """All that a load fills, by number: the dense tensors of its plan, then parts of tables.
+
+    Tensors that take bytes as they lie need no object each: they are addresses.
+    """
+
+    def __init__(self, loads: TensorLoads, into: Destinations) -> None:
+        chosen = np.array(into.targets.numbers(loads.names), np.int64)
+        span, base = into.span()
+        plain = into.plain[chosen]
+        begin = into.begin[chosen]
+        if ((into.end[chosen] - begin != loads.nbytes) & plain).any():
+            raise RuntimeError("a tensor got other memory while it was being loaded")
+        self._span = span
+        self._begin = begin - base
+        self._loads = loads
+        self._simple = plain & ~loads.digested
+        self._plain = plain.tolist()
+        self._staged = {
+            number: StagedSink(loads.names[number], into.held[chosen[number]])
+            for number in np.flatnonzero(~plain).tolist()
+        }
+        self._others: list[tuple[Sink, Block]] = []
+        self.ids: set[int] = set()
+        """The numbers of those that take ids."""
+
+    def __len__(self) -> int:
+        return len(self._loads) + len(self._others)
+
+    def add(self, sink: Sink, block: Block, itemsize: int) -> Extent | None:
+        """Take in a part of a table, which a block fills; return what is to be read."""
+        number = len(self)
+        if isinstance(sink, IdSink):
+            self.ids.add(number)
+        self._others.append((sink, block))
+        if not block.nbytes:
+            return None
+        grain = itemsize if isinstance(sink, StagedSink | IdSink) else 1
+        if block.digests is not None:  # whatever is read can be compared then
+            grain = DIGEST_CHUNK
+        return Extent(block.shard, block.offset, block.nbytes, number, 0, grain)
+
+    def dense_extents(self) -> Extents:
+        """Return what is to be read for the dense tensors."""
+        loads = self._loads
+        grain = np.ones(len(loads), np.int64)
+        for number, sink in self._staged.items():
+            grain[number] = sink.itemsize
+        grain[loads.digested] = DIGEST_CHUNK
+        filled = np.flatnonzero(loads.nbytes)
+        return Extents(
+            shards=loads.shards,
+            shard=loads.shard[filled],
+            offset=loads.offsets[filled],
+            length=loads.nbytes[filled],
+            sink=filled,
+            position=np.zeros(len(filled), np.int64),
+            grain=grain[filled],
+        )
+
+    def name(self, number: int) -> str:
+        """Return the tensor or table that it belongs to."""
+        if number < len(self._loads):
+            return self._loads.names[number]
+        return self._others[number - len(self._loads)][0].name
+
+    def block(self, number: int) -> Block:
+        """Return the block that fills it."""
+        if number < len(self._loads):
+            return self._loads.block(number)
+        return self._others[number - len(self._loads)][1]
+
+    def views(self, read: Read) -> list[memoryview] | None:
+        """Return the memory of all pieces of a read, if nothing is left to do once it is filled."""
+        sinks = read.sinks
+        if sinks[0] >= len(self._loads) or sinks.max() >= len(self._loads) or sinks.min() < 0:
+            return None
+        if not self._simple[sinks].all():
+            return None
+        begin = self._begin[sinks] + read.positions
+        span = self._span
+        ranges = zip(begin.tolist(), (begin + read.lengths).tolist(), strict=True)
+        return [span[low:high] for low, high in ranges]
+
+    def tensors(self, read: Read) -> dict[str, bool]:
+        """Return the tensors that a read writes to, and whether by way of staging memory."""
+        names, staged = self._loads.names, self._staged
+        count = len(names)
+        return {names[n]: n in staged for n in read.sinks.tolist() if 0 <= n < count}
+
+    def open(self, piece: Piece, arena: Arena) -> memoryview:
+        """Lend memory for one piece."""
+        number = piece.sink
+        if number < len(self._loads) and self._plain[number]:
+            begin = int(self._begin[number]) + piece.position
+            return self._span[begin : begin + piece.length]
+        return self._sink(number).open(piece.position, piece.length, arena)
+
+    def filled(self, piece: Piece, view: memoryview) -> Callable[[], None] | None:
+        """Take note that a piece is there; return what is left to do, for a kernel thread."""
+        number = piece.sink
+        if number < len(self._loads) and self._plain[number]:
+            return None
+        return self._sink(number).filled(piece.position, view)
+
+    def _sink(self, number: int) -> Sink:
+        if number < len(self._loads):
+            return self._staged[number]
+        return self._others[number - len(self._loads)][0]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import orjson
 
-from asyncloader.checkpoint import DEFAULT_SLICE_SIZE, Part, Slice
+from asyncloader.checkpoint import DEFAULT_SLICE_SIZE, Part, Places, Slice
 from asyncloader.errors import CheckpointError
 from asyncloader.planning import ID
 
@@ -75,7 +75,9 @@ def recognized(manifest: Manifest, metadata: Mapping[str, str]) -> Manifest:
         tables = _guessed(manifest)
     taken = {part.place for slots in tables.values() for (part,) in slots.values()}
     plain = {name: p for name, p in manifest.catalog.tensors.items() if p not in taken}
-    return replace(manifest, catalog=replace(manifest.catalog, tensors=plain, tables=tables))
+    return replace(
+        manifest, catalog=replace(manifest.catalog, tensors=Places.of(plain), tables=tables)
+    )
 
 
 def _told(text: str, places: Mapping[str, Place]) -> Tables:

@@ -12,7 +12,7 @@ import numpy as np
 from asyncloader._concurrency import for_each, run_jobs
 from asyncloader.checkpoint import DIGEST_CHUNK, SIDECAR, digest_of
 from asyncloader.errors import ReadError
-from asyncloader.planning import Extent, plan_reads
+from asyncloader.planning import Extent, Extents, plan_reads
 from asyncloader.storage import read_exactly
 from asyncloader.streaming import Arena, StagingPool
 
@@ -108,7 +108,7 @@ class Inspector:
             for number, one in enumerate(watched)
             if one.block.nbytes
         ]
-        plan = partial(plan_reads, extents, chunk_bytes=limits.read_bytes, gap_bytes=0)
+        plan = partial(plan_reads, Extents.of(extents), chunk_bytes=limits.read_bytes, gap_bytes=0)
         [reads] = await run_jobs(self.session.threads.kernels, [plan])
         failed = len(self.findings.found)
         pool = StagingPool(max(limits.read_bytes, DIGEST_CHUNK))

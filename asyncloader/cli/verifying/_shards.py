@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from asyncloader._concurrency import for_each, run_jobs
-from asyncloader.checkpoint import ShardHeader, digest_of
+from asyncloader.checkpoint import Blocks, ShardHeader, digest_of
 from asyncloader.checkpoint._header import PREFIX, header_length, parse_header
 from asyncloader.errors import CheckpointError, ReadError
 from asyncloader.storage import read_exactly, read_text
@@ -100,7 +100,7 @@ def _parse(  # noqa: PLR0917
     for error in sifted.errors:
         findings.error(error)
     return Shard(
-        header=sifted.parsed or ShardHeader(file, {}, 0),
+        header=sifted.parsed or ShardHeader(file, Blocks.of(file, ()), 0),
         refused=frozenset(error.key for error in sifted.errors if error.key is not None),
         start=PREFIX + len(text),
         digest=digest_of(prefix + text),

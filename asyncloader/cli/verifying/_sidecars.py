@@ -9,6 +9,7 @@ from asyncloader.checkpoint import (
     INDEX,
     SIDECAR,
     TENSORKEY,
+    Blocks,
     chunk_count,
     digest_of,
     parse_sidecar,
@@ -105,11 +106,11 @@ def _with_digests(sidecar: Sidecar, shard: Shard, findings: Findings) -> Shard:
     for key in digests.blocks.keys() - shard.header.blocks.keys() - shard.refused:
         text = f"has digests of this block, which {file!r} does not have"
         findings.problem(text, file=SIDECAR, name=key)
-    blocks = {
-        key: _block_with_digests(block, digests.blocks.get(key), findings)
+    blocks = [
+        _block_with_digests(block, digests.blocks.get(key), findings)
         for key, block in shard.header.blocks.items()
-    }
-    return replace(shard, header=replace(shard.header, blocks=blocks))
+    ]
+    return replace(shard, header=replace(shard.header, blocks=Blocks.of(file, blocks)))
 
 
 def _block_with_digests(block: Block, known: tuple[str, ...] | None, findings: Findings) -> Block:

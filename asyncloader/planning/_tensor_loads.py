@@ -1,0 +1,199 @@
+"""Which blocks fill which dense tensors, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, overload
+
+import numpy as np
+
+from ._targets import RowType
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from numpy.typing import NDArray
+
+    from asyncloader.checkpoint import Block, Blocks, BlockType, Manifest
+
+    from ._targets import TensorTargets
+
+__all__ = ["BlockSource", "TensorLoad", "TensorLoads", "match_tensors"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorLoad:
+    """A block that fills a dense tensor."""
+
+    name: str
+    """The destination."""
+
+    block: Block
+
+
+class TensorLoads(Sequence[TensorLoad]):
+    """Blocks that fill dense tensors, in the order of load_info.
+
+    A `TensorLoad` is made when it is asked for.
+
+    Args:
+        names: `[n]`, the destinations.
+        shards: The different files that they come from.
+        shard: int64 `[n]`; which of `shards` each comes from.
+        offsets: int64 `[n]`; first byte, from the start of the file.
+        nbytes: int64 `[n]`.
+        digested: bool `[n]`; whether there are digests.
+        blocks: The blocks themselves, by number.
+    """
+
+    __slots__ = ("_blocks", "digested", "names", "nbytes", "offsets", "shard", "shards")
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        shards: Sequence[str],
+        shard: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        nbytes: NDArray[np.int64],
+        digested: NDArray[np.bool_],
+        blocks: BlockSource,
+    ) -> None:
+        self.names = names
+        self.shards = shards
+        self.shard = shard
+        self.offsets = offsets
+        self.nbytes = nbytes
+        self.digested = digested
+        self._blocks = blocks
+
+    @classmethod
+    def of(cls, loads: Iterable[TensorLoad]) -> TensorLoads:
+        """Return loads as columns. Several may have parts of one block."""
+        known = list(loads)
+        blocks = [load.block for load in known]
+        shards = {name: number for number, name in enumerate(sorted({b.shard for b in blocks}))}
+        return cls(
+            [load.name for load in known],
+            shards=tuple(shards),
+            shard=np.array([shards[block.shard] for block in blocks], np.int64),
+            offsets=np.array([block.offset for block in blocks], np.int64),
+            nbytes=np.array([block.nbytes for block in blocks], np.int64),
+            digested=np.array([block.digests is not None for block in blocks], np.bool_),
+            blocks=blocks,
+        )
+
+    def __repr__(self) -> str:
+        return f"<TensorLoads {len(self)} tensors>"
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, number: int, /) -> TensorLoad: ...
+
+    @overload
+    def __getitem__(self, number: slice, /) -> tuple[TensorLoad, ...]: ...
+
+    def __getitem__(self, number: int | slice, /) -> TensorLoad | tuple[TensorLoad, ...]:
+        if isinstance(number, slice):
+            return tuple(self[one] for one in range(len(self))[number])
+        return TensorLoad(name=self.names[number], block=self.block(number))
+
+    def block(self, number: int) -> Block:
+        """Return the block that fills that one."""
+        return self._blocks[number]
+
+
+class BlockSource(Protocol):
+    """Blocks by number."""
+
+    def __getitem__(self, number: int, /) -> Block:
+        """Return one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Blocks that are made when they are asked for."""
+
+    of_shards: Sequence[Blocks]
+    shard: NDArray[np.int64]
+    number: NDArray[np.int64]
+
+    def __getitem__(self, which: int, /) -> Block:
+        return self.of_shards[int(self.shard[which])].at(int(self.number[which]))
+
+
+def match_tensors(
+    manifest: Manifest, chosen: Mapping[str, str], targets: TensorTargets, problems: list[str]
+) -> TensorLoads:
+    """Find the blocks of chosen tensors, and compare dtypes and shapes.
+
+    Args:
+        manifest: With the headers of all their shards.
+        chosen: Destinations, and the source of each.
+        targets: What the destinations can take.
+        problems: Receives those that do not fit.
+
+    Raises:
+        CheckpointError: If a header lacks a block that `index` says it has.
+    """
+    places = manifest.catalog.tensors
+    keys = list(map(places.block_keys.__getitem__, chosen.values()))
+    files = list(map(places.shards.__getitem__, chosen.values()))
+    shards = {name: number for number, name in enumerate(sorted(set(files)))}
+    of_shards = [manifest.headers[name].blocks for name in shards]
+    shard = np.fromiter(map(shards.__getitem__, files), np.int64, len(files))
+    number = np.empty(len(keys), np.int64)
+    for which, blocks in enumerate(of_shards):
+        mine = np.flatnonzero(shard == which)
+        number[mine] = blocks.numbers(keys[one] for one in mine.tolist())
+    sources = list(chosen.values())
+    for odd in np.flatnonzero(number < 0).tolist():  # under a name that is known to be misspelt
+        found = manifest.block(places[sources[odd]])
+        number[odd] = of_shards[shard[odd]].numbers([found.key])[0]
+    starts = np.cumsum([0, *map(len, of_shards)])[:-1]
+    at = starts[shard] + number if len(shard) else number
+    loads = TensorLoads(
+        list(chosen),
+        shards=tuple(shards),
+        shard=shard,
+        offsets=_joined([blocks.offsets for blocks in of_shards])[at],
+        nbytes=_joined([blocks.nbytes for blocks in of_shards])[at],
+        digested=np.array([blocks.digested for blocks in of_shards], np.bool_)[shard],
+        blocks=_Found(of_shards, shard, number),
+    )
+    problems += _misfits(loads, of_shards, at, targets)
+    return loads
+
+
+def _joined(columns: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *columns])
+
+
+def _misfits(
+    loads: TensorLoads,
+    of_shards: Sequence[Blocks],
+    at: NDArray[np.int64],
+    targets: TensorTargets,
+) -> list[str]:
+    """Describe destinations that are of another dtype or shape than their blocks."""
+    known: dict[BlockType, int] = {}
+
+    def common(types: Sequence[BlockType], kinds: NDArray[np.int64]) -> NDArray[np.int64]:
+        numbers = [known.setdefault(one, len(known)) for one in types]
+        return np.array(numbers, np.int64)[kinds]
+
+    want = common(targets.types, targets.kinds[targets.numbers(loads.names)])
+    have = _joined([common(blocks.types, blocks.kinds) for blocks in of_shards])[at]
+    problems = []
+    for number in np.flatnonzero(want != have).tolist():
+        block = loads.block(number)
+        problems.append(
+            f"tensor {loads.names[number]!r} is {targets[loads.names[number]].type}, the "
+            f"checkpoint has {RowType(shape=block.shape, dtype=block.dtype)} "
+            f"({block.shard}, key {block.key!r})"
+        )
+    return problems
