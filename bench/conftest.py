@@ -28,6 +28,7 @@ from bench._cases import (
     small_shapes,
     table_case,
 )
+from bench._pictures import draw
 from bench._results import Results
 from bench._scale import SCALES, Scale
 from bench._tables import tables_of
@@ -66,7 +67,9 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
     console.print(tables_of(results))
     if results.scale == "full":
         results.write(LATEST)
-        console.print(f"[dim]Written to {os.path.relpath(LATEST)}[/]")
+        drawn = draw(results.speeds, results.growths, LATEST.parent)
+        for path in (LATEST, *drawn):
+            console.print(f"[dim]Written: {os.path.relpath(path)}[/]")
 
 
 @pytest.fixture(scope="session")
