@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Role: TypeAlias = Literal["raw", "ours", "peer", "variant"]
 
 PATIENCE = 10.0
-"""Seconds that the rounds of one contender may take together, estimated by its first."""
+"""Seconds that the rounds of one peer may take together, estimated by its first."""
 
 LEAST_ROUNDS = 3
 ENOUGH = 15.0
@@ -92,12 +92,16 @@ class Times:
 def interleave(contenders: Sequence[Contender], *, rounds: int) -> list[Times]:
     """Run all of them once to warm up, checked, and then in turn, `rounds` times.
 
-    Where that takes long, there are fewer rounds, and fewer still for a contender that is slow. Of
-    one that is very slow, or with no rounds at all, warming up is what counts. Ours are checked
-    once more at the end.
+    Where that takes long, there are fewer rounds, and fewer still for a peer that is slow. Of one
+    that is very slow, or with no rounds at all, warming up is what counts. Ours are checked once
+    more at the end.
     """
+    fault_in(max(contender.fresh for contender in contenders))
     warm = [contender.once(checked=True) for contender in contenders]
-    turns = [min(rounds, int(PATIENCE / seconds)) for seconds in warm]
+    turns = [
+        min(rounds, int(PATIENCE / seconds)) if contender.role == "peer" else rounds
+        for contender, seconds in zip(contenders, warm, strict=True)
+    ]
     taken: list[list[float]] = [[] for _ in contenders]
     start = time.perf_counter()
     for number in range(rounds):

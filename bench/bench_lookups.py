@@ -74,7 +74,7 @@ def test_t6_lookups_while_a_table_is_loaded(
     loads: list[float] = []
 
     filled = filled_table(TABLE, half)
-    for number in range(1 + max(1, scale.rounds(5))):
+    for number in range(1 + max(1, scale.rounds(4))):
         table = copy.deepcopy(filled)
         looker = Looker(table, batches)
         looker.start()
