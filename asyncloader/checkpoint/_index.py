@@ -138,12 +138,16 @@ def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | by
     for key in sparse.keys() - blocks.keys():
         raise CheckpointError(location, f"is named here but not in {INDEX}", TENSORKEY, key)
     return Catalog(
-        _dense(location, shards, {k: n for k, n in blocks.items() if k not in sparse}),
+        _dense(location, shards, _without(blocks, sparse)),
         {
             table: {slot: _in_order(parts) for slot, parts in slots.items()}
             for table, slots in tables.items()
         },
     )
+
+
+def _without(blocks: Mapping[str, int], sparse: Mapping[str, object]) -> Mapping[str, int]:
+    return {key: blocks[key] for key in blocks if key not in sparse} if sparse else blocks
 
 
 def _dense(location: str, shards: Mapping[int, str], blocks: Mapping[str, int]) -> Places:

@@ -10,7 +10,8 @@ from ._load_info import ID, default_load_info
 from ._targets import TensorTargets
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from asyncloader.checkpoint import Catalog, Part, Place, Slice
 
@@ -86,7 +87,7 @@ def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
             )
     if by_own_name:
         _choose_by_own_name(choice)
-        wanted: Container[str] = targets.tensors
+        wanted: AbstractSet[str] = targets.tensors.names()
     else:
         wanted = {s for name, of in info.items() if name not in targets.tables for s in of}
     choice.unexpected = tuple(_unexpected(catalog, info, targets, wanted))
@@ -97,7 +98,10 @@ def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
 def _choose_by_own_name(choice: Choice) -> None:
     """Find the blocks of all dense tensors."""
     there = choice.catalog.tensors.block_keys
-    choice.tensors = {name: name for name in choice.targets.tensors if name in there}
+    names = list(choice.targets.tensors)
+    choice.tensors = dict(zip(names, names, strict=True))
+    if not choice.tensors.keys() <= there.keys():
+        choice.tensors = {name: name for name in names if name in there}
     if len(choice.tensors) < len(choice.targets.tensors):
         choice.missing += [name for name in choice.targets.tensors if name not in there]
 
@@ -123,6 +127,8 @@ def _some(names: Sequence[str]) -> str:
 def _share(choice: Choice) -> None:
     """Of tensors that are the same memory, keep the last: it would have won."""
     targets = choice.targets.tensors
+    if targets.memory is None:
+        return
     memory = map(targets.memory.__getitem__, targets.numbers(choice.tensors))
     last = dict(zip(memory, choice.tensors, strict=True))
     if len(last) < len(choice.tensors):
@@ -213,7 +219,7 @@ def _gaps(source: str, parts: Sequence[Part], wanted: Slice) -> list[str]:
 
 
 def _unexpected(
-    catalog: Catalog, info: LoadInfo, targets: Targets, tensors: Container[str]
+    catalog: Catalog, info: LoadInfo, targets: Targets, tensors: AbstractSet[str]
 ) -> Iterable[str]:
     """Yield what is there but asked for by nobody; of tensors, all but `tensors`."""
     tables = dict[str, set[str]]()
@@ -225,4 +231,5 @@ def _unexpected(
             yield table
         else:
             yield from (f"{table}@{slot}" for slot in held if slot not in tables[table])
-    yield from (name for name in catalog.tensors if name not in tensors)
+    if not catalog.tensors.block_keys.keys() <= tensors:
+        yield from (name for name in catalog.tensors if name not in tensors)

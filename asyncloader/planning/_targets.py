@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from numpy.typing import NDArray
 
@@ -47,7 +48,7 @@ class TensorTargets(Mapping[str, TensorTarget]):
         names: `[n]`, all different.
         types: The different dtypes and shapes that there are.
         kinds: int64 `[n]`; which of `types` each has.
-        memory: `[n]`; equal numbers are the same memory. All are different unless given.
+        memory: `[n]`; equal numbers are the same memory. `None` where all are different.
     """
 
     __slots__ = ("_numbers", "kinds", "memory", "types")
@@ -62,7 +63,7 @@ class TensorTargets(Mapping[str, TensorTarget]):
         self._numbers = {name: number for number, name in enumerate(names)}
         self.types = types
         self.kinds = np.zeros(0, np.int64) if kinds is None else kinds
-        self.memory = range(len(self.kinds)) if memory is None else memory
+        self.memory = memory
 
     @classmethod
     def of(cls, targets: Iterable[TensorTarget]) -> TensorTargets:
@@ -93,7 +94,12 @@ class TensorTargets(Mapping[str, TensorTarget]):
         number = self._numbers[name]
         dtype, shape = self.types[self.kinds[number]]
         kind = RowType(shape=shape, dtype=dtype)
-        return TensorTarget(name=name, type=kind, memory=self.memory[number])
+        memory = number if self.memory is None else self.memory[number]
+        return TensorTarget(name=name, type=kind, memory=memory)
+
+    def names(self) -> AbstractSet[str]:
+        """Return all names, as a set."""
+        return self._numbers.keys()
 
     def numbers(self, names: Iterable[str]) -> list[int]:
         """Return where in the columns each name stands."""

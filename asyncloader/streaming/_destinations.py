@@ -106,7 +106,9 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
                 "its elements are one place in memory; pass a clone() of it"
             )
         end[number] = begin[number] + extent(held[number])
-    turned = _flags(map(torch.Tensor.is_conj, held)) | _flags(map(torch.Tensor.is_neg, held))
+    turned = _flags(map(torch.Tensor.is_neg, held))
+    if any(dtype.is_complex for dtype, _ in types):
+        turned |= _flags(map(torch.Tensor.is_conj, held))
     known: list[BlockType] = [
         (BY_TORCH[_dtype_name(dtype)], tuple(shape)) for dtype, shape in types
     ]
@@ -137,13 +139,10 @@ def _check_kinds(
     names: Iterable[str], tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]
 ) -> None:
     """Refuse tensors that cannot be written to element by element."""
-    fine = (
-        set(map(attrgetter("layout"), tensors)) <= {torch.strided}
-        and not any(map(attrgetter("is_meta"), tensors))
-        and not any(map(attrgetter("is_quantized"), tensors))
-        and {_dtype_name(dtype) for dtype in set(dtypes)} <= BY_TORCH.keys()
-    )
-    if fine:
+    # No dtype that is known here is a quantized one.
+    known = {_dtype_name(dtype) for dtype in set(dtypes)} <= BY_TORCH.keys()
+    strided = set(map(attrgetter("layout"), tensors)) <= {torch.strided}
+    if known and strided and not any(map(attrgetter("is_meta"), tensors)):
         return
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
