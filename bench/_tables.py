@@ -53,7 +53,7 @@ def _speeds(speeds: Sequence[Speed]) -> Table:
         for row in _contenders(speed):
             table.add_row("", *row)
         for name in speed.skipped:
-            table.add_row("", name, "not installed")
+            table.add_row("", name, "absent")
     return table
 
 
