@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from asyncloader import Slice
 from asyncloader.table import _claims, _kernels, _words
-from asyncloader.table._index import NOBODY, IdIndex
+from asyncloader.table._index import NOBODY, IdIndex, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -130,7 +130,7 @@ class World:
         skip = refused[first:end] if len(refused) else refused
         return _kernels.insert_rows(
             words, self.parts, *parts, np.uint64(self.seed), longs(self.ids), first, end - first,
-            skip, *runs,
+            skip, *runs, scratch(),
         )  # fmt: skip
 
     def index(self, rows: Sequence[int]) -> Words:
@@ -283,7 +283,13 @@ def find(world: World, words: Words, wanted: list[int]) -> tuple[list[int], int]
     if not world.ids:
         return [-1] * len(wanted), len(wanted)
     missing = _kernels.find(
-        words, world.parts, np.uint64(world.seed), longs(world.ids), longs(wanted), rows
+        words,
+        world.parts,
+        np.uint64(world.seed),
+        longs(world.ids),
+        longs(wanted),
+        rows,
+        scratch(),
     )
     return rows.tolist(), missing
 
@@ -318,7 +324,7 @@ def test_merge_joins_two_indexes_and_says_which_rows_gave_way(
         for parts in world.cuts(world.parts):
             new, count = _kernels.merge(
                 words, world.parts, *parts, np.uint64(world.seed), longs(world.ids),
-                others[low:high], gone, wins, pairs,
+                others[low:high], gone, wins, pairs, scratch(),
             )  # fmt: skip
             lost += zip(*pairs[:, :count].tolist(), strict=True)
             added += new
@@ -358,7 +364,7 @@ def test_an_index_grows_into_more_parts_and_keeps_every_id(before: int, after: i
     assert index.room >= before
     for low, high in index.shares(3):
         new, again = _kernels.insert_rows(
-            index.words, index.parts, low, high, seed, ids, 0, before, NOBODY, *runs
+            index.words, index.parts, low, high, seed, ids, 0, before, NOBODY, *runs, scratch()
         )
         assert again == 0
         index.count += new

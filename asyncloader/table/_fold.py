@@ -12,7 +12,7 @@ import torch
 from asyncloader._memory import zeros
 
 from . import _kernels, _words
-from ._index import NOBODY
+from ._index import NOBODY, scratch
 from ._segments import Segment, Segments
 from ._slots import fill
 from ._state import TableState
@@ -164,8 +164,9 @@ class Fold:
         """
         pairs = np.empty((2, len(words)), np.int64)
         added, both = _kernels.merge(
-            into.words, into.parts, *share, self._base.seed, self._ids, words, NOBODY, wins, pairs
-        )
+            into.words, into.parts, *share, self._base.seed, self._ids, words, NOBODY, wins,
+            pairs, scratch(),
+        )  # fmt: skip
         lost, stays = pairs[:, :both]
         for name in missing:
             step = _step(self._base.slots[name])

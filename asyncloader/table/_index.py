@@ -17,7 +17,7 @@ from . import _kernels, _words
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["MAX_ROWS", "NOBODY", "IdIndex", "new_seed"]
+__all__ = ["MAX_ROWS", "NOBODY", "IdIndex", "new_seed", "scratch"]
 
 MAX_ROWS = 2**40 - 2
 _LOAD = 0.5
@@ -30,6 +30,11 @@ _LINE = 8
 NOBODY: NDArray[np.bool_] = np.zeros(0, np.bool_)
 """Flags of rows, where none is set."""
 _NO_PAIRS: NDArray[np.int64] = np.zeros((2, 0), np.int64)
+
+
+def scratch() -> NDArray[np.uint64]:
+    """Return what a kernel needs to work on a batch of ids."""
+    return np.empty((2, _kernels.BATCH), np.uint64)
 
 
 def new_seed() -> np.uint64:
@@ -105,7 +110,7 @@ class IdIndex:
         wins = False  # no id is in both
         new.count, _ = _kernels.merge(
             new.words, new.parts, 0, new.parts, seed, ids, self.words,
-            NOBODY if gone is None else gone, wins, _NO_PAIRS,
+            NOBODY if gone is None else gone, wins, _NO_PAIRS, scratch(),
         )  # fmt: skip
         return new
 
@@ -117,7 +122,7 @@ class IdIndex:
         if not self.count:
             rows.fill(-1)
             return rows, len(wanted)
-        return rows, _kernels.find(self.words, self.parts, seed, ids, wanted, rows)
+        return rows, _kernels.find(self.words, self.parts, seed, ids, wanted, rows, scratch())
 
     def live_rows(self, end: int) -> NDArray[np.int64]:
         """Return the rows that ids point to, ascending; `end` is one past the last."""

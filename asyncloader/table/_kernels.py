@@ -44,11 +44,9 @@ if TYPE_CHECKING:
     Flags = NDArray[np.bool_]
     Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
-__all__ = ["find", "insert_rows", "merge"]
+__all__ = ["BATCH", "find", "insert_rows", "merge"]
 
-_BATCH = 128
-# How many words ahead ids are fetched.
-_AHEAD = 16
+BATCH = 128
 _ZERO, _ONE, _LINE = np.uint64(0), np.uint64(1), np.uint64(8)
 _S24, _S32, _S33, _S40 = (np.uint64(n) for n in (24, 32, 33, 40))
 _ROW = np.uint64(2**40 - 1)
@@ -125,7 +123,10 @@ def _rank(row: np.int64, run_first: Longs, run_order: Longs) -> np.int64:
     return run_order[low]
 
 
-@_kernel("UniTuple(i8, 2)(u8[::1], u8, u8, u8, u8, i8[::1], i8, i8, b1[::1], i8[::1], i8[::1])")
+@_kernel(
+    "UniTuple(i8, 2)(u8[::1], u8, u8, u8, u8, i8[::1], "
+    "i8, i8, b1[::1], i8[::1], i8[::1], u8[:, ::1])"
+)
 def insert_rows(
     words: Words,
     parts: int,
@@ -138,6 +139,7 @@ def insert_rows(
     refused: Flags,
     run_first: Longs,
     run_order: Longs,
+    scratch: Words,
 ) -> tuple[int, int]:
     """Put the ids of rows `[first, first + count)` into the index.
 
@@ -156,19 +158,19 @@ def insert_rows(
         refused: bool `[count]`, rows to pass over; or empty.
         run_first: int64 `[runs]`, ascending; the first row of each run.
         run_order: int64 `[runs]`; the rank of each run.
+        scratch: uint64 `[2, BATCH]`.
 
     Returns:
         How many ids were new, and how many were there already; the rest are in other parts.
     """
     capacity = np.uint64(words.shape[0]) // parts
-    homes = np.empty(_BATCH, np.uint64)
-    entries = np.empty(_BATCH, np.uint64)
+    homes, entries = scratch[0], scratch[1]
     skipping = refused.shape[0] > 0
     new = 0
     again = 0
-    for start in range(first, first + count, _BATCH):
+    for start in range(first, first + count, BATCH):
         size = 0
-        for row in range(start, min(start + _BATCH, first + count)):
+        for row in range(start, min(start + BATCH, first + count)):
             h = _hash(ids[row], seed)
             part = _part(h, parts)
             homes[size] = _home(h, part, capacity)
@@ -208,8 +210,16 @@ def insert_rows(
     return new, again
 
 
-@_kernel("i8(u8[::1], u8, u8, i8[::1], i8[::1], i8[::1])")
-def find(words: Words, parts: int, seed: np.uint64, ids: Longs, wanted: Longs, rows: Longs) -> int:
+@_kernel("i8(u8[::1], u8, u8, i8[::1], i8[::1], i8[::1], u8[:, ::1])")
+def find(
+    words: Words,
+    parts: int,
+    seed: np.uint64,
+    ids: Longs,
+    wanted: Longs,
+    rows: Longs,
+    scratch: Words,
+) -> int:
     """Look ids up.
 
     Args:
@@ -219,16 +229,16 @@ def find(words: Words, parts: int, seed: np.uint64, ids: Longs, wanted: Longs, r
         ids: int64 `[rows]`.
         wanted: int64 `[n]`, the ids to find.
         rows: int64 `[n]`; receives their rows, or -1.
+        scratch: uint64 `[2, BATCH]`.
 
     Returns:
         How many are not there.
     """
     capacity = np.uint64(words.shape[0]) // parts
-    homes = np.empty(_BATCH, np.uint64)
-    tags = np.empty(_BATCH, np.uint64)
+    homes, tags = scratch[0], scratch[1]
     missing = 0
-    for start in range(0, wanted.shape[0], _BATCH):
-        size = min(_BATCH, wanted.shape[0] - start)
+    for start in range(0, wanted.shape[0], BATCH):
+        size = min(BATCH, wanted.shape[0] - start)
         for i in range(size):
             h = _hash(wanted[start + i], seed)
             homes[i] = _home(h, _part(h, parts), capacity)
@@ -258,7 +268,10 @@ def find(words: Words, parts: int, seed: np.uint64, ids: Longs, wanted: Longs, r
     return missing
 
 
-@_kernel("UniTuple(i8, 2)(u8[::1], u8, u8, u8, u8, i8[::1], u8[::1], b1[::1], b1, i8[:, ::1])")
+@_kernel(
+    "UniTuple(i8, 2)(u8[::1], u8, u8, u8, u8, i8[::1], "
+    "u8[::1], b1[::1], b1, i8[:, ::1], u8[:, ::1])"
+)
 def merge(
     words: Words,
     parts: int,
@@ -270,6 +283,7 @@ def merge(
     gone: Flags,
     wins: bool,
     pairs: Longs,
+    scratch: Words,
 ) -> tuple[int, int]:
     """Put words of another index over the same `ids` into this one.
 
@@ -285,37 +299,53 @@ def merge(
         wins: Whether, for an id in both, the source's row stays.
         pairs: int64 `[2, m]`; receives, for each id in both, the row that lost and, in the second
             row, the one that stays.
+        scratch: uint64 `[2, BATCH]`.
 
     Returns:
         How many ids were new, and how many were in both; the rest are in other parts, or gone.
     """
     capacity = np.uint64(words.shape[0]) // parts
-    last = source.shape[0] - 1
+    homes, entries = scratch[0], scratch[1]
     leaving = gone.shape[0] > 0
     new = 0
     both = 0
-    for i in range(source.shape[0]):
-        prefetch(ids, (source[min(i + _AHEAD, last)] & _ROW) - _ONE)
-        entry = source[i]
-        if entry == _ZERO:
-            continue
-        row = np.int64(entry & _ROW) - 1
-        if leaving and gone[row]:
-            continue
-        h = _hash(ids[row], seed)
-        part = _part(h, parts)
-        if part < part_lo or part >= part_hi:
-            continue
-        slot = _seek(words, _home(h, part, capacity), capacity, _tag(h), ids, ids[row])
-        there = words[slot]
-        if there == _ZERO:
-            words[slot] = entry
-            new += 1
-            continue
-        other = np.int64(there & _ROW) - 1
-        pairs[0, both] = other if wins else row
-        pairs[1, both] = row if wins else other
-        both += 1
-        if wins:
-            words[slot] = entry
+    for start in range(0, source.shape[0], BATCH):
+        size = 0
+        for i in range(start, min(start + BATCH, source.shape[0])):
+            entries[size] = source[i]
+            prefetch(ids, (source[i] & _ROW) - _ONE)
+            size += source[i] != _ZERO
+        count = size
+        size = 0
+        for i in range(count):
+            entry = entries[i]
+            row = np.int64(entry & _ROW) - 1
+            h = _hash(ids[row], seed)
+            part = _part(h, parts)
+            homes[size] = _home(h, part, capacity)
+            entries[size] = entry
+            mine = (part >= part_lo) & (part < part_hi)
+            if leaving:
+                mine &= not gone[row]
+            size += mine
+        for i in range(size):
+            nearest = _MAX
+            for slot in range(homes[i], homes[i] + _LINE):
+                nearest = min(nearest, words[slot] ^ (entries[i] & ~_ROW))
+            prefetch(ids, nearest - _ONE)
+        for i in range(size):
+            entry = entries[i]
+            row = np.int64(entry & _ROW) - 1
+            slot = _seek(words, homes[i], capacity, entry & ~_ROW, ids, ids[row])
+            there = words[slot]
+            if there == _ZERO:
+                words[slot] = entry
+                new += 1
+                continue
+            other = np.int64(there & _ROW) - 1
+            pairs[0, both] = other if wins else row
+            pairs[1, both] = row if wins else other
+            both += 1
+            if wins:
+                words[slot] = entry
     return new, both

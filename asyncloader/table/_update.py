@@ -18,7 +18,7 @@ from asyncloader._memory import zeros
 from . import _kernels
 from ._claims import admit, select_rows
 from ._fold import Fold
-from ._index import MAX_ROWS, NOBODY, IdIndex
+from ._index import MAX_ROWS, NOBODY, IdIndex, scratch
 from ._layers import Layer, Run
 from ._protocol import UpdateCounts
 from ._segments import Segment, Segments
@@ -186,7 +186,7 @@ class TableUpdate:
         def job(lo: int, hi: int) -> tuple[int, int]:
             return _kernels.insert_rows(
                 index.words, index.parts, lo, hi, seed, ids, first, count, skip,
-                run_first, run_order,
+                run_first, run_order, scratch(),
             )  # fmt: skip
 
         return [partial(job, *share) for share in index.shares(threads)]
