@@ -247,11 +247,10 @@ def find(
             prefetch(words, homes[i])
         for i in range(size):
             nearest = _MAX
-            least = _MAX
             for slot in range(homes[i], homes[i] + _LINE):
                 nearest = min(nearest, words[slot] ^ tags[i])
-                least = min(least, words[slot])
-            nowhere = -1 if least == _ZERO else _OPEN
+            # Lines fill from their first slot on.
+            nowhere = -1 if words[homes[i] + _LINE - _ONE] == _ZERO else _OPEN
             row = np.int64(nearest) - 1 if nearest <= _ROW else nowhere
             rows[start + i] = row
             prefetch(ids, np.uint64(max(row, 0)))
