@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_ROWS", "NOBODY", "IdIndex", "new_seed", "scratch"]
 
 MAX_ROWS = 2**40 - 2
+# Measured for 4 M ids, nanoseconds of one core an id, to build and to find: 0.4 takes 9.2 and 8.9,
+# and 20 bytes an id; 0.5 takes 9.9, 9.9 and 16; 0.6 takes 10.4, 11.7 and 13.
 _LOAD = 0.5
 # A part may hold a little more than its share of the ids.
 _FULL = 0.8

@@ -21,8 +21,10 @@ without one; what that leaves open, a line that is full or a tag that is another
 
 Everything is uint64 on purpose: numba turns a mixture of int64 and uint64 into float64.
 Signatures are given, so that all compiling (or loading from the cache) happens at import and never
-within a load. It takes as long as there is code: numpy does what it can do in about the same time
-(`_words`, `_claims`), and what costs long to compile is avoided here (`np.searchsorted`, tuples).
+within a load. A table is not there before it is done, so there is little of it: numpy does what it
+does in about the same time (`_words`, `_claims`), functions that are only called from here get no
+wrapper for calls from Python, and what takes long to compile is avoided (`np.searchsorted`,
+`np.empty`, comparing tuples).
 """
 
 from __future__ import annotations
