@@ -711,6 +711,31 @@ def test_no_more_rows_than_were_announced_can_be_reserved() -> None:
     update.abort()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("held", [50, 70_000, 200_000])
+@pytest.mark.parametrize("loaded", [50, 70_000])
+def test_ids_of_an_update_join_those_of_a_table_of_any_size(
+    held: int, loaded: int, threads: int
+) -> None:
+    table = HashTable([1])
+    table.add_slot("old", [1])
+    before = torch.arange(held) * 977 - 10**6
+    table.insert(before, torch.ones(held, 1), "old")
+    new = torch.arange(held - loaded // 2, held - loaded // 2 + loaded) * 977 - 10**6
+    update = table.begin(most=loaded, expected=loaded)
+    layer = update.layer(frozenset({"embedding"}), loaded)
+    put(update, layer, 0, new, embedding=torch.full((loaded, 1), 2.0))
+    finish(update, threads)
+    counts = update.commit()
+    again = int(torch.isin(new, before).sum())
+    assert (counts.new, counts.replaced) == (loaded - again, again)
+    assert len(table) == held + loaded - again
+    assert (table(new) == 2).all()
+    assert torch.equal(table.lookup(new, "old")[:, 0], torch.isin(new, before).float())
+    assert torch.equal(table(before)[:, 0], 2 * torch.isin(before, new).float())
+    assert (table.lookup(before, "old") == 1).all()
+
+
 def test_an_update_that_is_not_finished_cannot_be_committed() -> None:
     table = HashTable([1])
     update = table.begin(most=0, expected=0)

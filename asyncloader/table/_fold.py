@@ -11,7 +11,8 @@ import torch
 
 from asyncloader._memory import zeros
 
-from . import _kernels
+from . import _kernels, _words
+from ._index import NOBODY, scratch
 from ._segments import Segment, Segments
 from ._slots import fill
 from ._state import TableState
@@ -130,14 +131,16 @@ class Fold:
             into = made[0]
         missing = [name for name in self._base.slots if name not in layer.slots]
         found: list[tuple[int, int]] = []  # two threads append to it
-        for start in range(0, source.words.size, _WINDOW):
-            words = source.words[start : start + _WINDOW]
 
-            def job(share: tuple[int, int], words: NDArray[np.uint64] = words) -> None:
-                found.append(self._merge(into, share, words, missing, wins=wins))
+        def job(share: tuple[int, int], words: NDArray[np.uint64]) -> None:
+            found.append(self._merge(into, share, words, missing, wins=wins))
 
-            yield [partial(job, share) for share in into.shares(threads)]
-        into.count += source.count - sum(both for both, _ in found)
+        shares = into.shares(threads)
+        sources = [source.candidates(into, share) for share in shares]
+        for start in range(0, max(map(len, sources)), _WINDOW):
+            windows = [words[start : start + _WINDOW] for words in sources]
+            yield [partial(job, *both) for both in zip(shares, windows, strict=True)]
+        into.count += sum(new for new, _ in found)
         self.replaced += sum(replaced for _, replaced in found)
         self._index = into
 
@@ -157,18 +160,20 @@ class Fold:
         """Merge words into the parts of a share.
 
         Returns:
-            How many ids were in both, and how many of those the table showed before the update.
+            How many ids were new, and how many were in both and shown before the update.
         """
-        old, new = np.empty(len(words), np.int64), np.empty(len(words), np.int64)
-        count = _kernels.merge(
-            into.slots, *share, into.shift, self._base.seed, self._ids, words, wins, old, new
-        )
+        pairs = np.empty((2, len(words)), np.int64)
+        added, both = _kernels.merge(
+            into.words, into.parts, *share, self._base.seed, self._ids, words, NOBODY, wins,
+            pairs, scratch(),
+        )  # fmt: skip
+        lost, stays = pairs[:, :both]
         for name in missing:
             step = _step(self._base.slots[name])
-            for i in range(0, count, step):
-                here = slice(i, min(i + step, count))
-                self._segments.scatter(name, new[here], self._segments.gather(name, old[here]))
-        return count, int((old[:count] < self._base.end).sum())
+            for i in range(0, both, step):
+                here = slice(i, i + step)
+                self._segments.scatter(name, stays[here], self._segments.gather(name, lost[here]))
+        return added, int((lost < self._base.end).sum())
 
     def tidy(self) -> Iterator[Jobs]:
         """Yield the jobs that give back memory of rows which nobody points to any more."""
@@ -179,7 +184,7 @@ class Fold:
         if self._end - self._index.count <= max(self._index.count // 2, self._block_size):
             return  # counting costs more than so few dead rows
         live = np.zeros(len(self._segments.items), np.int64)
-        yield [lambda: _kernels.count_rows(self._index.words, self._segments.firsts, live)]
+        yield [lambda: _words.count_rows(self._index.words, self._segments.firsts, live)]
         used = np.diff(np.append(self._segments.firsts, self._end))
         sparse = (live * 2 < used) & (live > 0)
         if sparse.any():
@@ -210,7 +215,7 @@ class Fold:
                 window = moved[start : start + step]
                 values = self._segments.gather(name, window)
                 segments.view(name, first + start, len(window)).copy_(values)
-        _kernels.relocate(self._index.words, moved, first)
+        _words.relocate(self._index.words, moved, first)
         self._ids, self._segments, self._end = ids, segments, first + count
 
     def _keep(self, kept: list[Segment]) -> None:
@@ -223,7 +228,7 @@ class Fold:
         used = np.array([ends[segment.first] - segment.first for segment in kept])
         old = np.array([segment.first for segment in kept])
         new = np.cumsum(used) - used
-        _kernels.rebase(self._index.words, old, old - new)
+        _words.rebase(self._index.words, old, old - new)
         # A copy: states before this one still look at the ids that were there.
         self._ids = np.concatenate([self._ids[a : a + n] for a, n in zip(old, used, strict=True)])
         self._segments = Segments.of(

@@ -12,22 +12,31 @@ import torch
 
 from asyncloader._memory import zeros
 
-from . import _kernels
+from . import _kernels, _words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["MAX_ROWS", "IdIndex", "new_seed"]
+__all__ = ["MAX_ROWS", "NOBODY", "IdIndex", "new_seed", "scratch"]
 
 MAX_ROWS = 2**40 - 2
-# Measured for 4 M ids, one and two threads: 0.5 builds at 33 and 47 M ids/s and takes 16 bytes an
-# id, 0.6 at 27 and 42 and takes 13, 0.7 at 26 and 37 and takes 11.
-_LOAD = 0.6
+# Measured for 4 M ids, nanoseconds of one core an id, to build and to find: 0.4 takes 9.2 and 8.9,
+# and 20 bytes an id; 0.5 takes 9.9, 9.9 and 16; 0.6 takes 10.4, 11.7 and 13.
+_LOAD = 0.5
 # A part may hold a little more than its share of the ids.
 _FULL = 0.8
 _SPARE = 64
 _PARTS = 8
 _SMALL = 1 << 16
+_LINE = 8
+NOBODY: NDArray[np.bool_] = np.zeros(0, np.bool_)
+"""Flags of rows, where none is set."""
+_NO_PAIRS: NDArray[np.int64] = np.zeros((2, 0), np.int64)
+
+
+def scratch() -> NDArray[np.uint64]:
+    """Return what a kernel needs to work on a batch of ids."""
+    return np.empty((2, _kernels.BATCH), np.uint64)
 
 
 def new_seed() -> np.uint64:
@@ -37,10 +46,13 @@ def new_seed() -> np.uint64:
 
 @dataclass(slots=True)
 class IdIndex:
-    """Slots that point to rows, and how many. Once in a `TableState`, nobody writes to it."""
+    """Words that point to rows, and how many. Once in a `TableState`, nobody writes to it."""
 
-    slots: NDArray[np.uint64]
-    """`[parts, capacity]`."""
+    words: NDArray[np.uint64]
+    """`[parts * capacity]`."""
+
+    parts: int
+    """Each takes ids of its own."""
 
     count: int
     """Ids in it."""
@@ -49,41 +61,37 @@ class IdIndex:
     def empty(cls, expected: int) -> IdIndex:
         """Return an index with room for `expected` ids."""
         parts = 1 if expected < _SMALL else _PARTS
-        capacity = int(expected / parts / _LOAD) + _SPARE
-        memory = zeros((parts * capacity,), torch.int64).numpy().view(np.uint64)
-        return cls(memory.reshape(parts, capacity), 0)
+        lines = (int(expected / parts / _LOAD) + _SPARE) // _LINE
+        words = zeros((parts * lines * _LINE,), torch.int64).numpy().view(np.uint64)
+        return cls(words, parts, 0)
 
     def __repr__(self) -> str:
-        return f"<IdIndex {self.count} ids in {self.slots.size} slots>"
-
-    @property
-    def words(self) -> NDArray[np.uint64]:
-        """All slots, `[parts * capacity]`."""
-        return self.slots.reshape(-1)
-
-    @property
-    def shift(self) -> np.uint64:
-        """How far a hash is shifted to give its part."""
-        return np.uint64(64 - (len(self.slots).bit_length() - 1))
+        return f"<IdIndex {self.count} ids in {self.words.size} slots>"
 
     @property
     def room(self) -> int:
         """Ids that it takes in before it must grow."""
         # Hashes spread n ids over the parts to within sqrt(n) or so: far below the margin.
-        return int(self.slots.size * _FULL) - len(self.slots) * _SPARE // 2
+        return int(self.words.size * _FULL) - self.parts * _SPARE // 2
 
     def shares(self, threads: int) -> list[tuple[int, int]]:
         """Split the parts into ranges that as many threads may fill side by side."""
-        parts = len(self.slots)
-        threads = min(threads, parts)
-        cuts = [parts * number // threads for number in range(threads + 1)]
+        threads = min(threads, self.parts)
+        cuts = [self.parts * number // threads for number in range(threads + 1)]
         return list(itertools.pairwise(cuts))
+
+    def candidates(self, other: IdIndex, share: tuple[int, int]) -> NDArray[np.uint64]:
+        """Return the words whose ids may be of some parts of another index of the same seed."""
+        if self.parts != other.parts:
+            return self.words
+        capacity = self.words.size // self.parts
+        return self.words[share[0] * capacity : share[1] * capacity]
 
     def copy(self) -> IdIndex:
         """Return a copy to write to."""
-        memory = zeros((self.slots.size,), torch.int64).numpy().view(np.uint64)
-        np.copyto(memory, self.words)
-        return IdIndex(memory.reshape(self.slots.shape), self.count)
+        words = zeros((self.words.size,), torch.int64).numpy().view(np.uint64)
+        np.copyto(words, self.words)
+        return IdIndex(words, self.parts, self.count)
 
     def grown(
         self,
@@ -101,8 +109,11 @@ class IdIndex:
             gone: bool `[rows]`, rows to leave out.
         """
         new = IdIndex.empty(expected)
-        leave = np.zeros(0, np.bool_) if gone is None else gone
-        new.count = _kernels.rehash(new.slots, new.shift, seed, ids, self.words, leave)
+        wins = False  # no id is in both
+        new.count, _ = _kernels.merge(
+            new.words, new.parts, 0, new.parts, seed, ids, self.words,
+            NOBODY if gone is None else gone, wins, _NO_PAIRS, scratch(),
+        )  # fmt: skip
         return new
 
     def find(
@@ -113,12 +124,12 @@ class IdIndex:
         if not self.count:
             rows.fill(-1)
             return rows, len(wanted)
-        return rows, _kernels.find(self.slots, self.shift, seed, ids, wanted, rows)
+        return rows, _kernels.find(self.words, self.parts, seed, ids, wanted, rows, scratch())
 
     def live_rows(self, end: int) -> NDArray[np.int64]:
         """Return the rows that ids point to, ascending; `end` is one past the last."""
         if self.count == end:
             return np.arange(end)
         live = np.zeros(end, np.bool_)
-        _kernels.mark_rows(self.words, live)
+        _words.mark_rows(self.words, live)
         return np.flatnonzero(live)

@@ -1,23 +1,30 @@
 """The loops over ids, compiled by Numba. They hold no GIL, so threads run them side by side.
 
-The index is open addressing over 64-bit words, `[parts, capacity]`:
+The index is open addressing over 64-bit words, `parts` times `capacity` of them:
 
     word = tag << 40 | (row + 1)        0 is an empty slot
 
 The row points into `ids`, int64 `[rows]`, where the id itself stands, so every int64 is a legal id
 and a word takes 8 bytes. Of an id's 64-bit hash the top bits choose the part, 32 bits in the
-middle the slot (multiplied up to the capacity, which need not be a power of two), and the lowest
-24 are the tag, which spares nearly every look at an id that is not the one.
+middle the line, eight slots that share a cache line (multiplied up to the number of lines, which
+need not be a power of two), and the lowest 24 are the tag, which spares nearly every look at an id
+that is not the one. It is odd, so never that of an empty slot. An id stands in the first slot of
+its line that was free, or, where none was, of the lines after it; behind the part's last comes its
+first.
 
 Threads share the work by parts: each walks over all ids and takes those whose part is its own.
 
-Hashes and slots are computed for a batch, and the slots touched, before the first is examined: a
-probe of a large index is a cache miss, and a branch that waits for it stops the processor from
-starting the next one. This doubles the rate of building (17 → 33 M ids/s on one core).
+Two things keep the processor from waiting. A probe of a large index is a cache miss, so hashes are
+computed for a batch, and the lines fetched, before the first is examined. And a branch that may go
+either way stops it from starting the next probe, so the eight slots of a line are looked at
+without one; what that leaves open, a line that is full or a tag that is another id's, is rare.
 
 Everything is uint64 on purpose: numba turns a mixture of int64 and uint64 into float64.
 Signatures are given, so that all compiling (or loading from the cache) happens at import and never
-within a load.
+within a load. A table is not there before it is done, so there is little of it: numpy does what it
+does in about the same time (`_words`, `_claims`), functions that are only called from here get no
+wrapper for calls from Python, and what takes long to compile is avoided (`np.searchsorted`,
+`np.empty`, comparing tuples).
 """
 
 from __future__ import annotations
@@ -26,6 +33,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numba import njit
+
+from ._prefetch import prefetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,37 +46,27 @@ if TYPE_CHECKING:
     Flags = NDArray[np.bool_]
     Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
-__all__ = [
-    "admit",
-    "count_rows",
-    "find",
-    "insert_rows",
-    "mark_rows",
-    "merge",
-    "rebase",
-    "rehash",
-    "relocate",
-    "select_rows",
-]
+__all__ = ["BATCH", "find", "insert_rows", "merge"]
 
-_BATCH = 128
-_ZERO, _ONE = np.uint64(0), np.uint64(1)
-_S24, _S32, _S33, _S40, _S64 = (np.uint64(n) for n in (24, 32, 33, 40, 64))
+BATCH = 128
+_ZERO, _ONE, _LINE = np.uint64(0), np.uint64(1), np.uint64(8)
+_S24, _S32, _S33, _S40 = (np.uint64(n) for n in (24, 32, 33, 40))
 _ROW = np.uint64(2**40 - 1)
-_TAG = np.uint64(2**24 - 1)
 _LOW32 = np.uint64(2**32 - 1)
+_MAX = np.uint64(2**64 - 1)
+_OPEN = -2  # what is not known yet of an id whose line is full of others
 # MurmurHash3's 64-bit finaliser: https://github.com/aappleby/smhasher
 _MIX1, _MIX2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
-_inline = njit(nogil=True, inline="always")
+_inline = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def _kernel(signature: str) -> Callable[[Kernel], Kernel]:
-    return njit(signature, nogil=True, cache=True)
+    return njit(signature, nogil=True, cache=True, no_cfunc_wrapper=True)
 
 
 @_inline
-def _hash(id_: int, seed: np.uint64) -> np.uint64:
+def _hash(id_: np.int64, seed: np.uint64) -> np.uint64:
     # The seed is drawn per table: ids that collide in one process do not in the next, so that a
     # file cannot be made to turn the index into a list.
     h = np.uint64(id_) ^ seed
@@ -80,101 +79,61 @@ def _hash(id_: int, seed: np.uint64) -> np.uint64:
 
 
 @_inline
-def _part(h: np.uint64, shift: np.uint64) -> np.int64:
-    return np.int64(h >> shift) if shift < _S64 else np.int64(0)  # x >> 64 is undefined
+def _part(h: np.uint64, parts: np.uint64) -> np.uint64:
+    return ((h >> _S32) * parts) >> _S32
 
 
 @_inline
-def _slot(h: np.uint64, capacity: np.uint64) -> np.uint64:
-    return (((h >> _S24) & _LOW32) * capacity) >> _S32
+def _home(h: np.uint64, part: np.uint64, capacity: np.uint64) -> np.uint64:
+    """Return the first slot of an id's line."""
+    line = (((h >> _S24) & _LOW32) * (capacity // _LINE)) >> _S32
+    return part * capacity + line * _LINE
 
 
 @_inline
-def _belongs(
-    id_: int, begin: np.uint64, end: np.uint64, size: np.uint64, mask: np.uint64
-) -> np.bool_:
-    # `mask` is size - 1 where size is a power of two (a division costs ten times as much), else 0.
-    x = np.uint64(id_)
-    position = x & mask if mask else x % size
-    return (position >= begin) & (position < end)
+def _tag(h: np.uint64) -> np.uint64:
+    """Return an id's tag, where it stands in a word."""
+    return (h | _ONE) << _S40
 
 
 @_inline
-def _order(row: int, run_first: Longs, run_order: Longs) -> np.int64:
-    return run_order[np.searchsorted(run_first, row, side="right") - 1]
+def _seek(
+    words: Words, home: np.uint64, capacity: np.uint64, tag: np.uint64, ids: Longs, id_: np.int64
+) -> np.uint64:
+    """Return the slot in which an id stands, or the free one in which it would."""
+    end = (home // capacity + _ONE) * capacity
+    slot = home
+    there = words[slot]
+    while there != _ZERO and (there ^ tag > _ROW or ids[(there & _ROW) - _ONE] != id_):
+        slot += _ONE
+        if slot == end:
+            slot -= capacity
+        there = words[slot]
+    return slot
 
 
-@_kernel("i8(i8[::1], u8, u8, u8, i8, i8, b1[::1])")
-def admit(
-    ids: Longs,
-    begin: np.uint64,
-    end: np.uint64,
-    size: np.uint64,
-    mask: int,
-    child: int,
-    refused: Flags,
-) -> int:
-    """Encode ids where they stand; mark those outside the slice that their block claims.
-
-    Args:
-        ids: int64 `[n]`; encoded in place.
-        begin: First position of the slice.
-        end: One past its last.
-        size: Positions in all.
-        mask: Bits of an id that stay; -1 keeps all.
-        child: Bits that are set, the child's number shifted.
-        refused: bool `[n]`; set for ids outside the slice.
-
-    Returns:
-        How many were refused.
-    """
-    pow2 = size - _ONE if size & (size - _ONE) == _ZERO else _ZERO
-    count = 0
-    for i in range(ids.shape[0]):
-        outside = not _belongs(ids[i], begin, end, size, pow2)
-        refused[i] = outside
-        count += outside
-        ids[i] = (ids[i] & mask) | child
-    return count
+@_inline
+def _rank(row: np.int64, run_first: Longs, run_order: Longs) -> np.int64:
+    """Return the rank of the run that a row belongs to."""
+    low, high = 0, run_first.shape[0]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if run_first[middle] <= row:
+            low = middle
+        else:
+            high = middle
+    return run_order[low]
 
 
-@_kernel("Tuple((i8, i8))(i8[::1], u8[::1], u8[::1], i8, i8, i8[::1], i8[::1])")
-def select_rows(
-    ids: Longs, claimed: Words, wanted: Words, mask: int, child: int, rows: Longs, kept: Longs
-) -> tuple[int, int]:
-    """Pick the ids of a block that a table wants.
-
-    Args:
-        ids: int64 `[n]`, as on disk.
-        claimed: uint64 `[3]`: begin, end, size of the slice that the block claims.
-        wanted: uint64 `[3]`: the same of the table's slice.
-        mask: Bits of an id that stay; -1 keeps all.
-        child: Bits that are set.
-        rows: int64 `[n]`; receives the positions of the wanted ids, ascending.
-        kept: int64 `[n]`; receives them, encoded.
-
-    Returns:
-        How many are wanted, and how many lie outside the claimed slice.
-    """
-    pow2_c = claimed[2] - _ONE if claimed[2] & (claimed[2] - _ONE) == _ZERO else _ZERO
-    pow2_w = wanted[2] - _ONE if wanted[2] & (wanted[2] - _ONE) == _ZERO else _ZERO
-    count = 0
-    outside = 0
-    for i in range(ids.shape[0]):
-        honest = _belongs(ids[i], claimed[0], claimed[1], claimed[2], pow2_c)
-        rows[count] = i
-        kept[count] = (ids[i] & mask) | child
-        outside += not honest
-        count += honest & _belongs(ids[i], wanted[0], wanted[1], wanted[2], pow2_w)
-    return count, outside
-
-
-@_kernel("Tuple((i8, i8))(u8[:, ::1], i8, i8, u8, u8, i8[::1], i8, i8, b1[::1], i8[::1], i8[::1])")
+@_kernel(
+    "UniTuple(i8, 2)(u8[::1], u8, u8, u8, u8, i8[::1], "
+    "i8, i8, b1[::1], i8[::1], i8[::1], u8[:, ::1])"
+)
 def insert_rows(
-    slots: Words,
+    words: Words,
+    parts: int,
     part_lo: int,
     part_hi: int,
-    shift: np.uint64,
     seed: np.uint64,
     ids: Longs,
     first: int,
@@ -182,6 +141,7 @@ def insert_rows(
     refused: Flags,
     run_first: Longs,
     run_order: Longs,
+    scratch: Words,
 ) -> tuple[int, int]:
     """Put the ids of rows `[first, first + count)` into the index.
 
@@ -189,10 +149,10 @@ def insert_rows(
     whichever comes first: the outcome does not depend on the order of the calls.
 
     Args:
-        slots: uint64 `[parts, capacity]`, the index.
+        words: uint64 `[parts * capacity]`, the index.
+        parts: How many it has.
         part_lo: First part to fill.
         part_hi: One past the last.
-        shift: How far a hash is shifted to give its part.
         seed: The hash's.
         ids: int64 `[rows]`.
         first: First row.
@@ -200,264 +160,193 @@ def insert_rows(
         refused: bool `[count]`, rows to pass over; or empty.
         run_first: int64 `[runs]`, ascending; the first row of each run.
         run_order: int64 `[runs]`; the rank of each run.
+        scratch: uint64 `[2, BATCH]`.
 
     Returns:
         How many ids were new, and how many were there already; the rest are in other parts.
     """
-    capacity = np.uint64(slots.shape[1])
-    hashes = np.empty(_BATCH, np.uint64)
-    rows = np.empty(_BATCH, np.int64)
-    at = np.empty(_BATCH, np.uint64)
-    parts = np.empty(_BATCH, np.int64)
-    touched = np.empty(_BATCH, np.uint64)
+    capacity = np.uint64(words.shape[0]) // parts
+    homes, entries = scratch[0], scratch[1]
     skipping = refused.shape[0] > 0
     new = 0
     again = 0
-    for start in range(first, first + count, _BATCH):
+    for start in range(first, first + count, BATCH):
         size = 0
-        for row in range(start, min(start + _BATCH, first + count)):
+        for row in range(start, min(start + BATCH, first + count)):
             h = _hash(ids[row], seed)
-            part = _part(h, shift)
-            hashes[size] = h
-            rows[size] = row
-            parts[size] = part
-            at[size] = _slot(h, capacity)
+            part = _part(h, parts)
+            homes[size] = _home(h, part, capacity)
+            entries[size] = _tag(h) | np.uint64(row + 1)
             mine = (part >= part_lo) & (part < part_hi)
             if skipping:
                 mine &= not refused[row - first]
             size += mine
         for i in range(size):
-            touched[i] = slots[parts[i], at[i]]
+            prefetch(words, homes[i])
         for i in range(size):
-            h = hashes[i]
-            row = rows[i]
-            pos = at[i]
-            part_slots = slots[parts[i]]
-            tag = h & _TAG
-            word = (tag << _S40) | np.uint64(row + 1)
-            while True:
-                there = part_slots[pos]
-                if there == _ZERO:
-                    part_slots[pos] = word
-                    new += 1
-                    break
-                if there >> _S40 == tag:
-                    other = np.int64(there & _ROW) - 1
-                    if ids[other] == ids[row]:
-                        mine_order = _order(row, run_first, run_order)
-                        other_order = _order(other, run_first, run_order)
-                        if (mine_order, row) > (other_order, other):
-                            part_slots[pos] = word
-                        again += 1
-                        break
-                pos += _ONE
-                if pos == capacity:
-                    pos = _ZERO
+            home = homes[i]
+            entry = entries[i]
+            tag = entry & ~_ROW
+            nearest = _MAX
+            used = _ZERO
+            for slot in range(home, home + _LINE):
+                there = words[slot]
+                nearest = min(nearest, there ^ tag)  # the row of a word that has the tag
+                used += np.uint64(there != _ZERO)
+            if nearest > _ROW and used < _LINE:
+                words[home + used] = entry
+                new += 1
+                continue
+            row = np.int64(entry & _ROW) - 1
+            slot = _seek(words, home, capacity, tag, ids, ids[row])
+            there = words[slot]
+            if there == _ZERO:
+                words[slot] = entry
+                new += 1
+                continue
+            again += 1
+            other = np.int64(there & _ROW) - 1
+            rank, other_rank = _rank(row, run_first, run_order), _rank(other, run_first, run_order)
+            if rank > other_rank or (rank == other_rank and row > other):
+                words[slot] = entry
     return new, again
 
 
-@_kernel("i8(u8[:, ::1], u8, u8, i8[::1], i8[::1], i8[::1])")
+@_kernel("i8(u8[::1], u8, u8, i8[::1], i8[::1], i8[::1], u8[:, ::1])")
 def find(
-    slots: Words, shift: np.uint64, seed: np.uint64, ids: Longs, wanted: Longs, rows: Longs
+    words: Words,
+    parts: int,
+    seed: np.uint64,
+    ids: Longs,
+    wanted: Longs,
+    rows: Longs,
+    scratch: Words,
 ) -> int:
     """Look ids up.
 
     Args:
-        slots: uint64 `[parts, capacity]`, the index.
-        shift: How far a hash is shifted to give its part.
+        words: uint64 `[parts * capacity]`, the index.
+        parts: How many it has.
         seed: The hash's.
         ids: int64 `[rows]`.
         wanted: int64 `[n]`, the ids to find.
         rows: int64 `[n]`; receives their rows, or -1.
+        scratch: uint64 `[2, BATCH]`.
 
     Returns:
         How many are not there.
     """
-    capacity = np.uint64(slots.shape[1])
-    hashes = np.empty(_BATCH, np.uint64)
-    at = np.empty(_BATCH, np.uint64)
-    parts = np.empty(_BATCH, np.int64)
-    words = np.empty(_BATCH, np.uint64)
-    touched = np.empty(_BATCH, np.int64)
+    capacity = np.uint64(words.shape[0]) // parts
+    homes, tags = scratch[0], scratch[1]
     missing = 0
-    for start in range(0, wanted.shape[0], _BATCH):
-        size = min(_BATCH, wanted.shape[0] - start)
+    for start in range(0, wanted.shape[0], BATCH):
+        size = min(BATCH, wanted.shape[0] - start)
         for i in range(size):
             h = _hash(wanted[start + i], seed)
-            hashes[i] = h
-            parts[i] = _part(h, shift)
-            at[i] = _slot(h, capacity)
+            homes[i] = _home(h, _part(h, parts), capacity)
+            tags[i] = _tag(h)
         for i in range(size):
-            words[i] = slots[parts[i], at[i]]
+            prefetch(words, homes[i])
         for i in range(size):
-            touched[i] = ids[max(np.int64(words[i] & _ROW) - 1, 0)]
-        for i in range(size):
-            tag = hashes[i] & _TAG
-            pos = at[i]
-            part_slots = slots[parts[i]]
-            row = -1
-            while True:
-                there = part_slots[pos]
-                if there == _ZERO:
-                    missing += 1
-                    break
-                if there >> _S40 == tag:
-                    candidate = np.int64(there & _ROW) - 1
-                    if ids[candidate] == wanted[start + i]:
-                        row = candidate
-                        break
-                pos += _ONE
-                if pos == capacity:
-                    pos = _ZERO
+            nearest = _MAX
+            for slot in range(homes[i], homes[i] + _LINE):
+                nearest = min(nearest, words[slot] ^ tags[i])
+            # Lines fill from their first slot on.
+            nowhere = -1 if words[homes[i] + _LINE - _ONE] == _ZERO else _OPEN
+            row = np.int64(nearest) - 1 if nearest <= _ROW else nowhere
             rows[start + i] = row
+            prefetch(ids, np.uint64(max(row, 0)))
+        for i in range(size):
+            row = rows[start + i]
+            same = (row >= 0) & (ids[max(row, 0)] == wanted[start + i])
+            if same | (row == -1):
+                missing += row < 0
+                continue
+            slot = _seek(words, homes[i], capacity, tags[i], ids, wanted[start + i])
+            row = np.int64(words[slot] & _ROW) - 1
+            rows[start + i] = row
+            missing += row < 0
     return missing
 
 
-@_kernel("i8(u8[:, ::1], i8, i8, u8, u8, i8[::1], u8[::1], b1, i8[::1], i8[::1])")
+@_kernel(
+    "UniTuple(i8, 2)(u8[::1], u8, u8, u8, u8, i8[::1], "
+    "u8[::1], b1[::1], b1, i8[:, ::1], u8[:, ::1])"
+)
 def merge(
-    slots: Words,
+    words: Words,
+    parts: int,
     part_lo: int,
     part_hi: int,
-    shift: np.uint64,
     seed: np.uint64,
     ids: Longs,
     source: Words,
+    gone: Flags,
     wins: bool,
-    old_rows: Longs,
-    new_rows: Longs,
-) -> int:
+    pairs: Longs,
+    scratch: Words,
+) -> tuple[int, int]:
     """Put words of another index over the same `ids` into this one.
 
     Args:
-        slots: uint64 `[parts, capacity]`, the index that receives.
+        words: uint64 `[parts * capacity]`, the index that receives.
+        parts: How many it has.
         part_lo: First part to fill.
         part_hi: One past the last.
-        shift: How far a hash is shifted to give its part.
-        seed: The hash's, the same for both.
-        ids: int64 `[rows]`.
-        source: uint64 `[n]`, words of the other index, empty ones among them.
-        wins: Whether, for an id in both, the source's row stays.
-        old_rows: int64 `[n]`; receives the rows that lost.
-        new_rows: int64 `[n]`; receives the rows that stay in their place.
-
-    Returns:
-        How many ids were in both.
-    """
-    capacity = np.uint64(slots.shape[1])
-    both = 0
-    for i in range(source.shape[0]):
-        word = source[i]
-        if word == _ZERO:
-            continue
-        row = np.int64(word & _ROW) - 1
-        h = _hash(ids[row], seed)
-        part = _part(h, shift)
-        if part < part_lo or part >= part_hi:
-            continue
-        pos = _slot(h, capacity)
-        tag = h & _TAG
-        while True:
-            there = slots[part, pos]
-            if there == _ZERO:
-                slots[part, pos] = word
-                break
-            other = np.int64(there & _ROW) - 1
-            if there >> _S40 == tag and ids[other] == ids[row]:
-                old_rows[both] = other if wins else row
-                new_rows[both] = row if wins else other
-                if wins:
-                    slots[part, pos] = word
-                both += 1
-                break
-            pos += _ONE
-            if pos == capacity:
-                pos = _ZERO
-    return both
-
-
-@_kernel("i8(u8[:, ::1], u8, u8, i8[::1], u8[::1], b1[::1])")
-def rehash(
-    slots: Words, shift: np.uint64, seed: np.uint64, ids: Longs, source: Words, gone: Flags
-) -> int:
-    """Put words of another index, whose ids all differ, into this one.
-
-    Args:
-        slots: uint64 `[parts, capacity]`, the index that receives.
-        shift: How far a hash is shifted to give its part.
         seed: The hash's, the same for both.
         ids: int64 `[rows]`.
         source: uint64 `[n]`, words of the other index, empty ones among them.
         gone: bool `[rows]`, rows to leave out; or empty.
+        wins: Whether, for an id in both, the source's row stays.
+        pairs: int64 `[2, m]`; receives, for each id in both, the row that lost and, in the second
+            row, the one that stays.
+        scratch: uint64 `[2, BATCH]`.
 
     Returns:
-        How many were put in.
+        How many ids were new, and how many were in both; the rest are in other parts, or gone.
     """
-    capacity = np.uint64(slots.shape[1])
+    capacity = np.uint64(words.shape[0]) // parts
+    homes, entries = scratch[0], scratch[1]
     leaving = gone.shape[0] > 0
-    count = 0
-    for i in range(source.shape[0]):
-        word = source[i]
-        if word == _ZERO:
-            continue
-        row = np.int64(word & _ROW) - 1
-        if leaving and gone[row]:
-            continue
-        h = _hash(ids[row], seed)
-        part = _part(h, shift)
-        pos = _slot(h, capacity)
-        while slots[part, pos] != _ZERO:
-            pos += _ONE
-            if pos == capacity:
-                pos = _ZERO
-        slots[part, pos] = word
-        count += 1
-    return count
-
-
-@_kernel("void(u8[::1], b1[::1])")
-def mark_rows(words: Words, live: Flags) -> None:
-    """Set `live`, bool `[rows]`, for every row that a word points to."""
-    for i in range(words.shape[0]):
-        if words[i] != _ZERO:
-            live[np.int64(words[i] & _ROW) - 1] = True
-
-
-@_kernel("void(u8[::1], i8[::1], i8[::1])")
-def count_rows(words: Words, firsts: Longs, counts: Longs) -> None:
-    """Count the rows that words point to, by segment.
-
-    Args:
-        words: uint64 `[n]`, of an index.
-        firsts: int64 `[segments]`, ascending; the first row of each.
-        counts: int64 `[segments]`; increased.
-    """
-    for i in range(words.shape[0]):
-        if words[i] != _ZERO:
-            row = np.int64(words[i] & _ROW) - 1
-            counts[np.searchsorted(firsts, row, side="right") - 1] += 1
-
-
-@_kernel("void(u8[::1], i8[::1], i8[::1])")
-def rebase(words: Words, firsts: Longs, shifts: Longs) -> None:
-    """Lower every row by what its segment is lowered.
-
-    Args:
-        words: uint64 `[n]`, of an index.
-        firsts: int64 `[segments]`, ascending; the first row of each.
-        shifts: int64 `[segments]`; how far each is lowered.
-    """
-    for i in range(words.shape[0]):
-        if words[i] != _ZERO:
-            row = np.int64(words[i] & _ROW) - 1
-            words[i] -= np.uint64(shifts[np.searchsorted(firsts, row, side="right") - 1])
-
-
-@_kernel("void(u8[::1], i8[::1], i8)")
-def relocate(words: Words, moved: Longs, first: int) -> None:
-    """Point the words of row `moved[i]` to row `first + i`; `moved`, int64 `[n]`, ascends."""
-    for i in range(words.shape[0]):
-        if words[i] != _ZERO:
-            row = np.int64(words[i] & _ROW) - 1
-            at = np.searchsorted(moved, row)
-            if at < moved.shape[0] and moved[at] == row:
-                words[i] = (words[i] & ~_ROW) | np.uint64(first + at + 1)
+    new = 0
+    both = 0
+    for start in range(0, source.shape[0], BATCH):
+        size = 0
+        for i in range(start, min(start + BATCH, source.shape[0])):
+            entries[size] = source[i]
+            prefetch(ids, (source[i] & _ROW) - _ONE)
+            size += source[i] != _ZERO
+        count = size
+        size = 0
+        for i in range(count):
+            entry = entries[i]
+            row = np.int64(entry & _ROW) - 1
+            h = _hash(ids[row], seed)
+            part = _part(h, parts)
+            homes[size] = _home(h, part, capacity)
+            entries[size] = entry
+            mine = (part >= part_lo) & (part < part_hi)
+            if leaving:
+                mine &= not gone[row]
+            size += mine
+        for i in range(size):
+            nearest = _MAX
+            for slot in range(homes[i], homes[i] + _LINE):
+                nearest = min(nearest, words[slot] ^ (entries[i] & ~_ROW))
+            prefetch(ids, nearest - _ONE)
+        for i in range(size):
+            entry = entries[i]
+            row = np.int64(entry & _ROW) - 1
+            slot = _seek(words, homes[i], capacity, entry & ~_ROW, ids, ids[row])
+            there = words[slot]
+            if there == _ZERO:
+                words[slot] = entry
+                new += 1
+                continue
+            other = np.int64(there & _ROW) - 1
+            pairs[0, both] = other if wins else row
+            pairs[1, both] = row if wins else other
+            both += 1
+            if wins:
+                words[slot] = entry
+    return new, both

@@ -94,7 +94,8 @@ class Segments:
         sample = self.items[0].slots[slot]
         carrier = _CARRIERS[sample.dtype.itemsize]
         if len(self.items) == 1:
-            index = torch.from_numpy(rows - self.items[0].first).to(sample.device)
+            first = self.items[0].first
+            index = torch.from_numpy(rows - first if first else rows).to(sample.device)
             return sample.view(carrier).index_select(0, index).view(sample.dtype)
         out = torch.empty((len(rows), *sample.shape[1:]), dtype=carrier, device=sample.device)
         for segment, here in self._by_segment(rows):

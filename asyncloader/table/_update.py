@@ -16,8 +16,9 @@ import torch
 from asyncloader._memory import zeros
 
 from . import _kernels
+from ._claims import admit, select_rows
 from ._fold import Fold
-from ._index import MAX_ROWS, IdIndex
+from ._index import MAX_ROWS, NOBODY, IdIndex, scratch
 from ._layers import Layer, Run
 from ._protocol import UpdateCounts
 from ._segments import Segment, Segments
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from ._state import TableState
 
 __all__ = ["TableUpdate"]
-
-_NOBODY: NDArray[np.bool_] = np.zeros(0, np.bool_)
 
 
 class TableUpdate:
@@ -143,12 +142,8 @@ class TableUpdate:
         mask, bits = self._encode(child)
         if claimed.is_whole and mask == -1:
             return None, 0
-        refused = np.empty(count, np.bool_)
-        ids = self._ids[first : first + count]
-        dropped = _kernels.admit(
-            ids, np.uint64(claimed.begin), np.uint64(claimed.end), np.uint64(claimed.size),
-            mask, bits, refused,
-        )  # fmt: skip
+        refused = admit(self._ids[first : first + count], claimed, mask, bits)
+        dropped = int(np.count_nonzero(refused))
         return (refused, dropped) if dropped else (None, 0)
 
     def select(
@@ -160,12 +155,7 @@ class TableUpdate:
             Their positions in `ids`, themselves as the table keeps them, and how many of `ids` lie
             outside the slice that the block claims.
         """
-        mask, bits = self._encode(child)
-        rows, kept = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
-        count, dropped = _kernels.select_rows(
-            ids, _as_array(claimed), _as_array(wanted), mask, bits, rows, kept
-        )
-        return rows[:count], kept[:count], dropped
+        return select_rows(ids, claimed, wanted, *self._encode(child))
 
     def make_room(self, layer: int, count: int) -> None:
         """Let the layer's index take `count` ids more. Nobody else may be using it."""
@@ -189,14 +179,14 @@ class TableUpdate:
         Hand what they return to `indexed`. Only one range of a layer at a time.
         """
         index, ids, seed = self._layers[layer].index, self._ids, self._base.seed
-        skip = _NOBODY if refused is None else refused
+        skip = NOBODY if refused is None else refused
         run_first = np.array(self._layers[layer].firsts, np.int64)
         run_order = np.array(self._layers[layer].ranks, np.int64)
 
         def job(lo: int, hi: int) -> tuple[int, int]:
             return _kernels.insert_rows(
-                index.slots, lo, hi, index.shift, seed, ids, first, count, skip,
-                run_first, run_order,
+                index.words, index.parts, lo, hi, seed, ids, first, count, skip,
+                run_first, run_order, scratch(),
             )  # fmt: skip
 
         return [partial(job, *share) for share in index.shares(threads)]
@@ -237,7 +227,3 @@ class TableUpdate:
     def abort(self) -> None:
         """Leave the table as it was. Nobody may be writing to a view any more."""
         self._publish(None)
-
-
-def _as_array(slice_: Slice) -> NDArray[np.uint64]:
-    return np.array([slice_.begin, slice_.end, slice_.size], np.uint64)
