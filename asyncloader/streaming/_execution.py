@@ -13,10 +13,10 @@ from asyncloader._concurrency import for_each, raising_first, run_jobs
 from asyncloader.checkpoint import DIGEST_CHUNK
 from asyncloader.errors import ReadError
 from asyncloader.planning import GAP, Extent, plan_reads
-from asyncloader.storage import read_exactly
+from asyncloader.storage import ThreadedStorage, read_exactly
 
 from ._indexing import Arrival, Indexer
-from ._selection import Means, RowPiece, load_piece, row_pieces
+from ._selection import STEP, Means, RowPiece, load_piece, row_pieces
 from ._sinks import DirectSink, IdSink, StagedSink, sink_for
 from ._staging import Arena, StagingPool
 from ._tensors import bump_versions, plain_bytes
@@ -83,6 +83,7 @@ class Execution:
         """
         self._indexer = Indexer(self.threads, self.tracer)
         self._staging = StagingPool(self.chunk_bytes)
+        self._row_staging = StagingPool(min(self.chunk_bytes, STEP))
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [self._prepare])
@@ -186,6 +187,7 @@ class Execution:
     def _work(self) -> Iterable[Read | RowPiece]:
         """Return all work; ids first, so that they are indexed while the rest is read."""
         self._gap = memoryview(bytearray(_GAP_BYTES))  # whoever writes there, nobody reads
+        self._row_means = self._means()
         first: list[Read] = []
         rest: list[Read] = []
         for read in self._reads:
@@ -195,17 +197,18 @@ class Execution:
 
     async def _do(self, work: Read | RowPiece) -> None:
         if isinstance(work, RowPiece):
-            await load_piece(work, self._means())
+            await load_piece(work, self._row_means)
         else:
             await self._read(work)
 
     def _means(self) -> Means:
         return Means(
             storage=self.storage,
+            lender=self.storage if isinstance(self.storage, ThreadedStorage) else None,
             threads=self.threads,
             budget=self.budget,
             indexer=self._indexer,
-            staging=self._staging,
+            staging=self._row_staging,
             meter=self.meter,
             chunk_bytes=self.chunk_bytes,
             gap_bytes=_GAP_BYTES,
