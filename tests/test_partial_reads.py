@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from asyncloader import CheckpointError, HashTable, Loader, ReadError, Saver, Slice, gen_slice
 from asyncloader.checkpoint import DIGEST_CHUNK, DTYPES, Block, PartRows
 from asyncloader.streaming import ByteBudget, Verifier
-from asyncloader.streaming._selection import _Filling, row_groups
+from asyncloader.streaming._filling import Filling, row_groups
 from tests.oracle import TableData, edit_json, write_checkpoint
 from tests.support import MemoryStorage, Run, data, rows_in, rows_on_disk, table_for, unchanged
 from tests.test_load_properties import some_ids
@@ -352,7 +352,7 @@ def test_memory_that_takes_no_bytes_as_they_lie_gets_its_rows() -> None:
     block = table_block(rows=20, row_bytes=12)
     rows = np.array([1, 2, 3, 9, 17])
     target = torch.zeros(5, 6)[:, ::2]
-    filling = _Filling.of(block, rows, target, Verifier("here", widen=False))
+    filling = Filling.of(block, rows, target, Verifier("here", widen=False))
     assert filling.memory is None
     buffer = torch.zeros(1000, dtype=torch.uint8)
     for step in filling.steps(most=40, gap=24):

@@ -10,13 +10,11 @@ too, so that rows which stand elsewhere are missed by nobody.
 
 from __future__ import annotations
 
-import itertools
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from asyncloader._concurrency import run_jobs
@@ -24,12 +22,13 @@ from asyncloader.checkpoint import DIGEST_CHUNK, SIDECAR
 from asyncloader.errors import CheckpointError, ReadError
 from asyncloader.storage import fill, read_exactly
 
+from ._filling import Filling, batches_of
 from ._indexing import Arrival
-from ._tensors import plain_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from asyncloader.checkpoint import Block
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from asyncloader.table import LoadableUpdate
 
     from ._budget import ByteBudget
+    from ._filling import Done, Step
     from ._indexing import Indexer
     from ._progress import Meter
     from ._staging import StagingPool
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ._trace import Tracer
     from ._verification import Verifier
 
-__all__ = ["STEP", "Means", "RowPiece", "load_piece", "row_groups", "row_pieces", "rows_within"]
+__all__ = ["STEP", "Means", "RowPiece", "load_piece", "row_pieces"]
 
 _ID_BYTES = 8
 # Ids, those wanted, encoded, their positions, and what grouping them takes: five int64 a row.
@@ -122,41 +122,6 @@ def row_pieces(
         start = end
 
 
-def row_groups(
-    rows: NDArray[np.int64],
-    *,
-    most: int,
-    gap: int,
-    runs: bool = False,
-    windows: NDArray[np.int64] | None = None,
-) -> Iterator[tuple[int, int]]:
-    """Group ascending positions into spans worth one read.
-
-    Args:
-        rows: int64 `[n]`, ascending.
-        most: The most rows that a span covers.
-        gap: The most unwanted rows between two neighbours of a span.
-        runs: Whether a span without any unwanted row may be longer.
-        windows: int64 `[n]`, ascending; only rows with the same number are read at once, but for
-            such long spans.
-
-    Yields:
-        `(i, j)`: `rows[i:j]` are read at once.
-    """
-    breaks = np.flatnonzero(np.diff(rows) > gap + 1) + 1
-    for low, high in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
-        if runs and rows[high - 1] - rows[low] == high - 1 - low:
-            yield low, high
-            continue
-        i = low
-        while i < high:
-            j = min(int(np.searchsorted(rows, rows[i] + most)), high)
-            if windows is not None:
-                j = min(int(np.searchsorted(windows, windows[i], side="right")), j)
-            yield i, j
-            i = j
-
-
 async def load_piece(piece: RowPiece, means: Means) -> None:
     """Read a piece's ids, then the rows that the table wants."""
     try:
@@ -211,148 +176,12 @@ def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
     if (begins and before >= wanted.begin) or (ends and behind < wanted.end):
         problem = (
             f"{SIDECAR} says that ids at slice positions [{wanted.begin}, {wanted.end}) stand "
-            f"within rows [{part.reach.start + begins}, {part.reach.stop - ends}), but others do "
+            f"within rows [{part.reach.start + (part.reach.start > 0)}, "
+            f"{part.reach.stop - (part.reach.stop < part.rows)}), but others do "
             "too: it belongs to other ids; copy it again, or load with verify='off', which goes by "
             "the ids alone"
         )
         raise CheckpointError(location, problem, part.ids.shard, part.ids.key)
-
-
-class _Step(NamedTuple):
-    """Bytes that are read at once."""
-
-    begin: int
-    """First wanted byte of the block."""
-
-    end: int
-
-    low: int
-    """Number of the first of the rows that are picked out of them."""
-
-    high: int
-
-    at: int | None
-    """Where in the target's memory they go as they lie, or `None` if rows are picked."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Filling:
-    """Fills memory with chosen rows of a block."""
-
-    block: Block
-    rows: NDArray[np.int64] | range
-    """`[n]`, ascending positions in the block."""
-
-    target: torch.Tensor
-    """`[n, *shape]`."""
-
-    memory: memoryview | None
-    """The target's, if the file's bytes can go there as they lie."""
-
-    row_bytes: int
-    verifier: Verifier
-
-    @classmethod
-    def of(
-        cls,
-        block: Block,
-        rows: NDArray[np.int64] | range,
-        target: torch.Tensor,
-        verifier: Verifier,
-    ) -> _Filling:
-        """Return the way to fill `target`."""
-        return cls(
-            block=block,
-            rows=rows,
-            target=target,
-            memory=plain_bytes(target),
-            row_bytes=block.nbytes // block.rows,
-            verifier=verifier,
-        )
-
-    def steps(self, *, most: int, gap: int) -> Iterator[_Step]:
-        """Cut the bytes into steps of about `most`; read gaps of up to `gap` along."""
-        wide, rows = self.row_bytes, self.rows
-        groups: Iterable[tuple[int, int]] = [(0, len(rows))]
-        if self.memory is None or int(rows[-1]) - int(rows[0]) >= len(rows):
-            rows = np.asarray(rows)
-            groups = row_groups(
-                rows,
-                most=max(most // wide, 1),
-                gap=gap // wide,
-                runs=self.memory is not None,
-                windows=self.verifier.windows(self.block, rows * wide, most),
-            )
-        for low, high in groups:
-            begin, end = int(rows[low]) * wide, (int(rows[high - 1]) + 1) * wide
-            if self.memory is None or end - begin > (high - low) * wide:
-                yield _Step(begin, end, low, high, None)
-                continue
-            step = max(most, wide)
-            cuts = [begin, *range((begin // step + 1) * step, end, step), end]
-            for one, other in itertools.pairwise(cuts):
-                yield _Step(one, other, low, high, low * wide + one - begin)
-
-    def window(self, step: _Step) -> tuple[int, int]:
-        """Return which bytes of the block to read."""
-        return self.verifier.window(self.block, step.begin, step.end)
-
-    def staged(self, step: _Step) -> int:
-        """Return how much memory a step needs besides the target."""
-        first, last = self.window(step)
-        direct = step.at is not None and (first, last) == (step.begin, step.end)
-        return 0 if direct else last - first
-
-    def room(self, steps: Iterable[_Step], usual: int) -> int:
-        """Return how much memory steps need besides the target, one after the other."""
-        most = max(map(self.staged, steps), default=0)
-        return max(most, usual) if most else 0  # buffers of the usual size are used again
-
-    def done(self, steps: Iterable[_Step], verified: int, *, last: bool) -> _Done:
-        """Count what was done."""
-        read = wanted = 0
-        for step in steps:
-            first, end = self.window(step)
-            read += end - first
-            whole = step.at is not None
-            wanted += step.end - step.begin if whole else (step.high - step.low) * self.row_bytes
-        return _Done(read, wanted, verified, last)
-
-    def view(self, step: _Step, buffer: torch.Tensor) -> memoryview:
-        """Return the memory to read to."""
-        if self.memory is not None and step.at is not None and not self.staged(step):
-            return self.memory[step.at : step.at + step.end - step.begin]
-        first, last = self.window(step)
-        return buffer[: last - first].numpy().data
-
-    def take(self, step: _Step, view: memoryview) -> int:
-        """Compare what was read with its digests, and take what is wanted; belongs on a thread.
-
-        Returns:
-            How many wanted bytes were found to be what was written.
-        """
-        first, _ = self.window(step)
-        checked = self.verifier.check(self.block, first, view)
-        inner = np.frombuffer(view, np.uint8)[step.begin - first : step.end - first]
-        if step.at is None:
-            self._pick(step, inner)
-            rows = np.asarray(self.rows[step.low : step.high])
-            return self.row_bytes * rows_within(rows, checked, self.row_bytes)
-        if self.memory is not None and self.staged(step):
-            np.frombuffer(self.memory, np.uint8)[step.at :][: len(inner)] = inner
-        return max(min(checked.stop, step.end) - max(checked.start, step.begin), 0)
-
-    def _pick(self, step: _Step, source: NDArray[np.uint8]) -> None:
-        """Copy chosen rows. Not by torch: it would start threads for that on every thread."""
-        row = np.dtype((np.void, self.row_bytes))
-        rows = np.asarray(self.rows[step.low : step.high]) - self.rows[step.low]
-        if self.memory is not None:
-            out = np.frombuffer(self.memory, row)[step.low : step.high]
-            np.take(source.view(row), rows, out=out, mode="clip")
-            return
-        picked = torch.from_numpy(np.take(source.view(row), rows).view(np.uint8))
-        target = self.target[step.low : step.high]
-        target.copy_(picked.view(target.dtype).view(target.shape))
 
 
 async def _load_rows(
@@ -363,9 +192,9 @@ async def _load_rows(
     target: torch.Tensor,
 ) -> None:
     """Read the rows of a block at positions `rows` to `target`, `[n, *shape]`."""
-    filling = _Filling.of(block, rows, target, means.verifier)
+    filling = Filling.of(block, rows, target, means.verifier)
     steps = filling.steps(most=means.step(block), gap=means.gap_bytes)
-    batches = _batches(steps, means.chunk_bytes)
+    batches = batches_of(steps, means.chunk_bytes)
     last = False
     while not last:
         start = time.perf_counter()
@@ -377,35 +206,9 @@ async def _load_rows(
         last = done.last
 
 
-def _batches(steps: Iterable[_Step], most: int) -> Iterator[tuple[list[_Step], bool]]:
-    """Put steps of about `most` bytes together: for so long a thread cannot be interrupted.
-
-    Yields:
-        Some steps, and whether they are the last.
-    """
-    batch: list[_Step] = []
-    nbytes = 0
-    for step in steps:
-        if batch and nbytes + step.end - step.begin > most:
-            yield batch, False
-            batch, nbytes = [], 0
-        batch.append(step)
-        nbytes += step.end - step.begin
-    yield batch, True
-
-
-class _Done(NamedTuple):
-    """What became of a batch, in bytes."""
-
-    read: int
-    wanted: int
-    verified: int
-    last: bool
-
-
 async def _carry_out(
-    filling: _Filling, batches: Iterator[tuple[list[_Step], bool]], means: Means
-) -> _Done:
+    filling: Filling, batches: Iterator[tuple[list[Step], bool]], means: Means
+) -> Done:
     """Read the next batch, and take what is wanted, step by step."""
     block = filling.block
     usual = means.step(block)
@@ -423,7 +226,7 @@ async def _carry_out(
         means.staging.give(buffer)
         return filling.done(batch, verified, last=last)
 
-    def at_once(read: ReadInto) -> _Done:
+    def at_once(read: ReadInto) -> Done:
         batch, last = next(batches)  # here: looking for gaps takes long
         buffer = means.staging.take(filling.room(batch, usual))
         verified = 0
@@ -438,17 +241,3 @@ async def _carry_out(
         return await means.lender.on_thread(block.shard, at_once)
     except OSError as error:
         raise ReadError(block.shard, block.offset, block.nbytes, str(error)) from error
-
-
-def rows_within(rows: NDArray[np.int64], checked: range, row_bytes: int) -> int:
-    """Count the rows whose bytes all lie within a range.
-
-    Args:
-        rows: int64 `[n]`, ascending; positions in the block.
-        checked: Bytes of the block.
-        row_bytes: Bytes a row.
-    """
-    first = -(-checked.start // row_bytes)
-    last = checked.stop // row_bytes
-    low, high = np.searchsorted(rows, [first, max(last, first)])
-    return int(high - low)
