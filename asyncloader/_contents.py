@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ class Contents:
         """
         async with session.lock:  # or many calls at once would all read it
             if self._catalog is None:
-                self._catalog = await session.catalog()
+                self._catalog = _kept(await session.catalog())
             return self._catalog
 
     async def find(self, session: Session, names: Iterable[str]) -> list[Stored]:
@@ -91,6 +92,13 @@ class Contents:
             if warning not in self._warned:
                 self._warned.add(warning)
                 _log.warning("%s: %s", location, warning)
+
+
+def _kept(catalog: Catalog) -> Catalog:
+    """Return a catalog without what only loads of tables ask for, and what may be large."""
+    if catalog.sidecar is None:
+        return catalog
+    return replace(catalog, sidecar=replace(catalog.sidecar, unread=None))
 
 
 def _locate(

@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncloader import ReadError
-from asyncloader.storage import LocalStorage, read_exactly, read_small, read_text
+from asyncloader.storage import (
+    LocalStorage,
+    ThreadedStorage,
+    fill,
+    read_exactly,
+    read_small,
+    read_text,
+)
 from tests.support import open_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
     from pathlib import Path
+
+    from asyncloader.storage import ReadInto
 
 CONTENT = bytes(range(256)) * 64
 
@@ -333,3 +342,69 @@ async def test_a_file_has_changed_once_it_is_another_one_or_gone(
         assert await storage.changed("f1")
         (folder / "f1").unlink()
         assert await storage.changed("f1")
+
+
+async def test_a_thread_that_is_lent_reads_as_often_as_it_likes(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    """And what it is lent for runs there, not on the event loop's thread."""
+
+    def job(read: ReadInto) -> tuple[bytes, threading.Thread]:
+        first, second = bytearray(3), bytearray(4)
+        fill(read, "f3", 1, memoryview(first))
+        fill(read, "f3", 11, memoryview(second))
+        return bytes(first + second), threading.current_thread()
+
+    async with LocalStorage(folder, executor=pool) as storage:
+        assert isinstance(storage, ThreadedStorage)
+        found, thread = await storage.on_thread("f3", job)
+    assert found == CONTENT[:3] + CONTENT[10:14]
+    assert thread is not threading.current_thread()
+    assert not isinstance(Stingy(b"", 1), ThreadedStorage)
+
+
+async def test_who_is_cancelled_waits_for_the_thread_that_is_lent(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    started, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    done = []
+
+    def job(_: ReadInto) -> None:
+        loop.call_soon_threadsafe(started.set)
+        go_on.wait()
+        done.append(True)
+
+    async with LocalStorage(folder, executor=pool) as storage:
+        task = asyncio.ensure_future(storage.on_thread("f1", job))
+        await started.wait()
+        task.cancel()
+        loop.call_soon(go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert done == [True]
+        with pytest.raises(FileNotFoundError, match="No such file"):
+            await storage.on_thread("index", job)
+
+
+@pytest.mark.parametrize("at_most", [1, 3, 100])
+def test_a_thread_goes_on_with_short_reads_and_says_what_went_wrong(at_most: int) -> None:
+    content = bytes(range(30))
+    fault = OSError(errno.EIO, "I/O error")
+
+    def read(offset: int, views: Sequence[memoryview]) -> int:
+        if offset == 29:
+            raise fault
+        piece = content[offset : offset + at_most][: views[0].nbytes]
+        views[0][: len(piece)] = piece
+        return len(piece)
+
+    buffer = bytearray(20)
+    fill(read, "f", 4, memoryview(buffer))
+    assert buffer == content[4:24]
+    fill(read, "f", 4, memoryview(b""))
+    with pytest.raises(ReadError, match=r"f: bytes \[30, 50\): .* 20 bytes early"):
+        fill(read, "f", 30, memoryview(buffer))
+    with pytest.raises(ReadError, match=r"f: bytes \[29, 49\): .*I/O error") as caught:
+        fill(read, "f", 29, memoryview(buffer))
+    assert caught.value.__cause__ is fault

@@ -18,6 +18,7 @@ into the same folder and left the sidecar of the old one behind, it is known for
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from reprlib import repr as shown  # shortens
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,18 @@ class PartRows:
     offsets: tuple[int, ...]
     """First row of each of 256 equal sub-slices, and the number of rows."""
 
+    def among(self, wanted: Slice) -> range:
+        """Return the rows of the sub-slices that `wanted`, of the same size, meets.
+
+        The first sub-slice's are also what the part may hold of ids below its slice, the last one's
+        what it may hold beyond: that is how rows are sorted.
+        """
+        begin, share = self.slice.begin, self.slice.end - self.slice.begin
+        cuts = [begin + share * number // SUB_SLICES for number in range(1, SUB_SLICES)]
+        first = bisect_right(cuts, wanted.begin) if wanted.begin > begin else 0
+        last = bisect_left(cuts, wanted.end) + 1 if wanted.end < self.slice.end else SUB_SLICES
+        return range(self.offsets[first], self.offsets[last])
+
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
@@ -102,6 +115,23 @@ class Sidecar:
     shards: Mapping[str, ShardDigests]
     parts: Mapping[str, tuple[PartRows, ...]] = field(default_factory=dict)
     """By table."""
+
+    unread: object = None
+    """The same as JSON has it, where nobody has asked for all of it."""
+
+    def spread(self, location: str, table: str, slice_: Slice) -> PartRows | None:
+        """Read how the rows of one part are spread, if that is known.
+
+        Raises:
+            CheckpointError: If that is damaged.
+        """
+        try:
+            for entry in _list(_object(self.unread).get(table, [])):
+                if _object(entry).get("slice") == str(slice_):
+                    return part_of_json(entry)
+        except (KeyError, ValueError) as error:
+            raise _bad(location, f"damaged: {error}") from error
+        return None
 
 
 def render_sidecar(sidecar: Sidecar) -> bytes:
@@ -144,6 +174,7 @@ def parse_sidecar(location: str, text: bytes | bytearray, *, parts: bool) -> Sid
             files={name: _digest(text) for name, text in _object(value["files"]).items()},
             shards=shards_of_json(value["shards"]),
             parts=_parts(value["parts"]) if parts else {},
+            unread=None if parts else value["parts"],
         )
     except (KeyError, ValueError) as error:
         raise _bad(location, f"damaged: {error}") from error

@@ -42,6 +42,10 @@ class PartLoad:
     expected: int
     """About how many rows the table wants."""
 
+    reach: range
+    """The rows that may be wanted: all, unless the checkpoint says where they stand. Then one more
+    at either end, to see that it is right; these are not wanted."""
+
     ids: Block
     slots: Mapping[str, Block]
 
@@ -70,7 +74,7 @@ class TableLoad:
     @property
     def most(self) -> int:
         """Rows that could come in."""
-        return sum(part.rows for part in self.parts)
+        return sum(len(part.reach) for part in self.parts)
 
     @property
     def expected(self) -> int:
@@ -80,7 +84,7 @@ class TableLoad:
     @property
     def nbytes(self) -> int:
         """Bytes to read, about; exact where every part is certain."""
-        return sum(part.ids.nbytes + part.expected * part.row_bytes for part in self.parts)
+        return sum(8 * len(part.reach) + part.expected * part.row_bytes for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)

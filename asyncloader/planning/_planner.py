@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from asyncloader.errors import PlanError
+from asyncloader.checkpoint import SIDECAR
+from asyncloader.errors import CheckpointError, PlanError
 
 from ._hints import did_you_mean
 from ._load_info import ID
@@ -78,6 +79,27 @@ def _fillers(choice: Choice) -> dict[str, str]:
     return {name: fillers[memory[name]] for name in choice.shared}
 
 
+def _rows_among(manifest: Manifest, part: PartChoice, ids: Block) -> range | None:
+    """Return the rows among which those wanted stand, if the sidecar knows.
+
+    Raises:
+        CheckpointError: If it says of other rows where they stand.
+    """
+    sidecar, wanted = manifest.catalog.sidecar, part.target.slice
+    if sidecar is None or wanted.size != part.claimed.size or wanted.covers(part.claimed):
+        return None
+    spread = sidecar.spread(manifest.location, part.source, part.claimed)
+    if spread is None:
+        return None
+    if spread.rows != ids.rows:
+        problem = (
+            f"has {ids.rows} ids of slice {part.claimed}, but {SIDECAR} says {spread.rows}; "
+            "copy both files again"
+        )
+        raise CheckpointError(manifest.location, problem, ids.shard, ids.key)
+    return spread.among(wanted)
+
+
 @dataclass(slots=True)
 class _Layer:
     slots: frozenset[str]
@@ -101,6 +123,12 @@ class _TableBuilder:
         self.problems += [problem for problem in problems if problem not in self.problems]
         if problems or not ids.rows:
             return
+        wanted = self.target.slice
+        among = _rows_among(manifest, part, ids)
+        expected = round(ids.rows * wanted.share_of(part.claimed)) if among is None else len(among)
+        reach = range(ids.rows)
+        if among is not None:
+            reach = reach[max(among.start - 1, 0) : among.stop + 1]
         self.parts.append(
             PartLoad(
                 child=part.child,
@@ -108,8 +136,9 @@ class _TableBuilder:
                 claimed=part.claimed,
                 layer=self._layer(part.child, frozenset(slots)),
                 rank=self.rank,
-                certain=self.target.slice.covers(part.claimed),
-                expected=round(ids.rows * self.target.slice.share_of(part.claimed)),
+                certain=wanted.covers(part.claimed),
+                expected=expected,
+                reach=reach,
                 ids=ids,
                 slots=slots,
             )

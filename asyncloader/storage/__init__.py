@@ -2,14 +2,25 @@
 
 from ._folder import Folder, LocalFolder, WritableFile
 from ._local import LocalStorage
-from ._protocol import Storage, read_exactly, read_small, read_text
+from ._protocol import (
+    ReadInto,
+    Storage,
+    ThreadedStorage,
+    fill,
+    read_exactly,
+    read_small,
+    read_text,
+)
 
 __all__ = [
     "Folder",
     "LocalFolder",
     "LocalStorage",
+    "ReadInto",
     "Storage",
+    "ThreadedStorage",
     "WritableFile",
+    "fill",
     "read_exactly",
     "read_small",
     "read_text",

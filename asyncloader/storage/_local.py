@@ -10,9 +10,10 @@ import stat
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import aiofiles
 import aiofiles.os
@@ -20,12 +21,16 @@ import aiofiles.os
 from asyncloader._concurrency import settled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from concurrent.futures import Executor
 
     from aiofiles.threadpool.binary import AsyncFileIO
 
+    from ._protocol import ReadInto
+
 __all__ = ["LocalStorage"]
+
+T = TypeVar("T")
 
 
 # One call into the kernel. A longer one may keep a processor from the event loop until it is done.
@@ -114,6 +119,17 @@ class LocalStorage:
             loop = asyncio.get_running_loop()
             fd = file.handle.fileno()
             return await settled(loop.run_in_executor(self._executor, _preadv, fd, views, offset))
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
+        """Run `job` on one of the executor's threads; see `ThreadedStorage`."""
+        async with self._using(name) as file:
+
+            def read(offset: int, views: Sequence[memoryview]) -> int:
+                return _preadv(fd, views, offset)
+
+            fd = file.handle.fileno()
+            loop = asyncio.get_running_loop()
+            return await settled(loop.run_in_executor(self._executor, partial(job, read)))
 
     @contextlib.asynccontextmanager
     async def _using(self, name: str) -> AsyncIterator[_OpenFile]:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from asyncloader.errors import ReadError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["Storage", "read_exactly", "read_small", "read_text", "views_after"]
+__all__ = [
+    "ReadInto",
+    "Storage",
+    "ThreadedStorage",
+    "fill",
+    "read_exactly",
+    "read_small",
+    "read_text",
+    "views_after",
+]
 
+T = TypeVar("T")
+ReadInto: TypeAlias = "Callable[[int, Sequence[memoryview]], int]"
 
 _STEP = 1 << 20
 _NBYTES = attrgetter("nbytes")
@@ -53,6 +64,25 @@ class Storage(Protocol):
         ...
 
 
+@runtime_checkable
+class ThreadedStorage(Storage, Protocol):
+    """A storage that reads on threads, and lends one for more than a single read.
+
+    What is done with a few MiB as soon as they are read, on the same thread, finds them in the
+    cache; and handing over to a thread costs more than many a read.
+    """
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
+        """Return `job(read)`, run on a thread; `read(offset, views)` is `readinto` of the file.
+
+        Once this has returned or raised, even `CancelledError`, the job is over.
+
+        Raises:
+            OSError: If the file cannot be opened.
+        """
+        ...
+
+
 async def read_exactly(
     storage: Storage, name: str, offset: int, views: Sequence[memoryview]
 ) -> None:
@@ -69,11 +99,32 @@ async def read_exactly(
         except OSError as error:
             raise ReadError(name, offset, length, str(error)) from error
         if count == 0:
-            problem = f"the file ends {length - done} bytes early; was it changed meanwhile?"
-            raise ReadError(name, offset, length, problem)
+            raise _ends_early(name, offset, length, done)
         done += count
         if done < length:
             left = views_after(left, count)
+
+
+def fill(read: ReadInto, name: str, offset: int, view: memoryview) -> None:
+    """Fill all of a view, on a thread that a `ThreadedStorage` lends.
+
+    Raises:
+        ReadError: If that failed; it names the whole byte range.
+    """
+    done = 0
+    while done < view.nbytes:
+        try:
+            count = read(offset + done, [view[done:]])
+        except OSError as error:
+            raise ReadError(name, offset, view.nbytes, str(error)) from error
+        if count == 0:
+            raise _ends_early(name, offset, view.nbytes, done)
+        done += count
+
+
+def _ends_early(name: str, offset: int, length: int, done: int) -> ReadError:
+    problem = f"the file ends {length - done} bytes early; was it changed meanwhile?"
+    return ReadError(name, offset, length, problem)
 
 
 def views_after(views: list[memoryview], count: int) -> list[memoryview]:

@@ -13,10 +13,10 @@ from asyncloader._collector import undisturbed
 from asyncloader._concurrency import for_each, raising_first, run_jobs
 from asyncloader.errors import ReadError
 from asyncloader.planning import GAP, Extents, plan_reads
-from asyncloader.storage import read_exactly
+from asyncloader.storage import ThreadedStorage, read_exactly
 
 from ._indexing import Arrival, Indexer
-from ._selection import Means, RowPiece, load_piece, row_pieces
+from ._selection import STEP, Means, RowPiece, load_piece, row_pieces
 from ._sinks import DirectSink, IdSink, Sinks, sink_for
 from ._staging import Arena, StagingPool
 from ._tensors import bump_versions, plain_bytes
@@ -77,6 +77,7 @@ class Execution:
         """
         self._indexer = Indexer(self.threads, self.tracer)
         self._staging = StagingPool(self.chunk_bytes)
+        self._row_staging = StagingPool(min(self.chunk_bytes, STEP))
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
@@ -172,6 +173,7 @@ class Execution:
     def _work(self) -> Iterable[Read | RowPiece]:
         """Return all work; ids first, so that they are indexed while the rest is read."""
         self._gap = memoryview(bytearray(_GAP_BYTES))  # whoever writes there, nobody reads
+        self._row_means = self._means()
         ids = self._sinks.ids
         if not ids:
             return itertools.chain(self._pieces, self._reads)
@@ -183,17 +185,18 @@ class Execution:
 
     async def _do(self, work: Read | RowPiece) -> None:
         if isinstance(work, RowPiece):
-            await load_piece(work, self._means())
+            await load_piece(work, self._row_means)
         else:
             await self._read(work)
 
     def _means(self) -> Means:
         return Means(
             storage=self.storage,
+            lender=self.storage if isinstance(self.storage, ThreadedStorage) else None,
             threads=self.threads,
             budget=self.budget,
             indexer=self._indexer,
-            staging=self._staging,
+            staging=self._row_staging,
             meter=self.meter,
             chunk_bytes=self.chunk_bytes,
             gap_bytes=_GAP_BYTES,

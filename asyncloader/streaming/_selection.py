@@ -3,36 +3,41 @@
 The ids are read first, a piece at a time; those that the table wants get rows; then the wanted
 rows of every slot are read. Neighbours, and small gaps between them, are read at once: a gap is
 cheaper than another call. Rows that nobody wants take no memory beyond the piece's own.
+
+Where the checkpoint says that the wanted rows stand side by side, the ids around them are looked at
+too, so that rows which stand elsewhere are missed by nobody.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from asyncloader._concurrency import run_jobs
-from asyncloader.checkpoint import DIGEST_CHUNK
-from asyncloader.errors import ReadError
-from asyncloader.storage import read_exactly
+from asyncloader.checkpoint import DIGEST_CHUNK, SIDECAR
+from asyncloader.errors import CheckpointError, ReadError
+from asyncloader.storage import fill, read_exactly
 
+from ._filling import Filling, batches_of
 from ._indexing import Arrival
-from ._tensors import plain_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from asyncloader.checkpoint import Block
     from asyncloader.planning import PartLoad, TableLoad
-    from asyncloader.storage import Storage
+    from asyncloader.storage import ReadInto, Storage, ThreadedStorage
     from asyncloader.table import LoadableUpdate
 
     from ._budget import ByteBudget
+    from ._filling import Done, Step
     from ._indexing import Indexer
     from ._progress import Meter
     from ._staging import StagingPool
@@ -40,11 +45,14 @@ if TYPE_CHECKING:
     from ._trace import Tracer
     from ._verification import Verifier
 
-__all__ = ["RowPiece", "load_piece", "row_groups", "row_pieces", "rows_within"]
+__all__ = ["STEP", "Means", "RowPiece", "load_piece", "row_pieces"]
 
 _ID_BYTES = 8
 # Ids, those wanted, encoded, their positions, and what grouping them takes: five int64 a row.
 _COST = 5 * _ID_BYTES
+# What one thread reads and picks rows from before it reads on: it is still in the cache then.
+STEP = 4 << 20
+_UNSIGNED = 2**64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,60 +81,52 @@ class Means:
     verifier: Verifier
     tracer: Tracer
 
-    def room(self, length: int) -> int:
-        """Return the memory that reading `length` bytes may take besides them."""
-        return length + 2 * DIGEST_CHUNK if self.verifier.widen else 0
+    lender: ThreadedStorage | None
+    """The storage, if it can do more with a thread than read."""
+
+    def step(self, block: Block) -> int:
+        """Return how many bytes of a block to read before something is done with them.
+
+        Whole chunks of one with digests. Where each read is a hand-over to a thread, as much as one
+        may take.
+        """
+        most = self.chunk_bytes
+        if self.lender is not None:
+            most = min(most, STEP)
+        if block.digests is None:
+            return most
+        return max(most // DIGEST_CHUNK, 1) * DIGEST_CHUNK
+
+    def room(self, part: PartLoad) -> int:
+        """Return the memory that reading rows of a part takes besides them."""
+        blocks = (part.ids, *part.slots.values())
+        most = max(max(self.step(block), block.nbytes // part.rows) for block in blocks)
+        return most + (most + 2 * DIGEST_CHUNK if self.verifier.widen else 0)
 
 
 def row_pieces(
     table: TableLoad, part: PartLoad, update: LoadableUpdate, *, chunk_bytes: int, widen: bool
 ) -> Iterator[RowPiece]:
-    """Cut a part into pieces whose bookkeeping fits into a chunk.
+    """Cut what may be wanted of a part into pieces whose bookkeeping fits into a chunk.
 
-    If what is read is widened to whole digest chunks, into pieces of as many ids as one has.
+    If there are digests, where chunks of ids, or of rows of many a size, end too; if what is read
+    is widened to whole chunks, into pieces of as many ids as one has.
     """
     step = max(chunk_bytes // _COST, 1)
-    if widen and part.ids.digests is not None:
-        step = DIGEST_CHUNK // _ID_BYTES
-    for start in range(0, part.rows, step):
-        count = min(step, part.rows - start)
-        yield RowPiece(table=table, part=part, update=update, start=start, count=count)
-
-
-def row_groups(
-    rows: NDArray[np.int64],
-    *,
-    most: int,
-    gap: int,
-    windows: NDArray[np.int64] | None = None,
-) -> Iterator[tuple[int, int]]:
-    """Group ascending positions into spans worth one read.
-
-    Args:
-        rows: int64 `[n]`, ascending.
-        most: The most rows that a span covers.
-        gap: The most unwanted rows between two neighbours of a span.
-        windows: int64 `[n]`, ascending; only rows with the same number are read at once.
-
-    Yields:
-        `(i, j)`: `rows[i:j]` are read at once.
-    """
-    apart = np.diff(rows) > gap + 1
-    if windows is not None:
-        apart |= np.diff(windows) > 0
-    breaks = np.flatnonzero(apart) + 1
-    for low, high in zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True):
-        i = low
-        while i < high:
-            j = min(int(np.searchsorted(rows, rows[i] + most)), high)
-            yield i, j
-            i = j
+    if part.ids.digests is not None:
+        step = DIGEST_CHUNK // _ID_BYTES if widen else 1 << (step.bit_length() - 1)
+    start, stop = part.reach.start, part.reach.stop
+    while start < stop:
+        end = min((start // step + 1) * step, stop)
+        yield RowPiece(table=table, part=part, update=update, start=start, count=end - start)
+        start = end
 
 
 async def load_piece(piece: RowPiece, means: Means) -> None:
     """Read a piece's ids, then the rows that the table wants."""
     try:
-        await _load_piece(piece, means)
+        async with means.budget.reserve(piece.count * _COST + means.room(piece.part)):
+            await _load_piece(piece, means)
     except ReadError as error:
         error.names = (piece.table.name,)
         raise
@@ -134,127 +134,110 @@ async def load_piece(piece: RowPiece, means: Means) -> None:
 
 async def _load_piece(piece: RowPiece, means: Means) -> None:
     part = piece.part
-    widest = max((block.nbytes // part.rows for block in part.slots.values()), default=0)
-    most = max(means.chunk_bytes, widest)
-    async with means.budget.reserve(piece.count * _COST + most + means.room(most)):
-        ids = np.empty(piece.count, np.int64)
-        begin = piece.start * _ID_BYTES
-        read, checked = await _read_range(means, part.ids, begin, ids.data.cast("B"))
-        means.meter.note(
-            read=read, wanted=ids.nbytes, verified=len(checked), current=piece.table.name
+    ids = torch.empty(piece.count, dtype=torch.int64)
+    await _load_rows(piece, means, part.ids, range(piece.start, piece.start + piece.count), ids)
+    found = ids.numpy()
+    _check_ends(piece, found, means.verifier.location)
+
+    def select() -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        rows, kept, dropped = piece.update.select(
+            part.child, found, part.claimed, piece.table.slice
         )
-        select = partial(piece.update.select, part.child, ids, part.claimed, piece.table.slice)
-        [(rows, kept, dropped)] = await run_jobs(means.threads.kernels, [select])
-        piece.update.dropped(dropped)
-        if not len(rows):
-            return
-        first = piece.update.reserve(part.layer, len(rows), part.rank + piece.start)
-        room = piece.update.view("id", first, len(rows))
-        await run_jobs(means.threads.kernels, [lambda: room.copy_(torch.from_numpy(kept))])
-        means.indexer.put(
-            Arrival(
-                update=piece.update, layer=part.layer, child=part.child,
-                first=first, count=len(rows), claimed=None,
-            )
-        )  # fmt: skip
-        for slot, block in part.slots.items():
-            await _load_rows(piece, means, slot, block, rows, first)
+        return rows + piece.start, kept, dropped
+
+    [(rows, kept, dropped)] = await run_jobs(means.threads.kernels, [select])
+    piece.update.dropped(dropped)
+    if not len(rows):
+        return
+    first = piece.update.reserve(part.layer, len(rows), part.rank + piece.start)
+    room = piece.update.view("id", first, len(rows))
+    await run_jobs(means.threads.kernels, [lambda: room.copy_(torch.from_numpy(kept))])
+    means.indexer.put(
+        Arrival(
+            update=piece.update, layer=part.layer, child=part.child,
+            first=first, count=len(rows), claimed=None,
+        )
+    )  # fmt: skip
+    for slot, block in part.slots.items():
+        target = piece.update.view(slot, first, len(rows))
+        await _load_rows(piece, means, block, rows, target)
 
 
-async def _load_rows(  # noqa: PLR0917
+def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
+    """Refuse what the sidecar says of the rows' order if the rows around the wanted ones disagree.
+
+    Rows are sorted by slice position: if the one before is below the wanted slice, and the one
+    behind beyond it, then all that are wanted stand between the two.
+    """
+    part, wanted = piece.part, piece.table.slice
+    begins = piece.start == part.reach.start > 0
+    ends = piece.start + piece.count == part.reach.stop < part.rows
+    before, behind = (int(ids[end]) % _UNSIGNED % wanted.size for end in (0, -1))
+    if (begins and before >= wanted.begin) or (ends and behind < wanted.end):
+        problem = (
+            f"{SIDECAR} says that ids at slice positions [{wanted.begin}, {wanted.end}) stand "
+            f"within rows [{part.reach.start + (part.reach.start > 0)}, "
+            f"{part.reach.stop - (part.reach.stop < part.rows)}), but others do "
+            "too: it belongs to other ids; copy it again, or load with verify='off', which goes by "
+            "the ids alone"
+        )
+        raise CheckpointError(location, problem, part.ids.shard, part.ids.key)
+
+
+async def _load_rows(
     piece: RowPiece,
     means: Means,
-    slot: str,
     block: Block,
-    rows: NDArray[np.int64],
-    first: int,
+    rows: NDArray[np.int64] | range,
+    target: torch.Tensor,
 ) -> None:
-    """Read the rows of one slot at positions `rows` of the piece; they belong at `first`."""
-    row_bytes = block.nbytes // block.rows
-    groups = row_groups(
-        rows,
-        most=max(means.chunk_bytes // row_bytes, 1),
-        gap=means.gap_bytes // row_bytes,
-        windows=means.verifier.windows(block, (rows + piece.start) * row_bytes, means.chunk_bytes),
-    )
-    for i, j in groups:
-        wanted = rows[i:j]
-        span = int(wanted[-1] - wanted[0]) + 1
-        target = piece.update.view(slot, first + i, j - i)
-        begin = (piece.start + int(wanted[0])) * row_bytes
-        direct = plain_bytes(target) if span == j - i else None
-        if direct is not None:
-            read, checked = await _read_range(means, block, begin, direct)
-            verified = len(checked)
-        else:
-            buffer = means.staging.take(span * row_bytes)
-            staged = buffer[: span * row_bytes]
-            read, checked = await _read_range(means, block, begin, staged.numpy().data)
-            verified = row_bytes * rows_within(wanted + piece.start, checked, row_bytes)
-            pick = partial(_pick, staged.view(span, row_bytes), wanted - wanted[0], target)
-            await run_jobs(means.threads.kernels, [pick])
-            means.staging.give(buffer)
+    """Read the rows of a block at positions `rows` to `target`, `[n, *shape]`."""
+    filling = Filling.of(block, rows, target, means.verifier)
+    steps = filling.steps(most=means.step(block), gap=means.gap_bytes)
+    batches = batches_of(steps, means.chunk_bytes)
+    last = False
+    while not last:
+        start = time.perf_counter()
+        done = await _carry_out(filling, batches, means)
+        means.tracer.note("read", block.shard, start, done.read)
         means.meter.note(
-            read=read,
-            wanted=(j - i) * row_bytes,
-            verified=verified,
-            current=piece.table.name,
+            read=done.read, wanted=done.wanted, verified=done.verified, current=piece.table.name
         )
+        last = done.last
 
 
-async def _read_range(
-    means: Means, block: Block, begin: int, view: memoryview
-) -> tuple[int, range]:
-    """Fill a view with the bytes of a block from `begin` on.
+async def _carry_out(
+    filling: Filling, batches: Iterator[tuple[list[Step], bool]], means: Means
+) -> Done:
+    """Read the next batch, and take what is wanted, step by step."""
+    block = filling.block
+    usual = means.step(block)
 
-    Returns:
-        How many bytes were read, and which bytes of the block that are in the view were verified.
-    """
-    end = begin + view.nbytes
-    first, last = means.verifier.window(block, begin, end)
-    widened = (first, last) != (begin, end)
-    buffer = means.staging.take(last - first) if widened else None
-    into = view if buffer is None else buffer[: last - first].numpy().data
-    with means.tracer.span("read", block.shard, last - first):
-        await read_exactly(means.storage, block.shard, block.offset + first, [into])
-
-    def check() -> range:
-        checked = means.verifier.check(block, first, into)
-        if widened:
-            view[:] = into[begin - first : end - first]
-        return checked
-
-    if block.digests is None:
-        return last - first, range(0)
-    with means.tracer.span("verify", block.shard, last - first):
-        [checked] = await run_jobs(means.threads.reads, [check])
-    if buffer is not None:
-        del into, check  # nobody may look at the buffer any more
+    if means.lender is None:
+        batch, last = next(batches)
+        buffer = means.staging.take(filling.room(batch, usual))
+        verified = 0
+        for step in batch:
+            view = filling.view(step, buffer)
+            offset = block.offset + filling.window(step)[0]
+            await read_exactly(means.storage, block.shard, offset, [view])
+            [count] = await run_jobs(means.threads.reads, [partial(filling.take, step, view)])
+            verified += count
         means.staging.give(buffer)
-    return last - first, range(max(checked.start, begin), max(min(checked.stop, end), begin))
+        return filling.done(batch, verified, last=last)
 
+    def at_once(read: ReadInto) -> Done:
+        batch, last = next(batches)  # here: looking for gaps takes long
+        buffer = means.staging.take(filling.room(batch, usual))
+        verified = 0
+        for step in batch:
+            view = filling.view(step, buffer)
+            fill(read, block.shard, block.offset + filling.window(step)[0], view)
+            verified += filling.take(step, view)
+        means.staging.give(buffer)
+        return filling.done(batch, verified, last=last)
 
-def rows_within(rows: NDArray[np.int64], checked: range, row_bytes: int) -> int:
-    """Count the rows whose bytes all lie within a range.
-
-    Args:
-        rows: int64 `[n]`, ascending; positions in the block.
-        checked: Bytes of the block.
-        row_bytes: Bytes a row.
-    """
-    first = -(-checked.start // row_bytes)
-    last = checked.stop // row_bytes
-    low, high = np.searchsorted(rows, [first, max(last, first)])
-    return int(high - low)
-
-
-def _pick(staged: torch.Tensor, rows: NDArray[np.int64], target: torch.Tensor) -> None:
-    """Copy chosen rows, uint8 `[span, row_bytes]`, to `target`, `[n, *shape]`."""
-    positions = torch.from_numpy(rows)
-    memory = plain_bytes(target)
-    if memory is None:  # on another device: by way of a copy of the chosen rows
-        picked = staged.index_select(0, positions)
-        target.copy_(picked.view(-1).view(target.dtype).view(target.shape))
-        return
-    out = torch.frombuffer(memory, dtype=torch.uint8).view(len(rows), -1)
-    torch.index_select(staged, 0, positions, out=out)
+    try:
+        return await means.lender.on_thread(block.shard, at_once)
+    except OSError as error:
+        raise ReadError(block.shard, block.offset, block.nbytes, str(error)) from error

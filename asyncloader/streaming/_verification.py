@@ -38,7 +38,7 @@ class Verifier:
     ) -> NDArray[np.int64] | None:
         """Say which of several stretches of whole chunks bytes of a block lie in.
 
-        Reads that keep to one of them read no chunk twice.
+        Reads that keep to one of them read as many chunks whole as they can, and none twice.
 
         Args:
             block: The whole of it.
@@ -48,7 +48,7 @@ class Verifier:
         Returns:
             int64 `[n]`, a number each; `None` if it does not matter.
         """
-        if not self.widen or block.digests is None:
+        if block.digests is None:
             return None
         stretch: NDArray[np.int64] = begins // (max(chunk_bytes // DIGEST_CHUNK, 1) * DIGEST_CHUNK)
         return stretch
