@@ -13,8 +13,8 @@ import torch
 from asyncloader import Loader, Saver, gen_slice
 from bench._formats import files_of
 from bench._raw import shards, size_of
-from bench._truth import SEED, windows
-from examples.made_up import empty_table, holds_exactly, same_bits
+from bench._truth import SEED, holds_exactly, same_bits, windows
+from examples.made_up import empty_table
 from tests.oracle import TableData, write_checkpoint
 
 if TYPE_CHECKING:

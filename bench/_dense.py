@@ -70,7 +70,7 @@ def peers(
                     run=partial(_fill, one, files, tensors),
                     poison=lambda _: poison(tensors),
                     check=lambda _: case.check(tensors),
-                    fresh=case.nbytes,  # most of them read into memory of their own first
+                    fresh=int(one.takes * case.nbytes),
                 )
             )
     return contenders, [one.name for one in chosen if not one.installed]

@@ -45,6 +45,9 @@ class Peer:
     fill: Fill
     """Fills tensors in place."""
 
+    takes: float
+    """Share of what it fills that it reads into memory of its own first, at a time."""
+
     @property
     def installed(self) -> bool:
         return importlib.util.find_spec(self.module) is not None
@@ -161,18 +164,20 @@ def _copying(read: Read) -> Fill:
     return fill
 
 
-def _peer(name: str, module: str, suffix: str, read: Read) -> Peer:
-    return Peer(name=name, module=module, suffix=suffix, read=read, fill=_copying(read))
+def _peer(name: str, module: str, suffix: str, read: Read, takes: float) -> Peer:
+    return Peer(
+        name=name, module=module, suffix=suffix, read=read, fill=_copying(read), takes=takes
+    )
 
 
 PEERS = (
-    _peer("safetensors load_file", "safetensors", "safetensors", load_file),
-    _peer("safetensors safe_open", "safetensors", "safetensors", safe_open),
-    _peer("torch.load", "torch", "pt", torch_load),
-    _peer("torch.load mmap", "torch", "pt", torch_mmap),
-    Peer(name="torch DCP", module="torch", suffix="distcp", fill=fill_distributed),
-    _peer("runai-model-streamer", "runai_model_streamer", "safetensors", runai),
-    _peer("fastsafetensors", "fastsafetensors", "safetensors", fastsafetensors),
-    _peer("tensorizer", "tensorizer", "tensors", tensorizer),
+    _peer("safetensors load_file", "safetensors", "safetensors", load_file, 0),
+    _peer("safetensors safe_open", "safetensors", "safetensors", safe_open, 0),
+    _peer("torch.load", "torch", "pt", torch_load, 1 / 16),
+    _peer("torch.load mmap", "torch", "pt", torch_mmap, 0),
+    Peer(name="torch DCP", module="torch", suffix="distcp", fill=fill_distributed, takes=1 / 16),
+    _peer("runai-model-streamer", "runai_model_streamer", "safetensors", runai, 1 / 8),
+    _peer("fastsafetensors", "fastsafetensors", "safetensors", fastsafetensors, 1),
+    _peer("tensorizer", "tensorizer", "tensors", tensorizer, 1 / 16),
 )
 NAMES = tuple(one.name for one in PEERS)

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from asyncloader import HashTable
+
 SEED = 7
-STRIDE = 61
-"""Elements from one window's start to the next's: a prime, to be no multiple of any row."""
+STRIDE = 62
+"""Elements from one window's start to the next's: no multiple of any row, and whole words."""
 
 
 def windows(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -45,3 +47,22 @@ def table_rows(ids: int, width: int, slots: tuple[str, ...] = SLOTS) -> TableDat
     drawn = generator.integers(2**64, size=ids, dtype=np.uint64).view(np.int64)
     rows = windows(dict.fromkeys(slots, (ids, width)))
     return TableData(ids=torch.from_numpy(drawn), slots=rows)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors are alike to the last bit, eight bytes at a time."""
+    alike = one.shape == other.shape and one.dtype == other.dtype
+    return alike and torch.equal(_words(one), _words(other))
+
+
+def _words(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.int64)
+
+
+def holds_exactly(table: HashTable, data: TableData) -> bool:
+    """Say whether a table holds these rows, bit for bit, and no others."""
+    return (
+        len(table) == len(data.ids)
+        and bool(table.contains(data.ids).all())
+        and all(same_bits(table.lookup(data.ids, slot), rows) for slot, rows in data.slots.items())
+    )
