@@ -98,13 +98,18 @@ def _panel(axes: Any, speed: Speed) -> None:  # noqa: ANN401
     axes.barh(places, rates, height=0.72, color=colours)
     axes.axvline(raw, color=RAW, linewidth=1.6, linestyle=(0, (4, 2)))
     for place, one, rate in zip(places, bars, rates, strict=True):
-        inside = rate > most / 5  # before the line, too, which the bar may cross
+        inside = rate > most / 5
+        beside = rate if rate > raw or rate + most / 7 < raw else raw  # not on the line
         axes.annotate(
-            number_text(rate), (min(rate, raw) if inside else rate, place),
-            xytext=(-4 if inside else 4, 0), textcoords="offset points",
-            ha="right" if inside else "left", va="center_baseline", fontsize=8,
+            number_text(rate),
+            (min(rate, raw) if inside else beside, place),
+            xytext=(-4 if inside else 4, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center_baseline",
+            fontsize=8,
             color="white" if inside and one.role == "ours" else "black",
-        )  # fmt: skip
+        )
     axes.set_yticks(places, [one.name for one in bars])
     for label, one in zip(axes.get_yticklabels(), bars, strict=True):
         label.set_fontweight("bold" if one.role == "ours" else "normal")
