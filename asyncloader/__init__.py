@@ -1,10 +1,13 @@
 """Streams recommendation-model checkpoints into tensors and hash tables, on asyncio."""
 
-from ._load_tensors import aload_tensors, load_tensors
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from ._model import targets
 from ._report import LoadReport
 from ._runs import latest
-from ._save_report import SaveReport
 from .checkpoint import Slice, gen_slice
 from .errors import (
     AsyncLoaderError,
@@ -20,10 +23,14 @@ from .errors import (
 )
 from .loader import Loader
 from .planning import LoadPlan, WriteBlock
-from .reader import CheckpointReader
-from .saver import Saver
 from .streaming import Progress, Span
 from .table import HashTable, Slot, UpdateCounts
+
+if TYPE_CHECKING:
+    from ._load_tensors import aload_tensors, load_tensors
+    from ._save_report import SaveReport
+    from .reader import CheckpointReader
+    from .saver import Saver
 
 __version__ = "0.1.0"
 
@@ -58,3 +65,24 @@ __all__ = [
     "load_tensors",
     "targets",
 ]
+
+# Imported when they are asked for: who only loads does without, and every class counts.
+_LATER = {
+    "CheckpointReader": "reader",
+    "SaveReport": "_save_report",
+    "Saver": "saver",
+    "aload_tensors": "_load_tensors",
+    "load_tensors": "_load_tensors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -82,7 +82,7 @@ class Loader:
             a folder of these, as Hugging Face's are.
         hashtables: Tables to fill, by any name; their own `children` say which ids they take.
         tensors: Tensors to fill, by name: allocated, of the right shape and dtype, on any device,
-            contiguous or not. Their storage must not be resized during a load.
+            contiguous or not. Their storage must not be resized or exchanged during a load.
         parallel: Reads at a time, as far as `max_inflight_bytes` has room for them.
         filter_func: Gets the plan, `{destination: {source: [slot, ...]}}`, and returns the one to
             use: leave out what shall stay, name other sources to rename.

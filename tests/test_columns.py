@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,11 @@ from asyncloader.streaming import describe_tensors
 from tests.oracle import write_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from asyncloader import Span
+    from asyncloader.planning import LoadInfo
 
 sizes = st.one_of(st.integers(0, 3), st.sampled_from([-1, True, 1.0, "1", None, 2**62, 2**63]))
 ranges = st.one_of(
@@ -147,13 +153,80 @@ def test_a_tensor_that_gets_other_memory_meanwhile_does_not_lose_what_is_written
     tensor = torch.zeros(1 << 20)
     first = tensor.detach()
 
-    def exchange(_: object) -> None:
-        tensor.data = torch.zeros(1 << 20)
+    def exchange(span: Span) -> None:
+        if span.step == "read":
+            tensor.data = torch.zeros(1 << 20)
 
     Loader(tmp_path / "saved", tensors={"w": tensor}, trace=exchange).load()
 
     assert bool((first == 1).all())
     assert bool((tensor == 0).all())
+
+
+def other_data(tensor: torch.Tensor) -> None:
+    tensor.data = torch.zeros(1000)
+
+
+def less_data(tensor: torch.Tensor) -> None:
+    tensor.data = torch.zeros(10)
+
+
+def no_data(tensor: torch.Tensor) -> None:
+    tensor.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("exchange", [other_data, less_data, no_data])
+def test_a_tensor_that_lies_elsewhere_than_when_it_was_described_is_not_written_to(
+    tmp_path: Path, exchange: Callable[[torch.Tensor], None]
+) -> None:
+    write_checkpoint(tmp_path, {}, {"v": torch.ones(8), "w": torch.ones(1000)})
+    tensors = {"v": torch.zeros(8), "w": torch.zeros(1000)}
+
+    def filter_func(info: LoadInfo) -> LoadInfo:
+        exchange(tensors["w"])
+        return info
+
+    with pytest.raises(RuntimeError, match="tensors\\['w'\\] got other memory"):
+        Loader(tmp_path, tensors=tensors, filter_func=filter_func).load()
+
+    assert bool((tensors["v"] == 0).all())
+
+
+def test_a_tensor_without_memory_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {}, {"v": torch.ones(8), "w": torch.ones(1000)})
+    tensors = {"v": torch.zeros(8), "w": torch.zeros(1000)}
+    tensors["w"].untyped_storage().resize_(0)
+
+    with pytest.raises(RuntimeError, match="tensors\\['w'\\] has none"):
+        Loader(tmp_path, tensors=tensors).load()
+
+    assert bool((tensors["v"] == 0).all())
+
+
+def test_as_large_a_chunk_as_there_is_number_for_joins_all_reads(tmp_path: Path) -> None:
+    stored = {f"t{number}": torch.full((4,), float(number)) for number in range(100)}
+    write_checkpoint(tmp_path, {}, stored, writers=1)
+    for limit in (sys.maxsize, 2**64):
+        tensors = {name: torch.zeros(4) for name in stored}
+        report = Loader(
+            tmp_path, tensors=tensors, chunk_bytes=limit, max_inflight_bytes=limit
+        ).load()
+        assert report.reads == 1
+        assert all(torch.equal(tensors[name], stored[name]) for name in stored)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_meanwhile_has_its_collector() -> None:
+    def fork() -> int:
+        child = os.fork()
+        if not child:
+            healthy = gc.isenabled()
+            undisturbed(lambda: None)()
+            os._exit(0 if healthy and gc.isenabled() else 1)
+        return os.waitpid(child, 0)[1]
+
+    assert undisturbed(fork)() == 0
 
 
 @pytest.mark.parametrize("enabled", [True, False])

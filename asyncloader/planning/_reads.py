@@ -18,6 +18,9 @@ __all__ = ["GAP", "MAX_PIECES", "Extent", "Extents", "Piece", "Read", "plan_read
 GAP = -1
 """The sink of bytes that nobody wants."""
 
+# More than any file has, and sums of it and an offset stay within int64.
+_UNBOUNDED = 2**62
+
 MAX_PIECES = 1024
 """Buffers of one `preadv`: `IOV_MAX` of Linux and macOS."""
 
@@ -75,9 +78,10 @@ class Extents:
 
     def __add__(self, other: Extents) -> Extents:
         shards = sorted({*self.shards, *other.shards})
+        numbers = {name: number for number, name in enumerate(shards)}
 
         def renumbered(one: Extents) -> NDArray[np.int64]:
-            return np.array([shards.index(name) for name in one.shards], np.int64)[one.shard]
+            return np.array([numbers[name] for name in one.shards], np.int64)[one.shard]
 
         return Extents(
             shards=tuple(shards),
@@ -133,6 +137,7 @@ def plan_reads(extents: Extents, *, chunk_bytes: int, gap_bytes: int) -> list[Re
         chunk_bytes: The most a read takes, unless one grain of a sink is larger.
         gap_bytes: The largest gap between two extents that is read along.
     """
+    chunk_bytes = min(chunk_bytes, _UNBOUNDED)
     pieces = _cut(extents, chunk_bytes)
     count = len(pieces.offset)
     if not count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, overload
@@ -90,6 +91,11 @@ class TensorLoads(Sequence[TensorLoad]):
     def __len__(self) -> int:
         return len(self.names)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorLoads) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
     @overload
     def __getitem__(self, number: int, /) -> TensorLoad: ...
 
@@ -147,8 +153,10 @@ def match_tensors(
     of_shards = [manifest.headers[name].blocks for name in shards]
     shard = np.fromiter(map(shards.__getitem__, files), np.int64, len(files))
     number = np.empty(len(keys), np.int64)
-    for which, blocks in enumerate(of_shards):
-        mine = np.flatnonzero(shard == which)
+    by_shard = np.argsort(shard, kind="stable")
+    cuts = np.searchsorted(shard[by_shard], np.arange(len(of_shards) + 1)).tolist()
+    for blocks, (low, high) in zip(of_shards, itertools.pairwise(cuts), strict=True):
+        mine = by_shard[low:high]
         number[mine] = blocks.numbers(keys[one] for one in mine.tolist())
     sources = list(chosen.values())
     for odd in np.flatnonzero(number < 0).tolist():  # under a name that is known to be misspelt

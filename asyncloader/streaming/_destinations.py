@@ -58,6 +58,25 @@ class Destinations:
             return []  # nearly always; on several devices addresses may be alike by chance
         return overlaps({name: self.held[at] for name, at in zip(names, chosen, strict=True)})
 
+    def check_memory(self, chosen: NDArray[np.int64]) -> None:
+        """Make sure that tensors lie where they lay when they were described.
+
+        Args:
+            chosen: int64 `[n]`, numbers of tensors.
+
+        Raises:
+            RuntimeError: If one lies elsewhere, or nowhere.
+        """
+        given = list(self.tensors.values())
+        now = np.array([given[number].data_ptr() for number in chosen.tolist()], np.int64)
+        filled = self.end[chosen] > self.begin[chosen]
+        for odd in chosen[filled & ((now != self.begin[chosen]) | (now == 0))][:1].tolist():
+            what = "got other memory while it was being loaded" if self.begin[odd] else "has none"
+            raise RuntimeError(
+                f"tensors[{list(self.tensors)[odd]!r}] {what}: its storage may not be exchanged, "
+                "resized or empty during a load"
+            )
+
     def span(self) -> tuple[memoryview, int]:
         """Return one view that spans the memory of all plain tensors, and where it begins.
 
@@ -68,7 +87,7 @@ class Destinations:
         Not by way of `numpy()`: that forbids a tensor's storage, for good, to be resized. Whoever
         resizes it while the memory is in use takes it away: `Loader` says so.
         """
-        used = self.plain & (self.end > self.begin)
+        used = self.plain & (self.end > self.begin) & (self.begin > 0)
         if not used.any():
             return memoryview(b""), 0
         base = int(self.begin[used].min())

@@ -16,7 +16,7 @@ from asyncloader.planning import GAP, Extents, plan_reads
 from asyncloader.storage import ThreadedStorage, read_exactly
 
 from ._indexing import Arrival, Indexer
-from ._selection import STEP, Means, RowPiece, load_piece, row_pieces
+from ._selection import Means, RowPiece, load_piece, row_pieces, step_bytes
 from ._sinks import DirectSink, IdSink, Sinks, sink_for
 from ._staging import Arena, StagingPool
 from ._tensors import bump_versions, plain_bytes
@@ -77,7 +77,7 @@ class Execution:
         """
         self._indexer = Indexer(self.threads, self.tracer)
         self._staging = StagingPool(self.chunk_bytes)
-        self._row_staging = StagingPool(min(self.chunk_bytes, STEP))
+        self._row_staging = StagingPool(self._row_step())
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
@@ -105,6 +105,13 @@ class Execution:
 
     def _tell_autograd(self) -> None:
         bump_versions(list(map(self.tensors.tensors.__getitem__, self.touched)))
+
+    def _row_step(self) -> int:
+        """Return how large the buffers are that rows, wanted in part, are picked from."""
+        lends = isinstance(self.storage, ThreadedStorage)
+        parts = (part for table in self.plan.tables for part in table.parts if not part.certain)
+        steps = (step_bytes(part.ids, chunk_bytes=self.chunk_bytes, lends=lends) for part in parts)
+        return max(steps, default=self.chunk_bytes)
 
     def _prepare(self) -> None:
         """Make room in the tables, and cut everything into reads."""

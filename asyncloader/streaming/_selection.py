@@ -5,13 +5,13 @@ rows of every slot are read. Neighbours, and small gaps between them, are read a
 cheaper than another call. Rows that nobody wants take no memory beyond the piece's own.
 
 Where the checkpoint says that the wanted rows stand side by side, the ids around them are looked at
-too, so that rows which stand elsewhere are missed by nobody.
+too, and all ids that are read are verified, so that no row is missed without notice.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ._trace import Tracer
     from ._verification import Verifier
 
-__all__ = ["STEP", "Means", "RowPiece", "load_piece", "row_pieces"]
+__all__ = ["Means", "RowPiece", "load_piece", "row_pieces", "step_bytes"]
 
 _ID_BYTES = 8
 # Ids, those wanted, encoded, their positions, and what grouping them takes: five int64 a row.
@@ -85,23 +85,44 @@ class Means:
     """The storage, if it can do more with a thread than read."""
 
     def step(self, block: Block) -> int:
-        """Return how many bytes of a block to read before something is done with them.
+        """Return how many bytes of a block to read before something is done with them."""
+        lends = self.lender is not None
+        return step_bytes(block, chunk_bytes=self.chunk_bytes, lends=lends)
 
-        Whole chunks of one with digests. Where each read is a hand-over to a thread, as much as one
-        may take.
+    def verifier_of_ids(self, part: PartLoad) -> Verifier:
+        """Return a verifier that leaves out no id where it is believed which rows they stand in.
+
+        An id that a flipped bit has taken out of the wanted slice would be missed by nobody.
         """
-        most = self.chunk_bytes
-        if self.lender is not None:
-            most = min(most, STEP)
-        if block.digests is None:
-            return most
-        return max(most // DIGEST_CHUNK, 1) * DIGEST_CHUNK
+        return replace(self.verifier, widen=True) if is_believed(part) else self.verifier
 
     def room(self, part: PartLoad) -> int:
         """Return the memory that reading rows of a part takes besides them."""
         blocks = (part.ids, *part.slots.values())
         most = max(max(self.step(block), block.nbytes // part.rows) for block in blocks)
-        return most + (most + 2 * DIGEST_CHUNK if self.verifier.widen else 0)
+        return most + (most + 2 * DIGEST_CHUNK if self.verifier_of_ids(part).widen else 0)
+
+
+def is_believed(part: PartLoad) -> bool:
+    """Whether only those rows are looked at that the sidecar says may be wanted."""
+    return len(part.reach) < part.rows
+
+
+def step_bytes(block: Block, *, chunk_bytes: int, lends: bool) -> int:
+    """Return how many bytes of a block to read before something is done with them.
+
+    Whole chunks of one with digests. Where each read is a hand-over to a thread, as much as one may
+    take.
+
+    Args:
+        block: What to read.
+        chunk_bytes: The most that one hand-over may take.
+        lends: Whether the storage lends threads.
+    """
+    most = min(chunk_bytes, STEP) if lends else chunk_bytes
+    if block.digests is None:
+        return most
+    return max(most // DIGEST_CHUNK, 1) * DIGEST_CHUNK
 
 
 def row_pieces(
@@ -110,11 +131,12 @@ def row_pieces(
     """Cut what may be wanted of a part into pieces whose bookkeeping fits into a chunk.
 
     If there are digests, where chunks of ids, or of rows of many a size, end too; if what is read
-    is widened to whole chunks, into pieces of as many ids as one has.
+    of the ids is widened to whole chunks, into pieces of as many ids as one has.
     """
     step = max(chunk_bytes // _COST, 1)
     if part.ids.digests is not None:
-        step = DIGEST_CHUNK // _ID_BYTES if widen else 1 << (step.bit_length() - 1)
+        whole = widen or is_believed(part)
+        step = DIGEST_CHUNK // _ID_BYTES if whole else 1 << (step.bit_length() - 1)
     start, stop = part.reach.start, part.reach.stop
     while start < stop:
         end = min((start // step + 1) * step, stop)
@@ -135,7 +157,9 @@ async def load_piece(piece: RowPiece, means: Means) -> None:
 async def _load_piece(piece: RowPiece, means: Means) -> None:
     part = piece.part
     ids = torch.empty(piece.count, dtype=torch.int64)
-    await _load_rows(piece, means, part.ids, range(piece.start, piece.start + piece.count), ids)
+    every = range(piece.start, piece.start + piece.count)
+    verifier = means.verifier_of_ids(part)
+    await _load_rows(piece, means, Filling.of(part.ids, every, ids, verifier))
     found = ids.numpy()
     _check_ends(piece, found, means.verifier.location)
 
@@ -160,7 +184,7 @@ async def _load_piece(piece: RowPiece, means: Means) -> None:
     )  # fmt: skip
     for slot, block in part.slots.items():
         target = piece.update.view(slot, first, len(rows))
-        await _load_rows(piece, means, block, rows, target)
+        await _load_rows(piece, means, Filling.of(block, rows, target, means.verifier))
 
 
 def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
@@ -184,15 +208,9 @@ def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
         raise CheckpointError(location, problem, part.ids.shard, part.ids.key)
 
 
-async def _load_rows(
-    piece: RowPiece,
-    means: Means,
-    block: Block,
-    rows: NDArray[np.int64] | range,
-    target: torch.Tensor,
-) -> None:
-    """Read the rows of a block at positions `rows` to `target`, `[n, *shape]`."""
-    filling = Filling.of(block, rows, target, means.verifier)
+async def _load_rows(piece: RowPiece, means: Means, filling: Filling) -> None:
+    """Read chosen rows of a block to where they belong."""
+    block = filling.block
     steps = filling.steps(most=means.step(block), gap=means.gap_bytes)
     batches = batches_of(steps, means.chunk_bytes)
     last = False
@@ -214,7 +232,7 @@ async def _carry_out(
     usual = means.step(block)
 
     if means.lender is None:
-        batch, last = next(batches)
+        [(batch, last)] = await run_jobs(means.threads.reads, [partial(next, batches)])
         buffer = means.staging.take(filling.room(batch, usual))
         verified = 0
         for step in batch:

@@ -118,8 +118,9 @@ class Sinks:
         span, base = into.span()
         plain = into.plain[chosen]
         begin = into.begin[chosen]
+        into.check_memory(chosen)
         if ((into.end[chosen] - begin != loads.nbytes) & plain).any():
-            raise RuntimeError("a tensor got other memory while it was being loaded")
+            raise RuntimeError("blocks were planned for tensors of another size")
         self._span = span
         self._begin = begin - base
         self._loads = loads

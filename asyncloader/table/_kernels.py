@@ -344,8 +344,9 @@ def merge(
                 new += 1
                 continue
             other = np.int64(there & _ROW) - 1
-            pairs[0, both] = other if wins else row
-            pairs[1, both] = row if wins else other
+            if both < pairs.shape[1]:  # whoever says that there are none may be wrong
+                pairs[0, both] = other if wins else row
+                pairs[1, both] = row if wins else other
             both += 1
             if wins:
                 words[slot] = entry

@@ -1,4 +1,7 @@
-"""What Numba has no name for: telling the processor which memory will be wanted soon."""
+"""What Numba has no name for: telling the processor which memory will be wanted soon.
+
+Numba's cache looks at the file of a kernel alone: who changes this one has to touch `_kernels.py`.
+"""
 
 from __future__ import annotations
 
