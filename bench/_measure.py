@@ -123,8 +123,9 @@ def fault_in(size: int) -> None:
     """Take twice so many bytes of fresh memory, touch them, and give them back.
 
     A virtual machine may give memory that has been free for some seconds back to its host. Then
-    whoever takes it first pays for its return, ten times the price of reading a page into it. Twice, because what is taken next need not be the
-    same pages: with as many bytes, one load in four was still ten times slower.
+    whoever takes it first pays for its return, ten times the price of reading a page into it.
+    Twice, because what is taken next need not be the same pages: with as many bytes, one load in
+    four was still ten times slower.
     """
     if size:
         zeros((2 * size,), torch.uint8).fill_(1)
