@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 Role: TypeAlias = Literal["raw", "ours", "peer", "variant"]
 
-PATIENCE = 10.0
+PATIENCE = 6.0
 """Seconds that the rounds of one peer may take together, estimated by its first."""
 
 LEAST_ROUNDS = 3
-ENOUGH = 15.0
+ENOUGH = 10.0
 """Seconds after which no round begins that is more than the least."""
 
 

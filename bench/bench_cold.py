@@ -14,7 +14,15 @@ from asyncloader._memory import zeros
 from bench import _dense
 from bench._cache import cached, evict
 from bench._measure import Contender, interleave
-from bench._raw import THREADS, carry_out, file_reads, room_for, threads_text
+from bench._raw import (
+    THREADS,
+    blocks,
+    carry_out,
+    file_reads,
+    room_for,
+    tensor_name,
+    threads_text,
+)
 from bench._results import Goal, Results, Speed, against_raw
 
 if TYPE_CHECKING:
@@ -37,11 +45,12 @@ def cold(files: Sequence[Path]) -> None:
         pytest.skip(f"the page cache of {files[0].parent} cannot be emptied")
 
 
-def sequential(files: Sequence[Path]) -> Iterator[Contender]:
+def sequential(case: DenseCase) -> Iterator[Contender]:
     """Yield the plainest reads of the device, from one file's start to the last one's end.
 
     Buffered, and past the page cache where the file system lets us: the fastest is the yardstick.
     """
+    files = case.files()
     memory = zeros((room_for(files),), torch.uint8).fill_(1)
     reads = file_reads(files, memory.numpy().data)
 
@@ -49,9 +58,13 @@ def sequential(files: Sequence[Path]) -> Iterator[Contender]:
         carry_out(reads, threads=threads, flags=flags)
 
     def check(_: object) -> None:
-        for read in reads:
-            wanted = np.fromfile(read.file, np.uint8, read.size, offset=read.offset)
-            assert np.array_equal(np.frombuffer(read.views[0], np.uint8)[: read.size], wanted)
+        at = 0
+        for file in files:
+            for key, begin, end in blocks(file):
+                wanted = case.truth[tensor_name(key)].numpy().view(np.int64).reshape(-1)
+                got = memory[at + begin : at + end].numpy().view(np.int64)
+                assert np.array_equal(got, wanted), key
+            at += room_for([file])
 
     for flags in (0, os.O_DIRECT) if takes_direct(files[0]) else (0,):
         for threads in THREADS:
@@ -80,7 +93,7 @@ def test_d2_large_tensors_from_a_cold_cache(
     tensors = dense.destination()
     peers, skipped = _dense.peers(dense, tensors, PEERS, cold)
     contenders = [
-        *sequential(dense.files()),
+        *sequential(dense),
         _dense.ours(dense, tensors, runner, cold),
         *peers,
     ]

@@ -44,13 +44,15 @@ def kept(read: Read, files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def contenders(case: DenseCase) -> Iterator[Contender]:
-    def contender(name: str, role: Role, load: Callable[[], Mapping[str, Tensor]]) -> Contender:
+    def contender(
+        name: str, role: Role, load: Callable[[], Mapping[str, Tensor]], fresh: int = case.nbytes
+    ) -> Contender:
         def run(_: None) -> Mapping[str, Tensor]:
             tensors = load()
             look_at(tensors)
             return tensors
 
-        return Contender(name=name, role=role, run=run, check=case.check, fresh=case.nbytes)
+        return Contender(name=name, role=role, run=run, check=case.check, fresh=fresh)
 
     def plainly(threads: int) -> dict[str, Tensor]:
         tensors = {name: zeros(tensor.shape, tensor.dtype) for name, tensor in case.truth.items()}
@@ -63,7 +65,8 @@ def contenders(case: DenseCase) -> Iterator[Contender]:
     for peer in PEERS:
         if peer.installed and peer.read is not None:
             files = case.files(peer.suffix)
-            yield contender(peer.name, "peer", partial(kept, peer.read, files))
+            fresh = case.nbytes if peer.takes else 0  # who maps files takes none
+            yield contender(peer.name, "peer", partial(kept, peer.read, files), fresh)
 
 
 def test_d4_load_tensors_and_look_at_every_byte(

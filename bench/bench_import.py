@@ -47,7 +47,7 @@ print(middle - begin, time.perf_counter() - middle)
 def test_i1_importing(results: Results, scale: Scale) -> None:
     """Both in one process: the difference of two processes is lost in what they differ anyway."""
     python("-c", IMPORTS)  # to warm up
-    runs = [python("-c", IMPORTS).split() for _ in range(max(1, scale.rounds(9)))]
+    runs = [python("-c", IMPORTS).split() for _ in range(max(1, scale.rounds(7)))]
 
     alone = statistics.median(float(torch) for torch, _ in runs)
     more = statistics.median(float(ours) for _, ours in runs)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bench._measure import Role
     from bench._scale import Scale
 
-ROUNDS = 5
+ROUNDS = 4
 
 
 def dd(nbytes: int, path: Path) -> None:

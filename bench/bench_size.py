@@ -81,7 +81,7 @@ def test_s1_loading(
             check=lambda _: part.check(tensors),
         )
 
-    times = interleave([contender(count) for count in scale.loads], rounds=scale.rounds(5))
+    times = interleave([contender(count) for count in scale.loads], rounds=scale.rounds(4))
 
     each = memory["tensor.000"].nbytes / 2**20
     growth = Growth(
