@@ -35,6 +35,7 @@ async def aload_tensors(
     *,
     parallel: int = PARALLEL,
     verify: Verify = "auto",
+    direct_io: bool = False,
 ) -> dict[str, Tensor]:
     """Read tensors into memory of their own, on the caller's event loop.
 
@@ -47,6 +48,7 @@ async def aload_tensors(
         verify: Whether they are compared with the digests that `Saver` wrote along: `"auto"`,
             where there are some; `"require"`, always, and a checkpoint without is an error;
             `"off"`.
+        direct_io: Whether files are read past the page cache; see `Loader`.
 
     Returns:
         The tensors by name.
@@ -64,7 +66,9 @@ async def aload_tensors(
     wanted = None if names is None else tuple(names)
     limits = Limits(parallel=parallel, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=INFLIGHT_BYTES)
     checked = checked_verify(verify)
-    async with open_session(path, limits=limits, verify=checked, timeout=None) as session:
+    async with open_session(
+        path, limits=limits, verify=checked, timeout=None, direct_io=direct_io
+    ) as session:
         contents = Contents()
         if wanted is None:
             wanted = tuple((await contents.catalog(session)).tensors)
@@ -77,8 +81,16 @@ def load_tensors(
     *,
     parallel: int = PARALLEL,
     verify: Verify = "auto",
+    direct_io: bool = False,
 ) -> dict[str, Tensor]:
     """Read tensors into memory of their own; see `aload_tensors`."""
     return run_blocking(
-        partial(aload_tensors, checkpoint_path, names, parallel=parallel, verify=verify)
+        partial(
+            aload_tensors,
+            checkpoint_path,
+            names,
+            parallel=parallel,
+            verify=verify,
+            direct_io=direct_io,
+        )
     )

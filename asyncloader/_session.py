@@ -140,6 +140,7 @@ async def open_session(
     verify: Verify,
     timeout: float | None,  # noqa: ASYNC109  # of the block, and with an error of ours
     seen: dict[str, tuple[int, ...]] | None = None,
+    direct_io: bool = False,
 ) -> AsyncIterator[Session]:
     """Hold descriptors and threads for the length of the block, and keep to a time-out.
 
@@ -149,6 +150,7 @@ async def open_session(
         verify: Whether to take digests along, if there are any.
         timeout: Seconds that the block may take; `None` is for ever.
         seen: Which files there were when they were first opened; see `LocalStorage`.
+        direct_io: Whether to read past the page cache.
 
     Raises:
         LoadTimeoutError: If `timeout` passed.
@@ -157,7 +159,13 @@ async def open_session(
     try:
         async with limit, Threads(reads=limits.threads) as threads:
             [(root, file)] = await run_jobs(threads.kernels, [partial(_root_and_file, path)])
-            async with LocalStorage(root, executor=threads.reads, seen=seen) as storage:
+            async with LocalStorage(
+                root,
+                executor=threads.reads,
+                parallel=limits.threads,
+                seen=seen,
+                direct_io=direct_io,
+            ) as storage:
                 yield Session(
                     location=str(Path(path)),
                     file=file,

@@ -375,9 +375,10 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "asyncloader", *map(str, arguments)]
 
 
-def test_json_says_what_was_loaded() -> None:
+@pytest.mark.parametrize("flags", [[], ["--direct-io"]])
+def test_json_says_what_was_loaded(flags: list[str]) -> None:
     done = subprocess.run(
-        command("load", GENUINE / "small_4shards", "--json"),
+        command("load", GENUINE / "small_4shards", "--json", *flags),
         capture_output=True,
         text=True,
         check=True,

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import random
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asyncloader import ReadError
 from asyncloader.storage import (
@@ -20,6 +24,9 @@ from asyncloader.storage import (
     read_small,
     read_text,
 )
+from asyncloader.storage._direct import O_DIRECT, DirectReader
+from asyncloader.storage._local import _preadv
+from asyncloader.storage._pace import Ran, ReadPace, Seen
 from tests.support import open_files
 
 if TYPE_CHECKING:
@@ -29,7 +36,9 @@ if TYPE_CHECKING:
 
     from asyncloader.storage import ReadInto
 
-CONTENT = bytes(range(256)) * 64
+CONTENT = bytes(range(256)) * 128
+DEEP = 1 + (20 << 10)
+"""Where bytes are that opening has not read along; they are those of `CONTENT` again."""
 
 
 @pytest.fixture
@@ -45,16 +54,41 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shared") / "f"
+    path.write_bytes(random.Random(0).randbytes(50_001))
+    return path
+
+
 def opened(folder: Path) -> list[str]:
     return [name for name in open_files() if name.startswith(str(folder))]
 
 
-async def test_a_read_scatters_into_its_views(folder: Path, pool: ThreadPoolExecutor) -> None:
+@pytest.mark.parametrize("offset", [1, DEEP, DEEP - (4 << 10) - 10], ids=["start", "deep", "both"])
+@pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
+async def test_a_read_scatters_into_its_views(
+    folder: Path, pool: ThreadPoolExecutor, offset: int, *, direct: bool
+) -> None:
     first, second = bytearray(3), bytearray(5)
-    async with LocalStorage(folder, executor=pool) as storage:
+    async with LocalStorage(folder, executor=pool, direct_io=direct) as storage:
         views = [memoryview(first), memoryview(second)]
-        assert await storage.readinto("f2", 1 + 7, views) == 8
-    assert first + second == CONTENT[7:15]
+        assert await storage.readinto("f2", offset + 7, views) == 8
+    assert first + second == CONTENT[offset - 1 + 7 :][:8]
+
+
+async def test_only_the_first_read_gets_what_was_there_when_the_file_was_opened(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    async with LocalStorage(folder, executor=pool) as storage:
+        await storage.size("f1")
+        with (folder / "f1").open("r+b") as file:
+            file.write(b"new")
+        first, second = bytearray(3), bytearray(3)
+        await storage.readinto("f1", 0, [memoryview(first)])
+        await storage.readinto("f1", 0, [memoryview(second)])
+    assert first == b"\1" + CONTENT[:2]
+    assert second == b"new"
 
 
 async def test_a_read_at_the_end_is_short_and_then_empty(
@@ -65,16 +99,18 @@ async def test_a_read_at_the_end_is_short_and_then_empty(
         size = await storage.size("f0")
         assert size == 1 + len(CONTENT)
         assert await storage.readinto("f0", size - 4, [memoryview(buffer)]) == 4
+        assert buffer[:4] == CONTENT[-4:]
         assert await storage.readinto("f0", size, [memoryview(buffer)]) == 0
 
 
+@pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 async def test_a_read_longer_than_one_step_is_whole(
-    tmp_path: Path, pool: ThreadPoolExecutor
+    tmp_path: Path, pool: ThreadPoolExecutor, *, direct: bool
 ) -> None:
     data = os.urandom(9 << 20)
     (tmp_path / "big").write_bytes(data)
     buffer = bytearray(len(data) + 10)
-    async with LocalStorage(tmp_path, executor=pool) as storage:
+    async with LocalStorage(tmp_path, executor=pool, direct_io=direct) as storage:
         assert await storage.readinto("big", 0, [memoryview(buffer)]) == len(data)
     assert buffer[: len(data)] == data
 
@@ -219,6 +255,7 @@ class Gated(ThreadPoolExecutor):
         self.gate = threading.Event()
         self.gate.set()
         self.arrived = threading.Semaphore(0)
+        self.submitted = 0
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401  # as the base has it
         def wait_and_do() -> object:
@@ -226,7 +263,144 @@ class Gated(ThreadPoolExecutor):
             self.gate.wait()
             return fn(*args, **kwargs)
 
+        self.submitted += 1
         return super().submit(wait_and_do)
+
+
+CORES, MOST = 4, 9
+
+
+@pytest.mark.parametrize(
+    ("waits", "running", "limits"),
+    [
+        pytest.param(True, 1.0, [5, 6, 7, 8, 9, 9], id="a device is waited for"),
+        pytest.param(True, 0.2, [5, 6, 7, 8, 9, 9], id="a device and others"),
+        pytest.param(False, 1.0, [4, 4], id="nothing is waited for"),
+        pytest.param(False, 0.2, [3, 2, 2], id="others are waited for"),
+    ],
+)
+async def test_as_many_read_as_are_of_use(
+    pool: ThreadPoolExecutor, *, waits: bool, running: float, limits: list[int]
+) -> None:
+    moments = itertools.count()
+
+    def clock() -> Ran:
+        moment = next(moments)
+        return Ran(int(moment * running * 1e6), int(moment * (1 - running) * 1e6))
+
+    def job(seen: Seen) -> None:
+        seen.waited = waits
+
+    pace = ReadPace(pool, most=MOST, cores=CORES, clock=clock)
+    assert pace.limit == CORES
+    for limit in limits:
+        await pace.run(job)
+        assert pace.limit == limit
+
+
+async def test_the_pace_goes_back_to_the_usual_from_either_side(pool: ThreadPoolExecutor) -> None:
+    pace = ReadPace(pool, most=MOST, cores=CORES, clock=lambda: None)
+
+    def job(seen: Seen, *, waited: bool) -> None:
+        seen.waited = waited
+
+    limits = []
+    for waited in (True, True, False, False, False):
+        await pace.run(partial(job, waited=waited))
+        limits.append(pace.limit)
+    assert limits == [5, 6, 5, 4, 4]
+
+
+@pytest.mark.parametrize("extra", [0, 2])
+async def test_no_more_reads_run_than_the_pace_allows(extra: int) -> None:
+    def job(seen: Seen) -> int:
+        seen.waited = True
+        return 7
+
+    with Gated() as pool:
+        pace = ReadPace(pool, most=MOST, cores=CORES, clock=lambda: None)
+        for _ in range(extra):
+            await pace.run(job)
+        pool.gate.clear()
+        jobs = [asyncio.create_task(pace.run(job)) for _ in range(2 * MOST)]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert pool.submitted == extra + CORES + extra
+        pool.gate.set()
+        assert await asyncio.gather(*jobs) == [7] * len(jobs)
+
+
+async def test_a_read_of_what_is_in_memory_knows_that_it_did_not_wait(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    """And one that did not get everything at once waits for the rest, and knows that."""
+    await asyncio.to_thread((folder / "f2").read_bytes)
+    parts = [bytearray(3), bytearray(len(CONTENT) - 12)]
+
+    def read() -> tuple[int, bool, int, bool]:
+        fd = os.open(folder / "f2", os.O_RDONLY)
+        try:
+            seen, late = Seen(), Seen()
+            count = _preadv(fd, [memoryview(part) for part in parts], 6, seen)
+            beyond = _preadv(fd, [memoryview(bytearray(10))], len(CONTENT) - 3, late)
+            return count, seen.waited, beyond, late.waited
+        finally:
+            os.close(fd)
+
+    count, waited, beyond, late = await asyncio.to_thread(read)
+    assert count == len(CONTENT) - 9
+    assert b"".join(parts) == CONTENT[5:-4]
+    assert (beyond, late) == (4, True)
+    if sys.platform == "linux":
+        assert not waited
+
+
+async def test_a_read_that_fails_or_never_begins_leaves_its_place(pool: ThreadPoolExecutor) -> None:
+    pace = ReadPace(pool, most=1, cores=1)
+
+    def fail(_: Seen) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    for _ in range(3):
+        with pytest.raises(OSError, match="I/O error"):
+            await pace.run(fail)
+    jobs = [asyncio.create_task(pace.run(lambda _: 7)) for _ in range(3)]
+    await asyncio.sleep(0)
+    jobs[1].cancel()
+    done = await asyncio.gather(*jobs, return_exceptions=True)
+    assert [done[0], type(done[1]), done[2]] == [7, asyncio.CancelledError, 7]
+    assert pace.limit == 1
+
+
+@given(data=st.data())
+def test_a_direct_read_gives_what_a_plain_one_does(shared: Path, data: st.DataObject) -> None:
+    size = shared.stat().st_size
+    sizes = data.draw(st.lists(st.integers(0, 9000), max_size=8))
+    offset = data.draw(st.integers(0, size + 10))
+    fd = os.open(shared, os.O_RDONLY | O_DIRECT)
+    plain = os.open(shared, os.O_RDONLY)
+    try:
+        both = [[memoryview(bytearray(size)) for size in sizes] for _ in range(2)]
+        count = DirectReader(step=8 << 10).preadv(fd, both[0], offset, Seen())
+        assert count == _preadv(plain, both[1], offset, Seen())
+        assert both[0] == both[1]
+    finally:
+        os.close(fd)
+        os.close(plain)
+
+
+def test_a_file_whose_system_refuses_a_direct_read_is_read_all_the_same(tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)
+    (tmp_path / "f").write_bytes(data)
+    fd = os.open(tmp_path / "f", os.O_RDONLY | O_DIRECT)
+    try:
+        target = bytearray(len(data))
+        assert (
+            DirectReader(block=1).preadv(fd, [memoryview(target)[5:]], 5, Seen()) == len(data) - 5
+        )
+        assert target[5:] == data[5:]
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -238,7 +412,7 @@ async def test_who_is_cancelled_while_reading_waits_until_nobody_writes_any_more
         async with LocalStorage(folder, executor=pool) as storage:
             await storage.size("f3")  # open
             pool.gate.clear()
-            reading = asyncio.create_task(storage.readinto("f3", 0, [memoryview(buffer)]))
+            reading = asyncio.create_task(storage.readinto("f3", DEEP, [memoryview(buffer)]))
             await asyncio.sleep(0)
             for _ in range(times):
                 reading.cancel()
@@ -249,7 +423,7 @@ async def test_who_is_cancelled_while_reading_waits_until_nobody_writes_any_more
             with pytest.raises(asyncio.CancelledError):
                 await reading
             assert still_waiting
-            assert bytes(buffer) == b"\3" + CONTENT[:3]
+            assert bytes(buffer) == CONTENT[:4]
     assert opened(folder) == []
 
 
@@ -259,7 +433,7 @@ async def test_a_reader_that_is_cancelled_disturbs_no_other(folder: Path) -> Non
         async with LocalStorage(folder, executor=pool) as storage:
             pool.gate.clear()
             readers = [
-                asyncio.create_task(storage.readinto("f3", 0, [memoryview(buffer)]))
+                asyncio.create_task(storage.readinto("f3", DEEP, [memoryview(buffer)]))
                 for buffer in buffers
             ]
             await asyncio.sleep(0)
@@ -269,7 +443,7 @@ async def test_a_reader_that_is_cancelled_disturbs_no_other(folder: Path) -> Non
             results = await asyncio.gather(*readers, return_exceptions=True)
     assert isinstance(results[0], asyncio.CancelledError)
     assert results[1:] == [4, 4, 4]
-    assert {bytes(buffer) for buffer in buffers[1:]} == {b"\3" + CONTENT[:3]}
+    assert {bytes(buffer) for buffer in buffers[1:]} == {CONTENT[:4]}
     assert opened(folder) == []
 
 
@@ -285,9 +459,9 @@ async def test_whoever_comes_and_goes_reads_right_and_leaves_no_descriptor(
         if rng.randrange(3):
             assert await storage.size(f"f{number}") == 1 + len(CONTENT)
             return
-        buffer = bytearray(3)
-        assert await storage.readinto(f"f{number}", 0, [memoryview(buffer)]) == 3
-        assert buffer == bytes([number]) + CONTENT[:2]
+        buffer, offset = bytearray(3), rng.choice([0, DEEP])
+        assert await storage.readinto(f"f{number}", offset, [memoryview(buffer)]) == 3
+        assert buffer == (CONTENT[:3] if offset else bytes([number]) + CONTENT[:2])
 
     for _ in range(10):
         async with LocalStorage(folder, executor=pool, max_open=max_open) as storage:
@@ -315,11 +489,14 @@ async def test_a_file_replaced_during_a_load_is_not_read_on(
     assert opened(folder) == []
 
 
-async def test_many_views_are_filled_step_by_step(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+@pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
+async def test_many_views_are_filled_step_by_step(
+    tmp_path: Path, pool: ThreadPoolExecutor, *, direct: bool
+) -> None:
     data = os.urandom(11 << 20)
     (tmp_path / "big").write_bytes(data)
     buffers = [bytearray(size) for size in (3 << 20, 1, 5 << 20, 0, 3 << 20)]
-    async with LocalStorage(tmp_path, executor=pool) as storage:
+    async with LocalStorage(tmp_path, executor=pool, direct_io=direct) as storage:
         count = await storage.readinto("big", 0, [memoryview(buffer) for buffer in buffers])
     assert count == len(data)
     assert b"".join(buffers)[: len(data)] == data

@@ -153,6 +153,8 @@ async def read_header(
     except ValueError as error:
         raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
     parse = partial(parse_header, where, shard, memoryview(text), size, digests)
+    if len(text) <= _FIRST_READ:  # done before a thread could have begun
+        return parse()
     [header] = await run_jobs(executor, [undisturbed(parse)])
     return header
 

@@ -20,7 +20,7 @@ from asyncloader.streaming import run_blocking
 
 from ._allocate import allocate
 from ._names import escaped, shown
-from ._options import JsonFlag, PathArgument, examples
+from ._options import DirectFlag, JsonFlag, PathArgument, examples
 from ._output import print_json, show
 from ._progress import progress_bar
 from ._trace_file import write_trace
@@ -92,6 +92,7 @@ def load(
             show_default=False,
         ),
     ] = None,
+    direct_io: DirectFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Load all of a checkpoint into memory, and say what that took.
@@ -105,7 +106,13 @@ def load(
     )
     with _tracing(trace, path) as listener, progress_bar() as tell:
         run = partial(
-            load_all, path, limits=limits, verify=checked_verify(verify), trace=listener, tell=tell
+            load_all,
+            path,
+            limits=limits,
+            verify=checked_verify(verify),
+            trace=listener,
+            tell=tell,
+            direct_io=direct_io,
         )
         loaded = run_blocking(run)
     if json:
@@ -142,6 +149,7 @@ async def load_all(
     verify: Verify,
     trace: Callable[[Span], object] | None,
     tell: Tell,
+    direct_io: bool = False,
 ) -> Loaded:
     """Make room for a checkpoint and load it.
 
@@ -151,6 +159,7 @@ async def load_all(
         verify: As `Loader` takes it.
         trace: As `Loader` takes it.
         tell: Hears of progress.
+        direct_io: As `Loader` takes it.
 
     Raises:
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
@@ -177,6 +186,7 @@ async def load_all(
         progress=listen,
         verify=verify,
         trace=trace,
+        direct_io=direct_io,
     )
     report = await loader.aload()
     return Loaded(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["JsonFlag", "PathArgument", "examples"]
+__all__ = ["DirectFlag", "JsonFlag", "PathArgument", "examples"]
 
 
 def _given(path: str) -> str:
@@ -29,6 +29,15 @@ PathArgument = Annotated[
 JsonFlag = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON document, for other programs, complete."),
+]
+
+DirectFlag = Annotated[
+    bool,
+    typer.Option(
+        "--direct-io",
+        help="Read past the page cache, so that what others have there stays. Faster for files "
+        "that are not in it, slower for those that are.",
+    ),
 ]
 
 

@@ -16,7 +16,7 @@ from asyncloader.streaming import run_blocking
 from ._allocate import LIMITS
 from ._inspect_view import facts, plural
 from ._names import escaped, shown
-from ._options import JsonFlag, PathArgument, examples
+from ._options import DirectFlag, JsonFlag, PathArgument, examples
 from ._output import count, print_json, show
 from ._progress import progress_bar
 from ._stages import telling
@@ -39,7 +39,7 @@ EPILOG = examples(
 )
 
 
-def verify(path: PathArgument, *, json: JsonFlag = False) -> None:
+def verify(path: PathArgument, *, direct_io: DirectFlag = False, json: JsonFlag = False) -> None:
     """Look at every byte of a checkpoint, and list all that is wrong.
 
     Names, headers and offsets; whether all parts of each table are there and fit together, each id
@@ -51,7 +51,8 @@ def verify(path: PathArgument, *, json: JsonFlag = False) -> None:
     table.
     """
     with progress_bar() as tell:
-        run = partial(averify, path, limits=LIMITS, progress=telling(tell, "verifying"))
+        listen = telling(tell, "verifying")
+        run = partial(averify, path, limits=LIMITS, progress=listen, direct_io=direct_io)
         found = run_blocking(run)
     if json:
         print_json(_as_json(found))

@@ -2,6 +2,7 @@
 
 from ._folder import Folder, LocalFolder, WritableFile
 from ._local import LocalStorage
+from ._pace import processors
 from ._protocol import (
     ReadInto,
     Storage,
@@ -21,6 +22,7 @@ __all__ = [
     "ThreadedStorage",
     "WritableFile",
     "fill",
+    "processors",
     "read_exactly",
     "read_small",
     "read_text",

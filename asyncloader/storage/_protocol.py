@@ -18,6 +18,7 @@ __all__ = [
     "read_exactly",
     "read_small",
     "read_text",
+    "scatter",
     "views_after",
 ]
 
@@ -127,13 +128,21 @@ def _ends_early(name: str, offset: int, length: int, done: int) -> ReadError:
     return ReadError(name, offset, length, problem)
 
 
-def views_after(views: list[memoryview], count: int) -> list[memoryview]:
+def views_after(views: Sequence[memoryview], count: int) -> list[memoryview]:
     """Return what is left of the views once the first `count` bytes are filled."""
     for index, view in enumerate(views):
         if count < view.nbytes:
             return [view[count:], *views[index + 1 :]]
         count -= view.nbytes
     return []
+
+
+def scatter(source: bytes | memoryview, views: Sequence[memoryview]) -> None:
+    """Copy bytes to where they belong; the views together are as long."""
+    begin = 0
+    for view in views:
+        view[:] = source[begin : begin + view.nbytes]
+        begin += view.nbytes
 
 
 async def read_small(storage: Storage, name: str, *, limit: int) -> bytearray:

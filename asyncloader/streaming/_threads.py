@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 from asyncloader._concurrency import settled
+from asyncloader.storage import processors
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -33,7 +34,7 @@ class Threads:
     """
 
     def __init__(self, *, reads: int) -> None:
-        self.kernel_count = min(_cores(), _MOST_KERNELS)
+        self.kernel_count = min(processors(), _MOST_KERNELS)
         self._read_count = reads
         self.reads = _pool(reads, "asyncloader-read")
         self.kernels = _pool(self.kernel_count, "asyncloader-kernel")
@@ -63,13 +64,6 @@ class Threads:
             await settled(loop.run_in_executor(self.kernels, self.reads.shutdown))
         finally:
             self.kernels.shutdown()
-
-
-def _cores() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _pool(size: int, name: str) -> ThreadPoolExecutor:

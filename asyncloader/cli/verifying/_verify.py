@@ -42,7 +42,11 @@ _ID_BYTES = 8
 
 
 async def averify(
-    path: str, *, limits: Limits, progress: Callable[[Progress], object] | None = None
+    path: str,
+    *,
+    limits: Limits,
+    progress: Callable[[Progress], object] | None = None,
+    direct_io: bool = False,
 ) -> Verification:
     """Look at everything that a checkpoint holds.
 
@@ -50,6 +54,7 @@ async def averify(
         path: A folder, or a safetensors file.
         limits: Of reads under way.
         progress: Called on the event loop, at most ten times a second.
+        direct_io: Whether to read past the page cache.
 
     Returns:
         All that is wrong or odd, and how much was looked at.
@@ -60,7 +65,9 @@ async def averify(
         MemoryError: If the ids of a table do not fit into memory.
     """
     meter = Meter(0, progress)
-    async with open_session(path, limits=limits, verify="off", timeout=None) as session:
+    async with open_session(
+        path, limits=limits, verify="off", timeout=None, direct_io=direct_io
+    ) as session:
         return await verify_session(session, meter)
 
 

@@ -1,0 +1,172 @@
+"""How many reads run at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from asyncloader._concurrency import settled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Executor
+
+__all__ = ["Ran", "ReadPace", "Seen", "processors", "thread_time"]
+
+T = TypeVar("T")
+
+_SCHEDSTAT = "/proc/thread-self/schedstat"
+# Of the time that a thread runs, spent waiting for its turn. Three on two processors wait for half
+# as long as they run, four as long.
+_CROWDED = 0.67
+
+
+class Ran(NamedTuple):
+    """What became of a thread's time."""
+
+    running: int
+    """Nanoseconds that it ran."""
+
+    ready: int
+    """Nanoseconds that it could have run, but for others."""
+
+    def waited_for_others(self, before: Ran) -> bool:
+        """Say whether there were too few processors since `before`."""
+        return self.ready - before.ready > (self.running - before.running) * _CROWDED
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a read noticed."""
+
+    waited: bool = False
+    """Whether it had to wait for bytes that were not in memory yet, or may have."""
+
+
+def thread_time() -> Ran | None:
+    """Return what became of the calling thread's time; `None` where nobody knows (Linux only)."""
+    try:
+        fd = os.open(_SCHEDSTAT, os.O_RDONLY)
+    except OSError:  # another system, or a sandbox
+        return None
+    try:
+        running, ready, _ = os.read(fd, 100).split()
+    finally:
+        os.close(fd)
+    return Ran(int(running), int(ready))
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class ReadPace:
+    """Lets as many reads run at a time as are of use.
+
+    What is in the page cache is read as fast as a processor copies it. More readers than processors
+    make that no faster, but everybody else, the event loop above all, queues behind them: with
+    eight on two processors one of a hundred wake-ups of the loop was 10 ms late, with two 3 ms
+    (docs/performance.md). A read that waits for a device or a network leaves its processor to
+    others, and more of them at a time hide each other's waiting.
+
+    So as many as there are processors begin. Each read that has waited for its bytes lets one more
+    in. Otherwise, each that has waited for a processor lets one less in, down to half of the
+    processors, and each that has not, one more, up to where it began. Belongs to one event loop.
+
+    Args:
+        executor: Its threads read.
+        most: Reads at a time; no more than it has threads.
+        cores: Processors.
+        clock: Says what became of the calling thread's time.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        most: int,
+        cores: int | None = None,
+        clock: Callable[[], Ran | None] = thread_time,
+    ) -> None:
+        self._executor = executor
+        self._clock = clock
+        cores = processors() if cores is None else cores
+        self._most = most
+        self._usual = min(most, cores)
+        self._least = min(most, max(cores // 2, 1))
+        self._limit = self._usual
+        self._waiting: deque[_Read] = deque()
+        self._readers = 0
+        self._lock = threading.Lock()  # for the three above
+
+    @property
+    def limit(self) -> int:
+        """Reads that may run at a time now."""
+        return self._limit
+
+    async def run(self, job: Callable[[Seen], T]) -> T:
+        """Return `job(seen)`, run on a thread when its turn comes.
+
+        Who is cancelled takes it back if it has not begun, and waits for it if it has.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            self._waiting.append(_Read(job, future))
+            missing = self._readers < self._limit
+            self._readers += missing
+        if missing:
+            self._executor.submit(self._serve)
+        return await settled(asyncio.wrap_future(future), withdraw=future.cancel)
+
+    def _serve(self) -> None:
+        """Carry out what waits, one after the other, on a thread.
+
+        Going by way of the event loop between two reads would leave a processor idle meanwhile.
+        """
+        while True:
+            with self._lock:
+                if not self._waiting or self._readers > self._limit:
+                    self._readers -= 1
+                    return
+                read = self._waiting.popleft()
+                missing = bool(self._waiting) and self._readers < self._limit
+                self._readers += missing
+            if missing:
+                self._executor.submit(self._serve)
+            if read.future.set_running_or_notify_cancel():
+                self._carry_out(read)
+
+    def _carry_out(self, read: _Read) -> None:
+        seen = Seen()
+        before = self._clock()
+        try:
+            result = read.job(seen)
+        except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
+            read.future.set_exception(error)
+            return
+        self._adjust(seen, before, self._clock())
+        read.future.set_result(result)
+
+    def _adjust(self, seen: Seen, before: Ran | None, after: Ran | None) -> None:
+        crowded = before and after and after.waited_for_others(before)
+        with self._lock:
+            if seen.waited:
+                self._limit = min(self._limit + 1, self._most)
+            elif crowded or self._limit > self._usual:
+                self._limit = max(self._limit - 1, self._least)
+            else:
+                self._limit = min(self._limit + 1, self._usual)
+
+
+@dataclass(slots=True)
+class _Read:
+    job: Callable[[Seen], Any]
+    future: Future[Any]
