@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ._model import targets
 from ._report import LoadReport
-from ._runs import latest
 from .checkpoint import Slice, gen_slice
 from .errors import (
     AsyncLoaderError,
@@ -22,15 +21,17 @@ from .errors import (
     TruncatedShardError,
 )
 from .loader import Loader
-from .planning import LoadPlan, WriteBlock
+from .planning import LoadPlan
 from .streaming import Progress, Span
 from .table import HashTable, Slot, UpdateCounts
 
 if TYPE_CHECKING:
     from ._load_tensors import aload_tensors, load_tensors
+    from ._runs import latest
     from ._save_report import SaveReport
     from .reader import CheckpointReader
     from .saver import Saver
+    from .saving import WriteBlock
 
 __version__ = "0.1.0"
 
@@ -71,7 +72,9 @@ _LATER = {
     "CheckpointReader": "reader",
     "SaveReport": "_save_report",
     "Saver": "saver",
+    "WriteBlock": "saving",
     "aload_tensors": "_load_tensors",
+    "latest": "_runs",
     "load_tensors": "_load_tensors",
 }
 

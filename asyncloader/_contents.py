@@ -10,14 +10,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ._concurrency import run_jobs
-from .checkpoint import Manifest, places_of, stored_names, stored_tensor
+from .checkpoint import Manifest
+from .checkpoint.stored import places_of, stored_names, stored_tensor
 from .planning import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ._session import Session
-    from .checkpoint import Catalog, Place, ShardHeader, Stored
+    from .checkpoint import Catalog, Place, ShardHeader
+    from .checkpoint.stored import Stored
 
 __all__ = ["Contents"]
 

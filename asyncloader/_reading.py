@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._session import Session
-    from .checkpoint import Stored
+    from .checkpoint.stored import Stored
     from .streaming import Destinations
 
 __all__ = ["read_stored", "torch_dtype"]

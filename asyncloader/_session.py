@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._concurrency import run_jobs
-from ._runs import is_run_folder
 from .checkpoint import read_catalog, read_manifest
 from .errors import CheckpointNotFoundError, LoadTimeoutError, ReadError
 from .storage import LocalStorage
@@ -109,6 +108,8 @@ class Session:
                 self.storage, executor=pool, file=self.file, verify=self.verify
             )
         except CheckpointNotFoundError as error:
+            from ._runs import is_run_folder  # noqa: PLC0415  # seldom
+
             [is_run] = await run_jobs(pool, [partial(is_run_folder, self.location)])
             if not is_run:
                 raise

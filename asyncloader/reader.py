@@ -14,7 +14,7 @@ from ._contents import Contents
 from ._reading import read_stored, torch_dtype
 from ._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_verify
 from ._sessions import Sessions
-from .checkpoint import stored_names
+from .checkpoint.stored import stored_names
 from .streaming import run_blocking
 
 if TYPE_CHECKING:

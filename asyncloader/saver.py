@@ -13,7 +13,6 @@ from ._arguments import as_dict, check_callable, check_progress, check_timeout, 
 from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
 from ._save_report import SaveReport
-from .planning import WriteBlock, checked_blocks, lay_out
 from .saving import (
     CHUNK,
     Agreed,
@@ -21,19 +20,22 @@ from .saving import (
     Contents,
     Means,
     Save,
+    WriteBlock,
+    checked_blocks,
     checked_save_id,
     fresh_save_id,
+    lay_out,
     shared_save_id,
 )
-from .storage import LocalFolder
+from .storage.folder import LocalFolder
 from .streaming import ByteBudget, Meter, StagingPool, Threads, check_tables, run_blocking
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Coroutine, Mapping
 
-    from .planning import ShardLayout
-    from .storage import Folder
+    from .saving import ShardLayout
+    from .storage.folder import Folder
     from .streaming import Progress
     from .table import SavableSnapshot, SavableTable
 

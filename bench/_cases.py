@@ -144,5 +144,5 @@ def table_loader(path: Path, table: HashTable) -> Loader:
     return Loader(path, hashtables={TABLE: table}, strict=True)
 
 
-def tensor_loader(path: Path, tensors: dict[str, Tensor]) -> Loader:
-    return Loader(path, tensors=tensors, strict=True)
+def tensor_loader(path: Path, tensors: dict[str, Tensor], *, direct_io: bool = False) -> Loader:
+    return Loader(path, tensors=tensors, strict=True, direct_io=direct_io)

@@ -37,14 +37,16 @@ def ours(
     tensors: dict[str, Tensor],
     runner: asyncio.Runner,
     prepare: Callable[[list[Path]], object] = len,
+    *,
+    direct_io: bool = False,
 ) -> Contender:
     """Return our loader, planning included; `prepare` gets the files before each run."""
     files = case.files()
     return Contender(
-        name="asyncloader",
-        role="ours",
+        name="asyncloader, direct_io" if direct_io else "asyncloader",
+        role="variant" if direct_io else "ours",
         prepare=partial(prepare, files),
-        run=lambda _: runner.run(tensor_loader(case.path, tensors).aload()),
+        run=lambda _: runner.run(tensor_loader(case.path, tensors, direct_io=direct_io).aload()),
         poison=lambda _: poison(tensors),
         check=lambda _: case.check(tensors),
     )

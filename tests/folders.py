@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from asyncloader import HashTable, Saver
-from asyncloader.storage import LocalFolder
+from asyncloader.storage.folder import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader import SaveReport
-    from asyncloader.storage import WritableFile
+    from asyncloader.storage.folder import WritableFile
 
 
 @dataclass

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from asyncloader._session import open_session
-from asyncloader.checkpoint import stored_tensor
+from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.cli._app import run as run_here
 from asyncloader.cli._finding import FoundId
 from asyncloader.cli._numbers import Numbers, number_text

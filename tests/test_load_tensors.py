@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from asyncloader import CheckpointError, aload_tensors, load_tensors
 from asyncloader._reading import torch_dtype
-from asyncloader.checkpoint import Block, DType, Stored
+from asyncloader.checkpoint import Block, DType
+from asyncloader.checkpoint.stored import Stored
 from tests.oracle import DTYPES, append, edit_header, flat_bytes, shard_holding, write_checkpoint
 from tests.steps import Steps
 from tests.support import data, debug_off, nothing_left_behind, raw

@@ -26,7 +26,7 @@ from asyncloader import (
     WriteBlock,
     gen_slice,
 )
-from asyncloader.storage import LocalFolder
+from asyncloader.storage.folder import LocalFolder
 from tests.folders import WatchedFolder, content, save_into
 from tests.oracle import (
     TableData,

@@ -24,7 +24,7 @@ from asyncloader.storage import (
     read_small,
     read_text,
 )
-from asyncloader.storage._direct import O_DIRECT, DirectReader
+from asyncloader.storage._direct import DirectReader
 from asyncloader.storage._local import _preadv
 from asyncloader.storage._pace import Ran, ReadPace, Seen
 from tests.support import open_files
@@ -377,7 +377,7 @@ def test_a_direct_read_gives_what_a_plain_one_does(shared: Path, data: st.DataOb
     size = shared.stat().st_size
     sizes = data.draw(st.lists(st.integers(0, 9000), max_size=8))
     offset = data.draw(st.integers(0, size + 10))
-    fd = os.open(shared, os.O_RDONLY | O_DIRECT)
+    fd = os.open(shared, os.O_RDONLY | os.O_DIRECT)
     plain = os.open(shared, os.O_RDONLY)
     try:
         both = [[memoryview(bytearray(size)) for size in sizes] for _ in range(2)]
@@ -392,7 +392,7 @@ def test_a_direct_read_gives_what_a_plain_one_does(shared: Path, data: st.DataOb
 def test_a_file_whose_system_refuses_a_direct_read_is_read_all_the_same(tmp_path: Path) -> None:
     data = os.urandom(3 << 20)
     (tmp_path / "f").write_bytes(data)
-    fd = os.open(tmp_path / "f", os.O_RDONLY | O_DIRECT)
+    fd = os.open(tmp_path / "f", os.O_RDONLY | os.O_DIRECT)
     try:
         target = bytearray(len(data))
         assert (

@@ -25,7 +25,6 @@ from ._sidecar import (
     whole_chunks,
 )
 from ._slices import DEFAULT_SLICE_SIZE, Slice, gen_slice
-from ._stored import Stored, cut_rows, places_of, stored_names, stored_tensor
 from ._text import (
     dense_key,
     describe_embedding,
@@ -64,11 +63,9 @@ __all__ = [
     "ShardHeader",
     "Sidecar",
     "Slice",
-    "Stored",
     "Verify",
     "chunk_count",
     "chunks_around",
-    "cut_rows",
     "dense_key",
     "describe_embedding",
     "describe_slot",
@@ -80,7 +77,6 @@ __all__ = [
     "parse_sidecar",
     "part_as_json",
     "part_of_json",
-    "places_of",
     "read_catalog",
     "read_manifest",
     "render_header",
@@ -92,7 +88,5 @@ __all__ = [
     "shards_of_json",
     "sparse_key",
     "sparse_name",
-    "stored_names",
-    "stored_tensor",
     "whole_chunks",
 ]

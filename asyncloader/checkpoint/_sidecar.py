@@ -24,7 +24,6 @@ from reprlib import repr as shown  # shortens
 from typing import TYPE_CHECKING, Any
 
 import orjson
-import xxhash
 
 from asyncloader.errors import CheckpointError
 
@@ -64,6 +63,8 @@ _HEX = 32
 
 def digest_of(data: bytes | bytearray | memoryview) -> str:
     """Return the digest of bytes, 32 hexadecimal digits. Holds no GIL while it computes."""
+    import xxhash  # noqa: PLC0415  # not every checkpoint has digests
+
     return xxhash.xxh3_128_hexdigest(data)
 
 

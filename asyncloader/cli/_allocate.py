@@ -12,7 +12,8 @@ from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
 from asyncloader._reading import torch_dtype
 from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, open_session
-from asyncloader.checkpoint import Places, gen_slice, stored_tensor
+from asyncloader.checkpoint import Places, gen_slice
+from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.errors import CheckpointError
 from asyncloader.table import HashTable
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader.checkpoint import Catalog, Manifest, Slice, Stored, Verify
+    from asyncloader.checkpoint import Catalog, Manifest, Slice, Verify
+    from asyncloader.checkpoint.stored import Stored
 
 __all__ = ["EMBEDDING", "ID", "LIMITS", "allocate", "nbytes_of", "shards_of", "stored_slot"]
 

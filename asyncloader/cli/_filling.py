@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader._session import Session
-    from asyncloader.checkpoint import Manifest, Slice, Stored
+    from asyncloader.checkpoint import Manifest, Slice
+    from asyncloader.checkpoint.stored import Stored
     from asyncloader.planning import LoadInfo, LoadPlan
     from asyncloader.streaming import Destinations, Progress
     from asyncloader.table import UpdateCounts

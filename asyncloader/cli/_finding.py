@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader.checkpoint import Stored
+from asyncloader.checkpoint.stored import Stored
 from asyncloader.errors import CheckpointError
 
 from ._allocate import ID

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader.checkpoint import stored_names
+from asyncloader.checkpoint.stored import stored_names
 from asyncloader.planning import did_you_mean
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader.checkpoint import stored_tensor
+from asyncloader.checkpoint.stored import stored_tensor
 
 from ._allocate import ID, nbytes_of, stored_slot
 from ._finding import check_ids
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from asyncloader._session import Session
-    from asyncloader.checkpoint import Catalog, Manifest, Stored
+    from asyncloader.checkpoint import Catalog, Manifest
+    from asyncloader.checkpoint.stored import Stored
 
     from ._lookup import Target
     from ._progress import Tell

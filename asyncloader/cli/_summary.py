@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader.checkpoint import INDEX, SIDECAR, stored_tensor
+from asyncloader.checkpoint import INDEX, SIDECAR
+from asyncloader.checkpoint.stored import stored_tensor
 
 from ._allocate import ID, nbytes_of, shards_of, stored_slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from asyncloader.checkpoint import Catalog, Manifest, Stored
+    from asyncloader.checkpoint import Catalog, Manifest
+    from asyncloader.checkpoint.stored import Stored
 
 __all__ = [
     "CheckpointSummary",

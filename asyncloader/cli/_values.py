@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader._session import Session
-    from asyncloader.checkpoint import Stored
+    from asyncloader.checkpoint.stored import Stored
 
 __all__ = ["Row", "Value", "read_row", "read_rows", "values_of"]
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader._session import Session
-    from asyncloader.checkpoint import Block, Stored
+    from asyncloader.checkpoint import Block
+    from asyncloader.checkpoint.stored import Stored
 
 __all__ = ["WINDOW", "flat", "in_windows", "read_elements"]
 

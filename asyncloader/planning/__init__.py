@@ -2,14 +2,6 @@
 
 from ._choice import Choice, choose
 from ._hints import did_you_mean
-from ._layout import (
-    PlacedBlock,
-    ShardLayout,
-    WriteBlock,
-    checked_blocks,
-    lay_out,
-    lay_out_shard,
-)
 from ._load_info import ID, LoadInfo, checked_load_info, default_load_info
 from ._plan import LoadPlan, PartLoad, TableLoad
 from ._planner import plan_load
@@ -27,10 +19,8 @@ __all__ = [
     "LoadPlan",
     "PartLoad",
     "Piece",
-    "PlacedBlock",
     "Read",
     "RowType",
-    "ShardLayout",
     "TableLoad",
     "TableTarget",
     "Targets",
@@ -38,14 +28,10 @@ __all__ = [
     "TensorLoads",
     "TensorTarget",
     "TensorTargets",
-    "WriteBlock",
-    "checked_blocks",
     "checked_load_info",
     "choose",
     "default_load_info",
     "did_you_mean",
-    "lay_out",
-    "lay_out_shard",
     "plan_load",
     "plan_reads",
 ]

@@ -2,6 +2,14 @@
 
 from ._commit import Commit
 from ._contents import Contents
+from ._layout import (
+    PlacedBlock,
+    ShardLayout,
+    WriteBlock,
+    checked_blocks,
+    lay_out,
+    lay_out_shard,
+)
 from ._part import RankPart
 from ._save import Save
 from ._save_id import Agreed, checked_save_id, fresh_save_id, shared_save_id
@@ -15,10 +23,16 @@ __all__ = [
     "Commit",
     "Contents",
     "Means",
+    "PlacedBlock",
     "RankPart",
     "Save",
+    "ShardLayout",
+    "WriteBlock",
+    "checked_blocks",
     "checked_save_id",
     "fresh_save_id",
+    "lay_out",
+    "lay_out_shard",
     "shared_save_id",
     "write_shards",
 ]

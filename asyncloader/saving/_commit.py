@@ -37,7 +37,7 @@ from ._part import merge_parts, parse_part, render_part
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asyncloader.storage import Folder
+    from asyncloader.storage.folder import Folder
 
     from ._part import RankPart
 

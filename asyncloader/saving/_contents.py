@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from asyncloader.checkpoint import BY_TORCH, DTYPES, SUB_SLICES, PartRows
-from asyncloader.planning import ID, WriteBlock
+from asyncloader.planning import ID
 
+from ._layout import WriteBlock
 from ._sources import IdSource, RowOrder, RowSource, TensorSource
 from ._writing import CHUNK
 

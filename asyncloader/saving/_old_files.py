@@ -11,7 +11,7 @@ from asyncloader.checkpoint import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
 from asyncloader.errors import SaveError
 
 if TYPE_CHECKING:
-    from asyncloader.storage import Folder
+    from asyncloader.storage.folder import Folder
 
 __all__ = ["STAGING", "old_files"]
 

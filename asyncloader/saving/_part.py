@@ -29,7 +29,8 @@ from asyncloader.checkpoint import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from asyncloader.planning import ShardLayout
+    from ._layout import ShardLayout
+
 
 __all__ = ["RankPart", "merge_parts", "parse_part", "render_part"]
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from asyncloader.checkpoint import ShardDigests
-    from asyncloader.planning import ShardLayout
 
     from ._commit import Commit
     from ._contents import Contents
+    from ._layout import ShardLayout
     from ._writing import Means
 
 __all__ = ["Save"]

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from asyncloader.streaming import Arena
-    from asyncloader.table import SavableSnapshot, SortedRows
+    from asyncloader.table import SavableSnapshot
+    from asyncloader.table.snapshot import SortedRows
 
 __all__ = ["ByteSource", "IdSource", "RowOrder", "RowSource", "TensorSource"]
 

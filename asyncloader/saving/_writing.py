@@ -14,10 +14,10 @@ from asyncloader.streaming import Arena
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from asyncloader.planning import PlacedBlock, ShardLayout, WriteBlock
-    from asyncloader.storage import Folder, WritableFile
+    from asyncloader.storage.folder import Folder, WritableFile
     from asyncloader.streaming import ByteBudget, Meter, StagingPool, Threads
 
+    from ._layout import PlacedBlock, ShardLayout, WriteBlock
     from ._sources import ByteSource
 
 __all__ = ["CHUNK", "Means", "Write", "cut_writes", "write_shards"]

@@ -1,6 +1,5 @@
-"""Bytes from somewhere."""
+"""Bytes from somewhere. `storage.folder` writes them; who only reads does not import it."""
 
-from ._folder import Folder, LocalFolder, WritableFile
 from ._local import LocalStorage
 from ._pace import processors
 from ._protocol import (
@@ -14,13 +13,10 @@ from ._protocol import (
 )
 
 __all__ = [
-    "Folder",
-    "LocalFolder",
     "LocalStorage",
     "ReadInto",
     "Storage",
     "ThreadedStorage",
-    "WritableFile",
     "fill",
     "processors",
     "read_exactly",

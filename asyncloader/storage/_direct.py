@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
     from ._pace import Seen
 
-__all__ = ["O_DIRECT", "DirectReader"]
-
-O_DIRECT = getattr(os, "O_DIRECT", 0)
-"""For opening; 0 where the system has no such thing."""
+__all__ = ["DirectReader"]
 
 # What every device and file system is content with that we know of; most ask for 512.
 _BLOCK = 4 << 10
@@ -120,8 +117,8 @@ def _through_the_cache(fd: int) -> bool:
     import fcntl  # noqa: PLC0415  # not everywhere
 
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~O_DIRECT)
-    return bool(flags & O_DIRECT)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return bool(flags & os.O_DIRECT)
 
 
 def _copy(target: memoryview, source: memoryview) -> None:

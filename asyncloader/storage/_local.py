@@ -20,7 +20,6 @@ import aiofiles.os
 
 from asyncloader._concurrency import run_jobs, settled
 
-from ._direct import O_DIRECT, DirectReader
 from ._pace import ReadPace, Seen
 from ._protocol import scatter, views_after
 
@@ -45,6 +44,7 @@ _START = 16 << 10
 # Shorter reads do not keep others from the processors.
 _PACED = 1 << 20
 _NBYTES = attrgetter("nbytes")
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
 # Linux only. It refuses where the bytes are not in the page cache, and with the others where the
 # file system does not know.
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -91,8 +91,12 @@ class LocalStorage:
         seen: dict[str, tuple[int, ...]] | None = None,
         direct_io: bool = False,
     ) -> None:
-        self._flags = O_DIRECT if direct_io else 0
-        self._preadv: _PReadV = DirectReader().preadv if self._flags else _preadv
+        self._flags = _O_DIRECT if direct_io else 0
+        self._preadv: _PReadV = _preadv
+        if self._flags:
+            from ._direct import DirectReader  # noqa: PLC0415  # seldom
+
+            self._preadv = DirectReader().preadv
         self._root = Path(root)
         self._executor = executor
         self._pace = ReadPace(executor, most=parallel)
@@ -255,9 +259,9 @@ def _open_regular(path: str, flags: int) -> tuple[int, os.stat_result]:
     try:
         fd = os.open(path, flags)
     except OSError as error:
-        if error.errno != errno.EINVAL or not flags & O_DIRECT:
+        if error.errno != errno.EINVAL or not flags & _O_DIRECT:
             raise
-        fd = os.open(path, flags & ~O_DIRECT)  # a file system in memory, or an odd one
+        fd = os.open(path, flags & ~_O_DIRECT)  # a file system in memory, or an odd one
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)

@@ -9,11 +9,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-if sys.platform == "win32":
-    from asyncio import new_event_loop
-else:
-    from uvloop import new_event_loop
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from concurrent.futures import Future
@@ -24,6 +19,14 @@ T = TypeVar("T")
 
 _PATIENCE = 0.1
 """Seconds between two looks at whether we are still wanted."""
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    if sys.platform == "win32":
+        return asyncio.new_event_loop()
+    import uvloop  # noqa: PLC0415  # who awaits has a loop
+
+    return uvloop.new_event_loop()
 
 
 class _Call(Generic[T]):
@@ -54,7 +57,7 @@ def run_blocking(main: Callable[[], Coroutine[object, object, T]]) -> T:
     private one does the work on a thread that lives for this call only.
     """
     call = _Call(main)
-    loop = new_event_loop()
+    loop = _new_event_loop()
 
     def serve() -> T:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:

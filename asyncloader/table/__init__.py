@@ -1,4 +1,4 @@
-"""The hash table: ids → rows, with updates that show all at once."""
+"""The hash table: ids → rows, with updates that show all at once. Savers use `table.snapshot`."""
 
 from ._hashtable import HashTable
 from ._protocol import (
@@ -9,7 +9,6 @@ from ._protocol import (
     UpdateCounts,
 )
 from ._slots import Initializer, Slot
-from ._snapshot import SortedRows
 
 __all__ = [
     "HashTable",
@@ -19,6 +18,5 @@ __all__ = [
     "SavableSnapshot",
     "SavableTable",
     "Slot",
-    "SortedRows",
     "UpdateCounts",
 ]

@@ -12,7 +12,6 @@ from asyncloader.checkpoint import Slice, gen_slice
 
 from ._encoding import Encoding, as_ids, strays
 from ._slots import Initializer, Slot, as_shape
-from ._snapshot import TableSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from ._encoding import Children
     from ._state import TableState
     from ._update import TableUpdate
+    from .snapshot import TableSnapshot
 
 __all__ = ["HashTable"]
 
@@ -279,6 +279,8 @@ class HashTable(torch.nn.Module):
 
     def snapshot(self) -> TableSnapshot:
         """Return what the table holds now; for savers. Takes no lock, and copies nothing."""
+        from .snapshot import TableSnapshot  # noqa: PLC0415  # who only loads does without
+
         return TableSnapshot(self.name, self.children, self.slice, self._state, self._encoding)
 
     def begin(self, *, most: int, expected: int) -> TableUpdate:

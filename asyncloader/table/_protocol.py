@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from asyncloader.checkpoint import Slice
 
     from ._slots import Slot
-    from ._snapshot import SortedRows
+    from .snapshot import SortedRows
 
 __all__ = [
     "LoadableTable",

@@ -14,7 +14,8 @@ from asyncloader.errors import ReadError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from asyncloader.checkpoint import Block, Stored
+    from asyncloader.checkpoint import Block
+    from asyncloader.checkpoint.stored import Stored
     from asyncloader.streaming import Arena, Verifier
 
 __all__ = ["BlockFiles", "StoredSource"]

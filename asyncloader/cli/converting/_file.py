@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
 from asyncloader.errors import SaveError
-from asyncloader.planning import ID, WriteBlock, lay_out_shard
-from asyncloader.saving import CHUNK, Means, fresh_save_id, write_shards
-from asyncloader.storage import LocalFolder
+from asyncloader.planning import ID
+from asyncloader.saving import CHUNK, Means, WriteBlock, fresh_save_id, lay_out_shard, write_shards
+from asyncloader.storage.folder import LocalFolder
 from asyncloader.streaming import ByteBudget, Meter, StagingPool
 
 from ._blocks import BlockFiles, StoredSource
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from asyncloader._session import Session
-    from asyncloader.checkpoint import Stored
-    from asyncloader.planning import ShardLayout
+    from asyncloader.checkpoint.stored import Stored
+    from asyncloader.saving import ShardLayout
     from asyncloader.streaming import Progress
 
     from ._source import Source

@@ -18,7 +18,7 @@ from asyncloader.cli._stages import Stages
 from asyncloader.errors import CheckpointError
 from asyncloader.saver import Saver
 from asyncloader.saving import Commit, fresh_save_id
-from asyncloader.storage import LocalFolder
+from asyncloader.storage.folder import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from asyncloader._save_report import SaveReport
     from asyncloader._session import Session
-    from asyncloader.checkpoint import Stored
-    from asyncloader.planning import WriteBlock
+    from asyncloader.checkpoint.stored import Stored
+    from asyncloader.saving import WriteBlock
     from asyncloader.streaming import Progress
     from asyncloader.table import HashTable
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import orjson
 
 from asyncloader._concurrency import run_jobs
-from asyncloader.checkpoint import INDEX, Manifest, stored_tensor
+from asyncloader.checkpoint import INDEX, Manifest
 from asyncloader.checkpoint._header import PREFIX
+from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.cli._allocate import shards_of, stored_slot
 from asyncloader.errors import CheckpointError
 from asyncloader.planning import ID
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from asyncloader._session import Session
-    from asyncloader.checkpoint import Slice, Stored
+    from asyncloader.checkpoint import Slice
+    from asyncloader.checkpoint.stored import Stored
 
 __all__ = ["Source", "StoredTable", "read_source"]
 

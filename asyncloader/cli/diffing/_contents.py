@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
-from asyncloader.checkpoint import stored_tensor
+from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.cli._allocate import shards_of, stored_slot
 from asyncloader.errors import CheckpointError
 from asyncloader.planning import ID
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from asyncloader._session import Session
-    from asyncloader.checkpoint import Manifest, Stored
+    from asyncloader.checkpoint import Manifest
+    from asyncloader.checkpoint.stored import Stored
 
 __all__ = ["Content", "StoredTable", "nbytes_of", "only_in", "read_content", "row_kind"]
 

@@ -20,7 +20,8 @@ from ._difference import SlotDifference, TableDifference
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from asyncloader.checkpoint import Slice, Stored
+    from asyncloader.checkpoint import Slice
+    from asyncloader.checkpoint.stored import Stored
     from asyncloader.cli._stages import Stages
     from asyncloader.table import HashTable
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader.checkpoint import Stored
+    from asyncloader.checkpoint.stored import Stored
     from asyncloader.streaming import Meter
 
     from ._contents import Content

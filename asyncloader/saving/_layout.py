@@ -17,8 +17,7 @@ from asyncloader.checkpoint import (
     sparse_key,
     sparse_name,
 )
-
-from ._load_info import ID
+from asyncloader.planning import ID
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
