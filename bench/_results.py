@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from bench._machine import machine
-from bench._measure import best
+from bench._measure import best, named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,14 +92,24 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lag:
-    """How late a timer on the event loop was, in seconds."""
+    """How late a timer on the event loop was, in seconds.
+
+    Rounds in which the host let others run in this machine's place are left out, as far as there
+    are any others.
+    """
 
     case: str
     what: str
+    rounds: int
+    stolen: int
+    """Rounds that were left out."""
+
     ticks: int
     median: float
     p99: float
     worst: float
+    worst_of_all: float
+    """Those that were left out included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,12 +172,14 @@ class Results:
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def against_raw(results: Results, speed: Speed, goal: Goal) -> None:
-    """Note how ours compares with the raw read."""
-    if speed.raw is None or speed.ours is None:
+def against_raw(results: Results, speed: Speed, goal: Goal, name: str | None = None) -> None:
+    """Note how ours, or a variant of it of that name, compares with the raw read."""
+    ours = speed.ours if name is None else named(speed.times, name)
+    if speed.raw is None or ours is None:
         raise LookupError(f"{speed.case} has no raw read, or nothing of ours")
-    ratio = speed.raw.median / speed.ours.median
-    results.figure(speed.case, f"beside {speed.raw.name}", ratio, "of its speed", goal)
+    ratio = speed.raw.median / ours.median
+    what = f"{'' if name is None else f'{name}, '}beside {speed.raw.name}"
+    results.figure(speed.case, what, ratio, "of its speed", goal)
 
 
 def against_peers(results: Results, speed: Speed, goal: Goal) -> None:

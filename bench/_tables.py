@@ -107,11 +107,14 @@ def _memories(memories: Sequence[Memory]) -> Table:
 
 
 def _lags(lags: Sequence[Lag]) -> Table:
-    columns = ("case", "ms", "ticks", "median", "p99", "worst")
+    columns = ("case", "ms", "rounds", "ticks", "median", "p99", "worst", "of all")
     table = _table("Lag of the event loop", *columns, texts=2)
     for lag in lags:
-        times = (f"{seconds * 1e3:.1f}" for seconds in (lag.median, lag.p99, lag.worst))
-        table.add_row(lag.case, lag.what, f"{lag.ticks:,}", *times)
+        times = (
+            f"{seconds * 1e3:.1f}" for seconds in (lag.median, lag.p99, lag.worst, lag.worst_of_all)
+        )
+        rounds = f"{lag.rounds - lag.stolen} of {lag.rounds}"
+        table.add_row(lag.case, lag.what, rounds, f"{lag.ticks:,}", *times)
     return table
 
 

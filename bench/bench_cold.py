@@ -95,6 +95,7 @@ def test_d2_large_tensors_from_a_cold_cache(
     contenders = [
         *sequential(dense),
         _dense.ours(dense, tensors, runner, cold),
+        _dense.ours(dense, tensors, runner, cold, direct_io=True),
         *peers,
     ]
 
@@ -108,3 +109,4 @@ def test_d2_large_tensors_from_a_cold_cache(
 
     results.speeds.append(speed)
     against_raw(results, speed, Goal("≥", 0.95))
+    against_raw(results, speed, Goal("≥", 0.95), name="asyncloader, direct_io")
