@@ -51,7 +51,7 @@ def test_s1_planning(
 
         return Contender(name=f"{count:,}", role="variant", prepare=prepare, run=run, check=check)
 
-    times = interleave([contender(count) for count in scale.blocks], rounds=scale.rounds(3))
+    times = interleave([contender(count) for count in scale.blocks], rounds=scale.rounds(2))
 
     seconds = [one.seconds for one in times]
     what = "planning"
@@ -81,7 +81,7 @@ def test_s1_loading(
             check=lambda _: part.check(tensors),
         )
 
-    times = interleave([contender(count) for count in scale.loads], rounds=scale.rounds(4))
+    times = interleave([contender(count) for count in scale.loads], rounds=scale.rounds(3))
 
     each = memory["tensor.000"].nbytes / 2**20
     growth = Growth(
