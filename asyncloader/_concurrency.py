@@ -42,6 +42,8 @@ async def settled(
         if not work.cancelled() and work.exception() is None and discard is not None:
             await _all_done([asyncio.ensure_future(discard(work.result()))])
         raise
+    finally:
+        del work, withdraw  # they know its error, which knows this frame
 
 
 async def run_jobs(executor: Executor, jobs: Sequence[Callable[[], T]]) -> list[T]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import itertools
 import os
 import random
@@ -370,6 +371,32 @@ async def test_a_read_that_fails_or_never_begins_leaves_its_place(pool: ThreadPo
     done = await asyncio.gather(*jobs, return_exceptions=True)
     assert [done[0], type(done[1]), done[2]] == [7, asyncio.CancelledError, 7]
     assert pace.limit == 1
+
+
+async def test_a_read_that_no_thread_can_take_is_an_error_and_not_kept() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        pass
+    pace = ReadPace(executor, most=2, cores=2)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="shutdown"):
+            await pace.run(lambda _: 7)
+
+
+async def test_an_error_of_a_read_holds_on_to_nothing(pool: ThreadPoolExecutor) -> None:
+    pace = ReadPace(pool, most=1, cores=1)
+    buffer = bytearray(10)
+
+    def fail(_: Seen, view: memoryview) -> None:
+        raise OSError(errno.EIO, f"no {len(view)} bytes")
+
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match="no 10 bytes"):
+            await pace.run(partial(fail, view=memoryview(buffer)))
+        assert await pace.run(lambda _: 7) == 7  # the thread is done with the one before
+        buffer.clear()  # fails where a view is left
+    finally:
+        gc.enable()
 
 
 @given(data=st.data())

@@ -117,14 +117,33 @@ class ReadPace:
 
         Who is cancelled takes it back if it has not begun, and waits for it if it has.
         """
-        future: Future[T] = Future()
+        read = _Read(job, Future())
         with self._lock:
-            self._waiting.append(_Read(job, future))
+            self._waiting.append(read)
             missing = self._readers < self._limit
             self._readers += missing
         if missing:
+            self._start(read)
+        try:
+            return await settled(asyncio.wrap_future(read.future), withdraw=read.future.cancel)
+        finally:
+            del read  # its future knows its error, which knows this frame
+
+    def _start(self, first: _Read | None = None) -> None:
+        """Have one thread more carry out what waits; where there is none, without `first`.
+
+        Raises:
+            RuntimeError: If nobody would carry out `first`.
+        """
+        try:
             self._executor.submit(self._serve)
-        return await settled(asyncio.wrap_future(future), withdraw=future.cancel)
+        except RuntimeError:  # no more threads to be had, or they are shut down
+            with self._lock:
+                self._readers -= 1
+                if first is None or self._readers:
+                    return
+                self._waiting.remove(first)
+            raise
 
     def _serve(self) -> None:
         """Carry out what waits, one after the other, on a thread.
@@ -140,20 +159,23 @@ class ReadPace:
                 missing = bool(self._waiting) and self._readers < self._limit
                 self._readers += missing
             if missing:
-                self._executor.submit(self._serve)
+                self._start()
             if read.future.set_running_or_notify_cancel():
-                self._carry_out(read)
+                self._carry_out(read.job, read.future)
+            del read  # or an idle thread would hold on to memory that was read into
 
-    def _carry_out(self, read: _Read) -> None:
+    def _carry_out(self, job: Callable[[Seen], object], future: Future[Any]) -> None:
         seen = Seen()
-        before = self._clock()
         try:
-            result = read.job(seen)
+            before = self._clock()
+            result = job(seen)
+            self._adjust(seen, before, self._clock())
         except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
-            read.future.set_exception(error)
-            return
-        self._adjust(seen, before, self._clock())
-        read.future.set_result(result)
+            future.set_exception(error)
+            # The error knows this frame; without cycles, memory is let go with the error.
+            del future, job
+        else:
+            future.set_result(result)
 
     def _adjust(self, seen: Seen, before: Ran | None, after: Ran | None) -> None:
         crowded = before and after and after.waited_for_others(before)
