@@ -6,7 +6,14 @@ import os
 from collections.abc import Mapping
 from typing import TypeVar
 
-__all__ = ["as_dict", "check_callable", "check_progress", "check_timeout", "checked_path"]
+__all__ = [
+    "as_dict",
+    "check_callable",
+    "check_progress",
+    "check_timeout",
+    "checked_path",
+    "checked_switch",
+]
 
 T = TypeVar("T")
 
@@ -55,6 +62,17 @@ def check_callable(function: object, name: str) -> None:
     """
     if not callable(function):
         raise TypeError(f"{name} must be callable, got {function!r}")
+
+
+def checked_switch(value: object, name: str) -> bool:
+    """Return what is on or off.
+
+    Raises:
+        TypeError: If it is something else; `"no"` would be on.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, got {value!r}")
+    return value
 
 
 def check_progress(progress: object) -> None:

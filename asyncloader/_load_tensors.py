@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ._arguments import checked_path
+from ._arguments import checked_path, checked_switch
 from ._contents import Contents
 from ._reading import read_stored
 from ._session import (
@@ -66,8 +66,9 @@ async def aload_tensors(
     wanted = None if names is None else tuple(names)
     limits = Limits(parallel=parallel, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=INFLIGHT_BYTES)
     checked = checked_verify(verify)
+    past = checked_switch(direct_io, "direct_io")
     async with open_session(
-        path, limits=limits, verify=checked, timeout=None, direct_io=direct_io
+        path, limits=limits, verify=checked, timeout=None, direct_io=past
     ) as session:
         contents = Contents()
         if wanted is None:

@@ -8,7 +8,14 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ._arguments import as_dict, check_callable, check_progress, check_timeout, checked_path
+from ._arguments import (
+    as_dict,
+    check_callable,
+    check_progress,
+    check_timeout,
+    checked_path,
+    checked_switch,
+)
 from ._collector import undisturbed
 from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
@@ -98,7 +105,8 @@ class Loader:
             `"require"`, every byte that is loaded, and a checkpoint without digests is an error;
             `"off"`. With digests, at least one chunk is read at a time. The report says how many
             bytes were verified.
-        trace: Called on the event loop with a `Span` after every step of the load.
+        trace: Called on the event loop with a `Span` after every step of the load. (To have them in
+            a file: `asyncloader load --trace FILE`.)
         direct_io: Whether files are read past the page cache (`O_DIRECT`), where the file system
             lets us: faster if they are not in it, and what others have there stays; slower if they
             are. Takes 4 MiB of memory more for each read at a time.
@@ -140,7 +148,7 @@ class Loader:
         self._timeout = timeout
         self._progress = progress
         self._verify = checked_verify(verify)
-        self._direct_io = direct_io
+        self._direct_io = checked_switch(direct_io, "direct_io")
         self._tracer = Tracer(trace)
         self._tables = as_dict(hashtables, "hashtables")
         check_tables(self._tables, self._tensors, able="begin")

@@ -162,6 +162,7 @@ def test_a_name_is_guessed_among_any_number(tmp_path: Path) -> None:
         ({"names": ["w", None]}, TypeError),
         ({"parallel": 0}, ValueError),
         ({"parallel": "2"}, TypeError),
+        ({"direct_io": "no"}, TypeError),
         ({"checkpoint_path": None}, TypeError),
         ({"checkpoint_path": b"x"}, TypeError),
         ({"checkpoint_path": "a\0b"}, ValueError),
@@ -172,6 +173,13 @@ async def test_arguments_that_make_no_sense_are_refused(
 ) -> None:
     with nothing_left_behind(), pytest.raises(kind):
         await aload_tensors(**{"checkpoint_path": checkpoint, **arguments})  # type: ignore[arg-type]  # the very thing
+
+
+def test_a_file_that_has_no_digests_is_named_where_they_are_required(tmp_path: Path) -> None:
+    file = tmp_path / "d.safetensors"
+    save_file({"w": torch.ones(3)}, file)
+    with pytest.raises(CheckpointError, match=r"d\.safetensors: has no digests"):
+        load_tensors(file, verify="require")
 
 
 def test_a_dtype_that_torch_lacks_is_named() -> None:

@@ -57,7 +57,8 @@ async def read_catalog(
     where = storage.location
     if file is not None:
         try:
-            return _without_digests(where, verify, await _read_file(storage, executor, file))
+            catalog = await _read_file(storage, executor, file)
+            return _without_digests(f"{where}/{file}", verify, catalog)
         except _ABSENT as error:
             problem = f"cannot be opened: {error.strerror}"
             raise CheckpointNotFoundError(f"{where}/{file}", problem) from error
@@ -124,7 +125,7 @@ def _without_digests(where: str, verify: Verify, catalog: Catalog) -> Catalog:
     if verify == "require":
         problem = (
             f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
-            "save it with asyncloader.Saver, or load it with verify='auto'"
+            "take the folder of a checkpoint that asyncloader.Saver wrote, or verify='auto'"
         )
         raise CheckpointError(where, problem)
     return catalog
