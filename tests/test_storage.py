@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import gc
 import itertools
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,7 +35,6 @@ from tests.support import open_files
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
-    from pathlib import Path
 
     from asyncloader.storage import ReadInto
 
@@ -356,6 +357,109 @@ async def test_a_read_of_what_is_in_memory_knows_that_it_did_not_wait(
         assert not waited
 
 
+@pytest.mark.parametrize(("seconds", "limit"), [(1000, 2), (0, 3)], ids=["ran", "waited"])
+async def test_where_nobody_knows_what_a_read_waited_for_its_thread_does(
+    pool: ThreadPoolExecutor, seconds: int, limit: int
+) -> None:
+    calls = itertools.count()
+
+    def clock() -> Ran:
+        return Ran(next(calls) * seconds * 10**9, 0)
+
+    def job(seen: Seen) -> None:
+        seen.unsure = True
+
+    pace = ReadPace(pool, most=9, cores=2, clock=clock)
+    await pace.run(job)
+    assert pace.limit == limit
+
+
+async def test_readers_that_have_all_threads_let_others_have_a_turn() -> None:
+    order: list[str] = []
+    with ThreadPoolExecutor(1) as executor:
+        pace = ReadPace(executor, most=1, cores=1)
+
+        def job(_: Seen) -> None:
+            order.append("read")
+
+        gate = threading.Event()
+        first = asyncio.create_task(pace.run(lambda _: gate.wait()))
+        reads = [asyncio.create_task(pace.run(job)) for _ in range(5)]
+        await asyncio.sleep(0)
+        other = asyncio.get_running_loop().run_in_executor(executor, order.append, "other")
+        gate.set()
+        await asyncio.gather(first, other, *reads)
+    assert "read" in order[order.index("other") :]
+
+
+async def test_as_many_threads_read_as_the_pace_says_after_it_has_changed_too() -> None:
+    begun, gate = threading.Semaphore(0), threading.Semaphore(0)
+
+    def noted(seen: Seen, *, waited: bool) -> None:
+        seen.waited = waited
+
+    def held(seen: Seen, *, waited: bool) -> None:
+        seen.waited = waited
+        begun.release()
+        gate.acquire()
+
+    with ThreadPoolExecutor(6) as executor:
+        pace = ReadPace(executor, most=4, cores=1, clock=lambda: None)
+        for waited, limit in ((True, 4), (False, 1), (True, 4)):
+            for _ in range(4):
+                await pace.run(partial(noted, waited=waited))
+            assert pace.limit == limit
+            jobs = [asyncio.create_task(pace.run(partial(held, waited=waited))) for _ in range(9)]
+            for _ in range(limit):
+                await asyncio.to_thread(begun.acquire)
+            assert not begun.acquire(blocking=False)
+            gate.release(9)
+            await asyncio.gather(*jobs)
+            for _ in range(9 - limit):
+                begun.acquire()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no O_DIRECT")
+async def test_what_is_read_past_the_page_cache_was_opened_for_it(
+    folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    async with LocalStorage(folder, executor=pool, direct_io=True) as storage:
+        await storage.size("f1")
+        [number] = [
+            int(entry.name)
+            for entry in Path("/proc/self/fd").iterdir()
+            if entry.is_symlink() and entry.exists() and entry.resolve() == folder / "f1"
+        ]
+        assert fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT
+
+
+async def test_large_reads_go_by_the_pace_and_take_back_what_has_not_begun(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "big").write_bytes(bytes(3 << 20))
+    buffers = [bytearray(b"x" * (2 << 20)) for _ in range(8)]
+    with Gated() as pool:
+        async with LocalStorage(tmp_path, executor=pool, parallel=1) as storage:
+            await storage.size("big")
+            pool.gate.clear()
+            before = pool.submitted
+            reads = [
+                asyncio.create_task(storage.readinto("big", 0, [memoryview(buffer)]))
+                for buffer in buffers
+            ]
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert pool.submitted == before + 1
+            for read in reads[1:]:
+                read.cancel()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert [read.done() for read in reads] == [False] + [True] * 7
+            pool.gate.set()
+            assert await reads[0] == 2 << 20
+    assert [buffer[:1] for buffer in buffers] == [b"\0"] + [b"x"] * 7
+
+
 async def test_a_read_that_fails_or_never_begins_leaves_its_place(pool: ThreadPoolExecutor) -> None:
     pace = ReadPace(pool, most=1, cores=1)
 
@@ -399,6 +503,7 @@ async def test_an_error_of_a_read_holds_on_to_nothing(pool: ThreadPoolExecutor) 
         gc.enable()
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="has no O_DIRECT")
 @given(data=st.data())
 def test_a_direct_read_gives_what_a_plain_one_does(shared: Path, data: st.DataObject) -> None:
     size = shared.stat().st_size
@@ -416,16 +521,23 @@ def test_a_direct_read_gives_what_a_plain_one_does(shared: Path, data: st.DataOb
         os.close(plain)
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="has no O_DIRECT")
 def test_a_file_whose_system_refuses_a_direct_read_is_read_all_the_same(tmp_path: Path) -> None:
     data = os.urandom(3 << 20)
     (tmp_path / "f").write_bytes(data)
     fd = os.open(tmp_path / "f", os.O_RDONLY | os.O_DIRECT)
     try:
         target = bytearray(len(data))
-        assert (
-            DirectReader(block=1).preadv(fd, [memoryview(target)[5:]], 5, Seen()) == len(data) - 5
-        )
-        assert target[5:] == data[5:]
+        reader, gate = DirectReader(block=1), threading.Barrier(4)
+
+        def read(number: int) -> int:
+            gate.wait()
+            begin = 5 + number
+            return reader.preadv(fd, [memoryview(target)[begin : begin + 100]], begin, Seen())
+
+        with ThreadPoolExecutor(4) as together:  # all of them find out at the same time
+            assert list(together.map(read, range(0, 400, 100))) == [100] * 4
+        assert target[5:405] == data[5:405]
     finally:
         os.close(fd)
 

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import mmap
 import os
-import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -105,20 +104,14 @@ def _read(fd: int, view: memoryview, offset: int) -> int:
     try:
         return os.preadv(fd, [view], offset)
     except OSError as error:
-        if error.errno != errno.EINVAL or not _through_the_cache(fd):
+        if error.errno != errno.EINVAL:
             raise
-    return os.preadv(fd, [view], offset)
-
-
-def _through_the_cache(fd: int) -> bool:
-    """Give `O_DIRECT` up for a descriptor; say whether it was set."""
-    if sys.platform != "linux":
-        return False
+    # Its device wants larger blocks, say. Another thread may have found that out at the same time.
     import fcntl  # noqa: PLC0415  # not everywhere
 
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-    return bool(flags & os.O_DIRECT)
+    return os.preadv(fd, [view], offset)
 
 
 def _copy(target: memoryview, source: memoryview) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 import aiofiles
 import aiofiles.os
 
-from asyncloader._concurrency import run_jobs, settled
+from asyncloader._concurrency import for_each, run_jobs, settled
 
 from ._pace import ReadPace, Seen
 from ._protocol import scatter, views_after
@@ -41,14 +41,15 @@ _PReadV: TypeAlias = "Callable[[int, Sequence[memoryview], int, Seen], int]"
 _STEP = 8 << 20
 # Read as soon as a file is open: most headers, and many an `index`, need no other hand-over then.
 _START = 16 << 10
+_CLOSERS = 8
 # Shorter reads do not keep others from the processors.
 _PACED = 1 << 20
 _NBYTES = attrgetter("nbytes")
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
-# Linux only. It refuses where the bytes are not in the page cache, and with the others where the
-# file system does not know.
+# Linux only. It refuses with EAGAIN where the bytes are not in the page cache, and with one of the
+# others where the file system does not know.
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-_WOULD_WAIT = {errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+_CANNOT_TELL = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 @dataclass(slots=True)
@@ -127,8 +128,13 @@ class LocalStorage:
     async def _close_all(self) -> None:
         files = list(self._files.values())
         self._files.clear()
-        # At once: sixteen of them one by one took 1 ms. An error is none: nothing was written.
-        await asyncio.gather(*(file.handle.close() for file in files), return_exceptions=True)
+
+        async def close(file: _OpenFile) -> None:
+            with contextlib.suppress(OSError):  # nothing was written: nothing is lost
+                await file.handle.close()
+
+        # Side by side: sixteen of them one by one took 1 ms.
+        await for_each(files, close, workers=_CLOSERS, name="asyncloader-close")
 
     async def size(self, name: str, /) -> int:
         """Return the length of a file in bytes."""
@@ -160,7 +166,7 @@ class LocalStorage:
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
         """Run `job` on one of the executor's threads; see `ThreadedStorage`."""
         async with self._using(name) as file:
-            fd = file.handle.fileno()
+            fd, file.start = file.handle.fileno(), b""
 
             def with_read(seen: Seen) -> T:
                 return job(lambda offset, views: self._preadv(fd, views, offset, seen))
@@ -301,9 +307,11 @@ if hasattr(os, "preadv"):
         """Fill views, and say whether that took bytes which were not in memory yet."""
         done = 0
         for step, length in _steps(views):
-            count = 0 if seen.waited else _preadv_cached(fd, step, offset + done)
+            count = (
+                0 if seen.waited or seen.unsure else _preadv_cached(fd, step, offset + done, seen)
+            )
             if count < length:
-                seen.waited = True
+                seen.waited = not seen.unsure
                 left = views_after(step, count) if count else step
                 count += os.preadv(fd, left, offset + done + count)
             done += count
@@ -311,14 +319,20 @@ if hasattr(os, "preadv"):
                 break
         return done
 
-    def _preadv_cached(fd: int, views: Sequence[memoryview], offset: int) -> int:
+    def _preadv_cached(fd: int, views: Sequence[memoryview], offset: int, seen: Seen) -> int:
         """Read as much as need not be waited for; nothing, where the system cannot tell."""
         try:
-            return os.preadv(fd, views, offset, _NOWAIT)
+            if _NOWAIT:
+                return os.preadv(fd, views, offset, _NOWAIT)
         except OSError as error:
-            if error.errno not in _WOULD_WAIT:
+            if error.errno == errno.EAGAIN:
+                return 0
+            if error.errno not in _CANNOT_TELL:
                 raise
-            return 0
+        except NotImplementedError:  # a C library without preadv2
+            pass
+        seen.unsure = True
+        return 0
 
 else:  # Windows: one position a descriptor, so one reader at a time
     _seek_and_read = threading.Lock()

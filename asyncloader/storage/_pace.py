@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from asyncloader._concurrency import settled
@@ -24,6 +27,9 @@ _SCHEDSTAT = "/proc/thread-self/schedstat"
 # Of the time that a thread runs, spent waiting for its turn. Three on two processors wait for half
 # as long as they run, four as long.
 _CROWDED = 0.67
+# Of the time of a read. What is in the page cache waits for 0.02 of it, what is not for 0.5 and
+# more, whatever else the processors have to do.
+_WAITING = 0.25
 
 
 class Ran(NamedTuple):
@@ -35,30 +41,29 @@ class Ran(NamedTuple):
     ready: int
     """Nanoseconds that it could have run, but for others."""
 
-    def waited_for_others(self, before: Ran) -> bool:
-        """Say whether there were too few processors since `before`."""
-        return self.ready - before.ready > (self.running - before.running) * _CROWDED
-
 
 @dataclass(slots=True)
 class Seen:
     """What a read noticed."""
 
     waited: bool = False
-    """Whether it had to wait for bytes that were not in memory yet, or may have."""
+    """Whether it had to wait for bytes that were not in memory yet."""
+
+    unsure: bool = False
+    """Whether nobody could say that; then how long its thread neither ran nor was ready does."""
 
 
 def thread_time() -> Ran | None:
     """Return what became of the calling thread's time; `None` where nobody knows (Linux only)."""
     try:
         fd = os.open(_SCHEDSTAT, os.O_RDONLY)
-    except OSError:  # another system, or a sandbox
+        try:
+            running, ready, _ = map(int, os.read(fd, 100).split())
+        finally:
+            os.close(fd)
+    except (OSError, ValueError):  # another system, or a sandbox
         return None
-    try:
-        running, ready, _ = os.read(fd, 100).split()
-    finally:
-        os.close(fd)
-    return Ran(int(running), int(ready))
+    return Ran(running, ready)
 
 
 def processors() -> int:
@@ -125,9 +130,17 @@ class ReadPace:
         if missing:
             self._start(read)
         try:
-            return await settled(asyncio.wrap_future(read.future), withdraw=read.future.cancel)
+            return await settled(
+                asyncio.wrap_future(read.future), withdraw=partial(self._withdraw, read)
+            )
         finally:
             del read  # its future knows its error, which knows this frame
+
+    def _withdraw(self, read: _Read) -> None:
+        """Take back what has not begun, and let go of its memory."""
+        if read.future.cancel():
+            with self._lock, contextlib.suppress(ValueError):
+                self._waiting.remove(read)
 
     def _start(self, first: _Read | None = None) -> None:
         """Have one thread more carry out what waits; where there is none, without `first`.
@@ -135,21 +148,41 @@ class ReadPace:
         Raises:
             RuntimeError: If nobody would carry out `first`.
         """
+        turn = _Turn()
         try:
-            self._executor.submit(self._serve)
+            self._executor.submit(self._serve, turn).add_done_callback(self._ended)
         except RuntimeError:  # no more threads to be had, or they are shut down
             with self._lock:
+                turn.void = True  # it may stand in the executor's queue nevertheless
                 self._readers -= 1
-                if first is None or self._readers:
+                if first is None or self._readers or first not in self._waiting:
                     return
                 self._waiting.remove(first)
             raise
 
-    def _serve(self) -> None:
+    def _ended(self, serving: Future[None]) -> None:
+        """If an executor that was shut down has dropped a reader, give its place back."""
+        if not serving.cancelled():
+            return
+        left: list[_Read] = []
+        with self._lock:
+            self._readers -= 1
+            if not self._readers:
+                left += self._waiting
+                self._waiting.clear()
+        for read in left:
+            read.future.cancel()
+
+    def _serve(self, turn: _Turn) -> None:
         """Carry out what waits, one after the other, on a thread.
 
-        Going by way of the event loop between two reads would leave a processor idle meanwhile.
+        Going by way of the event loop between two reads would leave a processor idle meanwhile. But
+        where readers have all the threads, each goes back to the end of the executor's queue: files
+        have to be opened, and other reads want their turn.
         """
+        with self._lock:
+            if turn.void:
+                return
         while True:
             with self._lock:
                 if not self._waiting or self._readers > self._limit:
@@ -158,18 +191,31 @@ class ReadPace:
                 read = self._waiting.popleft()
                 missing = bool(self._waiting) and self._readers < self._limit
                 self._readers += missing
+                all_of_them = self._limit == self._most
             if missing:
                 self._start()
             if read.future.set_running_or_notify_cancel():
                 self._carry_out(read.job, read.future)
             del read  # or an idle thread would hold on to memory that was read into
+            if all_of_them and self._go_behind():
+                return
+
+    def _go_behind(self) -> bool:
+        """Pass a reader's place on to the end of the executor's queue; say whether that worked."""
+        turn = _Turn()
+        try:
+            self._executor.submit(self._serve, turn).add_done_callback(self._ended)
+        except RuntimeError:
+            turn.void = True
+        return not turn.void
 
     def _carry_out(self, job: Callable[[Seen], object], future: Future[Any]) -> None:
         seen = Seen()
         try:
-            before = self._clock()
+            begin, before = time.monotonic_ns(), self._clock()
             result = job(seen)
-            self._adjust(seen, before, self._clock())
+            after, end = self._clock(), time.monotonic_ns()
+            self._adjust(seen, before, after, end - begin)
         except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
             future.set_exception(error)
             # The error knows this frame; without cycles, memory is let go with the error.
@@ -177,10 +223,14 @@ class ReadPace:
         else:
             future.set_result(result)
 
-    def _adjust(self, seen: Seen, before: Ran | None, after: Ran | None) -> None:
-        crowded = before and after and after.waited_for_others(before)
+    def _adjust(self, seen: Seen, before: Ran | None, after: Ran | None, passed: int) -> None:
+        crowded, waited = False, seen.waited or seen.unsure
+        if before is not None and after is not None:
+            running, ready = after.running - before.running, after.ready - before.ready
+            crowded = ready > running * _CROWDED
+            waited = seen.waited or (seen.unsure and passed - running - ready > passed * _WAITING)
         with self._lock:
-            if seen.waited:
+            if waited:
                 self._limit = min(self._limit + 1, self._most)
             elif crowded or self._limit > self._usual:
                 self._limit = max(self._limit - 1, self._least)
@@ -189,6 +239,13 @@ class ReadPace:
 
 
 @dataclass(slots=True)
+class _Turn:
+    """A place for one reader."""
+
+    void: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class _Read:
     job: Callable[[Seen], Any]
     future: Future[Any]
