@@ -29,6 +29,8 @@ def draw(speeds: Sequence[Speed], growths: Sequence[Growth], folder: Path) -> li
         import matplotlib as mpl  # noqa: PLC0415  # need not be installed
     except ImportError:
         return []
+    for old in folder.glob("*.[ps][nv]g"):  # of other cases, perhaps
+        old.unlink()
     mpl.use("agg")
     mpl.rcParams |= {"svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10}
     folder.mkdir(exist_ok=True)
@@ -94,7 +96,7 @@ def _panel(axes: Any, speed: Speed) -> None:  # noqa: ANN401
     raw = _rate(speed, speed.raw) if speed.raw is not None else 0.0
     most = max(raw, *rates)
     places = range(len(bars))
-    colours = [OURS if one.role == "ours" else PEER for one in bars]
+    colours = [OURS if _is_ours(one) else PEER for one in bars]
     axes.barh(places, rates, height=0.72, color=colours)
     axes.axvline(raw, color=RAW, linewidth=1.6, linestyle=(0, (4, 2)))
     for place, one, rate in zip(places, bars, rates, strict=True):
@@ -108,11 +110,11 @@ def _panel(axes: Any, speed: Speed) -> None:  # noqa: ANN401
             ha="right" if inside else "left",
             va="center_baseline",
             fontsize=8,
-            color="white" if inside and one.role == "ours" else "black",
+            color="white" if inside and _is_ours(one) else "black",
         )
     axes.set_yticks(places, [one.name for one in bars])
     for label, one in zip(axes.get_yticklabels(), bars, strict=True):
-        label.set_fontweight("bold" if one.role == "ours" else "normal")
+        label.set_fontweight("bold" if _is_ours(one) else "normal")
     axes.set_ylim(len(bars) - 0.5, -0.7)
     axes.set_xlim(0, most * 1.05)
     axes.set_title(f"{speed.case}  {speed.what}", loc="left", x=-0.48, pad=6)
@@ -124,6 +126,11 @@ def _panel(axes: Any, speed: Speed) -> None:  # noqa: ANN401
     axes.tick_params(axis="x", labelsize=8)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+
+
+def _is_ours(one: Times) -> bool:
+    """Say whether it is our loader, in whatever variant."""
+    return one.name.startswith("asyncloader")
 
 
 def _rate(speed: Speed, one: Times) -> float:
@@ -139,7 +146,9 @@ def _size(growths: Sequence[Growth]) -> Any:  # noqa: ANN401
         figure.subplots(1, len(growths), squeeze=False)[0], growths, strict=True
     ):
         sizes, medians = list(growth.sizes), growth.medians
-        linear = [medians[-1] * size / sizes[-1] for size in sizes]
+        # From where a unit takes least: whatever lies above the line has grown faster.
+        least = min(median / size for median, size in zip(medians, sizes, strict=True))
+        linear = [least * size for size in sizes]
         axes.loglog(sizes, linear, color=RAW, linestyle=(0, (4, 2)), label="linear")
         axes.fill_between(
             sizes, [min(some) for some in growth.seconds], [max(some) for some in growth.seconds],
