@@ -78,7 +78,7 @@ class ReadPace:
 
     What is in the page cache is read as fast as a processor copies it. More readers than processors
     make that no faster, but everybody else, the event loop above all, queues behind them: with
-    eight on two processors one of a hundred wake-ups of the loop was 10 ms late, with two 3 ms
+    eight on two processors one of a hundred wake-ups of the loop was 10 ms late, with two 4 ms
     (docs/performance.md). A read that waits for a device or a network leaves its processor to
     others, and more of them at a time hide each other's waiting.
 
