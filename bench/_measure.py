@@ -21,7 +21,7 @@ PATIENCE = 4.0
 """Seconds that the rounds of one peer may take together, estimated by its first."""
 
 LEAST_ROUNDS = 3
-ENOUGH = 10.0
+ENOUGH = 8.0
 """Seconds after which no round begins that is more than the least."""
 
 

@@ -103,7 +103,7 @@ def test_d2_large_tensors_from_a_cold_cache(
         case="D2",
         what=f"{len(tensors):,} tensors of {dense.nbytes // len(tensors) // 1024:,} KiB, cold",
         nbytes=dense.nbytes,
-        times=interleave(contenders, rounds=scale.rounds(3)),
+        times=interleave(contenders, rounds=scale.rounds(2)),
         skipped=skipped,
     )
 
