@@ -7,13 +7,16 @@ RUN := .venv/bin/python -m
 PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check cover bench format dist clean
+.PHONY: help demo serve test check cover bench format dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed ## save a small checkpoint, look into it, and watch it load
 	@$(RUN) examples.demo $(ARGS)
+
+serve: .venv/installed-serve ## serve a model in a browser's sight while new versions come in
+	@$(RUN) examples.serve $(ARGS)
 
 test: .venv/installed ## run the tests
 	$(RUN) pytest $(ARGS)
@@ -57,4 +60,9 @@ clean: ## remove what the other targets made, .venv excepted
 .venv/installed-bench: .venv/installed
 	@echo "Installing what asyncloader is measured against"
 	@$(PIP_INSTALL) --group bench --constraint constraints.txt
+	@touch $@
+
+.venv/installed-serve: .venv/installed
+	@echo "Installing what the server is made of"
+	@$(PIP_INSTALL) --group serve --constraint constraints.txt
 	@touch $@

@@ -22,16 +22,31 @@ from .errors import (
 )
 from .loader import Loader
 from .planning import LoadPlan
-from .streaming import Progress, Span
+from .streaming import LoopLag, Progress, Span
 from .table import HashTable, Slot, UpdateCounts
 
 if TYPE_CHECKING:
     from ._load_tensors import aload_tensors, load_tensors
     from ._runs import latest
     from ._save_report import SaveReport
+    from .live import Live
     from .reader import CheckpointReader
     from .saver import Saver
     from .saving import WriteBlock
+    from .serving import (
+        Event,
+        Freed,
+        LiveState,
+        LiveVersion,
+        LoadCancelled,
+        LoadFailed,
+        LoadFinished,
+        LoadStarted,
+        Model,
+        RolledBack,
+        Swapped,
+        VersionRefused,
+    )
 
 __version__ = "0.1.0"
 
@@ -41,14 +56,26 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "CheckpointReader",
+    "Event",
+    "Freed",
     "HashTable",
+    "Live",
+    "LiveState",
+    "LiveVersion",
+    "LoadCancelled",
+    "LoadFailed",
+    "LoadFinished",
     "LoadPlan",
     "LoadReport",
+    "LoadStarted",
     "LoadTimeoutError",
     "Loader",
+    "LoopLag",
+    "Model",
     "PlanError",
     "Progress",
     "ReadError",
+    "RolledBack",
     "SaveError",
     "SaveReport",
     "SaveTimeoutError",
@@ -56,8 +83,10 @@ __all__ = [
     "Slice",
     "Slot",
     "Span",
+    "Swapped",
     "TruncatedShardError",
     "UpdateCounts",
+    "VersionRefused",
     "WriteBlock",
     "__version__",
     "aload_tensors",
@@ -69,6 +98,19 @@ __all__ = [
 
 # Imported when they are asked for: who only loads does without, and every class counts.
 _LATER = {
+    "Live": "live",
+    "Event": "serving",
+    "Freed": "serving",
+    "LiveState": "serving",
+    "LiveVersion": "serving",
+    "LoadCancelled": "serving",
+    "LoadFailed": "serving",
+    "LoadFinished": "serving",
+    "LoadStarted": "serving",
+    "Model": "serving",
+    "RolledBack": "serving",
+    "Swapped": "serving",
+    "VersionRefused": "serving",
     "CheckpointReader": "reader",
     "SaveReport": "_save_report",
     "Saver": "saver",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -50,16 +51,43 @@ async def run_jobs(executor: Executor, jobs: Sequence[Callable[[], T]]) -> list[
     """Run jobs side by side on threads; return, or raise, once none of them runs any more."""
     if not jobs:
         return []
-    loop = asyncio.get_running_loop()
-    works = [loop.run_in_executor(executor, job) for job in jobs]
+    works: list[asyncio.Future[T]] = []
     try:
+        for job in jobs:
+            works.append(_submitted(executor, job))  # noqa: PERF401  # those before a failure count
         await asyncio.wait(works)
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, RuntimeError):
         await _all_done(works)
         raise
     for work in works:
         work.exception()  # marks it retrieved: the first failure is what we report
     return [work.result() for work in works]
+
+
+def _submitted(executor: Executor, job: Callable[[], T]) -> asyncio.Future[T]:
+    """Have a thread run a job.
+
+    Raises:
+        RuntimeError: If there is none to be had. The job does not run then: an executor that fails
+            to start a thread has put it into its queue before, where another one may find it.
+    """
+    result: Future[T] = Future()
+    try:
+        executor.submit(_carry_out, job, result)
+    except RuntimeError:
+        if result.cancel():
+            raise
+    return asyncio.wrap_future(result)
+
+
+def _carry_out(job: Callable[[], T], result: Future[T]) -> None:
+    if not result.set_running_or_notify_cancel():
+        return
+    try:
+        result.set_result(job())
+    except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
+        result.set_exception(error)
+        del result, job  # the error knows this frame
 
 
 async def _all_done(works: Sequence[asyncio.Future[T]]) -> None:

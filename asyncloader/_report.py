@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from .streaming import LoopLag
+
 __all__ = ["LoadReport"]
 
 
@@ -50,6 +52,10 @@ class LoadReport:
     warnings: tuple[str, ...]
     """What is odd about the checkpoint but did no harm."""
 
+    lag: LoopLag | None = None
+    """How late the event loop was, and what the load did about it; `None` unless it was asked to
+    see to that (`max_loop_lag`, `pressure`)."""
+
     def __str__(self) -> str:
         rows = sum(table.rows for table in self.tables.values())
         filled = sum(what in {"loaded", "copied"} for what in self.tensors.values())
@@ -64,6 +70,8 @@ class LoadReport:
             text += f", {len(self.missing)} missing"
         if self.unexpected:
             text += f", {len(self.unexpected)} unexpected"
+        if self.lag is not None:
+            text += f", {self.lag}"
         return text
 
     @property
@@ -95,6 +103,8 @@ class LoadReport:
         rate = f"{self.gigabytes_per_second:.2f} GB/s"
         head.add_row("digests", self.verified)
         head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
+        if self.lag is not None:
+            head.add_row("event loop", str(self.lag))
         tally = _tally(self.tensors.values())
         if tally:
             counts = ", ".join(f"{count:,} {what}" for what, count in tally.items())

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._arguments import check_callable
 from ._concurrency import run_jobs
+from ._throttle import Throttle
 from .checkpoint import read_catalog, read_manifest
 from .errors import CheckpointNotFoundError, LoadTimeoutError, ReadError
-from .storage import LocalStorage
-from .streaming import ByteBudget, Threads, Verifier
+from .storage import LocalStorage, processors
+from .streaming import ByteBudget, LagWatch, Threads, Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from .checkpoint import Catalog, Manifest, Verify
     from .storage import Storage
@@ -25,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CHUNK_BYTES",
     "INFLIGHT_BYTES",
+    "PACED_CHUNK_BYTES",
     "PARALLEL",
+    "Contract",
     "Limits",
     "Session",
     "checked_verify",
@@ -34,6 +39,8 @@ __all__ = [
 
 PARALLEL = 16
 CHUNK_BYTES = 16 << 20
+# Where the event loop was promised something: a job that has begun is not interrupted.
+PACED_CHUNK_BYTES = 4 << 20
 INFLIGHT_BYTES = 128 << 20
 VERIFY: tuple[Verify, ...] = ("auto", "require", "off")
 _SUFFIX = ".safetensors"
@@ -72,6 +79,41 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """What a load promises the event loop that it runs on."""
+
+    max_loop_lag: float
+    """Seconds."""
+
+    pressure: Callable[[], float] | None
+    """Says how little room the program has for a load, 0 to 1."""
+
+    @classmethod
+    def of(
+        cls, max_loop_lag: float | None, pressure: Callable[[], float] | None
+    ) -> Contract | None:
+        """Check what users ask for; `None` if that is nothing.
+
+        Raises:
+            TypeError: If `pressure` cannot be called.
+            ValueError: If `max_loop_lag` is not positive.
+        """
+        if max_loop_lag is not None and not max_loop_lag > 0:
+            raise ValueError(f"max_loop_lag must be positive or None, got {max_loop_lag}")
+        if pressure is not None:
+            check_callable(pressure, "pressure")
+        elif max_loop_lag is None:
+            return None
+        return cls(
+            max_loop_lag=math.inf if max_loop_lag is None else max_loop_lag, pressure=pressure
+        )
+
+    def watch(self, throttle: Throttle) -> LagWatch:
+        """Return what sees to it."""
+        return LagWatch(throttle, bound=self.max_loop_lag, pressure=self.pressure)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """A checkpoint that is open for reading, on one event loop."""
 
@@ -86,6 +128,9 @@ class Session:
     limits: Limits
     budget: ByteBudget
     verify: Verify
+    watch: LagWatch | None = None
+    """Keeps the loop's lag within a bound, if there is one."""
+
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """For what several tasks should not do at the same time."""
 
@@ -142,6 +187,7 @@ async def open_session(
     timeout: float | None,  # noqa: ASYNC109  # of the block, and with an error of ours
     seen: dict[str, tuple[int, ...]] | None = None,
     direct_io: bool = False,
+    contract: Contract | None = None,
 ) -> AsyncIterator[Session]:
     """Hold descriptors and threads for the length of the block, and keep to a time-out.
 
@@ -152,17 +198,25 @@ async def open_session(
         timeout: Seconds that the block may take; `None` is for ever.
         seen: Which files there were when they were first opened; see `LocalStorage`.
         direct_io: Whether to read past the page cache.
+        contract: What the event loop is promised; `None` is nothing.
 
     Raises:
         LoadTimeoutError: If `timeout` passed.
     """
     limit = asyncio.timeout(timeout)
+    throttle = Throttle(cores=processors()) if contract else None
+    watching = contract.watch(throttle) if contract and throttle else contextlib.nullcontext()
     try:
-        async with limit, Threads(reads=limits.threads) as threads:
+        async with (
+            limit,
+            watching as watch,
+            Threads(reads=limits.threads, throttle=throttle) as threads,
+        ):
             [(root, file)] = await run_jobs(threads.kernels, [partial(_root_and_file, path)])
             async with LocalStorage(
                 root,
-                executor=threads.reads,
+                executor=threads.readers,
+                throttle=throttle,
                 parallel=limits.threads,
                 seen=seen,
                 direct_io=direct_io,
@@ -175,6 +229,7 @@ async def open_session(
                     limits=limits,
                     budget=ByteBudget(limits.max_inflight_bytes),
                     verify=verify,
+                    watch=watch,
                 )
     except ReadError as error:
         error.location = path

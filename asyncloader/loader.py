@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,9 @@ from ._report import LoadReport
 from ._session import (
     CHUNK_BYTES,
     INFLIGHT_BYTES,
+    PACED_CHUNK_BYTES,
     PARALLEL,
+    Contract,
     Limits,
     checked_verify,
     open_session,
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
     from ._session import Session
     from .checkpoint import Verify
     from .planning import LoadInfo, LoadPlan
-    from .streaming import Destinations, Progress, Span
+    from .streaming import Destinations, LoopLag, Progress, Span
     from .table import LoadableTable
 
 __all__ = ["Loader", "identity"]
@@ -107,9 +110,18 @@ class Loader:
             bytes were verified.
         trace: Called on the event loop with a `Span` after every step of the load. (To have them in
             a file: `asyncloader load --trace FILE`.)
+        on_plan: Called on the event loop with the `LoadPlan`, before tables take memory or a byte
+            is written; what it raises ends the load.
         direct_io: Whether files are read past the page cache (`O_DIRECT`), where the file system
             lets us: faster if they are not in it, and what others have there stays; slower if they
             are. Takes 4 MiB of memory more for each read at a time.
+        max_loop_lag: Seconds by which the caller's event loop may be late because of the load: it
+            watches a timer on that loop, and reads and indexes with fewer threads, and with pauses,
+            while the timer comes later. Chunks are at most 4 MiB then. `None` is full speed. The
+            report's `lag` says what came of it.
+        pressure: Called on the event loop twenty times a second; returns how little room the
+            program has for a load, from its own metrics: 0 leaves it the whole machine, 0.75 a
+            quarter of the processors, 1 as good as nothing (a twentieth).
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -131,16 +143,23 @@ class Loader:
         progress: Callable[[Progress], object] | bool | None = None,
         verify: Verify = "auto",
         trace: Callable[[Span], object] | None = None,
+        on_plan: Callable[[LoadPlan], object] | None = None,
         direct_io: bool = False,
+        max_loop_lag: float | None = None,
+        pressure: Callable[[], float] | None = None,
     ) -> None:
         self._limits = Limits(
             parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
         )
+        self._contract = Contract.of(max_loop_lag, pressure)
+        if self._contract is not None:
+            self._limits = replace(self._limits, chunk_bytes=min(chunk_bytes, PACED_CHUNK_BYTES))
         check_timeout(timeout)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
-        if trace is not None:
-            check_callable(trace, "trace")
+        for name, function in (("trace", trace), ("on_plan", on_plan)):
+            if function is not None:
+                check_callable(function, name)
         self._path = checked_path(checkpoint_path, "checkpoint_path")
         self._tensors = as_dict(tensors, "tensors")
         self._filter = filter_func
@@ -148,6 +167,7 @@ class Loader:
         self._timeout = timeout
         self._progress = progress
         self._verify = checked_verify(verify)
+        self._on_plan = on_plan
         self._direct_io = checked_switch(direct_io, "direct_io")
         self._tracer = Tracer(trace)
         self._tables = as_dict(hashtables, "hashtables")
@@ -205,6 +225,8 @@ class Loader:
             async with self._session() as session:
                 into = await self._destinations(session)
                 plan = await self._plan(session, into)
+                if self._on_plan is not None:
+                    self._on_plan(plan)
                 meter.total = plan.nbytes
                 execution = Execution(
                     plan=plan,
@@ -227,7 +249,8 @@ class Loader:
             counts = execution.commit()
             unless_committed.pop_all()
         self._tracer.note("commit", "all tables", start)
-        report = self._report(plan, counts, touched, meter)
+        lag = None if session.watch is None else session.watch.lag
+        report = self._report(plan, counts, touched, meter, lag)
         _log.info("%s", report)
         return report
 
@@ -238,6 +261,7 @@ class Loader:
             verify=self._verify,
             timeout=self._timeout,
             direct_io=self._direct_io,
+            contract=self._contract,
         )
 
     async def _destinations(self, session: Session) -> Destinations:
@@ -290,6 +314,7 @@ class Loader:
         counts: Mapping[str, UpdateCounts],
         touched: Mapping[str, bool],
         meter: Meter,
+        lag: LoopLag | None,
     ) -> LoadReport:
         nothing = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
         done = dict.fromkeys(plan.tensors.names, "loaded")
@@ -308,6 +333,7 @@ class Loader:
             missing=plan.missing,
             unexpected=plan.unexpected,
             warnings=plan.warnings,
+            lag=lag,
         )
 
 

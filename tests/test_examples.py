@@ -39,13 +39,6 @@ def test_the_demo_finds_every_bit_where_it_was_written() -> None:
         assert what in out
 
 
-def test_the_server_answers_before_and_after_a_load() -> None:
-    lines = run("examples.serve").splitlines()
-    before, after = (line.split(":")[1].split() for line in (lines[1 - 1], lines[2]))
-    assert before == ["0"] * 4
-    assert "0" not in after
-
-
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 3)])
 def test_the_training_script_takes_its_share(rank: int, ranks: int) -> None:
     out = run("examples.train", str(rank), str(ranks))

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import ReadError
+from asyncloader._concurrency import run_jobs
 from asyncloader.storage import (
     LocalStorage,
     ThreadedStorage,
@@ -323,12 +324,15 @@ async def test_no_more_reads_run_than_the_pace_allows(extra: int) -> None:
         pace = ReadPace(pool, most=MOST, cores=CORES, clock=lambda: None)
         for _ in range(extra):
             await pace.run(job)
+        while pace._readers:  # noqa: ASYNC110  # a thread is about to see that nothing is left
+            await asyncio.sleep(0)
         pool.gate.clear()
         jobs = [asyncio.create_task(pace.run(job)) for _ in range(2 * MOST)]
         for _ in range(10):
             await asyncio.sleep(0)
-        assert pool.submitted == extra + CORES + extra
+        submitted = pool.submitted
         pool.gate.set()
+        assert submitted == extra + CORES + extra
         assert await asyncio.gather(*jobs) == [7] * len(jobs)
 
 
@@ -484,6 +488,118 @@ async def test_a_read_that_no_thread_can_take_is_an_error_and_not_kept() -> None
     for _ in range(3):
         with pytest.raises(RuntimeError, match="shutdown"):
             await pace.run(lambda _: 7)
+
+
+class Overtaken(ThreadPoolExecutor):
+    """Has a job carried out, and then says that there are no threads to be had.
+
+    As the real one may: it puts a job into its queue before it starts a thread.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.refusing = True
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401  # as the base has it
+        if self.refusing:
+            fn(*args, **kwargs)
+            raise RuntimeError("can't start new thread")
+        return super().submit(fn, *args, **kwargs)
+
+
+async def test_a_read_that_was_taken_before_its_thread_was_refused_counts_once() -> None:
+    with Overtaken() as executor:
+        pace = ReadPace(executor, most=2, cores=2, clock=lambda: None)
+        for _ in range(3):
+            assert await pace.run(lambda _: 7) == 7
+        executor.refusing = False
+        assert await pace.run(lambda _: 8) == 8
+        assert await run_jobs(executor, [lambda: 9]) == [9]
+        executor.refusing = True
+        assert await run_jobs(executor, [lambda: 9]) == [9]
+
+
+class Queueing(ThreadPoolExecutor):
+    """Puts jobs into its queue while it says that there are no threads to be had."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.refusing = True
+        self.queue: list[Callable[[], object]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401  # as the base has it
+        if self.refusing:
+            self.queue.append(partial(fn, *args, **kwargs))
+            raise RuntimeError("can't start new thread")
+        return super().submit(fn, *args, **kwargs)
+
+
+async def test_a_job_that_was_refused_does_not_run_later() -> None:
+    ran: list[str] = []
+    with Queueing() as executor:
+        pace = ReadPace(executor, most=2, cores=2)
+        with pytest.raises(RuntimeError, match="new thread"):
+            await pace.run(lambda _: ran.append("read"))
+        with pytest.raises(RuntimeError, match="new thread"):
+            await run_jobs(executor, [lambda: ran.append("job")])
+        for late in executor.queue:
+            late()
+        assert not ran
+        executor.refusing = False
+        assert await pace.run(lambda _: 7) == 7
+
+
+async def test_reads_whose_executor_drops_them_fail_and_are_not_cancelled() -> None:
+    held, gate = threading.Event(), threading.Event()
+
+    def hold(_: Seen) -> None:
+        held.set()
+        gate.wait()
+
+    executor = ThreadPoolExecutor(1)
+    busy = executor.submit(hold, Seen())
+    pace = ReadPace(executor, most=2, cores=2)
+    reads = [asyncio.create_task(pace.run(lambda _: 7)) for _ in range(3)]
+    await asyncio.to_thread(held.wait)
+    await asyncio.sleep(0)
+    executor.shutdown(wait=False, cancel_futures=True)
+    gate.set()
+    outcomes = await asyncio.gather(*reads, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 3
+    await asyncio.to_thread(busy.result)
+
+
+async def test_reads_whose_executor_is_broken_fail() -> None:
+    def broken() -> None:
+        raise ValueError("no")
+
+    with ThreadPoolExecutor(1, initializer=broken) as executor:
+        pace = ReadPace(executor, most=1, cores=1)
+        with pytest.raises(RuntimeError, match=r"initializer|not usable"):
+            await pace.run(lambda _: 7)
+
+
+async def test_a_pace_that_slows_down_ends_readers_while_others_wait() -> None:
+    begun, gate = threading.Semaphore(0), threading.Semaphore(0)
+    crowded = itertools.count()  # each look at the clock finds that much more of waiting
+
+    def job(_: Seen) -> None:
+        begun.release()
+        gate.acquire()
+
+    with ThreadPoolExecutor(4) as executor:
+        pace = ReadPace(executor, most=4, cores=4, clock=lambda: Ran(0, next(crowded)))
+        reads = [asyncio.create_task(pace.run(job)) for _ in range(9)]
+        for _ in range(4):
+            await asyncio.to_thread(begun.acquire)
+        gate.release(4)  # they have waited for a processor, so that two go on
+        for _ in range(2):
+            await asyncio.to_thread(begun.acquire)
+        await asyncio.gather(*reads[:4])
+        assert pace.limit == 2
+        assert not begun.acquire(blocking=False)
+        gate.release(5)
+        await asyncio.gather(*reads)
 
 
 async def test_an_error_of_a_read_holds_on_to_nothing(pool: ThreadPoolExecutor) -> None:

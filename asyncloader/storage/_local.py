@@ -19,6 +19,7 @@ import aiofiles
 import aiofiles.os
 
 from asyncloader._concurrency import for_each, run_jobs, settled
+from asyncloader._throttle import ThrottledExecutor
 
 from ._pace import ReadPace, Seen
 from ._protocol import scatter, views_after
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from aiofiles.threadpool.binary import AsyncFileIO
+
+    from asyncloader._throttle import Throttle
 
     from ._protocol import ReadInto
 
@@ -74,7 +77,8 @@ class LocalStorage:
     A file that is not the one that was opened first under its name is an error. Storages of one
     folder that are given the same `seen` remember that together, one after the other.
 
-    With `direct_io` files are read past the page cache, where the file system lets us.
+    With `direct_io` files are read past the page cache, where the file system lets us. Reads keep
+    to `throttle`, if there is one.
 
     ```python
     async with LocalStorage("/path", executor=pool) as storage:
@@ -91,6 +95,7 @@ class LocalStorage:
         max_open: int = 64,
         seen: dict[str, tuple[int, ...]] | None = None,
         direct_io: bool = False,
+        throttle: Throttle | None = None,
     ) -> None:
         self._flags = _O_DIRECT if direct_io else 0
         self._preadv: _PReadV = _preadv
@@ -100,7 +105,8 @@ class LocalStorage:
             self._preadv = DirectReader().preadv
         self._root = Path(root)
         self._executor = executor
-        self._pace = ReadPace(executor, most=parallel)
+        self._pace = ReadPace(executor, most=parallel, throttle=throttle)
+        self._small = executor if throttle is None else ThrottledExecutor(executor, throttle)
         self._max_open = max_open
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._opening: dict[str, asyncio.Lock] = {}
@@ -160,7 +166,7 @@ class LocalStorage:
             read: Callable[[Seen], int] = partial(self._preadv, fd, views, offset)
             if size >= _PACED:
                 return await self._pace.run(read)
-            [count] = await run_jobs(self._executor, [partial(read, Seen(waited=True))])
+            [count] = await run_jobs(self._small, [partial(read, Seen(waited=True))])
             return count
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor
 
+    from asyncloader._throttle import Throttle
+
 __all__ = ["Ran", "ReadPace", "Seen", "processors", "thread_time"]
 
 T = TypeVar("T")
@@ -58,12 +60,13 @@ def thread_time() -> Ran | None:
     try:
         fd = os.open(_SCHEDSTAT, os.O_RDONLY)
         try:
-            running, ready, _ = map(int, os.read(fd, 100).split())
+            _, ready, _ = map(int, os.read(fd, 100).split())
         finally:
             os.close(fd)
     except (OSError, ValueError):  # another system, or a sandbox
         return None
-    return Ran(running, ready)
+    # The first number there is as of the last tick of the kernel's clock, milliseconds ago.
+    return Ran(time.thread_time_ns(), ready)
 
 
 def processors() -> int:
@@ -89,6 +92,7 @@ class ReadPace:
     Args:
         executor: Its threads read.
         most: Reads at a time; no more than it has threads.
+        throttle: What reads keep to besides; `None` lets them go as fast as they can.
         cores: Processors.
         clock: Says what became of the calling thread's time.
     """
@@ -98,15 +102,17 @@ class ReadPace:
         executor: Executor,
         *,
         most: int,
+        throttle: Throttle | None = None,
         cores: int | None = None,
         clock: Callable[[], Ran | None] = thread_time,
     ) -> None:
         self._executor = executor
+        self._throttle = throttle
         self._clock = clock
         cores = processors() if cores is None else cores
         self._most = most
         self._usual = min(most, cores)
-        self._least = min(most, max(cores // 2, 1))
+        self._least = max(self._usual // 2, 1)
         self._limit = self._usual
         self._waiting: deque[_Read] = deque()
         self._readers = 0
@@ -151,27 +157,41 @@ class ReadPace:
         turn = _Turn()
         try:
             self._executor.submit(self._serve, turn).add_done_callback(self._ended)
-        except RuntimeError:  # no more threads to be had, or they are shut down
+        except RuntimeError as error:  # no more threads to be had, or they are shut down
             with self._lock:
-                turn.void = True  # it may stand in the executor's queue nevertheless
-                self._readers -= 1
-                if first is None or self._readers or first not in self._waiting:
+                if turn.begun:  # it stood in the executor's queue nevertheless, and was taken
                     return
-                self._waiting.remove(first)
-            raise
+                turn.void = True
+                self._readers -= 1
+                alone = not self._readers
+                hopeless = alone and first in self._waiting
+                if first is not None and hopeless:
+                    self._waiting.remove(first)
+            if alone:
+                self._give_up(error)
+            if hopeless:
+                raise
 
     def _ended(self, serving: Future[None]) -> None:
-        """If an executor that was shut down has dropped a reader, give its place back."""
-        if not serving.cancelled():
+        """If an executor that was shut down, or is broken, has dropped a reader, forget it."""
+        if not serving.cancelled() and serving.exception() is None:
             return
-        left: list[_Read] = []
         with self._lock:
             self._readers -= 1
-            if not self._readers:
-                left += self._waiting
-                self._waiting.clear()
+            alone = not self._readers
+        if alone:
+            error = None if serving.cancelled() else serving.exception()
+            self._give_up(error or RuntimeError("the threads that read were shut down"))
+
+    def _give_up(self, error: BaseException) -> None:
+        """Fail what waits: there is nobody who would carry it out."""
+        with self._lock:
+            left = list(self._waiting)
+            self._waiting.clear()
         for read in left:
-            read.future.cancel()
+            # Not cancelled: who waits was not, and a task group would take it for well done.
+            if read.future.set_running_or_notify_cancel():
+                read.future.set_exception(error)
 
     def _serve(self, turn: _Turn) -> None:
         """Carry out what waits, one after the other, on a thread.
@@ -183,6 +203,7 @@ class ReadPace:
         with self._lock:
             if turn.void:
                 return
+            turn.begun = True
         while True:
             with self._lock:
                 if not self._waiting or self._readers > self._limit:
@@ -195,7 +216,10 @@ class ReadPace:
             if missing:
                 self._start()
             if read.future.set_running_or_notify_cancel():
-                self._carry_out(read.job, read.future)
+                if self._throttle is None:
+                    self._carry_out(read.job, read.future)
+                else:
+                    self._throttle.work(partial(self._carry_out, read.job, read.future))
             del read  # or an idle thread would hold on to memory that was read into
             if all_of_them and self._go_behind():
                 return
@@ -206,7 +230,8 @@ class ReadPace:
         try:
             self._executor.submit(self._serve, turn).add_done_callback(self._ended)
         except RuntimeError:
-            turn.void = True
+            with self._lock:
+                turn.void = not turn.begun
         return not turn.void
 
     def _carry_out(self, job: Callable[[Seen], object], future: Future[Any]) -> None:
@@ -243,6 +268,9 @@ class _Turn:
     """A place for one reader."""
 
     void: bool = False
+    """Whether its executor refused it; it may stand in the queue nevertheless."""
+
+    begun: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -4,6 +4,7 @@ from ._blocking import run_blocking
 from ._budget import ByteBudget
 from ._destinations import Destinations, describe_tensors
 from ._execution import Execution
+from ._lag import LagWatch, LoopLag
 from ._progress import Meter, Progress
 from ._staging import Arena, StagingPool
 from ._tables import check_tables, describe_tables
@@ -17,6 +18,8 @@ __all__ = [
     "ByteBudget",
     "Destinations",
     "Execution",
+    "LagWatch",
+    "LoopLag",
     "Meter",
     "Progress",
     "Span",

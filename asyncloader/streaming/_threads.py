@@ -11,10 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 from asyncloader._concurrency import settled
+from asyncloader._throttle import ThrottledExecutor
 from asyncloader.storage import processors
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
     from types import TracebackType
+
+    from asyncloader._throttle import Throttle
 
 __all__ = ["Threads"]
 
@@ -31,18 +35,29 @@ class Threads:
 
     Args:
         reads: Threads that read.
+        throttle: What their jobs keep to; `None` lets them go as fast as they can.
+
+    Attributes:
+        reads: Runs jobs on threads that read.
+        readers: Likewise, but they do not keep to the throttle: for a storage that does.
+        kernels: Runs jobs on threads that compute.
     """
 
-    def __init__(self, *, reads: int) -> None:
+    def __init__(self, *, reads: int, throttle: Throttle | None = None) -> None:
         self.kernel_count = min(processors(), _MOST_KERNELS)
         self._read_count = reads
-        self.reads = _pool(reads, "asyncloader-read")
-        self.kernels = _pool(self.kernel_count, "asyncloader-kernel")
+        self.readers = _pool(reads, "asyncloader-read")
+        self._kernels = _pool(self.kernel_count, "asyncloader-kernel")
+        self.reads: Executor = self.readers
+        self.kernels: Executor = self._kernels
+        if throttle is not None:
+            self.reads = ThrottledExecutor(self.readers, throttle)
+            self.kernels = ThrottledExecutor(self._kernels, throttle)
 
     async def __aenter__(self) -> Self:
         try:
-            await _fill(self.reads, self._read_count)
-            await _fill(self.kernels, self.kernel_count)
+            await _fill(self.readers, self._read_count)
+            await _fill(self._kernels, self.kernel_count)
         except BaseException:
             await self._close()
             raise
@@ -61,9 +76,9 @@ class Threads:
         # joined off the loop; the few others, one of which did that, on it.
         loop = asyncio.get_running_loop()
         try:
-            await settled(loop.run_in_executor(self.kernels, self.reads.shutdown))
+            await settled(loop.run_in_executor(self._kernels, self.readers.shutdown))
         finally:
-            self.kernels.shutdown()
+            self._kernels.shutdown()
 
 
 def _pool(size: int, name: str) -> ThreadPoolExecutor:

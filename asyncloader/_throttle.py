@@ -1,0 +1,100 @@
+"""How much of the processors threads may take."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Executor
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+__all__ = ["Throttle", "ThrottledExecutor"]
+
+T = TypeVar("T")
+
+# Whoever is cancelled waits for it.
+_LONGEST_REST = 0.1
+
+
+class Throttle:
+    """Lets threads work at a pace: 1 is as fast as they can, 0.5 is half of the processors.
+
+    Below 1 so many jobs run at a time that they keep that share of the processors busy, and at
+    least one; below one processor, each job is followed by a rest, during which no other runs in
+    its place. Jobs should be short, milliseconds: one that has begun is not interrupted.
+
+    Thread-safe. Jobs may not hand each other work through it and wait for that.
+
+    Args:
+        cores: Processors.
+        clock: Seconds, ever growing.
+    """
+
+    def __init__(self, *, cores: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._cores = cores
+        self._clock = clock
+        self._pace = 1.0
+        self._working = 0
+        self._changed = threading.Condition()
+
+    def __repr__(self) -> str:
+        return f"<Throttle {self._pace:.2f}: {self._working} working>"
+
+    @property
+    def pace(self) -> float:
+        """The share of the processors that may be kept busy, above 0, at most 1."""
+        return self._pace
+
+    @pace.setter
+    def pace(self, pace: float) -> None:
+        if not 0 < pace <= 1:
+            raise ValueError(f"a pace is above 0 and at most 1, got {pace}")
+        with self._changed:
+            self._pace = pace
+            self._changed.notify_all()
+
+    def work(self, job: Callable[[], T]) -> T:
+        """Run a job on this thread when its turn comes."""
+        with self._changed:
+            while self._working >= self._places():
+                self._changed.wait()
+            self._working += 1
+        start = self._clock()
+        try:
+            return job()
+        finally:
+            self._rest(self._clock() - start)
+
+    def _places(self) -> float:
+        """Return how many may work at a time."""
+        if self._pace == 1:
+            return float("inf")
+        return max(int(self._pace * self._cores), 1)
+
+    def _rest(self, worked: float) -> None:
+        with self._changed:
+            busy = self._pace * self._cores
+            if busy < 1:
+                # Nobody notifies us in particular: this is a wait that a faster pace cuts short.
+                pause = min(worked * (1 / busy - 1), _LONGEST_REST)
+                until = self._clock() + pause
+                while self._pace * self._cores < 1 and (left := until - self._clock()) > 0:
+                    self._changed.wait(left)
+            self._working -= 1
+            self._changed.notify()
+
+
+class ThrottledExecutor(Executor):
+    """An executor whose jobs keep to a throttle. Belongs to whoever shuts the other one down."""
+
+    def __init__(self, executor: Executor, throttle: Throttle) -> None:
+        self._executor = executor
+        self._throttle = throttle
+
+    def submit(self, job: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
+        """Have a job run when a thread is free and its turn has come."""
+        return self._executor.submit(self._throttle.work, partial(job, *args, **kwargs))

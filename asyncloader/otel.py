@@ -1,0 +1,258 @@
+"""Steps of a load, loads and swaps as OpenTelemetry spans.
+
+Needs OpenTelemetry's API: `pip install 'asyncloader[otel]'`. Which spans are kept, and where they
+go, the program's SDK decides.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .serving import (
+    LoadFailed,
+    LoadFinished,
+    LoadStarted,
+    RolledBack,
+    Swapped,
+    VersionRefused,
+)
+
+try:
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Status, StatusCode, get_current_span, set_span_in_context
+except ImportError as error:
+    raise ImportError(
+        "asyncloader.otel needs opentelemetry-api: pip install 'asyncloader[otel]'",
+        name=error.name,
+    ) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opentelemetry.trace import Span as OpenSpan
+    from opentelemetry.trace import Tracer
+
+    from .serving import Event
+    from .streaming import Span
+
+__all__ = ["LiveSpans", "trace_to"]
+
+_NANO = 1e9
+_SAMPLES = 5
+
+
+def trace_to(tracer: Tracer) -> Callable[[Span], None]:
+    """Return a listener for `Loader(trace=...)` that records each step as a span.
+
+    ```python
+    tracer = opentelemetry.trace.get_tracer("my-service")
+    with tracer.start_as_current_span("load the model"):
+        await Loader(path, tables, tensors, trace=trace_to(tracer)).aload()
+    ```
+
+    The spans are `asyncloader.plan`, `.read`, `.verify`, `.copy`, `.index` and `.commit`, children
+    of the span that is current where the load is started. They have the attributes
+    `asyncloader.name` (a shard, a table, a part of planning), `asyncloader.lane` (the asyncio task)
+    and, where that says something, `asyncloader.bytes`.
+
+    There are as many spans of a kind as there were steps: a load of 10 GB has 600 reads or more,
+    with as many spans. One whose step failed looks like any other; the error is the load's.
+
+    Times are right to a millisecond, by the clock as it is when this is called: a clock that is set
+    afterwards does not move them.
+
+    Args:
+        tracer: Makes the spans.
+    """
+    epoch = _epoch()
+
+    def record(step: Span) -> None:
+        _record(tracer, step, epoch=epoch, context=None)
+
+    return record
+
+
+class LiveSpans:
+    """Records loads of a `Live` as spans `asyncloader.load`, and swaps as `asyncloader.swap`.
+
+    ```python
+    with contextlib.closing(LiveSpans(tracer)) as spans:
+        options = {"trace": spans.trace}
+        async with Live("/runs/ctr", build, on_event=spans, loader_options=options) as live:
+            ...
+    ```
+
+    Several listeners are one function: `on_event=lambda event: (metrics(event), spans(event))`.
+
+    A load's span begins when the load does, one for each try, and ends when it has failed, or when
+    its version serves or was refused: it includes `check`, and an event `loaded` says when that
+    began. Its `asyncloader.outcome` is `served`, `failed`, `refused` or `given up`; of those that
+    failed or were refused, status and exception are recorded. A swap is a span without length, a
+    child of the load that brought the version; the steps of the load are its children too, if
+    `trace` listens to them. Other attributes are `asyncloader.version`, `.location`, `.attempt`,
+    `.bytes`, `.memory_bytes`, `.retry_in_seconds`, and, of swaps, `.previous` and `.back`.
+
+    A load is a child of the span that is current where it was asked for (entering, `load()`,
+    `rollback()`), and a load that follows the run folder of the one where the `Live` was entered:
+    if that span is still recorded when the load begins. Otherwise it is a trace of its own.
+
+    `Live` does not tell when it gives a load up, so that is found out by the next event, or by
+    `close`. Belongs to one `Live`, and to its event loop.
+
+    Args:
+        tracer: Makes the spans.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._load: _Load | None = None
+
+    def __repr__(self) -> str:
+        return f"<LiveSpans: {'no load' if self._load is None else self._load.location}>"
+
+    def __call__(self, event: Event) -> None:
+        """Take in what happened: `Live(..., on_event=spans)`."""
+        match event:
+            case LoadStarted():
+                self._begin(event)
+            case LoadFinished():
+                self._note_loaded(event)
+            case LoadFailed():
+                self._note_failed(event)
+            case VersionRefused():
+                self._end(event, "refused", error=event.error, problem=event.reason)
+            case Swapped() | RolledBack():
+                self._swap(event)
+
+    def trace(self, step: Span) -> None:
+        """Record a step of the load under way: `loader_options={"trace": spans.trace}`."""
+        load = self._load
+        if load is None:
+            _record(self._tracer, step, epoch=_epoch(), context=None)
+        else:
+            _record(self._tracer, step, epoch=load.epoch, context=set_span_in_context(load.span))
+
+    def close(self) -> None:
+        """End the span of a load that was given up when `Live` was left. May be called again."""
+        self._give_up(time.time())
+
+    def _begin(self, event: LoadStarted) -> None:
+        self._give_up(event.at)
+        span = self._tracer.start_span(
+            "asyncloader.load",
+            _open_context(),
+            attributes={
+                "asyncloader.version": event.version,
+                "asyncloader.location": event.location,
+                "asyncloader.attempt": event.attempt,
+            },
+            start_time=_nanoseconds(event.at),
+        )
+        self._load = _Load(span=span, location=event.location, epoch=_epoch())
+
+    def _note_loaded(self, event: LoadFinished) -> None:
+        if self._load is not None:
+            self._load.loaded = True
+            self._load.span.set_attribute("asyncloader.bytes", event.report.bytes_read)
+            self._load.span.set_attribute("asyncloader.memory_bytes", event.nbytes)
+            self._load.span.add_event("loaded", timestamp=_nanoseconds(event.at))
+
+    def _note_failed(self, event: LoadFailed) -> None:
+        if self._load is not None and event.retry_in is not None:
+            self._load.span.set_attribute("asyncloader.retry_in_seconds", event.retry_in)
+        problem = f"{type(event.error).__name__}: {event.error}"
+        self._end(event, "failed", error=event.error, problem=problem)
+
+    def _swap(self, event: Swapped | RolledBack) -> None:
+        if self._load is not None and not self._load.brought(event):
+            self._give_up(event.at)
+        context = _open_context() if self._load is None else set_span_in_context(self._load.span)
+        attributes: dict[str, str | bool] = {
+            "asyncloader.version": event.version,
+            "asyncloader.location": event.location,
+            "asyncloader.back": isinstance(event, RolledBack),
+        }
+        if event.previous is not None:
+            attributes["asyncloader.previous"] = event.previous
+        at = _nanoseconds(event.at)
+        swap = self._tracer.start_span(
+            "asyncloader.swap", context, attributes=attributes, start_time=at
+        )
+        swap.end(at)
+        self._end(event, "served")
+
+    def _end(
+        self, event: Event, outcome: str, *, error: Exception | None = None, problem: str = ""
+    ) -> None:
+        load, self._load = self._load, None
+        if load is None:
+            return
+        if error is not None:
+            load.span.record_exception(error, timestamp=_nanoseconds(event.at))
+        if problem:
+            load.span.set_status(Status(StatusCode.ERROR, problem))
+        load.end(outcome, event.at)
+
+    def _give_up(self, at: float) -> None:
+        load, self._load = self._load, None
+        if load is not None:
+            load.end("given up", at)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Load:
+    """A load under way."""
+
+    span: OpenSpan
+    location: str
+    epoch: int
+    loaded: bool = False
+
+    def brought(self, event: Swapped | RolledBack) -> bool:
+        """Say whether it is this load's version that serves now."""
+        return self.loaded and self.location == event.location
+
+    def end(self, outcome: str, at: float) -> None:
+        """End its span, `at` in seconds since 1970."""
+        self.span.set_attribute("asyncloader.outcome", outcome)
+        self.span.end(_nanoseconds(at))
+
+
+def _open_context() -> Context | None:
+    """Return the current context, or an empty one if the span in it has ended.
+
+    Following goes on in the context in which `Live` was entered: without this, a year of loads
+    would be one trace, that of the program's start.
+    """
+    return None if get_current_span().is_recording() else Context()
+
+
+def _record(tracer: Tracer, step: Span, *, epoch: int, context: Context | None) -> None:
+    """Make a span of a step that is over."""
+    attributes: dict[str, str | int] = {
+        "asyncloader.name": step.name,
+        "asyncloader.lane": step.lane,
+    }
+    if step.nbytes:
+        attributes["asyncloader.bytes"] = step.nbytes
+    start = epoch + _nanoseconds(step.start)
+    span = tracer.start_span(
+        f"asyncloader.{step.step}", context, attributes=attributes, start_time=start
+    )
+    span.end(start + _nanoseconds(step.seconds))
+
+
+def _epoch() -> int:
+    """Return when `time.perf_counter` was 0, in nanoseconds since 1970."""
+    # Of several looks the quickest: whoever is interrupted between two clocks gets a wrong answer.
+    looks = [
+        (time.perf_counter_ns(), time.time_ns(), time.perf_counter_ns()) for _ in range(_SAMPLES)
+    ]
+    before, now, after = min(looks, key=lambda look: look[2] - look[0])
+    return now - (before + after) // 2
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * _NANO)

@@ -1,0 +1,198 @@
+"""Loads a version beside those that are in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from asyncloader._concurrency import run_jobs
+from asyncloader._session import INFLIGHT_BYTES
+from asyncloader._sizes import size_text
+from asyncloader.loader import Loader
+
+from ._events import LoadCancelled, LoadFinished, LoadStarted, VersionRefused
+from ._model import model_of
+from ._room import predicted_bytes
+from ._shelf import Held
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from concurrent.futures import Executor
+    from pathlib import Path
+
+    from asyncloader.planning import LoadPlan
+    from asyncloader.streaming import Progress
+
+    from ._events import Event
+    from ._freeing import Freeing
+    from ._model import Model
+    from ._shelf import Shelf
+    from ._source import Candidate
+
+__all__ = ["RefusedError", "VersionLoader", "check_options"]
+
+
+class RefusedError(Exception):
+    """A version will not serve; an event has said so.
+
+    Attributes:
+        reason: Why.
+        beside: The bytes of versions in memory beside which it would not fit, if that is why.
+    """
+
+    def __init__(self, reason: str, beside: int | None = None) -> None:
+        super().__init__(reason, beside)
+        self.reason = reason
+        self.beside = beside
+
+
+def check_options(source: Path, options: Mapping[str, Any]) -> None:
+    """Refuse now what would fail at the first load.
+
+    Raises:
+        TypeError: If there is no such option, or it is not for the user to give.
+        ValueError: If a value makes no sense.
+    """
+    for reserved in ("checkpoint_path", "hashtables", "tensors", "on_plan"):
+        if reserved in options:
+            raise TypeError(f"loader_options: {reserved!r} is given by Live itself")
+    Loader(source, **options)
+
+
+class VersionLoader:
+    """Builds, loads and checks versions, one at a time. `Live` documents the arguments."""
+
+    def __init__(
+        self,
+        build: Callable[[], object],
+        check: Callable[[Model], object] | None,
+        *,
+        options: Mapping[str, Any],
+        max_memory: int | None,
+        shelf: Shelf,
+        tell: Callable[[Event], object],
+    ) -> None:
+        self._build = build
+        self._check = check
+        self._options = options
+        self._max_memory = max_memory
+        self._shelf = shelf
+        self._tell = tell
+        self.loading: Candidate | None = None
+        """The version that is being loaded."""
+
+        self.progress: Progress | None = None
+        """How far that has come."""
+
+    def start(self, executor: Executor, freeing: Freeing) -> None:
+        """Get what lives as long as the service does."""
+        self._executor = executor
+        self._freeing = freeing
+
+    async def load(self, wanted: Candidate, attempt: int) -> Held:
+        """Return a version that may serve; its memory is given back if that fails.
+
+        Raises:
+            RefusedError: If it shall not serve.
+            Exception: What building and loading raise.
+        """
+        version, location = wanted.name, str(wanted.path)
+        self.loading, self.progress, self._refused = wanted, None, False
+        self._tell(LoadStarted(version=version, location=location, attempt=attempt))
+        model = None
+        try:
+            model = model_of(wanted.path, await self._call(self._build))
+            return await self._fill(model, wanted)
+        except BaseException as error:
+            _clear_frames(error)  # they know the model
+            if model is not None:
+                self._freeing.free(model, None)
+            if isinstance(error, asyncio.CancelledError) and not self._refused:
+                self._tell(LoadCancelled(version=version, location=location))
+            raise
+        finally:
+            del model
+            self.loading = self.progress = None
+
+    async def _fill(self, model: Model, wanted: Candidate) -> Held:
+        predicted: list[int] = []
+        report = await Loader(
+            wanted.path,
+            model.tables,
+            model.tensors,
+            **{
+                **self._options,
+                "progress": self._note_progress,
+                "on_plan": lambda plan: predicted.append(self._predict(plan, model, wanted)),
+            },
+        ).aload()
+        model.report = report
+        held = Held(model, wanted, predicted[0], time.time())
+        self._tell(
+            LoadFinished(
+                version=wanted.name, location=str(wanted.path), report=report, nbytes=held.nbytes
+            )
+        )
+        await self._pass_check(model, wanted)
+        return held
+
+    def _predict(self, plan: LoadPlan, model: Model, wanted: Candidate) -> int:
+        """Return what a version will take, or refuse it. What nobody uses gives way."""
+        nbytes = predicted_bytes(plan, model)
+        inflight = self._options.get("max_inflight_bytes", INFLIGHT_BYTES)
+        most = self._max_memory
+        while most is not None and (beside := self._shelf.nbytes) + nbytes + inflight > most:
+            if not self._shelf.spare():
+                reason = (
+                    f"it takes {size_text(nbytes)} beside the {size_text(beside)} of versions in "
+                    f"memory and {size_text(inflight)} of reads under way: more than max_memory, "
+                    f"{size_text(most)}"
+                )
+                self._tell_refused(wanted, reason)
+                raise RefusedError(reason, beside)
+        return nbytes
+
+    async def _pass_check(self, model: Model, wanted: Candidate) -> None:
+        if self._check is None:
+            return
+        try:
+            await self._call(partial(self._check, model))
+        except Exception as error:
+            reason = f"check said: {error}"
+            self._tell_refused(wanted, reason, error)
+            raise RefusedError(reason) from error
+
+    def _tell_refused(self, wanted: Candidate, reason: str, error: Exception | None = None) -> None:
+        self._refused = True
+        self._tell(
+            VersionRefused(
+                version=wanted.name, location=str(wanted.path), reason=reason, error=error
+            )
+        )
+
+    async def _call(self, function: Callable[[], object]) -> object:
+        """Call a user's function on a thread; await on the event loop what it returns."""
+        [result] = await run_jobs(self._executor, [function])
+        return await result if inspect.isawaitable(result) else result
+
+    def _note_progress(self, progress: Progress) -> None:
+        self.progress = progress
+        listener = self._options.get("progress")
+        if callable(listener):
+            listener(progress)
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Have an error, which may be kept for long, hold on to no memory."""
+    known: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is not None and id(one) not in known:
+            known.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            todo += [one.__cause__, one.__context__]

@@ -1,0 +1,72 @@
+"""What a service's status page shows, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from asyncloader.streaming import Progress
+
+    from ._events import LoadFailed, VersionRefused
+    from ._shelf import Held
+
+__all__ = ["LiveState", "LiveVersion"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveVersion:
+    """A version in memory."""
+
+    version: str
+    """Its name: that of its folder."""
+
+    location: str
+    serving: bool
+    users: int
+    """`use()` blocks that it is pinned by."""
+
+    nbytes: int
+    """What it takes of memory, as predicted from its plan."""
+
+    seconds: float
+    """How long its load took."""
+
+    loaded_at: float
+    """When it was loaded, in seconds since 1970."""
+
+    @classmethod
+    def of(cls, held: Held, *, serving: bool) -> LiveVersion:
+        """Describe a version as it is now."""
+        return cls(
+            version=held.candidate.name,
+            location=str(held.candidate.path),
+            serving=serving,
+            users=held.users,
+            nbytes=held.nbytes,
+            seconds=held.model.report.seconds,
+            loaded_at=held.loaded_at,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveState:
+    """A moment of a service's model."""
+
+    versions: tuple[LiveVersion, ...]
+    """All that are in memory, the one that serves last."""
+
+    following: bool
+    """Whether new versions are taken in; not after `rollback()` or `load()`, until `resume()`."""
+
+    loading: str | None
+    """The version that is being loaded."""
+
+    progress: Progress | None
+    """How far that has come."""
+
+    problem: LoadFailed | VersionRefused | None
+    """What kept the newest version from serving, until one serves."""
+
+    nbytes: int
+    """Memory of all versions, in bytes."""

@@ -1,0 +1,46 @@
+"""Says what happens: to the log, and to whoever listens."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ._events import LoadFailed, LoadFinished, RolledBack, Swapped, VersionRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._events import Event
+
+__all__ = ["Teller"]
+
+_log = logging.getLogger(__name__)
+
+
+class Teller:
+    """Tells a listener, on the event loop, and remembers what is wrong.
+
+    Args:
+        listener: Gets every event. What it raises is logged: nobody stops serving for it.
+    """
+
+    def __init__(self, listener: Callable[[Event], object] | None) -> None:
+        self._listener = listener
+        self.problem: LoadFailed | VersionRefused | None = None
+        """What kept the newest version from serving, until one serves."""
+
+    def tell(self, event: Event) -> None:
+        """Say that something has happened."""
+        level = logging.INFO
+        if isinstance(event, LoadFailed | VersionRefused):
+            self.problem, level = event, logging.WARNING
+        elif isinstance(event, Swapped | RolledBack):
+            self.problem = None
+        if not isinstance(event, LoadFinished):  # the loader has logged its report
+            _log.log(level, "%s", event)
+        if self._listener is None:
+            return
+        try:
+            self._listener(event)
+        except Exception:  # noqa: BLE001  # a user's function may raise anything
+            _log.exception("on_event failed; the version that serves is not affected")
