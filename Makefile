@@ -7,10 +7,10 @@ RUN := .venv/bin/python -m
 PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check cover bench format dist clean
+.PHONY: help demo serve test check cover bench bench-serving format dist clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed ## save a small checkpoint, look into it, and watch it load
 	@$(RUN) examples.demo $(ARGS)
@@ -31,7 +31,10 @@ cover: .venv/installed ## run the tests, and fail where too few lines and branch
 	$(RUN) pytest --cov $(ARGS)
 
 bench: .venv/installed-bench ## measure, beside what others use instead
-	$(RUN) pytest bench --full --timeout=0 $(ARGS)
+	$(RUN) pytest bench --full --timeout=0 --ignore=bench/serving $(ARGS)
+
+bench-serving: .venv/installed-bench ## measure how late a service answers while a version comes in
+	$(RUN) pytest bench/serving --full --timeout=0 $(ARGS)
 
 format: .venv/installed ## format, and fix what can be fixed without thought
 	$(RUN) ruff format

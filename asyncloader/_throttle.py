@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from concurrent.futures import Executor
@@ -23,9 +24,9 @@ _LONGEST_REST = 0.1
 class Throttle:
     """Lets threads work at a pace: 1 is as fast as they can, 0.5 is half of the processors.
 
-    Below 1 so many jobs run at a time that they keep that share of the processors busy, and at
-    least one; below one processor, each job is followed by a rest, during which no other runs in
-    its place. Jobs should be short, milliseconds: one that has begun is not interrupted.
+    Below 1 as many jobs run at a time as it takes to keep that share busy, and each is followed
+    by a rest that makes up for what is more than that; no other runs in its place meanwhile. Jobs
+    should be short, milliseconds: one that has begun is not interrupted.
 
     Thread-safe. Jobs may not hand each other work through it and wait for that.
 
@@ -73,19 +74,18 @@ class Throttle:
         """Return how many may work at a time."""
         if self._pace == 1:
             return float("inf")
-        return max(int(self._pace * self._cores), 1)
+        return math.ceil(self._pace * self._cores)
 
     def _rest(self, worked: float) -> None:
         with self._changed:
-            busy = self._pace * self._cores
-            if busy < 1:
-                # Nobody notifies us in particular: this is a wait that a faster pace cuts short.
-                pause = min(worked * (1 / busy - 1), _LONGEST_REST)
-                until = self._clock() + pause
-                while self._pace * self._cores < 1 and (left := until - self._clock()) > 0:
+            if self._pace < 1:
+                surplus = self._places() / (self._pace * self._cores) - 1
+                until = self._clock() + min(worked * surplus, _LONGEST_REST)
+                # Full speed cuts it short.
+                while self._pace < 1 and (left := until - self._clock()) > 0:
                     self._changed.wait(left)
             self._working -= 1
-            self._changed.notify()
+            self._changed.notify_all()
 
 
 class ThrottledExecutor(Executor):

@@ -16,8 +16,10 @@ from ._concurrency import raising_first, run_jobs, settled
 from .errors import CheckpointChangedError, CheckpointError
 from .serving import (
     Freeing,
+    Held,
     LiveState,
     LiveVersion,
+    LoadCancelled,
     LoadFailed,
     RefusedError,
     RolledBack,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
     from torch import Tensor, nn
 
-    from .serving import Candidate, Event, Held, Model
+    from .serving import Candidate, Event, Model
     from .table import HashTable
 
 __all__ = ["Live"]
@@ -92,7 +94,8 @@ class Live:
         on_event: Called on the event loop with what happens, an `Event`. What it raises is logged.
         max_memory: Bytes that all versions in memory, the one to be loaded, and the reads under way
             may take together, as predicted from its plan; versions that nobody uses give way first.
-            A version that would not fit is refused before memory is taken.
+            One that would not fit is refused before it is read. What `build` itself touches comes
+            before that: make tensors with `torch.empty`.
         retry_pause: Seconds after which a load is tried again whose fault may pass (storage, no
             memory, replaced meanwhile); twice as long before each next try, a minute at most. A
             newer version is taken at once.
@@ -148,6 +151,8 @@ class Live:
         self._changing = asyncio.Lock()
         self._attempts: set[asyncio.Task[Any]] = set()
         self._catching_up: asyncio.Task[Any] | None = None
+        self._commands = 0
+        self._resumed = 0
         self._given_up: deque[Candidate] = deque(maxlen=_REMEMBERED)
         self._too_large: tuple[Candidate, int] | None = None
         self._trouble = ""
@@ -163,12 +168,13 @@ class Live:
         self._pool = ThreadPoolExecutor(_THREADS, "asyncloader-live")
         self._freeing = Freeing(self._pool, self._teller.tell)
         self._loader.start(self._pool, self._freeing)
-        try:
-            first = await self._on_thread(partial(newest, self._source))
-            self._swap(await self._load_once(first))
-        except BaseException:
-            await self._close()
-            raise
+        async with self._changing:  # or commands would load beside it
+            try:
+                first = await self._on_thread(partial(newest, self._source))
+                self._swap(await self._load_once(first))
+            except BaseException:
+                await settled(asyncio.ensure_future(self._close()))
+                raise
         loop = asyncio.get_running_loop()
         self._follower = loop.create_task(self._follow(), name="asyncloader-live")
         return self
@@ -219,9 +225,8 @@ class Live:
     @property
     def versions(self) -> tuple[LiveVersion, ...]:
         """All versions in memory, in the order in which they last began to serve."""
-        return tuple(
-            LiveVersion.of(held, serving=self._shelf.serves(held)) for held in self._shelf.held
-        )
+        held, serving = self._shelf.now
+        return tuple(LiveVersion.of(one, serving=one is serving) for one in held)
 
     @property
     def state(self) -> LiveState:
@@ -253,12 +258,14 @@ class Live:
             Exception: What loading it, or `check`, raised. Nothing has changed then.
         """
         self._must_be_open()
-        if self._shelf.before is None:  # before a load under way is given up for nothing
-            raise LookupError(f"no version served before {self.current.version!r}")
+        held = self._shelf.find(self._before())  # before a load is given up for nothing
+        if held is not None and not self._commands:
+            # Whoever follows sees that it is not wanted any more, however long it takes to stop.
+            self._stop_following()
+            self._swap(held, back=True)
+            return LiveVersion.of(held, serving=True)
         async with self._on_purpose():
-            before = self._shelf.before
-            if before is None:
-                raise LookupError(f"no version served before {self.current.version!r}")
+            before = self._before()
             if self._shelf.find(before) is None:
                 await self._still_there(before)
             return await self._bring(before, back=True)
@@ -277,13 +284,17 @@ class Live:
             Exception: What loading it, or `check`, raised. Nothing has changed then.
         """
         name = checked_path(version, "version")
+        self._must_be_open()
+        path = await self._on_thread(partial(named, self._source, name))
+        wanted = await self._on_thread(partial(candidate, path))
         async with self._on_purpose():
-            path = await self._on_thread(partial(named, self._source, name))
-            return await self._bring(await self._on_thread(partial(candidate, path)))
+            return await self._bring(wanted)
 
     async def resume(self) -> None:
-        """Follow the newest version again. Does not wait until it serves."""
+        """Follow the newest version again, also one that was given up. Does not wait for it."""
         self._must_be_open()
+        self._given_up.clear()
+        self._resumed += 1
         self._following.set()
         self._poke.set()
 
@@ -291,7 +302,7 @@ class Live:
 
     async def _follow(self) -> None:
         """Take in what is new, for ever."""
-        while True:
+        while not self._closing:  # a cancellation can get lost in a load that is failing
             await self._following.wait()
             try:
                 await self._attempted(self._catch_up(), follows=True)
@@ -301,15 +312,19 @@ class Live:
 
     async def _catch_up(self) -> None:
         async with self._changing:
-            while (new := await self._news()) is not None:
+            while self._wanted() and (new := await self._news()) is not None:
                 try:
                     await self._take_in(new)
                 except _SupersededError:
                     continue
                 return
 
-    async def _news(self) -> Candidate | None:
-        """Return the newest version, unless it serves already or will not do."""
+    def _wanted(self) -> bool:
+        """Say whether following still is; it may have been cancelled without noticing."""
+        return self._following.is_set() and not self._closing
+
+    async def _newest(self) -> Candidate | None:
+        """Return the newest version; `None` where nobody knows."""
         try:
             found = await self._on_thread(partial(newest, self._source))
         except CheckpointError as error:
@@ -318,9 +333,16 @@ class Live:
                 _log.warning("%s", error)
             return None
         self._trouble = ""
+        return found
+
+    async def _news(self) -> Candidate | None:
+        """Return the newest version, unless it serves already or will not do."""
+        found = await self._newest()
+        if found is None:
+            return None
         old = found == self._shelf.serving.candidate or found in self._given_up
         # What was too large is looked at again once there is more room.
-        full = self._too_large == (found, self._shelf.nbytes)
+        full = self._too_large == (found, self._shelf.needed)
         return None if old or full else found
 
     async def _take_in(self, new: Candidate) -> None:
@@ -349,8 +371,10 @@ class Live:
             self._given_up.append(new)
             self._tell_failure(new, error, tries.statistics["attempt_number"], None)
         else:
-            if held is not None:
+            if held is not None and self._wanted():
                 self._swap(held)
+            elif held is not None:
+                self._drop(held)
 
     def _failed(self, new: Candidate, tries: RetryCallState) -> None:
         error = tries.outcome.exception() if tries.outcome is not None else None
@@ -363,8 +387,8 @@ class Live:
         until = clock() + seconds
         while (left := until - clock()) > 0:
             await self._pause(min(left, self._poll))
-            news = await self._news()
-            if news is not None and news != tried:
+            found = await self._newest()
+            if not self._wanted() or (found is not None and found != tried):
                 raise _SupersededError
 
     async def _pause(self, seconds: float) -> None:
@@ -380,10 +404,9 @@ class Live:
     async def _on_purpose(self) -> AsyncIterator[None]:
         """Have nobody else change the version, and nobody follow afterwards if it went well."""
         self._must_be_open()
-        followed = self._following.is_set()
-        self._following.clear()
-        if self._catching_up is not None:
-            self._catching_up.cancel()
+        followed, resumed = self._following.is_set(), self._resumed
+        self._stop_following()
+        self._commands += 1
         try:
             async with self._changing:
                 self._must_be_open()
@@ -392,8 +415,25 @@ class Live:
             if followed:
                 self._following.set()
             raise
+        else:
+            if self._resumed == resumed:  # one before us may have failed, and set it again
+                self._following.clear()
+        finally:
+            self._commands -= 1
+
+    def _stop_following(self) -> None:
+        self._following.clear()
+        if self._catching_up is not None:
+            self._catching_up.cancel()
+
+    def _before(self) -> Candidate:
+        before = self._shelf.before
+        if before is None:
+            raise LookupError(f"no version served before {self.current.version!r}")
+        return before
 
     async def _bring(self, wanted: Candidate, *, back: bool = False) -> LiveVersion:
+        self._must_be_open()
         held = self._shelf.find(wanted) or await self._attempted(self._load_once(wanted))
         if held is None:
             raise RuntimeError(f"{self!r}: left meanwhile")
@@ -418,14 +458,28 @@ class Live:
 
     async def _attempted(self, work: Coroutine[Any, Any, T], *, follows: bool = False) -> T | None:
         """Await what others may cancel without cancelling us; `None` if they did."""
-        with raising_first():
-            async with asyncio.TaskGroup() as group:
-                task = group.create_task(work, name="asyncloader-live-load")
-                self._attempts.add(task)
-                task.add_done_callback(self._attempts.discard)
-                if follows:
-                    self._catching_up = task
+        task: asyncio.Task[T] | None = None
+        try:
+            with raising_first():
+                async with asyncio.TaskGroup() as group:
+                    task = group.create_task(work, name="asyncloader-live-load")
+                    self._attempts.add(task)
+                    task.add_done_callback(self._attempts.discard)
+                    if follows:
+                        self._catching_up = task
+        except asyncio.CancelledError:
+            # Cancelled when it had just been loaded: nobody takes it.
+            if task is not None and not task.cancelled() and task.exception() is None:
+                self._drop(task.result())
+            raise
         return None if task.cancelled() else task.result()
+
+    def _drop(self, loaded: object) -> None:
+        """Give back a version that was loaded, and is not wanted any more."""
+        if isinstance(loaded, Held):
+            name, location = loaded.candidate.name, str(loaded.candidate.path)
+            self._teller.tell(LoadCancelled(version=name, location=location))
+            self._freeing.free(loaded.model, loaded)
 
     async def _load_once(self, wanted: Candidate) -> Held:
         """Load a version that somebody waits for, who hears of what goes wrong."""

@@ -121,7 +121,7 @@ class Loader:
             report's `lag` says what came of it.
         pressure: Called on the event loop twenty times a second; returns how little room the
             program has for a load, from its own metrics: 0 leaves it the whole machine, 0.75 a
-            quarter of the processors, 1 as good as nothing (a twentieth).
+            quarter of the processors, 1 as good as nothing (a tenth).
 
     Raises:
         TypeError: If an argument is of the wrong type.

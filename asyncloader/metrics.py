@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from .serving import (
     Freed,
+    LoadCancelled,
     LoadFailed,
     LoadFinished,
     LoadStarted,
@@ -90,7 +91,7 @@ class Metrics:
         self._model = model
         self._on = _families(REGISTRY if registry is None else registry)
         # A series that is not there before its first event has no rate when it matters.
-        for outcome in ("loaded", "failed", "refused"):
+        for outcome in ("loaded", "failed", "refused", "cancelled"):
             self._on.loads.labels(model, outcome)
         for by in ("check", "memory"):
             self._on.refusals.labels(model, by)
@@ -112,6 +113,8 @@ class Metrics:
                 self.observe(event.report)
             case LoadFailed():
                 self.failed(event.error)
+            case LoadCancelled():
+                on.loads.labels(model, "cancelled").inc()
             case VersionRefused():
                 self._refused(by_check=event.error is not None)
             case Swapped():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .serving import (
+    LoadCancelled,
     LoadFailed,
     LoadFinished,
     LoadStarted,
@@ -78,17 +79,17 @@ class LiveSpans:
     """Records loads of a `Live` as spans `asyncloader.load`, and swaps as `asyncloader.swap`.
 
     ```python
-    with contextlib.closing(LiveSpans(tracer)) as spans:
-        options = {"trace": spans.trace}
-        async with Live("/runs/ctr", build, on_event=spans, loader_options=options) as live:
-            ...
+    spans = LiveSpans(tracer)
+    options = {"trace": spans.trace}
+    async with Live("/runs/ctr", build, on_event=spans, loader_options=options) as live:
+        ...
     ```
 
     Several listeners are one function: `on_event=lambda event: (metrics(event), spans(event))`.
 
     A load's span begins when the load does, one for each try, and ends when it has failed, or when
     its version serves or was refused: it includes `check`, and an event `loaded` says when that
-    began. Its `asyncloader.outcome` is `served`, `failed`, `refused` or `given up`; of those that
+    began. Its `asyncloader.outcome` is `served`, `failed`, `refused` or `cancelled`; of those that
     failed or were refused, status and exception are recorded. A swap is a span without length, a
     child of the load that brought the version; the steps of the load are its children too, if
     `trace` listens to them. Other attributes are `asyncloader.version`, `.location`, `.attempt`,
@@ -98,8 +99,7 @@ class LiveSpans:
     `rollback()`), and a load that follows the run folder of the one where the `Live` was entered:
     if that span is still recorded when the load begins. Otherwise it is a trace of its own.
 
-    `Live` does not tell when it gives a load up, so that is found out by the next event, or by
-    `close`. Belongs to one `Live`, and to its event loop.
+    Belongs to one `Live`, and to its event loop.
 
     Args:
         tracer: Makes the spans.
@@ -123,6 +123,8 @@ class LiveSpans:
                 self._note_failed(event)
             case VersionRefused():
                 self._end(event, "refused", error=event.error, problem=event.reason)
+            case LoadCancelled():
+                self._end(event, "cancelled")
             case Swapped() | RolledBack():
                 self._swap(event)
 
@@ -134,12 +136,7 @@ class LiveSpans:
         else:
             _record(self._tracer, step, epoch=load.epoch, context=set_span_in_context(load.span))
 
-    def close(self) -> None:
-        """End the span of a load that was given up when `Live` was left. May be called again."""
-        self._give_up(time.time())
-
     def _begin(self, event: LoadStarted) -> None:
-        self._give_up(event.at)
         span = self._tracer.start_span(
             "asyncloader.load",
             _open_context(),
@@ -154,7 +151,6 @@ class LiveSpans:
 
     def _note_loaded(self, event: LoadFinished) -> None:
         if self._load is not None:
-            self._load.loaded = True
             self._load.span.set_attribute("asyncloader.bytes", event.report.bytes_read)
             self._load.span.set_attribute("asyncloader.memory_bytes", event.nbytes)
             self._load.span.add_event("loaded", timestamp=_nanoseconds(event.at))
@@ -166,9 +162,10 @@ class LiveSpans:
         self._end(event, "failed", error=event.error, problem=problem)
 
     def _swap(self, event: Swapped | RolledBack) -> None:
-        if self._load is not None and not self._load.brought(event):
-            self._give_up(event.at)
-        context = _open_context() if self._load is None else set_span_in_context(self._load.span)
+        # Going back at once comes before the load that it gives up has ended.
+        load = self._load
+        brought = load if load is not None and load.location == event.location else None
+        context = _open_context() if brought is None else set_span_in_context(brought.span)
         attributes: dict[str, str | bool] = {
             "asyncloader.version": event.version,
             "asyncloader.location": event.location,
@@ -181,7 +178,8 @@ class LiveSpans:
             "asyncloader.swap", context, attributes=attributes, start_time=at
         )
         swap.end(at)
-        self._end(event, "served")
+        if brought is not None:
+            self._end(event, "served")
 
     def _end(
         self, event: Event, outcome: str, *, error: Exception | None = None, problem: str = ""
@@ -195,11 +193,6 @@ class LiveSpans:
             load.span.set_status(Status(StatusCode.ERROR, problem))
         load.end(outcome, event.at)
 
-    def _give_up(self, at: float) -> None:
-        load, self._load = self._load, None
-        if load is not None:
-            load.end("given up", at)
-
 
 @dataclass(slots=True, kw_only=True)
 class _Load:
@@ -208,11 +201,6 @@ class _Load:
     span: OpenSpan
     location: str
     epoch: int
-    loaded: bool = False
-
-    def brought(self, event: Swapped | RolledBack) -> bool:
-        """Say whether it is this load's version that serves now."""
-        return self.loaded and self.location == event.location
 
     def end(self, outcome: str, at: float) -> None:
         """End its span, `at` in seconds since 1970."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Role: TypeAlias = Literal["raw", "ours", "peer", "variant"]
 
-PATIENCE = 4.0
+PATIENCE = 3.0
 """Seconds that the rounds of one peer may take together, estimated by its first."""
 
 LEAST_ROUNDS = 3

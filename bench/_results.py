@@ -137,6 +137,25 @@ class Growth:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """How late answers of a service were, in seconds, from when their requests were due."""
+
+    case: str
+    what: str
+    answers: int
+    failed: int
+    p50: float
+    p99: float
+    p999: float
+    worst: float
+    while_loading: float | None
+    """The 99th percentile of those that were due while a version came in."""
+
+    load: float | None
+    """Seconds that it took to come in."""
+
+
 @dataclass(slots=True)
 class Results:
     """All that one run measured."""
@@ -147,9 +166,12 @@ class Results:
     memories: list[Memory] = field(default_factory=list)
     lags: list[Lag] = field(default_factory=list)
     growths: list[Growth] = field(default_factory=list)
+    latencies: list[Latency] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.speeds or self.figures or self.memories or self.lags or self.growths)
+        return any(
+            (self.speeds, self.figures, self.memories, self.lags, self.growths, self.latencies)
+        )
 
     def figure(
         self, case: str, what: str, value: float, unit: str, goal: Goal | None = None
@@ -167,6 +189,7 @@ class Results:
             "memory": [asdict(memory) for memory in self.memories],
             "lag": [asdict(lag) for lag in self.lags],
             "growth": [asdict(growth) for growth in self.growths],
+            "latency": [asdict(latency) for latency in self.latencies],
         }
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -32,6 +32,12 @@ class Scale:
     loads: tuple[int, ...]
     """Numbers of tensors, as large as the others, that are loaded."""
 
+    served_ids: int
+    """Of each of the two tables that are served."""
+
+    served_seconds: float
+    """That a service is asked for."""
+
     def rounds(self, wanted: int) -> int:
         """Return how many rounds to measure where `wanted` would be right; 0 is to try once."""
         return min(wanted, self.most_rounds)
@@ -49,6 +55,8 @@ FULL = Scale(
     many_width=8,
     blocks=(1_000, 4_000, 16_000, 64_000, 256_000, 1_024_000),
     loads=(4, 8, 16, 32, 64, 128, 256),
+    served_ids=3_900_000,
+    served_seconds=30,
 )
 TINY = Scale(
     name="tiny",
@@ -62,5 +70,7 @@ TINY = Scale(
     many_width=8,
     blocks=(100, 200),
     loads=(8, 16),
+    served_ids=20_000,
+    served_seconds=1,
 )
 SCALES = {scale.name: scale for scale in (FULL, TINY)}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from bench._results import Figure, Growth, Lag, Memory, Results, Speed
+    from bench._results import Figure, Growth, Lag, Latency, Memory, Results, Speed
 
 STYLES = {"raw": "dim", "ours": "bold", "peer": "", "variant": ""}
 
@@ -28,6 +28,8 @@ def tables_of(results: Results) -> RenderableType:
         tables.append(_memories(results.memories))
     if results.lags:
         tables.append(_lags(results.lags))
+    if results.latencies:
+        tables.append(_latencies(results.latencies))
     if results.growths:
         tables.append(_growths(results.growths))
     if results.figures:
@@ -115,6 +117,22 @@ def _lags(lags: Sequence[Lag]) -> Table:
         )
         rounds = f"{lag.rounds - lag.stolen} of {lag.rounds}"
         table.add_row(lag.case, lag.what, rounds, f"{lag.ticks:,}", *times)
+    return table
+
+
+def _latencies(latencies: Sequence[Latency]) -> Table:
+    columns = ("case", "ms", "answers", "failed", "p50", "p99", "p99.9", "worst", "loading", "load")
+    table = _table("Latency of a service; loading: p99 while the load ran, s", *columns, texts=2)
+    for one in latencies:
+        times = (one.p50, one.p99, one.p999, one.worst, one.while_loading)
+        table.add_row(
+            one.case,
+            one.what,
+            f"{one.answers:,}",
+            f"{one.failed:,}",
+            *("" if seconds is None else f"{seconds * 1e3:.1f}" for seconds in times),
+            "" if one.load is None else f"{one.load:.2f} s",
+        )
     return table
 
 

@@ -51,7 +51,7 @@ def test_s1_planning(
 
         return Contender(name=f"{count:,}", role="variant", prepare=prepare, run=run, check=check)
 
-    times = interleave([contender(count) for count in scale.blocks], rounds=scale.rounds(2))
+    times = interleave([contender(count) for count in scale.blocks], rounds=scale.rounds(1))
 
     seconds = [one.seconds for one in times]
     what = "planning"

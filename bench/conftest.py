@@ -66,9 +66,11 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
     console.width = max(console.width, 110)  # in a log
     console.print(tables_of(results))
     if results.scale == "full":
-        results.write(LATEST)
-        drawn = draw(results.speeds, results.growths, LATEST.parent)
-        for path in (LATEST, *drawn):
+        alone = results.latencies and not results.speeds
+        written = LATEST.with_stem("serving") if alone else LATEST
+        results.write(written)
+        drawn = [] if alone else draw(results.speeds, results.growths, LATEST.parent)
+        for path in (written, *drawn):
             console.print(f"[dim]Written: {os.path.relpath(path)}[/]")
 
 

@@ -28,14 +28,22 @@ IDS = torch.arange(200)
 TABLES = ("user", "item")
 
 
-def publish(run: Path, version: int, *, name: str | None = None) -> Path:
-    """Commit a version to a run folder: every value in it is its number."""
+def publish(run: Path, version: int, *, name: str | None = None, when: float | None = None) -> Path:
+    """Commit a version to a run folder: every value in it is its number, and so is its age.
+
+    Args:
+        run: The folder.
+        version: Its number.
+        name: Of its sub-folder.
+        when: Its age instead, in seconds since 1970.
+    """
     content = TableData(ids=IDS, slots={"embedding": torch.full((len(IDS), 4), float(version))})
     staged = run / f".{version}"
     write_checkpoint(
         staged, dict.fromkeys(TABLES, content), {"w": torch.full((64,), float(version))}
     )
-    os.utime(staged / "index", (version, version))
+    when = version if when is None else when
+    os.utime(staged / "index", (when, when))
     path = run / (name or f"v{version}")
     if path.exists():
         shutil.rmtree(path)

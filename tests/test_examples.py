@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,24 @@ def test_the_code_in_the_readme_runs_in_its_order(
         result = eval(code, names)  # noqa: S307  # the README's own code
         if result is not None:  # it awaits something
             asyncio.run(result)
-    assert "item_emb" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "item_emb" in out
+    assert "1200 torch.Size([2, 2])" in out
     assert names["newest"] == tmp_path / "run" / "1200"
     assert (tmp_path / "new" / "index").exists()
+
+
+async def test_the_code_in_the_guide_to_serving_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(1)
+    content = random_table(rng, 100, 16)
+    tensors = {"w": random_tensor(rng, (4, 4))}
+    write_checkpoint(tmp_path / "run" / "1200", {"item_emb": content}, tensors)
+    text = (ROOT / "docs" / "serving.md").read_text()
+    first, second, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in (first, second):
+        exec(block.replace("/path/to", str(tmp_path)), names)  # noqa: S102  # the guide's own code
+    await names["serve"](content.ids[:2])
+    assert "1200 True" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from asyncloader import (
     Freed,
     HashTable,
     Live,
+    LoadCancelled,
     LoadFailed,
     LoadFinished,
     LoadStarted,
@@ -395,6 +396,8 @@ async def test_going_back_gives_up_the_load_that_is_under_way(tmp_path: Path) ->
         await gate.reached.wait()
         assert state(it).loading == "v3"
         assert (await it.rollback()).version == "v1"
+        assert serving(it) == 1
+        await events.until(LoadCancelled, version="v3")
         assert state(it).loading is None
         assert serving(it) == 1
     assert "Swapped v3" not in events.kinds()

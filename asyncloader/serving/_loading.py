@@ -145,15 +145,19 @@ class VersionLoader:
         nbytes = predicted_bytes(plan, model)
         inflight = self._options.get("max_inflight_bytes", INFLIGHT_BYTES)
         most = self._max_memory
-        while most is not None and (beside := self._shelf.nbytes) + nbytes + inflight > most:
-            if not self._shelf.spare():
-                reason = (
-                    f"it takes {size_text(nbytes)} beside the {size_text(beside)} of versions in "
-                    f"memory and {size_text(inflight)} of reads under way: more than max_memory, "
-                    f"{size_text(most)}"
-                )
-                self._tell_refused(wanted, reason)
-                raise RefusedError(reason, beside)
+        if most is None:
+            return nbytes
+        beside = self._shelf.needed
+        if beside + nbytes + inflight > most:
+            reason = (
+                f"it takes {size_text(nbytes)} beside the {size_text(beside)} of versions in use "
+                f"and {size_text(inflight)} of reads under way: more than max_memory, "
+                f"{size_text(most)}"
+            )
+            self._tell_refused(wanted, reason)
+            raise RefusedError(reason, beside)
+        while self._shelf.nbytes + nbytes + inflight > most and self._shelf.spare():
+            pass
         return nbytes
 
     async def _pass_check(self, model: Model, wanted: Candidate) -> None:
@@ -161,6 +165,13 @@ class VersionLoader:
             return
         try:
             await self._call(partial(self._check, model))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            reason = "check was cancelled by something of its own"
+            self._tell_refused(wanted, reason)
+            raise RefusedError(reason) from error
         except Exception as error:
             reason = f"check said: {error}"
             self._tell_refused(wanted, reason, error)
@@ -195,4 +206,4 @@ def _clear_frames(error: BaseException) -> None:
         if one is not None and id(one) not in known:
             known.add(id(one))
             traceback.clear_frames(one.__traceback__)
-            todo += [one.__cause__, one.__context__]
+            todo += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]

@@ -67,9 +67,17 @@ class Shelf:
             raise RuntimeError(f"no version serves: the `async with Live(...)` block {state}")
         return serving
 
-    def serves(self, held: Held) -> bool:
-        """Say whether it is this version that serves."""
-        return held is self._serving
+    @property
+    def now(self) -> tuple[tuple[Held, ...], Held | None]:
+        """All that are in memory, and the one that serves, at one moment."""
+        with self._lock:
+            return tuple(self._held), self._serving
+
+    @property
+    def needed(self) -> int:
+        """Memory of those that serve or are used, in bytes."""
+        with self._lock:
+            return sum(one.nbytes for one in self._held if one.users or one is self._serving)
 
     @property
     def held(self) -> tuple[Held, ...]:

@@ -215,11 +215,10 @@ class ReadPace:
                 all_of_them = self._limit == self._most
             if missing:
                 self._start()
-            if read.future.set_running_or_notify_cancel():
-                if self._throttle is None:
-                    self._carry_out(read.job, read.future)
-                else:
-                    self._throttle.work(partial(self._carry_out, read.job, read.future))
+            if self._throttle is None:
+                self._carry_out(read.job, read.future)
+            else:
+                self._throttle.work(partial(self._carry_out, read.job, read.future))
             del read  # or an idle thread would hold on to memory that was read into
             if all_of_them and self._go_behind():
                 return
@@ -235,6 +234,8 @@ class ReadPace:
         return not turn.void
 
     def _carry_out(self, job: Callable[[Seen], object], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         seen = Seen()
         try:
             begin, before = time.monotonic_ns(), self._clock()

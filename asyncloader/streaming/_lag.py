@@ -18,11 +18,16 @@ __all__ = ["LagWatch", "LoopLag"]
 
 _log = logging.getLogger(__name__)
 
-_SLOWEST = 0.05
-_FIRST = 0.5
-_FASTER = 0.1
+# Chosen by trying: see docs/performance.md.
+_FIRST = 0.3
+_FASTER = 0.02
+_SLOWEST = 0.1
+_SLOWEST_IN_VAIN = 0.25
+_IN_VAIN = 20
+"""Decisions in a row after which the slowest pace has not helped: somebody else is in the way."""
+
 _WINDOW = 0.05
-"""Seconds between two decisions, unless the bound is exceeded."""
+"""Seconds between two decisions."""
 
 _TICKS = 2
 """Ticks within the bound, at most one in a millisecond and one in ten at least."""
@@ -62,8 +67,11 @@ class LoopLag:
 class LagWatch:
     """A timer on the event loop that says how late it was called, and what follows from that.
 
-    While it comes later than the bound, the pace is halved, at most once in 50 ms; while it comes
-    earlier than half of the bound, it grows by a tenth. An async context manager.
+    While it comes later than the bound, the pace is halved, at most once in 50 ms, down to a tenth;
+    while it comes earlier than half of the bound, it grows by a fiftieth. Where a second of the
+    slowest pace has not helped, somebody else is in the way, and a load that takes ten times as
+    long would only be in that one's way for longer: then a quarter is the slowest. An async context
+    manager.
 
     Args:
         throttle: Is given the pace.
@@ -93,6 +101,8 @@ class LagWatch:
         self._start = self._decided = self._noted = clock()
         self._held_back = 0.0
         self._paces: list[tuple[float, float]] = []
+        self._slowest = _SLOWEST
+        self._in_vain = 0
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -137,12 +147,16 @@ class LagWatch:
         self._note_time(now)
         self._decided = now
         pace = self._throttle.pace
-        if self._worst_lately > self._bound:
+        late, early = self._worst_lately > self._bound, self._worst_lately < self._bound / 2
+        self._in_vain = self._in_vain + 1 if pace <= _SLOWEST and not early else 0
+        if self._in_vain >= _IN_VAIN:
+            self._slowest = _SLOWEST_IN_VAIN
+        if late:
             pace /= 2
-        elif self._worst_lately < self._bound / 2:
+        elif early:
             pace += _FASTER
         self._worst_lately = 0.0
-        self._go(max(min(pace, self._most()), _SLOWEST))
+        self._go(min(max(pace, self._slowest), self._most()))
 
     def _most(self) -> float:
         if self._pressure is None:

@@ -46,6 +46,7 @@ class Threads:
     def __init__(self, *, reads: int, throttle: Throttle | None = None) -> None:
         self.kernel_count = min(processors(), _MOST_KERNELS)
         self._read_count = reads
+        self._throttle = throttle
         self.readers = _pool(reads, "asyncloader-read")
         self._kernels = _pool(self.kernel_count, "asyncloader-kernel")
         self.reads: Executor = self.readers
@@ -75,6 +76,8 @@ class Threads:
         # Nobody is at work any more, but each thread still has to wake up to end. The readers are
         # joined off the loop; the few others, one of which did that, on it.
         loop = asyncio.get_running_loop()
+        if self._throttle is not None:
+            self._throttle.pace = 1  # or the loop would wait for threads that rest
         try:
             await settled(loop.run_in_executor(self._kernels, self.readers.shutdown))
         finally:
