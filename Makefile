@@ -7,7 +7,7 @@ RUN := .venv/bin/python -m
 PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check cover bench bench-serving format dist clean
+.PHONY: help demo serve test soak check cover bench bench-serving format dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ check: .venv/installed ## formatting, lint, types, and who may import whom
 	$(RUN) ruff check
 	$(RUN) mypy
 	.venv/bin/lint-imports
+
+soak: .venv/installed ## swap a model a thousand times under readers, rollbacks, faults
+	$(RUN) pytest tests/test_live_soak.py --soak-swaps 1000 --timeout=0 $(ARGS)
 
 cover: .venv/installed ## run the tests, and fail where too few lines and branches are covered
 	$(RUN) pytest --cov $(ARGS)

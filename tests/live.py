@@ -28,7 +28,14 @@ IDS = torch.arange(200)
 TABLES = ("user", "item")
 
 
-def publish(run: Path, version: int, *, name: str | None = None, when: float | None = None) -> Path:
+def publish(
+    run: Path,
+    version: int,
+    *,
+    name: str | None = None,
+    when: float | None = None,
+    ids: Tensor = IDS,
+) -> Path:
     """Commit a version to a run folder: every value in it is its number, and so is its age.
 
     Args:
@@ -36,8 +43,9 @@ def publish(run: Path, version: int, *, name: str | None = None, when: float | N
         version: Its number.
         name: Of its sub-folder.
         when: Its age instead, in seconds since 1970.
+        ids: What its tables hold.
     """
-    content = TableData(ids=IDS, slots={"embedding": torch.full((len(IDS), 4), float(version))})
+    content = TableData(ids=ids, slots={"embedding": torch.full((len(ids), 4), float(version))})
     staged = run / f".{version}"
     write_checkpoint(
         staged, dict.fromkeys(TABLES, content), {"w": torch.full((64,), float(version))}

@@ -30,7 +30,7 @@ async def ask(
     try:
         async with session.post(url, json=body) as answer:
             await answer.read()
-            good = answer.status == 200
+            good = bool(answer.status == 200)
     except (aiohttp.ClientError, TimeoutError):
         good = False
     late[number] = time.perf_counter() - due
