@@ -44,7 +44,7 @@ def no_blocking_calls_on_the_loop() -> Iterator[None]:
         allowed.can_block_in("asyncloader/streaming/_blocking.py", {"run_blocking"})
         # The last threads of a load are idle when they are joined; somebody has to.
         allowed.can_block_in("asyncloader/streaming/_threads.py", {"_close"})
-        allowed.can_block_in("asyncloader/live.py", {"_close"})
+        allowed.can_block_in("asyncloader/serving/_switch.py", {"_wind_up"})
         yield
 
 

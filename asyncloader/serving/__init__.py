@@ -11,20 +11,17 @@ from ._events import (
     Swapped,
     VersionRefused,
 )
-from ._freeing import Freeing
-from ._loading import RefusedError, VersionLoader, check_options
+from ._loading import VersionLoader, check_options
 from ._model import Model
-from ._retry import may_pass, retrying
+from ._retry import may_pass
 from ._shelf import Held, Shelf
-from ._source import Candidate, candidate, named, newest
 from ._state import LiveState, LiveVersion
+from ._switch import Switch
 from ._telling import Teller
 
 __all__ = [
-    "Candidate",
     "Event",
     "Freed",
-    "Freeing",
     "Held",
     "LiveState",
     "LiveVersion",
@@ -33,17 +30,13 @@ __all__ = [
     "LoadFinished",
     "LoadStarted",
     "Model",
-    "RefusedError",
     "RolledBack",
     "Shelf",
     "Swapped",
+    "Switch",
     "Teller",
     "VersionLoader",
     "VersionRefused",
-    "candidate",
     "check_options",
     "may_pass",
-    "named",
-    "newest",
-    "retrying",
 ]

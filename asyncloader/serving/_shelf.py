@@ -38,12 +38,14 @@ class Shelf:
 
     Args:
         keep: Versions that stay; the one that serves is the first of them.
-        let_go: Called with a version that has left the shelf, on whatever thread made it go.
     """
 
-    def __init__(self, *, keep: int, let_go: Callable[[Held], object]) -> None:
+    let_go: Callable[[Held], object]
+    """Set before the first version is put. Called with each that has left the shelf, on whatever
+    thread made it go."""
+
+    def __init__(self, *, keep: int) -> None:
         self._keep = keep
-        self._let_go = let_go
         self._lock = threading.Lock()
         self._held: list[Held] = []  # in the order in which they last began to serve
         self._serving: Held | None = None
@@ -163,4 +165,4 @@ class Shelf:
 
     def _dismiss(self, gone: list[Held]) -> None:
         for held in gone:
-            self._let_go(held)
+            self.let_go(held)
