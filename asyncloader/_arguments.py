@@ -25,6 +25,8 @@ def checked_path(path: str | os.PathLike[str], name: str) -> str:
         TypeError: If it is no path, or one in bytes.
         ValueError: If no path can be like that.
     """
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {path!r}")
     text = os.fspath(path)
     if not isinstance(text, str):
         raise TypeError(f"{name} must be text, got {text!r}")

@@ -98,6 +98,8 @@ class Contract:
             TypeError: If `pressure` cannot be called.
             ValueError: If `max_loop_lag` is not positive.
         """
+        if max_loop_lag is not None and not isinstance(max_loop_lag, int | float):
+            raise TypeError(f"max_loop_lag is a number of seconds, got {max_loop_lag!r}")
         if max_loop_lag is not None and not max_loop_lag > 0:
             raise ValueError(f"max_loop_lag must be positive or None, got {max_loop_lag}")
         if pressure is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from ._arguments import check_callable, checked_path
+from ._arguments import as_dict, check_callable, checked_path
 from .serving import (
     LiveState,
     LiveVersion,
@@ -44,8 +45,9 @@ class Live:
             rows = model.tables["item_emb"].lookup(ids)
     ```
 
-    Entering waits for the first version, and raises if it cannot be loaded. Leaving cancels what is
-    under way, waits for its threads, and gives all memory back but what `use()` blocks still pin.
+    Entering loads the first version, and raises if there is none, or it cannot be loaded. Leaving
+    cancels what is under way, waits for its threads, and gives all memory back but what `use()`
+    blocks still pin.
     `use`, `current`, `state` and `versions` may be asked from any thread; everything else belongs
     to the event loop on which the block was entered.
 
@@ -58,10 +60,11 @@ class Live:
         keep: Versions that stay in memory: the one that serves, and those that served before it.
             With 2, going back takes no load.
         poll: Seconds between two looks at the folder.
-        loader_options: Further arguments of `Loader`, such as `max_loop_lag`, `verify`, `strict`,
-            `timeout`.
-        check: Gets a version that was loaded, before it serves; what it raises keeps it from
-            serving. Called on a thread, unless it is a coroutine function.
+        loader_options: Further arguments of `Loader`, such as `max_loop_lag`, `verify`, `timeout`.
+            `strict` is true unless it says otherwise: a version that lacks something does not
+            serve. The first version, beside which nobody is served, is loaded at full speed.
+        check: Gets a version that was loaded, before it serves; if it raises, or returns `False`,
+            that version does not. Called on a thread, unless it is a coroutine function.
         on_event: Called on the event loop with what happens, an `Event`. What it raises is logged.
         max_memory: Bytes that all versions in memory, the one to be loaded, and the reads under way
             may take together, as predicted from its plan; versions that nobody uses give way first.
@@ -94,13 +97,17 @@ class Live:
         for name, function in (("check", check), ("on_event", on_event)):
             if function is not None:
                 check_callable(function, name)
+        if inspect.iscoroutinefunction(on_event):
+            raise TypeError("on_event is called, not awaited: give it a plain function")
         for name, value in (("poll", poll), ("retry_pause", retry_pause)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         for name, count in (("keep", keep), ("max_memory", max_memory)):
-            if count is not None and (type(count) is not int or count < 1):
-                raise ValueError(f"{name} must be a positive int, got {count!r}")
-        options = dict(loader_options or {})
+            if count is not None and type(count) is not int:
+                raise TypeError(f"{name} must be an int, got {count!r}")
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be positive, got {count}")
+        options = {"strict": True, **as_dict(loader_options, "loader_options")}
         check_options(path, options)
         self._teller = Teller(on_event)
         self._shelf = Shelf(keep=keep)
@@ -172,6 +179,7 @@ class Live:
             loading=None if loading is None else loading.name,
             progress=self._loader.progress,
             problem=self._teller.problem,
+            trouble=self._switch.trouble,
             nbytes=sum(version.nbytes for version in versions),
         )
 
@@ -197,7 +205,8 @@ class Live:
         """Let a version serve that was chosen on purpose, and stay there until `resume()`.
 
         Args:
-            version: The name of a sub-folder of the run folder, or the path of a checkpoint.
+            version: The name of a sub-folder of the run folder, or the path of a checkpoint: any
+                path, so check what comes from outside.
 
         Returns:
             The version that serves now.
@@ -206,7 +215,10 @@ class Live:
             CheckpointNotFoundError: If there is no such checkpoint.
             Exception: What loading it, or `check`, raised. Nothing has changed then.
         """
-        return await self._switch.load(checked_path(version, "version"))
+        name = checked_path(version, "version")
+        if not name:
+            raise ValueError("version is empty: it names a sub-folder, or is a path")
+        return await self._switch.load(name)
 
     async def resume(self) -> None:
         """Follow the newest version again, also one that was given up. Does not wait for it."""

@@ -83,12 +83,22 @@ async def test_the_code_in_the_guide_to_serving_runs(
 ) -> None:
     rng = np.random.default_rng(1)
     content = random_table(rng, 100, 16)
-    tensors = {"w": random_tensor(rng, (4, 4))}
+    tensors = {
+        "w": random_tensor(rng, (4, 4)),
+        "tower.weight": random_tensor(rng, (1, 16)),
+        "tower.bias": random_tensor(rng, (1,)),
+    }
     write_checkpoint(tmp_path / "run" / "1200", {"item_emb": content}, tensors)
     text = (ROOT / "docs" / "serving.md").read_text()
-    first, second, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, module, service, second, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
-    for block in (first, second):
+    for block in (first, module, service, second):
         exec(block.replace("/path/to", str(tmp_path)), names)  # noqa: S102  # the guide's own code
     await names["serve"](content.ids[:2])
     assert "1200 True" in capsys.readouterr().out
+    async with names["lifespan"](names["app"]):
+        answer = await names["rank"](content.ids[:3].tolist())
+        assert answer["version"] == "1200"
+        assert len(answer["scores"]) == 3
+        with pytest.raises(names["HTTPException"], match="no version served before"):
+            await names["rollback"]()

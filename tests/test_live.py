@@ -22,6 +22,7 @@ from asyncloader import (
     LoadFailed,
     LoadFinished,
     LoadStarted,
+    PlanError,
     RolledBack,
     Swapped,
     TruncatedShardError,
@@ -293,7 +294,7 @@ async def test_a_refused_first_version_raises(tmp_path: Path) -> None:
     def check(model: Model) -> None:
         raise ValueError("no")
 
-    with pytest.raises(CheckpointError, match="check said: no") as caught:
+    with pytest.raises(CheckpointError, match="check raised ValueError: no") as caught:
         async with live(tmp_path, check=check):
             pass
     assert isinstance(caught.value.__cause__, ValueError)
@@ -446,13 +447,12 @@ async def test_a_version_that_would_not_fit_is_refused_before_it_takes_memory(
 ) -> None:
     publish(tmp_path, 1)
     events = Events()
-    options = {"max_inflight_bytes": 1 << 20, "chunk_bytes": 1 << 20}
-    async with live(tmp_path, loader_options=options) as it:
+    async with live(tmp_path) as it:
         size = it.current.nbytes
     assert 2 * 200 * 4 * 4 < size < 40_000
 
-    most = (1 << 20) + size * 3 // 2
-    async with live(tmp_path, events, loader_options=options, max_memory=most) as it:
+    most = 2 * size
+    async with live(tmp_path, events, max_memory=most) as it:
         publish(tmp_path, 2)
         refused = await events.until(VersionRefused)
         assert "max_memory" in refused.reason
@@ -468,9 +468,8 @@ async def test_a_version_that_nobody_uses_makes_room(tmp_path: Path) -> None:
     async with live(tmp_path) as it:
         size = it.current.nbytes
     events = Events()
-    options = {"max_inflight_bytes": 1 << 20, "chunk_bytes": 1 << 20}
-    most = (1 << 20) + size * 5 // 2
-    how: dict[str, Any] = {"loader_options": options, "max_memory": most, "keep": 3}
+    most = 3 * size
+    how: dict[str, Any] = {"max_memory": most, "keep": 3}
     async with live(tmp_path, events, **how) as it:
         with it.use():  # v1
             publish(tmp_path, 2)
@@ -490,9 +489,8 @@ async def test_what_was_refused_for_memory_is_tried_again_when_some_is_free(
     async with live(tmp_path) as it:
         size = it.current.nbytes
     events = Events()
-    options = {"max_inflight_bytes": 1 << 20, "chunk_bytes": 1 << 20}
-    most = (1 << 20) + size * 5 // 2
-    async with live(tmp_path, events, loader_options=options, max_memory=most) as it:
+    most = 3 * size
+    async with live(tmp_path, events, max_memory=most) as it:
         with it.use():  # v1
             publish(tmp_path, 2)
             await events.until(Swapped, version="v2")
@@ -543,6 +541,7 @@ async def test_a_run_folder_that_is_gone_is_looked_for_again(
         run.rename(tmp_path / "away")
         while "no run folder" not in caplog.text:  # noqa: ASYNC110  # nobody tells us
             await asyncio.sleep(0)
+        assert "no run folder" in state(it).trouble
         assert serving(it) == 1
         publish(tmp_path / "away", 2)
         (tmp_path / "away").rename(run)
@@ -566,11 +565,19 @@ async def test_events_read_as_sentences(tmp_path: Path) -> None:
     assert any(str(event).startswith(f"{path}: gave back") for event in events.seen)
 
 
+async def never_called(event: object) -> None:
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "match"),
     [
-        ({"keep": 0}, ValueError, "keep must be a positive int, got 0"),
-        ({"keep": 1.0}, ValueError, "keep"),
+        ({"keep": 0}, ValueError, "keep must be positive, got 0"),
+        ({"keep": 1.0}, TypeError, "keep must be an int"),
+        ({"source": None}, TypeError, "source must be a path"),
+        ({"on_event": never_called}, TypeError, "not awaited"),
+        ({"loader_options": ["strict"]}, TypeError, "loader_options maps"),
+        ({"loader_options": {"max_loop_lag": "5ms"}}, TypeError, "max_loop_lag is a number"),
         ({"poll": 0}, ValueError, "poll must be positive"),
         ({"retry_pause": -1}, ValueError, "retry_pause must be positive"),
         ({"max_memory": 0}, ValueError, "max_memory"),
@@ -586,7 +593,7 @@ def test_arguments_that_make_no_sense_are_refused(
     tmp_path: Path, wrong: dict[str, Any], error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=match):
-        Live(tmp_path, **{"build": build, **wrong})
+        Live(**{"source": tmp_path, "build": build, **wrong})
 
 
 async def test_a_plan_can_be_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -603,3 +610,76 @@ async def test_a_plan_can_be_refused_before_anything_is_written(tmp_path: Path) 
         await Loader(path, tables, tensors, on_plan=refuse).aload()
     assert len(tables["user"]) == 0
     assert not tensors["w"].any()
+
+
+async def test_a_version_that_lacks_something_does_not_serve(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    events = Events()
+
+    def more() -> object:
+        tables, tensors = build()
+        return tables, {**tensors, "bias": torch.empty(3)}
+
+    with pytest.raises(PlanError, match="bias"):
+        async with live(tmp_path, events, more):
+            pass
+    async with live(tmp_path, events, more, loader_options={"strict": False}) as it:
+        assert it.current.version == "v1"
+
+
+async def test_what_is_built_has_to_be_new(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    events = Events()
+    once = build()
+    others = [once, once, (once[0], build()[1]), (build()[0], once[1])]
+    async with live(tmp_path, events, partial(others.pop, 0)) as it:
+        for version in (2, 3, 4):
+            publish(tmp_path, version)
+            failed = await events.until(LoadFailed, version=f"v{version}")
+            assert isinstance(failed.error, TypeError)
+            assert "make new ones" in str(failed.error)
+            assert serving(it) == 1
+
+
+async def test_a_check_may_say_no_by_false(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    events = Events()
+    async with live(tmp_path, events, check=lambda model: version_in(model) != 2) as it:
+        publish(tmp_path, 2)
+        assert (await events.until(VersionRefused)).reason == "check returned False"
+        assert serving(it) == 1
+        assert state(it).problem is not None
+
+
+async def test_commands_belong_to_the_loop_of_the_block(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    async with live(tmp_path) as it:
+        with pytest.raises(RuntimeError, match="event loop that it was entered on"):
+            await asyncio.to_thread(lambda: asyncio.run(it.rollback()))
+        with pytest.raises(ValueError, match="version is empty"):
+            await it.load("")
+
+
+async def test_the_first_version_is_not_paced(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    events = Events()
+    async with live(tmp_path, events, loader_options={"max_loop_lag": 0.005}):
+        publish(tmp_path, 2)
+        second = await events.until(LoadFinished, version="v2")
+        assert second.report.lag is not None
+    assert (await events.until(LoadFinished, version="v1")).report.lag is None
+
+
+async def test_what_a_user_s_code_raises_is_logged_with_where_it_did(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(tmp_path, 1)
+
+    def broken() -> object:
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        async with live(tmp_path, build=broken):
+            pass
+    assert "raised by build()" in caplog.text
+    assert "in broken" in caplog.text

@@ -243,11 +243,10 @@ async def test_a_version_that_would_not_fit_is_refused_and_no_load(
     tmp_path: Path, registry: CollectorRegistry, metrics: Metrics
 ) -> None:
     publish(tmp_path, 1)
-    options = {"max_inflight_bytes": 1 << 20, "chunk_bytes": 1 << 20}
-    async with live(tmp_path, loader_options=options) as it:
-        most = (1 << 20) + it.current.nbytes * 3 // 2
+    async with live(tmp_path) as it:
+        most = 2 * it.current.nbytes
     both = Both(metrics)
-    async with live(tmp_path, on_event=both, loader_options=options, max_memory=most):
+    async with live(tmp_path, on_event=both, max_memory=most):
         publish(tmp_path, 2)
         await both.events.until(VersionRefused)
 

@@ -253,7 +253,7 @@ async def test_a_version_that_the_check_refuses(tmp_path: Path, exported: Export
     refused = exported.span("asyncloader.load", version="v2")
     assert attributes(refused)["outcome"] == "refused"
     assert refused.status.status_code is StatusCode.ERROR
-    assert refused.status.description == "check said: scores have drifted"
+    assert refused.status.description == "check raised ValueError: scores have drifted"
     assert [event.name for event in refused.events] == ["loaded", "exception"]
 
 

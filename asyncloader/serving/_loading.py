@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RefusedError", "VersionLoader", "check_options"]
 
+_PACING = ("max_loop_lag", "pressure")
+
 
 class RefusedError(Exception):
     """A version will not serve; an event has said so.
@@ -105,7 +107,8 @@ class VersionLoader:
         self._tell(LoadStarted(version=version, location=location, attempt=attempt))
         model = None
         try:
-            model = model_of(wanted.path, await self._call(self._build))
+            model = model_of(wanted.path, await self._built())
+            self._must_be_fresh(model)
             return await self._fill(model, wanted)
         except BaseException as error:
             _clear_frames(error)  # they know the model
@@ -118,14 +121,37 @@ class VersionLoader:
             del model
             self.loading = self.progress = None
 
+    async def _built(self) -> object:
+        try:
+            return await self._call(self._build)
+        except Exception as error:
+            error.add_note("raised by build()")
+            raise
+
+    def _must_be_fresh(self, model: Model) -> None:
+        """Refuse what belongs to another version: loading into it would change that one."""
+        for name, table in model.tables.items():
+            if hasattr(table, "__len__") and len(table):
+                raise TypeError(f"build() made a table {name!r} that holds ids: make new ones")
+        mine = _memory_of(model)
+        for held in self._shelf.held:
+            if mine & _memory_of(held.model):
+                raise TypeError(
+                    f"build() returned tables or tensors of version {held.candidate.name!r} again: "
+                    "make new ones each time"
+                )
+
     async def _fill(self, model: Model, wanted: Candidate) -> Held:
         predicted: list[int] = []
+        options = self._options
+        if not self._shelf.held:  # nobody is served yet whom a load could be in the way of
+            options = {name: one for name, one in options.items() if name not in _PACING}
         report = await Loader(
             wanted.path,
             model.tables,
             model.tensors,
             **{
-                **self._options,
+                **options,
                 "progress": self._note_progress,
                 "on_plan": lambda plan: predicted.append(self._predict(plan, model, wanted)),
             },
@@ -143,7 +169,7 @@ class VersionLoader:
     def _predict(self, plan: LoadPlan, model: Model, wanted: Candidate) -> int:
         """Return what a version will take, or refuse it. What nobody uses gives way."""
         nbytes = predicted_bytes(plan, model)
-        inflight = self._options.get("max_inflight_bytes", INFLIGHT_BYTES)
+        inflight = min(self._options.get("max_inflight_bytes", INFLIGHT_BYTES), plan.nbytes)
         most = self._max_memory
         if most is None:
             return nbytes
@@ -163,8 +189,9 @@ class VersionLoader:
     async def _pass_check(self, model: Model, wanted: Candidate) -> None:
         if self._check is None:
             return
+        verdict: object = None
         try:
-            await self._call(partial(self._check, model))
+            verdict = await self._call(partial(self._check, model))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -173,9 +200,13 @@ class VersionLoader:
             self._tell_refused(wanted, reason)
             raise RefusedError(reason) from error
         except Exception as error:
-            reason = f"check said: {error}"
+            reason = f"check raised {type(error).__name__}: {error}"
             self._tell_refused(wanted, reason, error)
             raise RefusedError(reason) from error
+        if verdict is False:
+            reason = "check returned False"
+            self._tell_refused(wanted, reason, ValueError(reason))
+            raise RefusedError(reason)
 
     def _tell_refused(self, wanted: Candidate, reason: str, error: Exception | None = None) -> None:
         self._refused = True
@@ -195,6 +226,13 @@ class VersionLoader:
         listener = self._options.get("progress")
         if callable(listener):
             listener(progress)
+
+
+def _memory_of(model: Model) -> set[int]:
+    """Return what tells a model's tables and tensors from those of another."""
+    storages = (tensor.untyped_storage() for tensor in model.tensors.values())
+    tensors = {storage.data_ptr() for storage in storages if storage.nbytes()}
+    return tensors | {id(table) for table in model.tables.values()}
 
 
 def _clear_frames(error: BaseException) -> None:

@@ -68,5 +68,8 @@ class LiveState:
     problem: LoadFailed | VersionRefused | None
     """What kept the newest version from serving, until one serves."""
 
+    trouble: str = ""
+    """What is wrong with the source, such as a run folder that is gone; empty if nothing is."""
+
     nbytes: int
     """Memory of all versions, in bytes."""

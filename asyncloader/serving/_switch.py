@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Switch"]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("asyncloader")
 
 T = TypeVar("T")
 
@@ -96,6 +96,11 @@ class Switch:
         return f"{str(self._source)!r}: {state}"
 
     @property
+    def trouble(self) -> str:
+        """What keeps us from looking at the source; nothing if nothing does."""
+        return self._trouble
+
+    @property
     def following(self) -> bool:
         """Whether new versions are taken in."""
         return self._following.is_set()
@@ -110,6 +115,7 @@ class Switch:
         if self._opened:
             raise RuntimeError(f"{self.description}: enter it once; make another one")
         self._opened = True
+        self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(_THREADS, "asyncloader-live")
         self._freeing = Freeing(self._pool, self._teller.tell)
         self._shelf.let_go = self._freeing.let_go
@@ -121,8 +127,7 @@ class Switch:
             except BaseException:
                 await settled(asyncio.ensure_future(self._wind_up()))
                 raise
-        loop = asyncio.get_running_loop()
-        self._follower = loop.create_task(self._follow(), name="asyncloader-live")
+        self._follower = self._loop.create_task(self._follow(), name="asyncloader-live")
 
     async def close(self) -> None:
         """End whatever is under way, and let all versions go."""
@@ -175,6 +180,7 @@ class Switch:
         self._resumed += 1
         self._following.set()
         self._poke.set()
+        _log.info("%s: follows the newest version again", self._source)
 
     # Following
 
@@ -301,6 +307,8 @@ class Switch:
             self._commands -= 1
 
     def _stop_following(self) -> None:
+        if self._following.is_set():
+            _log.info("%s: follows no more, until resume()", self._source)
         self._following.clear()
         self._poke.set()  # in a pause, too
         if self._catching_up is not None:
@@ -331,6 +339,11 @@ class Switch:
             )
 
     def _must_be_open(self) -> None:
+        if self._opened and asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                f"{self.description}: belongs to the event loop that it was entered on, and was "
+                "called on another one"
+            )
         if self._closing or not self._opened:
             raise RuntimeError(f"{self.description}: use it within its `async with` block")
 

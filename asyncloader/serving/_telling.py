@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from asyncloader.errors import AsyncLoaderError
+
 from ._events import LoadFailed, LoadFinished, RolledBack, Swapped, VersionRefused
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Teller"]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("asyncloader")
 
 
 class Teller:
@@ -37,7 +39,10 @@ class Teller:
         elif isinstance(event, Swapped | RolledBack):
             self.problem = None
         if not isinstance(event, LoadFinished):  # the loader has logged its report
-            _log.log(level, "%s", event)
+            # Whose code it was, where it was not ours, a traceback tells.
+            error = getattr(event, "error", None)
+            mine = error is None or isinstance(error, AsyncLoaderError | OSError)
+            _log.log(level, "%s", event, exc_info=None if mine else error)
         if self._listener is None:
             return
         try:
