@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from concurrent.futures import Executor
@@ -24,8 +23,8 @@ _LONGEST_REST = 0.1
 class Throttle:
     """Lets threads work at a pace: 1 is as fast as they can, 0.5 is half of the processors.
 
-    Below 1 as many jobs run at a time as it takes to keep that share busy, and each is followed
-    by a rest that makes up for what is more than that; no other runs in its place meanwhile. Jobs
+    Below 1 so many jobs run at a time as keep no more than that share busy, and at least one; below
+    one processor, each job is followed by a rest, during which no other runs in its place. Jobs
     should be short, milliseconds: one that has begun is not interrupted.
 
     Thread-safe. Jobs may not hand each other work through it and wait for that.
@@ -74,13 +73,15 @@ class Throttle:
         """Return how many may work at a time."""
         if self._pace == 1:
             return float("inf")
-        return math.ceil(self._pace * self._cores)
+        # Whole processors: one that is busy for a part of the time is in the loop's way, too. With
+        # as many places as it takes, and rests, a load on two took four times as long, not twice.
+        return max(int(self._pace * self._cores), 1)
 
     def _rest(self, worked: float) -> None:
         with self._changed:
             if self._pace < 1:
                 surplus = self._places() / (self._pace * self._cores) - 1
-                until = self._clock() + min(worked * surplus, _LONGEST_REST)
+                until = self._clock() + min(max(worked * surplus, 0), _LONGEST_REST)
                 # Full speed cuts it short.
                 while self._pace < 1 and (left := until - self._clock()) > 0:
                     self._changed.wait(left)

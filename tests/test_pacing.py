@@ -124,27 +124,37 @@ async def test_paces_do_not_grow_for_ever() -> None:
     assert [when for when, _ in paces] == sorted(when for when, _ in paces)
 
 
-def busy(pace: float, *, cores: int, threads: int) -> float:
-    """Return how many processors a throttle keeps busy with jobs of a second, on a made-up clock.
-
-    Time passes only while nobody can go on.
-    """
+@pytest.mark.parametrize(
+    ("pace", "places", "rest"), [(0.1, 1, 4.0), (0.25, 1, 1.0), (0.5, 1, 0.0), (0.98, 1, 0.0)]
+)
+def test_below_one_processor_each_job_is_followed_by_a_rest(
+    pace: float, places: int, rest: float
+) -> None:
+    """Of two processors, on a clock that only jobs and looks at it move."""
     times = Times()
-    throttle = Throttle(cores=cores, clock=times)
+    throttle = Throttle(cores=2, clock=times)
     throttle.pace = pace
-    places = throttle._places()
-    surplus = places / (pace * cores) - 1
-    assert places <= max(threads, 1)
-    return places / (1 + surplus)
+    worked = 0.001
 
+    def job() -> None:
+        assert throttle._working <= places
+        times.now += worked
 
-@pytest.mark.parametrize("pace", [0.1, 0.25, 0.5, 0.75, 0.98])
-def test_a_pace_is_a_share_of_the_processors(pace: float) -> None:
-    assert busy(pace, cores=2, threads=4) == pytest.approx(2 * pace)
+    rested: list[float] = []
+
+    def wait(timeout: float | None = None) -> bool:
+        assert timeout is not None
+        rested.append(timeout)
+        times.now += timeout
+        return False
+
+    throttle._changed.wait = wait  # type: ignore[method-assign]
+    throttle.work(job)
+    assert sum(rested) == pytest.approx(worked * rest)
 
 
 def test_as_many_work_at_a_time_as_the_pace_has_places_for() -> None:
-    throttle = Throttle(cores=2)
+    throttle = Throttle(cores=4)
     begun, gate = threading.Semaphore(0), threading.Semaphore(0)
 
     def job() -> None:
