@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 SMAPS = Path("/proc/self/smaps_rollup")
 MANY = torch.arange(20_000)
-# Of 25 versions that are not given back, each would take 1.6 MB or more.
-LEEWAY = 24 << 20
+# A version takes 1.6 MB or more: of those that are not given back, one in ten would show. The C
+# library takes its time to have enough memory for threads that come and go, hence the rest.
+LEEWAY, A_TENTH = 24 << 20, 160 << 10
 KEPT = 5
 
 
@@ -140,6 +141,6 @@ async def swap_under_readers(tmp_path: Path, swaps: int) -> None:
                     readers.stop()
             assert not readers.wrong
             assert readers.looks > swaps
-            assert memory() - before < LEEWAY
+            assert memory() - before < LEEWAY + swaps * A_TENTH
             assert serving(it) > 0
             assert len(it.versions) <= 2
