@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python -m
+PATIENT := --timeout=0 --override-ini faulthandler_timeout=0
 # pip shows its progress to a person, and keeps quiet in a log.
 PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
 
@@ -28,16 +29,16 @@ check: .venv/installed ## formatting, lint, types, and who may import whom
 	.venv/bin/lint-imports
 
 soak: .venv/installed ## swap a model a thousand times under readers, rollbacks, faults
-	$(RUN) pytest tests/test_live_soak.py --soak-swaps 1000 --timeout=0 $(ARGS)
+	$(RUN) pytest tests/test_live_soak.py --soak-swaps 1000 $(PATIENT) $(ARGS)
 
 cover: .venv/installed ## run the tests, and fail where too few lines and branches are covered
 	$(RUN) pytest --cov $(ARGS)
 
 bench: .venv/installed-bench ## measure, beside what others use instead
-	$(RUN) pytest bench --full --timeout=0 --ignore=bench/serving $(ARGS)
+	$(RUN) pytest bench --full $(PATIENT) --ignore=bench/serving $(ARGS)
 
 bench-serving: .venv/installed-bench ## measure how late a service answers while a version comes in
-	$(RUN) pytest bench/serving --full --timeout=0 $(ARGS)
+	$(RUN) pytest bench/serving --full $(PATIENT) $(ARGS)
 
 format: .venv/installed ## format, and fix what can be fixed without thought
 	$(RUN) ruff format

@@ -580,25 +580,31 @@ async def test_reads_whose_executor_is_broken_fail() -> None:
 
 
 async def test_a_pace_that_slows_down_ends_readers_while_others_wait() -> None:
-    begun, gate = threading.Semaphore(0), threading.Semaphore(0)
+    begun, order = threading.Semaphore(0), itertools.count()
     crowded = itertools.count()  # each look at the clock finds that much more of waiting
+    # One for each round: who goes on to a second read must not take what the first of another needs.
+    first, second = threading.Event(), threading.Event()
 
     def job(_: Seen) -> None:
+        gate = first if next(order) < 4 else second
         begun.release()
-        gate.acquire()
+        gate.wait()
 
     with ThreadPoolExecutor(4) as executor:
         pace = ReadPace(executor, most=4, cores=4, clock=lambda: Ran(0, next(crowded)))
         reads = [asyncio.create_task(pace.run(job)) for _ in range(9)]
-        for _ in range(4):
-            await asyncio.to_thread(begun.acquire)
-        gate.release(4)  # they have waited for a processor, so that two go on
-        for _ in range(2):
-            await asyncio.to_thread(begun.acquire)
-        await asyncio.gather(*reads[:4])
-        assert pace.limit == 2
-        assert not begun.acquire(blocking=False)
-        gate.release(5)
+        try:
+            for _ in range(4):
+                await asyncio.to_thread(begun.acquire)
+            first.set()  # they have waited for a processor, so that two go on
+            await asyncio.gather(*reads[:4])
+            for _ in range(2):
+                await asyncio.to_thread(begun.acquire)
+            assert pace.limit == 2
+            assert not begun.acquire(blocking=False)
+        finally:
+            first.set()
+            second.set()
         await asyncio.gather(*reads)
 
 
