@@ -16,12 +16,14 @@ from .errors import (
     LoadTimeoutError,
     PlanError,
     ReadError,
+    ReadStalledError,
     SaveError,
     SaveTimeoutError,
     TruncatedShardError,
 )
 from .loader import Loader
 from .planning import LoadPlan
+from .runtime import Runtime
 from .streaming import LoopLag, Progress, Span
 from .table import HashTable, Slot, UpdateCounts
 
@@ -75,7 +77,9 @@ __all__ = [
     "PlanError",
     "Progress",
     "ReadError",
+    "ReadStalledError",
     "RolledBack",
+    "Runtime",
     "SaveError",
     "SaveReport",
     "SaveTimeoutError",

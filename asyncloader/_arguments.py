@@ -46,14 +46,14 @@ def as_dict(mapping: Mapping[str, T] | None, name: str) -> dict[str, T]:
     return dict(mapping or {})
 
 
-def check_timeout(timeout: float | None) -> None:
+def check_timeout(timeout: float | None, name: str = "timeout") -> None:
     """Refuse what is no time to wait.
 
     Raises:
         ValueError: If it is not positive.
     """
     if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout must be positive or None, got {timeout}")
+        raise ValueError(f"{name} must be positive or None, got {timeout}")
 
 
 def check_callable(function: object, name: str) -> None:

@@ -12,6 +12,7 @@ from ._session import (
     CHUNK_BYTES,
     INFLIGHT_BYTES,
     PARALLEL,
+    Access,
     Limits,
     checked_verify,
     open_session,
@@ -36,6 +37,7 @@ async def aload_tensors(
     parallel: int = PARALLEL,
     verify: Verify = "auto",
     direct_io: bool = False,
+    follow_symlinks: bool = False,
 ) -> dict[str, Tensor]:
     """Read tensors into memory of their own, on the caller's event loop.
 
@@ -49,6 +51,8 @@ async def aload_tensors(
             where there are some; `"require"`, always, and a checkpoint without is an error;
             `"off"`.
         direct_io: Whether files are read past the page cache; see `Loader`.
+        follow_symlinks: Whether symbolic links may lead out of the folder, as those in the cache of
+            Hugging Face do; see `Loader`.
 
     Returns:
         The tensors by name.
@@ -66,9 +70,12 @@ async def aload_tensors(
     wanted = None if names is None else tuple(names)
     limits = Limits(parallel=parallel, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=INFLIGHT_BYTES)
     checked = checked_verify(verify)
-    past = checked_switch(direct_io, "direct_io")
+    access = Access(
+        direct_io=checked_switch(direct_io, "direct_io"),
+        follow_symlinks=checked_switch(follow_symlinks, "follow_symlinks"),
+    )
     async with open_session(
-        path, limits=limits, verify=checked, timeout=None, direct_io=past
+        path, limits=limits, verify=checked, timeout=None, access=access
     ) as session:
         contents = Contents()
         if wanted is None:
@@ -83,6 +90,7 @@ def load_tensors(
     parallel: int = PARALLEL,
     verify: Verify = "auto",
     direct_io: bool = False,
+    follow_symlinks: bool = False,
 ) -> dict[str, Tensor]:
     """Read tensors into memory of their own; see `aload_tensors`."""
     return run_blocking(
@@ -93,5 +101,6 @@ def load_tensors(
             parallel=parallel,
             verify=verify,
             direct_io=direct_io,
+            follow_symlinks=follow_symlinks,
         )
     )

@@ -52,6 +52,10 @@ class LoadReport:
     warnings: tuple[str, ...]
     """What is odd about the checkpoint but did no harm."""
 
+    retries: int = 0
+    """How often something was read again that the storage had failed at. More than a few are a
+    disk or a network to look after."""
+
     lag: LoopLag | None = None
     """How late the event loop was, and what the load did about it; `None` unless it was asked to
     see to that (`max_loop_lag`, `pressure`)."""
@@ -70,6 +74,8 @@ class LoadReport:
             text += f", {len(self.missing)} missing"
         if self.unexpected:
             text += f", {len(self.unexpected)} unexpected"
+        if self.retries:
+            text += f", {self.retries} retried"
         if self.lag is not None:
             text += f", {self.lag}"
         return text
@@ -103,6 +109,9 @@ class LoadReport:
         rate = f"{self.gigabytes_per_second:.2f} GB/s"
         head.add_row("digests", self.verified)
         head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
+        if self.retries:
+            times = "once" if self.retries == 1 else f"{self.retries:,} times"
+            head.add_row("storage", Text(f"failed and was tried again {times}", style="yellow"))
         if self.lag is not None:
             head.add_row("event loop", str(self.lag))
         tally = _tally(self.tensors.values())

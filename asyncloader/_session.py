@@ -4,115 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._arguments import check_callable
 from ._concurrency import run_jobs
-from ._throttle import Throttle
+from ._patience import Patience
+from ._resources import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, open_resources
 from .checkpoint import read_catalog, read_manifest
 from .errors import CheckpointNotFoundError, LoadTimeoutError, ReadError
-from .storage import LocalStorage, processors
-from .streaming import ByteBudget, LagWatch, Threads, Verifier
+from .storage import LocalStorage, ThreadedRetryingStorage
+from .streaming import Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
+    from ._resources import Contract, Resources
     from .checkpoint import Catalog, Manifest, Verify
-    from .storage import Storage
+    from .runtime import Runtime
+    from .storage import RetryingStorage, Storage, ThreadedStorage
+    from .streaming import ByteBudget, LagWatch, Threads
 
 __all__ = [
     "CHUNK_BYTES",
     "INFLIGHT_BYTES",
-    "PACED_CHUNK_BYTES",
     "PARALLEL",
-    "Contract",
+    "STALL_TIMEOUT",
+    "Access",
     "Limits",
     "Session",
     "checked_verify",
     "open_session",
 ]
 
-PARALLEL = 16
-CHUNK_BYTES = 16 << 20
-# Where the event loop was promised something: a job that has begun is not interrupted.
-PACED_CHUNK_BYTES = 4 << 20
-INFLIGHT_BYTES = 128 << 20
+STALL_TIMEOUT = 120.0
 VERIFY: tuple[Verify, ...] = ("auto", "require", "off")
 _SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How much may be under way at a time."""
-
-    parallel: int
-    """Reads."""
-
-    chunk_bytes: int
-    """The most that one read takes, in bytes; no more than fits into `max_inflight_bytes`."""
-
-    max_inflight_bytes: int
-    """Bytes of all reads."""
-
-    def __post_init__(self) -> None:
-        for name in ("parallel", "chunk_bytes", "max_inflight_bytes"):
-            value = getattr(self, name)
-            if type(value) is not int:
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-
-    @property
-    def read_bytes(self) -> int:
-        """The most that one read takes."""
-        return min(self.chunk_bytes, self.max_inflight_bytes)
-
-    @property
-    def threads(self) -> int:
-        """Threads that read: no more than whole chunks fit into memory, the others would wait."""
-        return min(self.parallel, max(self.max_inflight_bytes // self.read_bytes, 1))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contract:
-    """What a load promises the event loop that it runs on."""
-
-    max_loop_lag: float
-    """Seconds."""
-
-    pressure: Callable[[], float] | None
-    """Says how little room the program has for a load, 0 to 1."""
-
-    @classmethod
-    def of(
-        cls, max_loop_lag: float | None, pressure: Callable[[], float] | None
-    ) -> Contract | None:
-        """Check what users ask for; `None` if that is nothing.
-
-        Raises:
-            TypeError: If `pressure` cannot be called.
-            ValueError: If `max_loop_lag` is not positive.
-        """
-        if max_loop_lag is not None and not isinstance(max_loop_lag, int | float):
-            raise TypeError(f"max_loop_lag is a number of seconds, got {max_loop_lag!r}")
-        if max_loop_lag is not None and not max_loop_lag > 0:
-            raise ValueError(f"max_loop_lag must be positive or None, got {max_loop_lag}")
-        if pressure is not None:
-            check_callable(pressure, "pressure")
-        elif max_loop_lag is None:
-            return None
-        return cls(
-            max_loop_lag=math.inf if max_loop_lag is None else max_loop_lag, pressure=pressure
-        )
-
-    def watch(self, throttle: Throttle) -> LagWatch:
-        """Return what sees to it."""
-        return LagWatch(throttle, bound=self.max_loop_lag, pressure=self.pressure)
+_JUST_BEFORE = 1e-6
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +61,9 @@ class Session:
     limits: Limits
     budget: ByteBudget
     verify: Verify
+    retrying: RetryingStorage | None = None
+    """The storage, if it tries again what fails."""
+
     watch: LagWatch | None = None
     """Keeps the loop's lag within a bound, if there is one."""
 
@@ -180,6 +114,23 @@ class Session:
         return replace(manifest, location=self.location)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How files are read. The defaults are those of all that read."""
+
+    direct_io: bool = False
+    """Past the page cache, where the file system lets us."""
+
+    follow_symlinks: bool = False
+    """Also what lies outside of the checkpoint's folder, if a symbolic link in it says so."""
+
+    stall_timeout: float | None = STALL_TIMEOUT
+    """Seconds that a thread is waited for; `None` is for ever."""
+
+    wrap: Callable[[ThreadedStorage], ThreadedStorage] = field(default=lambda storage: storage)
+    """Gets the files, and returns what to read from instead; for tests."""
+
+
 @contextlib.asynccontextmanager
 async def open_session(
     path: str,
@@ -188,58 +139,113 @@ async def open_session(
     verify: Verify,
     timeout: float | None,  # noqa: ASYNC109  # of the block, and with an error of ours
     seen: dict[str, tuple[int, ...]] | None = None,
-    direct_io: bool = False,
+    access: Access | None = None,
     contract: Contract | None = None,
+    runtime: Runtime | None = None,
 ) -> AsyncIterator[Session]:
     """Hold descriptors and threads for the length of the block, and keep to a time-out.
 
     Args:
         path: A folder, or a file whose name ends in `.safetensors`.
-        limits: For all that the block does.
+        limits: For all that the block does, as far as a shared runtime allows.
         verify: Whether to take digests along, if there are any.
         timeout: Seconds that the block may take; `None` is for ever.
         seen: Which files there were when they were first opened; see `LocalStorage`.
-        direct_io: Whether to read past the page cache.
+        access: How files are read.
         contract: What the event loop is promised; `None` is nothing.
+        runtime: Whose threads, bytes and promises to use, in place of such of its own.
 
     Raises:
         LoadTimeoutError: If `timeout` passed.
     """
-    limit = asyncio.timeout(timeout)
-    throttle = Throttle(cores=processors()) if contract else None
-    watching = contract.watch(throttle) if contract and throttle else contextlib.nullcontext()
+    access = access or Access()
+    late = _Lateness(path, timeout)
+    holding = open_resources(limits, contract) if runtime is None else runtime.lend()
     try:
-        async with (
-            limit,
-            watching as watch,
-            Threads(reads=limits.threads, throttle=throttle) as threads,
-        ):
-            [(root, file)] = await run_jobs(threads.kernels, [partial(_root_and_file, path)])
-            async with LocalStorage(
-                root,
-                executor=threads.readers,
-                throttle=throttle,
-                parallel=limits.threads,
-                seen=seen,
-                direct_io=direct_io,
-            ) as storage:
-                yield Session(
-                    location=str(Path(path)),
-                    file=file,
-                    storage=storage,
-                    threads=threads,
-                    limits=limits,
-                    budget=ByteBudget(limits.max_inflight_bytes),
-                    verify=verify,
-                    watch=watch,
-                )
+        async with late.limit, holding as resources:
+            limits = limits.within(resources.limits)
+            pool = resources.threads.kernels
+            [(root, file)] = await run_jobs(pool, [partial(_root_and_file, path)])
+            files = _files(root, access, resources, seen=seen, trusted=file is not None)
+            async with files:
+                storage = ThreadedRetryingStorage(access.wrap(files))
+                with late.noting(storage):
+                    yield Session(
+                        location=str(Path(path)),
+                        file=file,
+                        storage=storage,
+                        retrying=storage,
+                        threads=resources.threads,
+                        limits=limits,
+                        budget=resources.budget,
+                        verify=verify,
+                        watch=resources.watch,
+                    )
     except ReadError as error:
         error.location = path
         raise
     except TimeoutError as error:
-        if timeout is not None and limit.expired():
-            raise LoadTimeoutError(path, timeout) from error
+        late.explain(error)
         raise
+
+
+def _files(
+    root: Path,
+    access: Access,
+    resources: Resources,
+    *,
+    seen: dict[str, tuple[int, ...]] | None,
+    trusted: bool,
+) -> LocalStorage:
+    threads = resources.threads
+    return LocalStorage(
+        root,
+        executor=threads.readers,
+        pace=resources.pace,
+        descriptors=resources.descriptors,
+        patience=Patience(access.stall_timeout, replace=threads.replace),
+        throttle=resources.throttle,
+        seen=seen,
+        direct_io=access.direct_io,
+        # A file that the user has named may be a link to anywhere: nobody else chose it.
+        follow_symlinks=access.follow_symlinks or trusted,
+    )
+
+
+class _Lateness:
+    """A time-out that knows what was being read when it passed."""
+
+    def __init__(self, path: str, seconds: float | None) -> None:
+        self.limit = asyncio.timeout(seconds)
+        self._path = path
+        self._seconds = seconds
+        self._under_way: list[str] = []
+
+    @contextlib.contextmanager
+    def noting(self, storage: RetryingStorage) -> Iterator[None]:
+        """Look what is being read just before the time-out passes."""
+
+        def look() -> None:
+            self._under_way = storage.under_way()
+
+        when = self.limit.when()
+        if when is None:
+            yield
+            return
+        timer = asyncio.get_running_loop().call_at(when - _JUST_BEFORE, look)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def explain(self, error: TimeoutError) -> None:
+        """Say so, if it was this that has passed.
+
+        Raises:
+            LoadTimeoutError: If it was.
+        """
+        if self._seconds is not None and self.limit.expired():
+            raise LoadTimeoutError(self._path, self._seconds, self._under_way) from error
 
 
 def _root_and_file(path: str) -> tuple[Path, str | None]:

@@ -14,7 +14,7 @@ from .errors import ReadError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from ._session import Limits, Session
+    from ._session import Access, Limits, Session
     from .checkpoint import Verify
 
 __all__ = ["Sessions"]
@@ -40,10 +40,12 @@ class Sessions:
         path: As for `open_session`.
         limits: For each session.
         verify: Likewise.
+        access: Likewise.
     """
 
-    def __init__(self, path: str, limits: Limits, verify: Verify) -> None:
+    def __init__(self, path: str, limits: Limits, verify: Verify, access: Access) -> None:
         self._path = path
+        self._access = access
         self._verify = verify
         self._limits = limits
         self._seen: dict[str, tuple[int, ...]] = {}
@@ -89,5 +91,10 @@ class Sessions:
 
     def _open(self) -> contextlib.AbstractAsyncContextManager[Session]:
         return open_session(
-            self._path, limits=self._limits, verify=self._verify, timeout=None, seen=self._seen
+            self._path,
+            limits=self._limits,
+            verify=self._verify,
+            timeout=None,
+            seen=self._seen,
+            access=self._access,
         )

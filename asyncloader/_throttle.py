@@ -38,11 +38,11 @@ class Throttle:
         self._cores = cores
         self._clock = clock
         self._pace = 1.0
-        self._working = 0
+        self._working: set[int] = set()  # threads
         self._changed = threading.Condition()
 
     def __repr__(self) -> str:
-        return f"<Throttle {self._pace:.2f}: {self._working} working>"
+        return f"<Throttle {self._pace:.2f}: {len(self._working)} working>"
 
     @property
     def pace(self) -> float:
@@ -60,14 +60,24 @@ class Throttle:
     def work(self, job: Callable[[], T]) -> T:
         """Run a job on this thread when its turn comes."""
         with self._changed:
-            while self._working >= self._places():
+            while len(self._working) >= self._places():
                 self._changed.wait()
-            self._working += 1
+            self._working.add(threading.get_ident())
         start = self._clock()
         try:
             return job()
         finally:
             self._rest(self._clock() - start)
+
+    def forget(self, thread: threading.Thread) -> None:
+        """Give the place of a thread that does not come back to another."""
+        if thread.ident is not None:
+            with self._changed:
+                self._leave(thread.ident)
+
+    def _leave(self, thread: int) -> None:
+        self._working.discard(thread)
+        self._changed.notify_all()
 
     def _places(self) -> float:
         """Return how many may work at a time."""
@@ -85,8 +95,7 @@ class Throttle:
                 # Full speed cuts it short.
                 while self._pace < 1 and (left := until - self._clock()) > 0:
                     self._changed.wait(left)
-            self._working -= 1
-            self._changed.notify_all()
+            self._leave(threading.get_ident())
 
 
 class ThrottledExecutor(Executor):

@@ -19,12 +19,14 @@ __all__ = [
     "LoadTimeoutError",
     "PlanError",
     "ReadError",
+    "ReadStalledError",
     "SaveError",
     "SaveTimeoutError",
     "TruncatedShardError",
 ]
 
 _RANKS_NAMED = 20
+_READS_NAMED = 4
 
 
 class AsyncLoaderError(Exception):
@@ -74,7 +76,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class CheckpointChangedError(CheckpointError):
-    """The checkpoint was replaced while it was being read. Read it again."""
+    """The checkpoint was replaced, or written to, while it was being read. Read it again."""
 
 
 class TruncatedShardError(CheckpointError):
@@ -148,22 +150,40 @@ class ReadError(AsyncLoaderError):
         return f"{where}: bytes [{begin}, {end}): {self.problem}{wanted}"
 
 
+class ReadStalledError(ReadError, TimeoutError):
+    """The storage gave no answer for a byte range within `stall_timeout`. Tables are as they were.
+
+    The thread that asked cannot be interrupted. Should it ever get an answer, it writes that to
+    memory that nobody uses any more; but for dense tensors, which `touched` names.
+    """
+
+    def __init__(self, shard: str, offset: int, length: int, problem: str) -> None:
+        super().__init__(shard, offset, length, problem)
+        self.errno, self.strerror = errno.ETIMEDOUT, "timed out"
+
+
 class LoadTimeoutError(AsyncLoaderError, TimeoutError):
     """The load took longer than its `timeout`. Tables are as they were.
 
     Attributes:
         location: The checkpoint, as the storage names it.
         seconds: The time that was allowed.
+        under_way: The files and byte ranges that were being read then, the longest first.
     """
 
-    def __init__(self, location: str, seconds: float) -> None:
-        super().__init__(location, seconds)
+    def __init__(self, location: str, seconds: float, under_way: Iterable[str] = ()) -> None:
+        self.under_way = tuple(under_way)
+        super().__init__(location, seconds, self.under_way)
         self.errno, self.strerror = errno.ETIMEDOUT, "timed out"
         self.location = location
         self.seconds = seconds
 
     def __str__(self) -> str:
-        return f"{self.location}: not loaded within {self.seconds:g} seconds"
+        named = ", ".join(self.under_way[:_READS_NAMED])
+        more = len(self.under_way) - _READS_NAMED
+        reading = f"; reading then: {named}" if named else ""
+        also = f" and {more} more" if more > 0 else ""
+        return f"{self.location}: not loaded within {self.seconds:g} seconds{reading}{also}"
 
 
 class SaveError(AsyncLoaderError):

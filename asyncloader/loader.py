@@ -21,16 +21,15 @@ from ._collector import undisturbed
 from ._concurrency import run_jobs
 from ._progress_bar import progress_bar
 from ._report import LoadReport
-from ._session import (
+from ._resources import (
     CHUNK_BYTES,
     INFLIGHT_BYTES,
     PACED_CHUNK_BYTES,
     PARALLEL,
     Contract,
     Limits,
-    checked_verify,
-    open_session,
 )
+from ._session import STALL_TIMEOUT, Access, checked_verify, open_session
 from .errors import AsyncLoaderError
 from .planning import (
     Targets,
@@ -40,6 +39,7 @@ from .planning import (
     did_you_mean,
     plan_load,
 )
+from .runtime import Runtime
 from .streaming import (
     Execution,
     Meter,
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from ._session import Session
     from .checkpoint import Verify
     from .planning import LoadInfo, LoadPlan
-    from .streaming import Destinations, LoopLag, Progress, Span
+    from .streaming import Destinations, Progress, Span
     from .table import LoadableTable
 
 __all__ = ["Loader", "identity"]
@@ -100,7 +100,8 @@ class Loader:
             the destination keeps its values, a warning is logged, the report lists it.
         chunk_bytes: The most that one read takes, in bytes. Cancelling waits for one such read.
         max_inflight_bytes: Memory for reads under way, in bytes, above the destinations' own.
-        timeout: Seconds after which the load is given up; `None` waits for ever.
+        timeout: Seconds after which the load is given up; `None` waits for ever. What is being read
+            then is waited for, but no longer than `stall_timeout`.
         progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
             shows a bar on stderr.
         verify: Whether what is read is compared with the digests that `Saver` wrote along:
@@ -122,6 +123,15 @@ class Loader:
         pressure: Called on the event loop twenty times a second; returns how little room the
             program has for a load, from its own metrics: 0 leaves it the whole machine, 0.75 a
             quarter of the processors, 1 as good as nothing (a tenth).
+        stall_timeout: Seconds that one read may take, from when it is handed to the system, before
+            the load fails with `ReadStalledError`; `None` waits for ever. A read of a disk that is
+            gone cannot be interrupted: its thread is left behind, and so is the memory that it may
+            yet write to; the event loop and other loads go on.
+        follow_symlinks: Whether a file of the checkpoint may be a symbolic link that leads out of
+            its folder, as in the cache of Hugging Face. Then whoever made the checkpoint chooses
+            which files of this machine are read. (The path that you give may be a link anyway.)
+        runtime: Threads and bytes to share with other loads, in place of such of its own;
+            `max_inflight_bytes`, `max_loop_lag` and `pressure` are the runtime's then.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -147,6 +157,9 @@ class Loader:
         direct_io: bool = False,
         max_loop_lag: float | None = None,
         pressure: Callable[[], float] | None = None,
+        stall_timeout: float | None = STALL_TIMEOUT,
+        follow_symlinks: bool = False,
+        runtime: Runtime | None = None,
     ) -> None:
         self._limits = Limits(
             parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
@@ -154,7 +167,9 @@ class Loader:
         self._contract = Contract.of(max_loop_lag, pressure)
         if self._contract is not None:
             self._limits = replace(self._limits, chunk_bytes=min(chunk_bytes, PACED_CHUNK_BYTES))
+        self._runtime = _checked_runtime(runtime, self._contract)
         check_timeout(timeout)
+        check_timeout(stall_timeout, "stall_timeout")
         check_callable(filter_func, "filter_func")
         check_progress(progress)
         for name, function in (("trace", trace), ("on_plan", on_plan)):
@@ -168,7 +183,11 @@ class Loader:
         self._progress = progress
         self._verify = checked_verify(verify)
         self._on_plan = on_plan
-        self._direct_io = checked_switch(direct_io, "direct_io")
+        self._access = Access(
+            direct_io=checked_switch(direct_io, "direct_io"),
+            follow_symlinks=checked_switch(follow_symlinks, "follow_symlinks"),
+            stall_timeout=stall_timeout,
+        )
         self._tracer = Tracer(trace)
         self._tables = as_dict(hashtables, "hashtables")
         check_tables(self._tables, self._tensors, able="begin")
@@ -199,7 +218,9 @@ class Loader:
         Raises:
             CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
             PlanError: If checkpoint and destinations disagree.
+            CheckpointChangedError: If it was replaced or written to meanwhile; likewise.
             ReadError: If the storage failed half-way; tensors may be partly overwritten.
+            ReadStalledError: If it gave no answer for `stall_timeout`; likewise.
             LoadTimeoutError: If `timeout` passed; likewise.
             RuntimeError: If one of the tables is being loaded or changed by somebody else.
         """
@@ -236,8 +257,8 @@ class Loader:
                     threads=session.threads,
                     budget=session.budget,
                     meter=meter,
-                    parallel=self._limits.parallel,
-                    chunk_bytes=self._limits.read_bytes,
+                    parallel=session.limits.parallel,
+                    chunk_bytes=session.limits.read_bytes,
                     verifier=session.verifier,
                     tracer=self._tracer,
                     touched=touched,
@@ -249,8 +270,7 @@ class Loader:
             counts = execution.commit()
             unless_committed.pop_all()
         self._tracer.note("commit", "all tables", start)
-        lag = None if session.watch is None else session.watch.lag
-        report = self._report(plan, counts, touched, meter, lag)
+        report = self._report(plan, counts, touched, meter, session)
         _log.info("%s", report)
         return report
 
@@ -260,8 +280,9 @@ class Loader:
             limits=self._limits,
             verify=self._verify,
             timeout=self._timeout,
-            direct_io=self._direct_io,
+            access=self._access,
             contract=self._contract,
+            runtime=self._runtime,
         )
 
     async def _destinations(self, session: Session) -> Destinations:
@@ -314,7 +335,7 @@ class Loader:
         counts: Mapping[str, UpdateCounts],
         touched: Mapping[str, bool],
         meter: Meter,
-        lag: LoopLag | None,
+        session: Session,
     ) -> LoadReport:
         nothing = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
         done = dict.fromkeys(plan.tensors.names, "loaded")
@@ -333,8 +354,17 @@ class Loader:
             missing=plan.missing,
             unexpected=plan.unexpected,
             warnings=plan.warnings,
-            lag=lag,
+            retries=0 if session.retrying is None else session.retrying.retries,
+            lag=None if session.watch is None else session.watch.lag,
         )
+
+
+def _checked_runtime(runtime: Runtime | None, contract: Contract | None) -> Runtime | None:
+    if runtime is not None and not isinstance(runtime, Runtime):
+        raise TypeError(f"runtime must be a Runtime or None, got {runtime!r}")
+    if runtime is not None and contract is not None:
+        raise ValueError("max_loop_lag and pressure are for all loads of a runtime: give it them")
+    return runtime
 
 
 @contextlib.contextmanager

@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from ._arguments import checked_path
+from ._arguments import check_timeout, checked_path, checked_switch
 from ._concurrency import run_jobs
 from ._contents import Contents
 from ._reading import read_stored, torch_dtype
-from ._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_verify
+from ._session import (
+    CHUNK_BYTES,
+    INFLIGHT_BYTES,
+    PARALLEL,
+    STALL_TIMEOUT,
+    Access,
+    Limits,
+    checked_verify,
+)
 from ._sessions import Sessions
 from .checkpoint.stored import stored_names
 from .streaming import run_blocking
@@ -55,6 +63,8 @@ class CheckpointReader:
         verify: Whether whole tensors are compared with the digests that `Saver` wrote along:
             `"auto"`, where there are some; `"require"`, always, and a checkpoint without is an
             error; `"off"`. Windows of rows are not.
+        stall_timeout: Seconds that one read may take; see `Loader`.
+        follow_symlinks: Whether symbolic links may lead out of the folder; see `Loader`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -69,12 +79,19 @@ class CheckpointReader:
         chunk_bytes: int = CHUNK_BYTES,
         max_inflight_bytes: int = INFLIGHT_BYTES,
         verify: Verify = "auto",
+        stall_timeout: float | None = STALL_TIMEOUT,
+        follow_symlinks: bool = False,
     ) -> None:
         self._path = checked_path(checkpoint_path, "checkpoint_path")
         limits = Limits(
             parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
         )
-        self._sessions = Sessions(self._path, limits, checked_verify(verify))
+        check_timeout(stall_timeout, "stall_timeout")
+        access = Access(
+            stall_timeout=stall_timeout,
+            follow_symlinks=checked_switch(follow_symlinks, "follow_symlinks"),
+        )
+        self._sessions = Sessions(self._path, limits, checked_verify(verify), access)
         self._contents = Contents()
 
     def __repr__(self) -> str:

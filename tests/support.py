@@ -180,6 +180,7 @@ class MemoryStorage:
     in_flight: int = 0
     peak: int = 0
     location: str = "memory"
+    lost: int = 0
 
     @classmethod
     def of(cls, folder: Path) -> MemoryStorage:
@@ -192,8 +193,8 @@ class MemoryStorage:
             raise FileNotFoundError(2, "No such file", name)
         return len(self.files[name])
 
-    async def changed(self, name: str, /) -> bool:
-        return name not in self.files
+    async def changed(self, names: Sequence[str], /) -> list[str]:
+        return [name for name in names if name not in self.files]
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         number = len(self.reads)

@@ -467,6 +467,7 @@ class Unruly:
     """A storage in memory whose reads end in any order, many of them short."""
 
     location = "memory"
+    lost = 0
 
     def __init__(self, folder: str, rng: random.Random) -> None:
         self._files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
@@ -475,8 +476,8 @@ class Unruly:
     async def size(self, name: str, /) -> int:
         return len(self._files[name])
 
-    async def changed(self, name: str, /) -> bool:
-        return False
+    async def changed(self, names: Sequence[str], /) -> list[str]:
+        return []
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         for _ in range(self._rng.choice([0, 0, 1, 3, 9])):

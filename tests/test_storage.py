@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from asyncloader import ReadError
 from asyncloader._concurrency import run_jobs
 from asyncloader.storage import (
+    Descriptors,
     LocalStorage,
     ThreadedStorage,
     fill,
@@ -29,8 +30,8 @@ from asyncloader.storage import (
     read_text,
 )
 from asyncloader.storage._direct import DirectReader
-from asyncloader.storage._local import _preadv
 from asyncloader.storage._pace import Ran, ReadPace, Seen
+from asyncloader.storage._preadv import preadv
 from tests.support import open_files
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ async def test_a_read_longer_than_one_step_is_whole(
 
 
 async def test_few_descriptors_serve_many_files(folder: Path, pool: ThreadPoolExecutor) -> None:
-    async with LocalStorage(folder, executor=pool, max_open=2) as storage:
+    async with LocalStorage(folder, executor=pool, descriptors=Descriptors(2)) as storage:
 
         async def first_byte(number: int) -> int:
             buffer = bytearray(1)
@@ -199,6 +200,7 @@ class Stingy:
     """Gives at most a few bytes a call, and then maybe fails."""
 
     location = "here"
+    lost = 0
 
     def __init__(self, content: bytes, at_most: int, error: OSError | None = None) -> None:
         self.content = content
@@ -208,8 +210,8 @@ class Stingy:
     async def size(self, name: str, /) -> int:
         return len(self.content)
 
-    async def changed(self, name: str, /) -> bool:
-        return False
+    async def changed(self, names: Sequence[str], /) -> list[str]:
+        return []
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         if self.error and offset > len(self.content) // 2:
@@ -347,8 +349,8 @@ async def test_a_read_of_what_is_in_memory_knows_that_it_did_not_wait(
         fd = os.open(folder / "f2", os.O_RDONLY)
         try:
             seen, late = Seen(), Seen()
-            count = _preadv(fd, [memoryview(part) for part in parts], 6, seen)
-            beyond = _preadv(fd, [memoryview(bytearray(10))], len(CONTENT) - 3, late)
+            count = preadv(fd, [memoryview(part) for part in parts], 6, seen)
+            beyond = preadv(fd, [memoryview(bytearray(10))], len(CONTENT) - 3, late)
             return count, seen.waited, beyond, late.waited
         finally:
             os.close(fd)
@@ -443,7 +445,7 @@ async def test_large_reads_go_by_the_pace_and_take_back_what_has_not_begun(
     (tmp_path / "big").write_bytes(bytes(3 << 20))
     buffers = [bytearray(b"x" * (2 << 20)) for _ in range(8)]
     with Gated() as pool:
-        async with LocalStorage(tmp_path, executor=pool, parallel=1) as storage:
+        async with LocalStorage(tmp_path, executor=pool, pace=ReadPace(pool, most=1)) as storage:
             await storage.size("big")
             pool.gate.clear()
             before = pool.submitted
@@ -582,7 +584,7 @@ async def test_reads_whose_executor_is_broken_fail() -> None:
 async def test_a_pace_that_slows_down_ends_readers_while_others_wait() -> None:
     begun, order = threading.Semaphore(0), itertools.count()
     crowded = itertools.count()  # each look at the clock finds that much more of waiting
-    # One for each round: who goes on to a second read must not take what the first of another needs.
+    # One for each round: a second read must not take what the first of another needs.
     first, second = threading.Event(), threading.Event()
 
     def job(_: Seen) -> None:
@@ -636,7 +638,7 @@ def test_a_direct_read_gives_what_a_plain_one_does(shared: Path, data: st.DataOb
     try:
         both = [[memoryview(bytearray(size)) for size in sizes] for _ in range(2)]
         count = DirectReader(step=8 << 10).preadv(fd, both[0], offset, Seen())
-        assert count == _preadv(plain, both[1], offset, Seen())
+        assert count == preadv(plain, both[1], offset, Seen())
         assert both[0] == both[1]
     finally:
         os.close(fd)
@@ -664,28 +666,68 @@ def test_a_file_whose_system_refuses_a_direct_read_is_read_all_the_same(tmp_path
         os.close(fd)
 
 
+class GatedReads:
+    """Reads files, but each thread waits at a gate first."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.arrived = threading.Semaphore(0)
+        self.done = 0
+
+    def __call__(self, fd: int, views: Sequence[memoryview], offset: int, seen: Seen) -> int:
+        self.arrived.release()
+        self.gate.wait()
+        count = preadv(fd, views, offset, seen)
+        self.done += 1
+        return count
+
+
 @pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("size", [4, 1 << 20], ids=["small", "large"])
 async def test_who_is_cancelled_while_reading_waits_until_nobody_writes_any_more(
-    folder: Path, times: int
+    tmp_path: Path, pool: ThreadPoolExecutor, times: int, size: int
 ) -> None:
-    buffer = bytearray(4)
-    with Gated() as pool:
-        async with LocalStorage(folder, executor=pool) as storage:
-            await storage.size("f3")  # open
-            pool.gate.clear()
-            reading = asyncio.create_task(storage.readinto("f3", DEEP, [memoryview(buffer)]))
+    (tmp_path / "f").write_bytes(CONTENT * 40)
+    buffer, reads = bytearray(size), GatedReads()
+    async with LocalStorage(tmp_path, executor=pool, preadv=reads) as storage:
+        await storage.size("f")  # open
+        reads.arrived.acquire()
+        reads.gate.clear()
+        reading = asyncio.create_task(storage.readinto("f", DEEP - 1, [memoryview(buffer)]))
+        await asyncio.to_thread(reads.arrived.acquire)
+        for _ in range(times):
+            reading.cancel()
+            for _ in range(10):
+                await asyncio.sleep(0)
+        still_waiting = not reading.done()
+        reads.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert still_waiting
+        assert bytes(buffer[:4]) == CONTENT[:4]
+    assert opened(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [4, 1 << 20], ids=["small", "large"])
+async def test_who_is_cancelled_before_a_thread_has_begun_waits_for_nobody(
+    tmp_path: Path, size: int
+) -> None:
+    (tmp_path / "f").write_bytes(CONTENT * 40)
+    buffer, reads = bytearray(size), GatedReads()
+    with ThreadPoolExecutor(1) as pool:
+        async with LocalStorage(tmp_path, executor=pool, preadv=reads) as storage:
+            await storage.size("f")
+            busy = threading.Event()
+            pool.submit(busy.wait)
+            reading = asyncio.create_task(storage.readinto("f", DEEP - 1, [memoryview(buffer)]))
             await asyncio.sleep(0)
-            for _ in range(times):
-                reading.cancel()
-                for _ in range(10):
-                    await asyncio.sleep(0)
-            still_waiting = not reading.done()
-            pool.gate.set()
+            reading.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reading
-            assert still_waiting
-            assert bytes(buffer) == CONTENT[:4]
-    assert opened(folder) == []
+            busy.set()
+    assert reads.done == 1  # when it was opened
+    assert not any(buffer)
 
 
 async def test_a_reader_that_is_cancelled_disturbs_no_other(folder: Path) -> None:
@@ -725,7 +767,9 @@ async def test_whoever_comes_and_goes_reads_right_and_leaves_no_descriptor(
         assert buffer == (CONTENT[:3] if offset else bytes([number]) + CONTENT[:2])
 
     for _ in range(10):
-        async with LocalStorage(folder, executor=pool, max_open=max_open) as storage:
+        async with LocalStorage(
+            folder, executor=pool, descriptors=Descriptors(max_open)
+        ) as storage:
             users = [asyncio.create_task(use(storage, rng.randrange(6))) for _ in range(30)]
             for user in users:
                 if not rng.randrange(5):
@@ -739,7 +783,7 @@ async def test_whoever_comes_and_goes_reads_right_and_leaves_no_descriptor(
 async def test_a_file_replaced_during_a_load_is_not_read_on(
     folder: Path, pool: ThreadPoolExecutor
 ) -> None:
-    async with LocalStorage(folder, executor=pool, max_open=1) as storage:
+    async with LocalStorage(folder, executor=pool, descriptors=Descriptors(1)) as storage:
         await storage.size("f0")
         (folder / "new").write_bytes(b"other content")
         (folder / "new").rename(folder / "f0")
@@ -774,12 +818,12 @@ async def test_a_file_has_changed_once_it_is_another_one_or_gone(
 ) -> None:
     async with LocalStorage(folder, executor=pool) as storage:
         await storage.size("f1")
-        assert not await storage.changed("f1")
+        assert await storage.changed(["f1", "f2"]) == []
         (folder / "new").write_bytes((folder / "f1").read_bytes())
         (folder / "new").replace(folder / "f1")
-        assert await storage.changed("f1")
+        assert await storage.changed(["f1", "f2"]) == ["f1"]
         (folder / "f1").unlink()
-        assert await storage.changed("f1")
+        assert await storage.changed(["f2", "f1"]) == ["f1"]
 
 
 async def test_a_thread_that_is_lent_reads_as_often_as_it_likes(

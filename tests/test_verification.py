@@ -322,8 +322,12 @@ class Replaced:
         await self._count()
         return await self.real.size(name)
 
-    async def changed(self, name: str, /) -> bool:
-        return await self.real.changed(name)
+    @property
+    def lost(self) -> int:
+        return self.real.lost
+
+    async def changed(self, names: Sequence[str], /) -> list[str]:
+        return await self.real.changed(names)
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         await self._count()

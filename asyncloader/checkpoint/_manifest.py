@@ -116,7 +116,7 @@ async def read_manifest(
 
 async def _check_unchanged(storage: Storage, catalog: Catalog) -> None:
     try:
-        changed = await storage.changed(catalog.source)
+        changed = await storage.changed([catalog.source])
     except OSError as error:
         raise CheckpointError(
             storage.location, f"cannot be looked at again: {error}", catalog.source

@@ -1,24 +1,34 @@
 """Bytes from somewhere. `storage.folder` writes them; who only reads does not import it."""
 
+from ._descriptors import Descriptors
 from ._local import LocalStorage
-from ._pace import processors
+from ._opening import FileChangedError
+from ._pace import ReadPace, processors
 from ._protocol import (
     ReadInto,
     Storage,
     ThreadedStorage,
     fill,
+    read_error,
     read_exactly,
     read_small,
     read_text,
 )
+from ._retrying import RetryingStorage, ThreadedRetryingStorage
 
 __all__ = [
+    "Descriptors",
+    "FileChangedError",
     "LocalStorage",
     "ReadInto",
+    "ReadPace",
+    "RetryingStorage",
     "Storage",
+    "ThreadedRetryingStorage",
     "ThreadedStorage",
     "fill",
     "processors",
+    "read_error",
     "read_exactly",
     "read_small",
     "read_text",

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from asyncloader._concurrency import settled
+from asyncloader._patience import Errand, Patience
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Executor
+    from concurrent.futures import Executor, Future
 
     from asyncloader._throttle import Throttle
 
@@ -123,12 +121,16 @@ class ReadPace:
         """Reads that may run at a time now."""
         return self._limit
 
-    async def run(self, job: Callable[[Seen], T]) -> T:
+    async def run(self, job: Callable[[Seen], T], patience: Patience | None = None) -> T:
         """Return `job(seen)`, run on a thread when its turn comes.
 
-        Who is cancelled takes it back if it has not begun, and waits for it if it has.
+        Who is cancelled takes it back if it has not begun, and waits for it if it has: as long as
+        `patience` says, or for ever.
+
+        Raises:
+            StalledError: If it was given up.
         """
-        read = _Read(job, Future())
+        read = _Read(Errand(partial(self._timed, job)))
         with self._lock:
             self._waiting.append(read)
             missing = self._readers < self._limit
@@ -136,17 +138,31 @@ class ReadPace:
         if missing:
             self._start(read)
         try:
-            return await settled(
-                asyncio.wrap_future(read.future), withdraw=partial(self._withdraw, read)
+            return await (patience or Patience(None)).wait_for(
+                read.errand,
+                withdraw=partial(self._withdraw, read),
+                on_lost=partial(self._lose, read),
             )
         finally:
             del read  # its future knows its error, which knows this frame
 
     def _withdraw(self, read: _Read) -> None:
         """Take back what has not begun, and let go of its memory."""
-        if read.future.cancel():
+        if read.errand.future.cancel():
             with self._lock, contextlib.suppress(ValueError):
                 self._waiting.remove(read)
+
+    def _lose(self, read: _Read) -> None:
+        """Let another reader take the place of one that does not come back."""
+        with self._lock:
+            turn = read.turn
+            if turn is None or turn.lost:
+                return
+            turn.lost = True
+            missing = bool(self._waiting) and self._readers <= self._limit
+            self._readers -= not missing
+        if missing:
+            self._start()
 
     def _start(self, first: _Read | None = None) -> None:
         """Have one thread more carry out what waits; where there is none, without `first`.
@@ -190,8 +206,9 @@ class ReadPace:
             self._waiting.clear()
         for read in left:
             # Not cancelled: who waits was not, and a task group would take it for well done.
-            if read.future.set_running_or_notify_cancel():
-                read.future.set_exception(error)
+            future = read.errand.future
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     def _serve(self, turn: _Turn) -> None:
         """Carry out what waits, one after the other, on a thread.
@@ -206,48 +223,49 @@ class ReadPace:
             turn.begun = True
         while True:
             with self._lock:
+                if turn.lost:  # somebody else has taken this place
+                    return
                 if not self._waiting or self._readers > self._limit:
                     self._readers -= 1
                     return
                 read = self._waiting.popleft()
+                read.turn = turn
                 missing = bool(self._waiting) and self._readers < self._limit
                 self._readers += missing
                 all_of_them = self._limit == self._most
             if missing:
                 self._start()
             if self._throttle is None:
-                self._carry_out(read.job, read.future)
+                read.errand.run()
             else:
-                self._throttle.work(partial(self._carry_out, read.job, read.future))
+                self._throttle.work(read.errand.run)
             del read  # or an idle thread would hold on to memory that was read into
-            if all_of_them and self._go_behind():
+            if all_of_them and self._go_behind(turn):
                 return
 
-    def _go_behind(self) -> bool:
+    def _go_behind(self, mine: _Turn) -> bool:
         """Pass a reader's place on to the end of the executor's queue; say whether that worked."""
         turn = _Turn()
+        with self._lock:
+            if mine.lost:
+                return True
+            mine.lost = True  # whoever gives up on what I did last takes no place from the other
         try:
             self._executor.submit(self._serve, turn).add_done_callback(self._ended)
         except RuntimeError:
             with self._lock:
                 turn.void = not turn.begun
+                mine.lost = turn.begun
         return not turn.void
 
-    def _carry_out(self, job: Callable[[Seen], object], future: Future[Any]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
+    def _timed(self, job: Callable[[Seen], T]) -> T:
+        """Do a job, and go by what it took."""
         seen = Seen()
-        try:
-            begin, before = time.monotonic_ns(), self._clock()
-            result = job(seen)
-            after, end = self._clock(), time.monotonic_ns()
-            self._adjust(seen, before, after, end - begin)
-        except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
-            future.set_exception(error)
-            # The error knows this frame; without cycles, memory is let go with the error.
-            del future, job
-        else:
-            future.set_result(result)
+        begin, before = time.monotonic_ns(), self._clock()
+        result = job(seen)
+        after, end = self._clock(), time.monotonic_ns()
+        self._adjust(seen, before, after, end - begin)
+        return result
 
     def _adjust(self, seen: Seen, before: Ran | None, after: Ran | None, passed: int) -> None:
         crowded, waited = False, seen.waited or seen.unsure
@@ -272,9 +290,12 @@ class _Turn:
     """Whether its executor refused it; it may stand in the queue nevertheless."""
 
     begun: bool = False
+    lost: bool = False
+    """Whether somebody else has taken it."""
 
 
 @dataclass(slots=True, eq=False)
 class _Read:
-    job: Callable[[Seen], Any]
-    future: Future[Any]
+    errand: Errand[Any]
+    turn: _Turn | None = None
+    """The reader that carries it out."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from asyncloader.errors import ReadError
+from asyncloader._patience import StalledError
+from asyncloader.errors import ReadError, ReadStalledError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ __all__ = [
     "Storage",
     "ThreadedStorage",
     "fill",
+    "read_error",
     "read_exactly",
     "read_small",
     "read_text",
@@ -45,8 +47,18 @@ class Storage(Protocol):
         """
         ...
 
-    async def changed(self, name: str, /) -> bool:
-        """Say whether a file is gone, or another one than when it was first asked for.
+    @property
+    def lost(self) -> int:
+        """Reads that were given up, though a thread that cannot be interrupted is still at them.
+
+        What they were to write to may be written to at any time, and is not to be used again.
+        """
+        ...
+
+    async def changed(self, names: Sequence[str], /) -> list[str]:
+        """Say which files are gone, or others than when they were first asked for.
+
+        Files that were written to since then are others: their length or time is.
 
         Raises:
             OSError: If the storage failed.
@@ -57,7 +69,8 @@ class Storage(Protocol):
         """Fill `views`, one after the other, from `offset` on, and return the bytes read.
 
         Short reads are allowed; 0 means end of file. At most 1024 views. Once this has returned or
-        raised, even `CancelledError`, nothing may write to the views any more.
+        raised, even `CancelledError`, nothing may write to the views any more, unless `lost` says
+        that something may.
 
         Raises:
             OSError: If the storage failed.
@@ -76,7 +89,8 @@ class ThreadedStorage(Storage, Protocol):
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
         """Return `job(read)`, run on a thread; `read(offset, views)` is `readinto` of the file.
 
-        Once this has returned or raised, even `CancelledError`, the job is over.
+        Once this has returned or raised, even `CancelledError`, the job is over, unless `lost` says
+        that it is not.
 
         Raises:
             OSError: If the file cannot be opened.
@@ -98,7 +112,7 @@ async def read_exactly(
         try:
             count = await storage.readinto(name, offset + done, left)
         except OSError as error:
-            raise ReadError(name, offset, length, str(error)) from error
+            raise read_error(name, offset, length, error) from error
         if count == 0:
             raise _ends_early(name, offset, length, done)
         done += count
@@ -117,10 +131,16 @@ def fill(read: ReadInto, name: str, offset: int, view: memoryview) -> None:
         try:
             count = read(offset + done, [view[done:]])
         except OSError as error:
-            raise ReadError(name, offset, view.nbytes, str(error)) from error
+            raise read_error(name, offset, view.nbytes, error) from error
         if count == 0:
             raise _ends_early(name, offset, view.nbytes, done)
         done += count
+
+
+def read_error(name: str, offset: int, length: int, error: OSError) -> ReadError:
+    """Return what to raise, from `error`, where a storage failed to deliver a byte range."""
+    kind = ReadStalledError if isinstance(error, StalledError) else ReadError
+    return kind(name, offset, length, str(error))
 
 
 def _ends_early(name: str, offset: int, length: int, done: int) -> ReadError:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from asyncloader._collector import undisturbed
 from asyncloader._concurrency import for_each, raising_first, run_jobs
-from asyncloader.errors import ReadError
+from asyncloader.errors import CheckpointChangedError, ReadError
 from asyncloader.planning import GAP, Extents, plan_reads
-from asyncloader.storage import ThreadedStorage, read_exactly
+from asyncloader.storage import ThreadedStorage, read_error, read_exactly
 
 from ._indexing import Arrival, Indexer
 from ._selection import Means, RowPiece, load_piece, row_pieces, step_bytes
@@ -64,6 +64,7 @@ class Execution:
     touched: dict[str, bool]
     """Receives the names of tensors that are written to, and whether by way of staging memory."""
 
+    _lost_before: int = 0
     _sinks: Sinks = field(init=False)
     _extents: list[Extent] = field(default_factory=list)
     _pieces: list[RowPiece] = field(default_factory=list)
@@ -75,19 +76,44 @@ class Execution:
 
         Afterwards, or after a failure, call `commit` or `abort`: no thread writes any more then.
         """
+        self._lost_before = self.storage.lost
         self._indexer = Indexer(self.threads, self.tracer)
         self._staging = StagingPool(self.chunk_bytes)
         self._row_staging = StagingPool(self._row_step())
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
-        await self._read_all()
+        try:
+            await self._read_all()
+        except ReadError as error:
+            await self._check_unchanged(error)
+            raise
+        await self._check_unchanged()
         for name, update in self._updates.items():
             with self.tracer.span("index", f"{name}: join"):
                 for jobs in update.finish(threads=self.threads.kernel_count):
                     await run_jobs(self.threads.kernels, jobs)
         await run_jobs(self.threads.kernels, [self._tell_autograd])
         self.meter.finish()
+
+    async def _check_unchanged(self, failure: ReadError | None = None) -> None:
+        """Look whether the files that were read are still those that were planned for.
+
+        Raises:
+            CheckpointChangedError: If one of them is not.
+        """
+        shards = self.plan.shards if failure is None else (failure.shard,)
+        if not shards:
+            return
+        try:
+            changed = await self.storage.changed(shards)
+        except OSError as error:
+            if failure is not None:
+                return
+            raise read_error(shards[0], 0, 0, error) from error
+        if changed:
+            problem = "was replaced, or written to, while it was being loaded; load it again"
+            raise CheckpointChangedError(self.plan.location, problem, changed[0]) from failure
 
     def commit(self) -> dict[str, UpdateCounts]:
         """Let every table show its new rows; return what was done to each.
@@ -98,10 +124,11 @@ class Execution:
 
     def abort(self) -> None:
         """Leave every table as it was."""
+        lost = self.storage.lost > self._lost_before  # threads that may write at any time
         with contextlib.ExitStack() as stack:  # one that fails does not keep the others
             stack.callback(self._tell_autograd)
             for update in self._updates.values():
-                stack.callback(update.abort)
+                stack.callback(update.abandon if lost else update.abort)
 
     def _tell_autograd(self) -> None:
         bump_versions(list(map(self.tensors.tensors.__getitem__, self.touched)))
@@ -115,6 +142,7 @@ class Execution:
 
     def _prepare(self) -> None:
         """Make room in the tables, and cut everything into reads."""
+        _ = self.plan.shards  # worked out here, not on the loop
         self._sinks = Sinks(self.plan.tensors, self.tensors)
         for table in self.plan.tables:
             self._begin(table)

@@ -20,7 +20,7 @@ import torch
 from asyncloader._concurrency import run_jobs
 from asyncloader.checkpoint import DIGEST_CHUNK, SIDECAR
 from asyncloader.errors import CheckpointError, ReadError
-from asyncloader.storage import fill, read_exactly
+from asyncloader.storage import fill, read_error, read_exactly
 
 from ._filling import Filling, batches_of
 from ._indexing import Arrival
@@ -258,4 +258,4 @@ async def _carry_out(
     try:
         return await means.lender.on_thread(block.shard, at_once)
     except OSError as error:
-        raise ReadError(block.shard, block.offset, block.nbytes, str(error)) from error
+        raise read_error(block.shard, block.offset, block.nbytes, error) from error

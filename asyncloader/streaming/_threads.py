@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from asyncloader._concurrency import settled
 from asyncloader._throttle import ThrottledExecutor
+from asyncloader._workers import WorkerPool
 from asyncloader.storage import processors
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ _NICE = 5
 class Threads:
     """Two pools: reads wait, kernels compute, and neither shall keep the other from running.
 
+    A thread that reads may be given up on (`replace`); those that compute always come back.
+
     They may be shared by several loads of one event loop. An async context manager: entering starts
     all threads, leaving joins them.
 
@@ -45,20 +48,28 @@ class Threads:
 
     def __init__(self, *, reads: int, throttle: Throttle | None = None) -> None:
         self.kernel_count = min(processors(), _MOST_KERNELS)
-        self._read_count = reads
         self._throttle = throttle
-        self.readers = _pool(reads, "asyncloader-read")
-        self._kernels = _pool(self.kernel_count, "asyncloader-kernel")
+        self.readers = WorkerPool(reads, name="asyncloader-read", initializer=_step_back)
+        self._kernels = ThreadPoolExecutor(
+            self.kernel_count, thread_name_prefix="asyncloader-kernel", initializer=_step_back
+        )
         self.reads: Executor = self.readers
         self.kernels: Executor = self._kernels
         if throttle is not None:
             self.reads = ThrottledExecutor(self.readers, throttle)
             self.kernels = ThrottledExecutor(self._kernels, throttle)
 
+    def replace(self, thread: threading.Thread) -> None:
+        """Give up on a thread that reads; another one takes its place."""
+        self.readers.replace(thread)
+        if self._throttle is not None:
+            self._throttle.forget(thread)
+
     async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
         try:
-            await _fill(self.readers, self._read_count)
             await _fill(self._kernels, self.kernel_count)
+            await settled(loop.run_in_executor(self._kernels, self.readers.start))
         except BaseException:
             await self._close()
             raise
@@ -80,12 +91,10 @@ class Threads:
             self._throttle.pace = 1  # or the loop would wait for threads that rest
         try:
             await settled(loop.run_in_executor(self._kernels, self.readers.shutdown))
+        except RuntimeError:  # no thread is to be had: then few run, or none
+            self.readers.shutdown()
         finally:
             self._kernels.shutdown()
-
-
-def _pool(size: int, name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, thread_name_prefix=name, initializer=_step_back)
 
 
 async def _fill(pool: ThreadPoolExecutor, size: int) -> None:

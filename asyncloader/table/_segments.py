@@ -61,6 +61,12 @@ class Segment:
         }
         return cls(first, capacity, memory)
 
+    def until(self, end: int) -> Segment:
+        """Return the rows of it that come before row `end` of the table."""
+        count = min(end - self.first, self.capacity)
+        memory = {name: rows[:count] for name, rows in self.slots.items()}
+        return Segment(self.first, count, memory, min(self.lent, count))
+
 
 @dataclass(frozen=True, slots=True)
 class Segments:

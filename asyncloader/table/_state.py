@@ -53,6 +53,14 @@ class TableState:
             segments=Segments(),
         )
 
+    def sealed(self) -> TableState:
+        """Return the same rows, and no memory beyond them that the next update could use."""
+        items = [segment for segment in self.segments.items if segment.first < self.end]
+        if items:
+            items[-1] = items[-1].until(self.end)
+        segments = Segments.of(tuple(items))
+        return replace(self, ids=self.ids[: self.end].copy(), segments=segments)
+
     def find(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
         """Return the rows of ids, -1 where there is none, and how many have none."""
         return self.index.find(self.ids, self.seed, wanted)

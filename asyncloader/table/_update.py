@@ -227,3 +227,10 @@ class TableUpdate:
     def abort(self) -> None:
         """Leave the table as it was. Nobody may be writing to a view any more."""
         self._publish(None)
+
+    def abandon(self) -> None:
+        """Leave the table as it was, and do not use again what views were lent of.
+
+        For when a thread may still write to one.
+        """
+        self._publish(self._base.sealed())

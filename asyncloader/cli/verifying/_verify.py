@@ -10,7 +10,7 @@ import torch
 
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
-from asyncloader._session import open_session
+from asyncloader._session import Access, open_session
 from asyncloader.checkpoint._safetensors import catalog_of_file
 from asyncloader.cli._room import check_room, free_memory
 from asyncloader.streaming import Meter
@@ -66,7 +66,7 @@ async def averify(
     """
     meter = Meter(0, progress)
     async with open_session(
-        path, limits=limits, verify="off", timeout=None, direct_io=direct_io
+        path, limits=limits, verify="off", timeout=None, access=Access(direct_io=direct_io)
     ) as session:
         return await verify_session(session, meter)
 

@@ -1,0 +1,93 @@
+"""Opens the files of a checkpoint, and nothing else that may lie in its folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["O_DIRECT", "FileChangedError", "identity", "open_regular", "status_of"]
+
+O_DIRECT = getattr(os, "O_DIRECT", 0)
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+# Or opening a FIFO hangs.
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+
+
+class FileChangedError(OSError):
+    """A file is not the one any more that was opened under its name first."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(errno.ESTALE, "the file was replaced meanwhile", name)
+
+
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is written to, or another one takes its name."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """Return what a file is; `None` if there is none."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def open_regular(path: Path, flags: int, *, follow: bool) -> tuple[int, os.stat_result]:
+    """Open a file, but no FIFO, socket, device or folder: those would block or never end.
+
+    Args:
+        path: The file; the folder that holds it is trusted.
+        flags: For `os.open`.
+        follow: Whether a symbolic link may lead out of that folder.
+
+    Returns:
+        The descriptor, and what the file was then.
+
+    Raises:
+        OSError: If it is something else, or is not there.
+    """
+    try:
+        fd = _open(path, flags | (0 if follow else _NOFOLLOW))
+    except OSError as error:
+        if follow or error.errno != errno.ELOOP:
+            raise
+        fd = _open(_within(path), flags | _NOFOLLOW)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return fd, status
+
+
+def _open(path: str | Path, flags: int) -> int:
+    flags |= _NONBLOCK | getattr(os, "O_CLOEXEC", 0)
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not flags & O_DIRECT:
+            raise
+        return os.open(path, flags & ~O_DIRECT)  # a file system in memory, or an odd one
+
+
+def _within(link: Path) -> str:
+    """Return what a symbolic link leads to, if that is in the same folder.
+
+    Raises:
+        OSError: If it leads elsewhere, or nowhere.
+    """
+    target = os.path.realpath(link, strict=True)
+    folder = os.path.realpath(link.parent, strict=True)
+    if os.path.commonpath([target, folder]) != folder:
+        problem = (
+            f"is a symbolic link to {target}, outside of the checkpoint's folder; if whoever made "
+            "it may choose which files of this machine are read (as in the cache of Hugging Face), "
+            "pass follow_symlinks=True"
+        )
+        raise OSError(errno.ELOOP, problem, str(link))
+    return target
