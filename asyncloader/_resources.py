@@ -15,6 +15,8 @@ from .streaming import ByteBudget, LagWatch, Threads
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from .storage import ThreadedStorage
+
 __all__ = [
     "CHUNK_BYTES",
     "INFLIGHT_BYTES",
@@ -125,14 +127,23 @@ class Resources:
     watch: LagWatch | None
     """Sees to that."""
 
+    wrap: Callable[[ThreadedStorage], ThreadedStorage]
+    """Gets the files of a checkpoint, and returns what is read from in their place."""
+
 
 @contextlib.asynccontextmanager
-async def open_resources(limits: Limits, contract: Contract | None) -> AsyncIterator[Resources]:
+async def open_resources(
+    limits: Limits,
+    contract: Contract | None,
+    *,
+    wrap: Callable[[ThreadedStorage], ThreadedStorage] = lambda storage: storage,
+) -> AsyncIterator[Resources]:
     """Hold threads for the length of the block.
 
     Args:
         limits: For all that use them together.
         contract: What the event loop is promised; `None` is nothing.
+        wrap: Gets the files of a checkpoint, and returns what is read from in their place.
     """
     throttle = Throttle(cores=processors()) if contract else None
     watching = contract.watch(throttle) if contract and throttle else contextlib.nullcontext()
@@ -145,4 +156,5 @@ async def open_resources(limits: Limits, contract: Contract | None) -> AsyncIter
             descriptors=Descriptors(),
             throttle=throttle,
             watch=watch,
+            wrap=wrap,
         )

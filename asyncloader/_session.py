@@ -14,17 +14,17 @@ from ._concurrency import run_jobs
 from ._patience import Patience
 from ._resources import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, open_resources
 from .checkpoint import read_catalog, read_manifest
-from .errors import CheckpointNotFoundError, LoadTimeoutError, ReadError
+from .errors import CheckpointChangedError, CheckpointNotFoundError, LoadTimeoutError, ReadError
 from .storage import LocalStorage, ThreadedRetryingStorage
-from .streaming import Verifier
+from .streaming import CHANGED, Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     from ._resources import Contract, Resources
     from .checkpoint import Catalog, Manifest, Verify
     from .runtime import Runtime
-    from .storage import RetryingStorage, Storage, ThreadedStorage
+    from .storage import RetryingStorage, Storage
     from .streaming import ByteBudget, LagWatch, Threads
 
 __all__ = [
@@ -69,6 +69,22 @@ class Session:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """For what several tasks should not do at the same time."""
+
+    @contextlib.asynccontextmanager
+    async def explaining(self) -> AsyncIterator[None]:
+        """Say which checkpoint could not be read; or that it has changed, if that is why.
+
+        Raises:
+            CheckpointChangedError: If a file could not be read that is another one by now.
+        """
+        try:
+            yield
+        except ReadError as error:
+            error.location = self.location
+            with contextlib.suppress(OSError):
+                if error.shard in await self.storage.changed([error.shard]):
+                    raise CheckpointChangedError(self.location, CHANGED, error.shard) from error
+            raise
 
     @property
     def verifier(self) -> Verifier:
@@ -127,9 +143,6 @@ class Access:
     stall_timeout: float | None = STALL_TIMEOUT
     """Seconds that a thread is waited for; `None` is for ever."""
 
-    wrap: Callable[[ThreadedStorage], ThreadedStorage] = field(default=lambda storage: storage)
-    """Gets the files, and returns what to read from instead; for tests."""
-
 
 @contextlib.asynccontextmanager
 async def open_session(
@@ -168,9 +181,9 @@ async def open_session(
             [(root, file)] = await run_jobs(pool, [partial(_root_and_file, path)])
             files = _files(root, access, resources, seen=seen, trusted=file is not None)
             async with files:
-                storage = ThreadedRetryingStorage(access.wrap(files))
+                storage = ThreadedRetryingStorage(resources.wrap(files))
                 with late.noting(storage):
-                    yield Session(
+                    session = Session(
                         location=str(Path(path)),
                         file=file,
                         storage=storage,
@@ -181,9 +194,8 @@ async def open_session(
                         verify=verify,
                         watch=resources.watch,
                     )
-    except ReadError as error:
-        error.location = path
-        raise
+                    async with session.explaining():
+                        yield session
     except TimeoutError as error:
         late.explain(error)
         raise

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ._concurrency import settled
 from ._session import open_session
-from .errors import ReadError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -80,10 +79,8 @@ class Sessions:
             return
         held.users += 1
         try:
-            yield held.session
-        except ReadError as error:
-            error.location = self._path
-            raise
+            async with held.session.explaining():
+                yield held.session
         finally:
             held.users -= 1
             if not held.users:

@@ -7,6 +7,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Self
 
+from ._arguments import check_callable
 from ._concurrency import settled
 from ._resources import (
     CHUNK_BYTES,
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from ._resources import Resources
+    from .storage import ThreadedStorage
 
 __all__ = ["Runtime"]
+
+
+def _as_it_is(storage: ThreadedStorage) -> ThreadedStorage:
+    return storage
 
 
 class Runtime:
@@ -49,6 +55,9 @@ class Runtime:
         max_inflight_bytes: Memory for reads under way, of all loads, in bytes.
         max_loop_lag: As of `Loader`, for all loads.
         pressure: Likewise.
+        wrap_storage: Gets the files of each checkpoint, a `storage.ThreadedStorage`, and returns
+            what is read from in their place: one that counts, say, or that fails, to see what your
+            service does then.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -62,7 +71,10 @@ class Runtime:
         max_inflight_bytes: int = INFLIGHT_BYTES,
         max_loop_lag: float | None = None,
         pressure: Callable[[], float] | None = None,
+        wrap_storage: Callable[[ThreadedStorage], ThreadedStorage] = _as_it_is,
     ) -> None:
+        check_callable(wrap_storage, "wrap_storage")
+        self._wrap = wrap_storage
         self._contract = Contract.of(max_loop_lag, pressure)
         self._limits = Limits(
             parallel=parallel,
@@ -81,7 +93,8 @@ class Runtime:
         if self._held is not None:
             raise RuntimeError(f"{self!r} is entered already")
         stack = contextlib.AsyncExitStack()
-        resources = await stack.enter_async_context(open_resources(self._limits, self._contract))
+        opening = open_resources(self._limits, self._contract, wrap=self._wrap)
+        resources = await stack.enter_async_context(opening)
         self._held = _Held(resources, stack)
         return self
 

@@ -4,44 +4,84 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
+import threading
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from asyncloader._concurrency import for_each, settled
+from asyncloader._concurrency import for_each, run_jobs, settled
 
 if TYPE_CHECKING:
-    import os
-
-    from aiofiles.threadpool.binary import AsyncFileIO
+    from collections.abc import Callable
+    from concurrent.futures import Executor
 
 __all__ = ["Descriptors", "OpenFile"]
+
+T = TypeVar("T")
 
 _MOST = 64
 _CLOSERS = 8
 
 
-@dataclass(slots=True, eq=False)
 class OpenFile:
-    """A file that is open."""
+    """A file that is open.
 
-    handle: AsyncFileIO
-    status: os.stat_result
+    Args:
+        fd: Its descriptor.
+        status: What it was when it was opened.
+        start: Its first bytes, read then.
+        executor: Closes it.
 
-    start: bytes
-    """Its first bytes, read when it was opened, for the first read only: a file may change."""
+    Attributes:
+        start: For the first read only: a file may change.
+        users: Tasks that use it; belongs to the event loop.
+    """
 
-    users: int = 0
+    def __init__(self, fd: int, status: os.stat_result, start: bytes, executor: Executor) -> None:
+        self.status = status
+        self.start = start
+        self.users = 0
+        self._fd = fd
+        self._executor = executor
+        self._lock = threading.Lock()  # for the two below
+        self._readers = 0
+        self._is_closed = False
 
-    stuck: bool = False
-    """Whether a thread that was given up on is still reading. Its number must not come to stand for
-    another file then: it is closed when that thread lets go of it, if it ever does."""
+    def use(self, job: Callable[[int], T]) -> T:
+        """Return `job(fd)`, on a thread; the descriptor stays that of this file meanwhile.
+
+        Raises:
+            OSError: If it is closed: the thread was given up on, and has come back.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise OSError(errno.EBADF, "the file was closed meanwhile")
+            self._readers += 1
+        try:
+            return job(self._fd)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._readers -= 1
+            is_last = self._is_closed and not self._readers
+        if is_last:
+            os.close(self._fd)
 
     async def close(self) -> None:
-        """Close it."""
-        if not self.stuck:
-            with contextlib.suppress(OSError):  # nothing was written: nothing is lost
-                await self.handle.close()
+        """Close it; if a thread that was given up on still reads, that one does when it is done."""
+        with contextlib.suppress(OSError):  # nothing was written: nothing is lost
+            await run_jobs(self._executor, [self.close_here])
+
+    def close_here(self) -> None:
+        """Do that on this thread."""
+        with self._lock:
+            is_last = not self._is_closed and not self._readers
+            self._is_closed = True
+        if is_last:
+            os.close(self._fd)
 
 
 class Descriptors:

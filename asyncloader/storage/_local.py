@@ -11,10 +11,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
-import aiofiles
+import aiofiles.os
 
 from asyncloader._concurrency import settled
-from asyncloader._patience import Errand, Patience, StalledError
+from asyncloader._patience import Errand, Patience
 from asyncloader._throttle import ThrottledExecutor
 
 from ._descriptors import Descriptors, OpenFile
@@ -24,7 +24,6 @@ from ._preadv import preadv
 from ._protocol import scatter
 
 if TYPE_CHECKING:
-    import io
     from collections.abc import AsyncIterator, Callable, Sequence
     from concurrent.futures import Executor
 
@@ -48,7 +47,7 @@ _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 class LocalStorage:
     """Files in one folder, read by position on the threads of an executor.
 
-    aiofiles opens, measures and closes them; the bulk is one `preadv` a call, which needs no seek,
+    aiofiles opens and measures them; the bulk is one `preadv` a call, which needs no seek,
     no lock and no copy, so one descriptor serves all readers. Belongs to one event loop.
 
     A file that is not the one that was opened first under its name is an error. Storages of one
@@ -178,14 +177,17 @@ class LocalStorage:
         self, name: str, file: OpenFile, views: Sequence[memoryview], offset: int, seen: Seen
     ) -> int:
         """Read, on a thread."""
-        fd = file.handle.fileno()
-        try:
+
+        def read(fd: int) -> int:
+            try:
+                return self._preadv(fd, views, offset, seen)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+            self._renew(name, fd)
             return self._preadv(fd, views, offset, seen)
-        except OSError as error:
-            if error.errno != errno.ESTALE:
-                raise
-        self._renew(name, fd)
-        return self._preadv(fd, views, offset, seen)
+
+        return file.use(read)
 
     def _renew(self, name: str, fd: int) -> None:
         """Have a descriptor that went stale stand for the same file again, for all its readers."""
@@ -204,9 +206,6 @@ class LocalStorage:
         file.users += 1
         try:
             yield file
-        except StalledError:
-            file.stuck = True
-            raise
         finally:
             self._descriptors.release(file)
 
@@ -237,16 +236,13 @@ class LocalStorage:
                     raise
 
     async def _open_and_measure(self, path: Path) -> OpenFile:
-        found: list[tuple[os.stat_result, bytes]] = []
+        with self._patience.executor(self._executor, late=OpenFile.close_here) as executor:
+            return await aiofiles.os.wrap(self._open_here)(path, executor=executor)
 
-        def opener(_: str, flags: int) -> int:
-            fd, status = open_regular(path, flags | self._flags, follow=self._follow)
-            found.append((status, self._start(fd, status.st_size)))
-            return fd
-
-        with self._patience.executor(self._executor, late=_close) as executor:
-            handle = await aiofiles.open(path, "rb", buffering=0, opener=opener, executor=executor)
-        return OpenFile(handle, *found[0])
+    def _open_here(self, path: Path) -> OpenFile:
+        flags = os.O_RDONLY | self._flags
+        fd, status = open_regular(path, flags, follow=self._follow)
+        return OpenFile(fd, status, self._start(fd, status.st_size), self._executor)
 
     def _start(self, fd: int, size: int) -> bytes:
         start = bytearray(min(size, _START))
@@ -271,7 +267,3 @@ def _reader(*, past_cache: bool) -> PReadV:
     from ._direct import DirectReader  # noqa: PLC0415  # seldom
 
     return DirectReader().preadv
-
-
-def _close(file: io.FileIO) -> None:
-    file.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
+import time
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,7 +27,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_TRANSIENT = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN}
+_TRANSIENT = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN, errno.EINTR}
 _ATTEMPTS = 5
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 1.0
@@ -49,13 +51,23 @@ class RetryingStorage:
 
     Args:
         inner: The storage.
+        sleep: Pauses on the event loop.
+        rest: Pauses on a thread.
 
     Attributes:
         retries: How often it tried again.
     """
 
-    def __init__(self, inner: Storage) -> None:
+    def __init__(
+        self,
+        inner: Storage,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        rest: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._inner = inner
+        self._sleep = sleep
+        self._rest = rest
         self._under_way: dict[object, tuple[str, int, int]] = {}
         self.retries = 0
 
@@ -123,7 +135,7 @@ class RetryingStorage:
                 raise failure
             return await call()
 
-        return await AsyncRetrying(**self._how(name))(attempt)
+        return await AsyncRetrying(sleep=self._sleep, **self._how(name))(attempt)
 
     def _how(self, name: str) -> dict[str, Any]:
         from tenacity import (  # noqa: PLC0415
@@ -155,8 +167,8 @@ class ThreadedRetryingStorage(RetryingStorage):
     What is tried again on one of these pauses there: cancelling waits for up to 1.5 s then.
     """
 
-    def __init__(self, inner: ThreadedStorage) -> None:
-        super().__init__(inner)
+    def __init__(self, inner: ThreadedStorage, **pauses: Any) -> None:  # noqa: ANN401  # as above
+        super().__init__(inner, **pauses)
         self._lender = inner
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
@@ -190,4 +202,4 @@ class ThreadedRetryingStorage(RetryingStorage):
                 raise failure
             return call()
 
-        return Retrying(**self._how(name))(attempt)
+        return Retrying(sleep=self._rest, **self._how(name))(attempt)

@@ -3,7 +3,7 @@
 from ._blocking import run_blocking
 from ._budget import ByteBudget
 from ._destinations import Destinations, describe_tensors
-from ._execution import Execution
+from ._execution import CHANGED, Execution
 from ._lag import LagWatch, LoopLag
 from ._progress import Meter, Progress
 from ._staging import Arena, StagingPool
@@ -14,6 +14,7 @@ from ._trace import Span, Tracer
 from ._verification import Verifier
 
 __all__ = [
+    "CHANGED",
     "Arena",
     "ByteBudget",
     "Destinations",

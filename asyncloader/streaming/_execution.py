@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from ._trace import Tracer
     from ._verification import Verifier
 
-__all__ = ["Execution"]
+__all__ = ["CHANGED", "Execution"]
+
+CHANGED = "was replaced, or written to, while it was being loaded; load it again"
 
 # Reading 64 KiB along takes about as long as handing another call to a thread.
 _GAP_BYTES = 64 << 10
@@ -83,11 +85,7 @@ class Execution:
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
-        try:
-            await self._read_all()
-        except ReadError as error:
-            await self._check_unchanged(error)
-            raise
+        await self._read_all()
         await self._check_unchanged()
         for name, update in self._updates.items():
             with self.tracer.span("index", f"{name}: join"):
@@ -96,24 +94,21 @@ class Execution:
         await run_jobs(self.threads.kernels, [self._tell_autograd])
         self.meter.finish()
 
-    async def _check_unchanged(self, failure: ReadError | None = None) -> None:
+    async def _check_unchanged(self) -> None:
         """Look whether the files that were read are still those that were planned for.
 
         Raises:
             CheckpointChangedError: If one of them is not.
         """
-        shards = self.plan.shards if failure is None else (failure.shard,)
+        shards = self.plan.shards
         if not shards:
             return
         try:
             changed = await self.storage.changed(shards)
         except OSError as error:
-            if failure is not None:
-                return
             raise read_error(shards[0], 0, 0, error) from error
         if changed:
-            problem = "was replaced, or written to, while it was being loaded; load it again"
-            raise CheckpointChangedError(self.plan.location, problem, changed[0]) from failure
+            raise CheckpointChangedError(self.plan.location, CHANGED, changed[0])
 
     def commit(self) -> dict[str, UpdateCounts]:
         """Let every table show its new rows; return what was done to each.
