@@ -118,14 +118,25 @@ def test_a_file_may_be_named_from_where_one_stands(
     assert set(load_tensors("anything.safetensors")) == set(STORED)
 
 
-def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
-    """Hugging Face's cache holds links only."""
+def test_a_link_out_of_the_folder_is_followed_for_who_trusts_it(tmp_path: Path) -> None:
+    """Hugging Face's cache holds nothing else."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     one_file(tmp_path / "blobs").rename(tmp_path / "blobs" / "0af3")
     link = tmp_path / "snapshot" / "model.safetensors"
     link.symlink_to("../blobs/0af3")
-    assert set(load_tensors(link)) == set(load_tensors(link.parent)) == set(STORED)
+    with pytest.raises(CheckpointError, match="follow_symlinks=True") as caught:
+        load_tensors(link.parent)
+    assert str(tmp_path / "blobs" / "0af3") in str(caught.value)
+    assert set(load_tensors(link.parent, follow_symlinks=True)) == set(STORED)
+
+
+def test_a_file_that_the_user_names_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    one_file(tmp_path).rename(tmp_path / "elsewhere" / "x")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to("elsewhere/x")
+    assert set(load_tensors(link)) == set(STORED)
 
 
 @pytest.mark.parametrize("others", [a_folder_of_one, a_folder_of_several])

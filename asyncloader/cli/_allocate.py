@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
 from asyncloader._reading import torch_dtype
-from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, open_session
+from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Access, Limits, open_session
 from asyncloader.checkpoint import Places, gen_slice
 from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.errors import CheckpointError
@@ -53,6 +53,7 @@ async def allocate(
     take: Callable[[str, str], bool] = every_slot,
     limits: Limits = LIMITS,
     verify: Verify = "auto",
+    access: Access | None = None,
     kernels: Callable[[float], object] = nobody,
 ) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     """Read names and headers, and return empty tables and zero tensors that take all of it.
@@ -67,6 +68,7 @@ async def allocate(
         take: Says of a table and a slot besides `id` and `embedding` whether to have it.
         limits: For reading headers.
         verify: As `Loader` takes it.
+        access: How files are read.
         kernels: Told how many seconds it took to load the compiled kernels, or to compile them,
             if there are tables; on a thread.
 
@@ -76,7 +78,9 @@ async def allocate(
         ReadError: If the storage failed.
         MemoryError: If there is no room.
     """
-    async with open_session(path, limits=limits, verify=verify, timeout=None) as session:
+    async with open_session(
+        path, limits=limits, verify=verify, timeout=None, access=access
+    ) as session:
         catalog = await session.catalog()
         manifest = await session.manifest(catalog, shards_of(catalog))
         make = _Maker(manifest, slice_of, take, kernels).make

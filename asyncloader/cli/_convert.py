@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from asyncloader._session import Access
 from asyncloader._sizes import size_text
 from asyncloader.streaming import run_blocking
 
 from ._allocate import LIMITS
 from ._inspect_view import facts, plural
 from ._names import escaped, shown
-from ._options import JsonFlag, examples
+from ._options import JsonFlag, LinksFlag, examples
 from ._output import count, print_json, show
 from ._progress import progress_bar
 from ._stages import telling
@@ -83,6 +84,7 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is there, once all is written.")
     ] = False,
+    follow_symlinks: LinksFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Turn a checkpoint into another form of itself.
@@ -102,7 +104,15 @@ def convert(
     )
     with progress_bar() as tell:
         listen = telling(tell, "converting")
-        run = partial(aconvert, source, destination, options, limits=LIMITS, progress=listen)
+        run = partial(
+            aconvert,
+            source,
+            destination,
+            options,
+            limits=LIMITS,
+            progress=listen,
+            access=Access(follow_symlinks=follow_symlinks),
+        )
         done = run_blocking(run)
     if json:
         print_json(done)

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from asyncloader._session import Access
 from asyncloader.streaming import run_blocking
 
 from ._allocate import LIMITS
 from ._diff_view import difference_view
-from ._options import JsonFlag, examples
+from ._options import JsonFlag, LinksFlag, examples
 from ._output import print_json, show
 from ._progress import progress_bar
 from ._stages import telling
@@ -40,6 +41,7 @@ def diff(
     all_: Annotated[
         bool, typer.Option("--all", help="List everything: also what is equal.")
     ] = False,
+    follow_symlinks: LinksFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Say how two checkpoints differ.
@@ -53,7 +55,8 @@ def diff(
     """
     with progress_bar() as tell:
         listen = telling(tell, "comparing")
-        run = partial(adiff, a, b, limits=LIMITS, budget=BUDGET, progress=listen)
+        access = Access(follow_symlinks=follow_symlinks)
+        run = partial(adiff, a, b, limits=LIMITS, budget=BUDGET, progress=listen, access=access)
         found = run_blocking(run)
     if json:
         print_json(found)

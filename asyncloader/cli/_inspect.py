@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from asyncloader._concurrency import run_jobs
-from asyncloader._session import open_session
+from asyncloader._session import Access, open_session
 from asyncloader.errors import CheckpointNotFoundError
 from asyncloader.streaming import run_blocking
 
 from ._allocate import LIMITS, shards_of
 from ._folders import RunSummary, run_folder, saves_in, unfinished
 from ._inspect_view import checkpoint_view, run_view
-from ._options import JsonFlag, PathArgument, examples
+from ._options import JsonFlag, LinksFlag, PathArgument, examples
 from ._output import print_json, show
 from ._summary import CheckpointSummary, summarize
 
@@ -34,6 +34,7 @@ def inspect(
     all_: Annotated[
         bool, typer.Option("--all", help="List everything, however long the lists are.")
     ] = False,
+    follow_symlinks: LinksFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Say what a checkpoint holds.
@@ -44,7 +45,8 @@ def inspect(
 
     Reads names and headers only, so it takes no time whatever the size.
     """
-    found = run_blocking(partial(look_into, path))
+    access = Access(follow_symlinks=follow_symlinks)
+    found = run_blocking(partial(look_into, path, access))
     if json:
         print_json(found)
     elif isinstance(found, RunSummary):
@@ -53,14 +55,16 @@ def inspect(
         show(checkpoint_view(found, everything=all_))
 
 
-async def look_into(path: str) -> CheckpointSummary | RunSummary:
+async def look_into(path: str, access: Access | None = None) -> CheckpointSummary | RunSummary:
     """Sum up what is there.
 
     Raises:
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
         ReadError: If the storage failed.
     """
-    async with open_session(path, limits=LIMITS, verify="auto", timeout=None) as session:
+    async with open_session(
+        path, limits=LIMITS, verify="auto", timeout=None, access=access
+    ) as session:
         pool = session.threads.kernels
         try:
             catalog = await session.catalog()

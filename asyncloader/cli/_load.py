@@ -14,13 +14,20 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, checked_verify
+from asyncloader._session import (
+    CHUNK_BYTES,
+    INFLIGHT_BYTES,
+    PARALLEL,
+    Access,
+    Limits,
+    checked_verify,
+)
 from asyncloader.loader import Loader
 from asyncloader.streaming import run_blocking
 
 from ._allocate import allocate
 from ._names import escaped, shown
-from ._options import DirectFlag, JsonFlag, PathArgument, examples
+from ._options import DirectFlag, JsonFlag, LinksFlag, PathArgument, examples
 from ._output import print_json, show
 from ._progress import progress_bar
 from ._trace_file import write_trace
@@ -93,6 +100,7 @@ def load(
         ),
     ] = None,
     direct_io: DirectFlag = False,
+    follow_symlinks: LinksFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Load all of a checkpoint into memory, and say what that took.
@@ -113,6 +121,7 @@ def load(
             trace=listener,
             tell=tell,
             direct_io=direct_io,
+            follow_symlinks=follow_symlinks,
         )
         loaded = run_blocking(run)
     if json:
@@ -150,6 +159,7 @@ async def load_all(
     trace: Callable[[Span], object] | None,
     tell: Tell,
     direct_io: bool = False,
+    follow_symlinks: bool = False,
 ) -> Loaded:
     """Make room for a checkpoint and load it.
 
@@ -160,6 +170,7 @@ async def load_all(
         trace: As `Loader` takes it.
         tell: Hears of progress.
         direct_io: As `Loader` takes it.
+        follow_symlinks: Likewise.
 
     Raises:
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
@@ -170,7 +181,13 @@ async def load_all(
     tell(0, 0, "preparing")
     compiled: list[float] = []
     begin = time.perf_counter()
-    tables, tensors = await allocate(path, limits=limits, verify=verify, kernels=compiled.append)
+    tables, tensors = await allocate(
+        path,
+        limits=limits,
+        verify=verify,
+        access=Access(follow_symlinks=follow_symlinks),
+        kernels=compiled.append,
+    )
     prepared = time.perf_counter() - begin
 
     def listen(moment: Progress) -> None:
@@ -187,6 +204,7 @@ async def load_all(
         verify=verify,
         trace=trace,
         direct_io=direct_io,
+        follow_symlinks=follow_symlinks,
     )
     report = await loader.aload()
     return Loaded(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["DirectFlag", "JsonFlag", "PathArgument", "examples"]
+__all__ = ["DirectFlag", "JsonFlag", "LinksFlag", "PathArgument", "examples"]
 
 
 def _given(path: str) -> str:
@@ -37,6 +37,15 @@ DirectFlag = Annotated[
         "--direct-io",
         help="Read past the page cache, so that what others have there stays. Faster for files "
         "that are not in it, slower for those that are.",
+    ),
+]
+
+LinksFlag = Annotated[
+    bool,
+    typer.Option(
+        "--follow-symlinks",
+        help="Read what lies outside of the folder, too, if a symbolic link in it says so, as in "
+        "Hugging Face's cache.",
     ),
 ]
 

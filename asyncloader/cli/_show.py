@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asyncloader._session import open_session
+from asyncloader._session import Access, open_session
 from asyncloader.streaming import run_blocking
 
 from ._allocate import LIMITS
 from ._finding import FoundId, find_id
 from ._lookup import find_table, find_target
 from ._names import shown
-from ._options import JsonFlag, PathArgument, examples
+from ._options import JsonFlag, LinksFlag, PathArgument, examples
 from ._output import complain, print_json, show
 from ._progress import progress_bar
 from ._show_view import id_view, table_view, tensor_view
@@ -61,6 +61,7 @@ def show_one(
             show_default=False,
         ),
     ] = None,
+    follow_symlinks: LinksFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Show a tensor, a table, or what a table keeps for an id.
@@ -71,13 +72,14 @@ def show_one(
 
     Reads piece by piece: what is shown need not fit into memory.
     """
+    access = Access(follow_symlinks=follow_symlinks)
     with progress_bar() as tell:
         if id_ is not None:
             found: FoundId | ShownTable | ShownTensor = run_blocking(
-                partial(look_for, path, name, id_, tell=tell)
+                partial(look_for, path, name, id_, tell=tell, access=access)
             )
         else:
-            found = run_blocking(partial(look_at, path, name, rows=rows, tell=tell))
+            found = run_blocking(partial(look_at, path, name, rows=rows, tell=tell, access=access))
     if json:
         print_json(found)
     elif isinstance(found, ShownTable):
@@ -92,7 +94,9 @@ def show_one(
         raise typer.Exit(_NOT_THERE)
 
 
-async def look_at(path: str, name: str, *, rows: int, tell: Tell) -> ShownTable | ShownTensor:
+async def look_at(
+    path: str, name: str, *, rows: int, tell: Tell, access: Access | None = None
+) -> ShownTable | ShownTensor:
     """Say what goes by a name, and what it is like.
 
     Raises:
@@ -100,7 +104,9 @@ async def look_at(path: str, name: str, *, rows: int, tell: Tell) -> ShownTable 
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
         ReadError: If the storage failed.
     """
-    async with open_session(path, limits=LIMITS, verify="auto", timeout=None) as session:
+    async with open_session(
+        path, limits=LIMITS, verify="auto", timeout=None, access=access
+    ) as session:
         catalog = await session.catalog()
         target = find_target(session.location, catalog, name)
         if target.table is not None and target.slot is None:
@@ -108,9 +114,13 @@ async def look_at(path: str, name: str, *, rows: int, tell: Tell) -> ShownTable 
         return await show_tensor(session, catalog, target, rows=rows, tell=tell)
 
 
-async def look_for(path: str, name: str, id_: int, *, tell: Tell) -> FoundId:
+async def look_for(
+    path: str, name: str, id_: int, *, tell: Tell, access: Access | None = None
+) -> FoundId:
     """Find an id in a table; raises what `look_at` does."""
-    async with open_session(path, limits=LIMITS, verify="auto", timeout=None) as session:
+    async with open_session(
+        path, limits=LIMITS, verify="auto", timeout=None, access=access
+    ) as session:
         catalog = await session.catalog()
         target = find_table(session.location, catalog, name)
         done = 0

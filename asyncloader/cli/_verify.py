@@ -10,13 +10,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from asyncloader._session import Access
 from asyncloader._sizes import size_text
 from asyncloader.streaming import run_blocking
 
 from ._allocate import LIMITS
 from ._inspect_view import facts, plural
 from ._names import escaped, shown
-from ._options import DirectFlag, JsonFlag, PathArgument, examples
+from ._options import DirectFlag, JsonFlag, LinksFlag, PathArgument, examples
 from ._output import count, print_json, show
 from ._progress import progress_bar
 from ._stages import telling
@@ -39,7 +40,13 @@ EPILOG = examples(
 )
 
 
-def verify(path: PathArgument, *, direct_io: DirectFlag = False, json: JsonFlag = False) -> None:
+def verify(
+    path: PathArgument,
+    *,
+    direct_io: DirectFlag = False,
+    follow_symlinks: LinksFlag = False,
+    json: JsonFlag = False,
+) -> None:
     """Look at every byte of a checkpoint, and list all that is wrong.
 
     Names, headers and offsets; whether all parts of each table are there and fit together, each id
@@ -52,7 +59,8 @@ def verify(path: PathArgument, *, direct_io: DirectFlag = False, json: JsonFlag 
     """
     with progress_bar() as tell:
         listen = telling(tell, "verifying")
-        run = partial(averify, path, limits=LIMITS, progress=listen, direct_io=direct_io)
+        access = Access(direct_io=direct_io, follow_symlinks=follow_symlinks)
+        run = partial(averify, path, limits=LIMITS, progress=listen, access=access)
         found = run_blocking(run)
     if json:
         print_json(_as_json(found))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from asyncloader._concurrency import for_each, run_jobs, settled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Executor
 
 __all__ = ["Descriptors", "OpenFile"]
@@ -98,6 +98,7 @@ class Descriptors:
         self._most = _allowed() if most is None else most
         self._files: OrderedDict[tuple[object, str], OpenFile] = OrderedDict()
         self._waiting: list[asyncio.Future[None]] = []
+        self._opening = 0
 
     def __repr__(self) -> str:
         users = sum(file.users for file in self._files.values())
@@ -123,10 +124,17 @@ class Descriptors:
         """Note that somebody who used a file does not do so any more."""
         file.users -= 1
         if not file.users:
-            waiting, self._waiting = self._waiting, []
-            for one in waiting:
-                if not one.done():
-                    one.set_result(None)
+            self._wake()
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """Note that a file is being opened, for the length of the block."""
+        self._opening += 1
+        try:
+            yield
+        finally:
+            self._opening -= 1
+            self._wake()
 
     async def make_room(self) -> None:
         """Close files that nobody uses until there is room for one more."""
@@ -134,17 +142,21 @@ class Descriptors:
             pass
 
     async def relieve(self) -> bool:
-        """Return once there is one descriptor less in use; say whether there is any hope of that.
+        """Return once there may be one descriptor less in use; say whether there is hope of that.
 
-        For when the process may have no more of them.
+        For who is `opening` a file, when the process may have no more of them.
         """
         if await self._close_one():
             return True
-        if not self._files:
-            return False
-        released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(released)
-        await released
+        self._opening -= 1
+        try:
+            if not self._files and not self._opening:
+                return False
+            released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(released)
+            await released
+        finally:
+            self._opening += 1
         return True
 
     async def close(self, owner: object) -> None:
@@ -154,6 +166,12 @@ class Descriptors:
             del self._files[key]
         # Side by side: sixteen of them one by one took 1 ms.
         await for_each(mine.values(), OpenFile.close, workers=_CLOSERS, name="asyncloader-close")
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if not one.done():
+                one.set_result(None)
 
     def _of(self, owner: object) -> dict[tuple[object, str], OpenFile]:
         return {key: file for key, file in self._files.items() if key[0] is owner}

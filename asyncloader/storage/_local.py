@@ -216,7 +216,8 @@ class LocalStorage:
             file = self._descriptors.find(self, name)
             if file is None:
                 await self._descriptors.make_room()
-                file = await self._open(name)
+                with self._descriptors.opening():
+                    file = await self._open(name)
                 if self._seen.setdefault(name, identity(file.status)) != identity(file.status):
                     await settled(asyncio.ensure_future(file.close()))
                     raise FileChangedError(name)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
 
 __all__ = ["O_DIRECT", "FileChangedError", "identity", "open_regular", "status_of"]
 
@@ -52,20 +49,25 @@ def open_regular(path: Path, flags: int, *, follow: bool) -> tuple[int, os.stat_
     Raises:
         OSError: If it is something else, or is not there.
     """
-    try:
-        fd = _open(path, flags | (0 if follow else _NOFOLLOW))
-    except OSError as error:
-        if follow or error.errno != errno.ELOOP:
-            raise
-        fd = _open(_within(path), flags | _NOFOLLOW)
+    if not follow and stat.S_ISLNK(path.lstat().st_mode):
+        path = _within(path)
+    _check_regular(path, path.stat())  # there are devices that act on being opened
+    fd = _open(path, flags | (0 if follow else _NOFOLLOW))
     status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
+    try:
+        _check_regular(path, status)  # it may have been replaced meanwhile
+    except OSError:
         os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise
     return fd, status
 
 
-def _open(path: str | Path, flags: int) -> int:
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def _open(path: Path, flags: int) -> int:
     flags |= _NONBLOCK | getattr(os, "O_CLOEXEC", 0)
     try:
         return os.open(path, flags)
@@ -75,7 +77,7 @@ def _open(path: str | Path, flags: int) -> int:
         return os.open(path, flags & ~O_DIRECT)  # a file system in memory, or an odd one
 
 
-def _within(link: Path) -> str:
+def _within(link: Path) -> Path:
     """Return what a symbolic link leads to, if that is in the same folder.
 
     Raises:
@@ -87,7 +89,7 @@ def _within(link: Path) -> str:
         problem = (
             f"is a symbolic link to {target}, outside of the checkpoint's folder; if whoever made "
             "it may choose which files of this machine are read (as in the cache of Hugging Face), "
-            "pass follow_symlinks=True"
+            "pass follow_symlinks=True (--follow-symlinks)"
         )
         raise OSError(errno.ELOOP, problem, str(link))
-    return target
+    return Path(target)

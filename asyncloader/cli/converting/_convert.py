@@ -22,7 +22,7 @@ from ._strays import refuse_strays
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from asyncloader._session import Limits, Session
+    from asyncloader._session import Access, Limits, Session
     from asyncloader.streaming import Progress
 
 __all__ = ["Conversion", "ConvertedTable", "Options", "aconvert"]
@@ -97,6 +97,7 @@ async def aconvert(
     *,
     limits: Limits,
     progress: Callable[[Progress], object] | None = None,
+    access: Access | None = None,
 ) -> Conversion:
     """Convert; if that fails, or is cancelled, leave nothing behind, and what was there as it was.
 
@@ -107,6 +108,7 @@ async def aconvert(
         options: How.
         limits: Of reads and writes under way.
         progress: Called on the event loop, at most ten times a second.
+        access: How files are read.
 
     Raises:
         CheckpointError: If the source is missing, unreadable, or contradicts itself.
@@ -118,7 +120,9 @@ async def aconvert(
     start = time.perf_counter()
     for path in (source, destination):
         checked_path(path, "path")
-    async with open_session(source, limits=limits, verify="auto", timeout=None) as session:
+    async with open_session(
+        source, limits=limits, verify="auto", timeout=None, access=access
+    ) as session:
         reads = session.threads.reads
         check = partial(Destination.checked, source, destination, overwrite=options.overwrite)
         [target] = await run_jobs(reads, [check])

@@ -17,7 +17,7 @@ from ._tensors import compare_tensors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from asyncloader._session import Limits
+    from asyncloader._session import Access, Limits
     from asyncloader.streaming import Progress
 
 __all__ = ["BUDGET", "adiff"]
@@ -35,6 +35,7 @@ async def adiff(
     limits: Limits,
     budget: int = BUDGET,
     progress: Callable[[Progress], object] | None = None,
+    access: Access | None = None,
 ) -> Difference:
     """Compare all that both hold; name what only one holds.
 
@@ -44,6 +45,7 @@ async def adiff(
         limits: Of reads under way, for each of them.
         budget: Memory for what is compared, in bytes, besides that.
         progress: Called on the event loop, at most ten times a second.
+        access: How files are read.
 
     Raises:
         CheckpointError: If one of them is missing, unreadable, or contradicts itself.
@@ -53,8 +55,8 @@ async def adiff(
     clock = Meter(0)
     paths = [checked_path(path, "path") for path in (a, b)]
     async with (
-        open_session(paths[0], limits=limits, verify="auto", timeout=None) as first,
-        open_session(paths[1], limits=limits, verify="auto", timeout=None) as second,
+        open_session(paths[0], limits=limits, verify="auto", timeout=None, access=access) as first,
+        open_session(paths[1], limits=limits, verify="auto", timeout=None, access=access) as second,
     ):
         one, other = await read_content(first), await read_content(second)
         stages = Stages(sum(_common(one, other)), progress)

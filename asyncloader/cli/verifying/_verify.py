@@ -10,7 +10,7 @@ import torch
 
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
-from asyncloader._session import Access, open_session
+from asyncloader._session import open_session
 from asyncloader.checkpoint._safetensors import catalog_of_file
 from asyncloader.cli._room import check_room, free_memory
 from asyncloader.streaming import Meter
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from asyncloader._session import Limits, Session
+    from asyncloader._session import Access, Limits, Session
     from asyncloader.checkpoint import Block, Catalog, PartRows, Slice
     from asyncloader.streaming import Progress
 
@@ -46,7 +46,7 @@ async def averify(
     *,
     limits: Limits,
     progress: Callable[[Progress], object] | None = None,
-    direct_io: bool = False,
+    access: Access | None = None,
 ) -> Verification:
     """Look at everything that a checkpoint holds.
 
@@ -54,7 +54,7 @@ async def averify(
         path: A folder, or a safetensors file.
         limits: Of reads under way.
         progress: Called on the event loop, at most ten times a second.
-        direct_io: Whether to read past the page cache.
+        access: How files are read.
 
     Returns:
         All that is wrong or odd, and how much was looked at.
@@ -66,7 +66,7 @@ async def averify(
     """
     meter = Meter(0, progress)
     async with open_session(
-        path, limits=limits, verify="off", timeout=None, access=Access(direct_io=direct_io)
+        path, limits=limits, verify="off", timeout=None, access=access
     ) as session:
         return await verify_session(session, meter)
 
