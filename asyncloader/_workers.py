@@ -87,8 +87,7 @@ class WorkerPool(Executor):
             threads = list(self._threads)
         if cancel_futures:
             raise NotImplementedError("jobs are withdrawn by whoever handed them in")
-        for _ in threads:
-            self._jobs.put(None)
+        self._jobs.put(None)
         if wait:
             for thread in threads:
                 thread.join()
@@ -110,6 +109,7 @@ class WorkerPool(Executor):
             # One that was replaced while it ran is in nobody's books any more.
             if thread not in self._threads and self._is_replaced(thread):
                 return
+        self._jobs.put(None)  # for the next one; also one that came back just as it was replaced
 
     def _is_replaced(self, thread: threading.Thread) -> bool:
         with self._lock:  # whoever started it may not have noted it yet

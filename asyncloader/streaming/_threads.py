@@ -60,8 +60,8 @@ class Threads:
             self.kernels = ThrottledExecutor(self._kernels, throttle)
 
     def replace(self, thread: threading.Thread) -> None:
-        """Give up on a thread that reads; another one takes its place."""
-        self.readers.replace(thread)
+        """Give up on a thread that reads; another one takes its place soon."""
+        self._kernels.submit(self.readers.replace, thread)  # starting one means waiting for it
         if self._throttle is not None:
             self._throttle.forget(thread)
 
