@@ -41,6 +41,7 @@ from tests.oracle import (
     write_checkpoint,
     write_ranks,
 )
+from tests.support import debug_off
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -521,7 +522,7 @@ HashTable([1])  # the first one imports numba, for which an event loop has no ti
 
 @given(case=cases())
 async def test_a_load_does_what_the_model_says(case: Case) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, debug_off():
         destinations = Destinations(case, folder)
         destinations.check_report(await destinations.loader.aload())
 
@@ -535,7 +536,7 @@ def test_a_load_from_synchronous_code_does_what_the_model_says(case: Case) -> No
 
 @given(case=cases())
 async def test_what_a_load_does_is_the_same_in_whatever_order_reads_end(case: Case) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, debug_off():
         destinations = Destinations(case, folder)
         plan = await destinations.loader.plan()
         storage = Unruly(folder, case.rng)
