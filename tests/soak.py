@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,57 +16,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import uvloop
 
-from asyncloader import AsyncLoaderError, HashTable, Loader, Saver
+from asyncloader import AsyncLoaderError, HashTable, Loader, Runtime, Saver
 from tests.checkpoints import filled, flip
+from tests.faulty import FaultyStorage, raises
 from tests.oracle import TableData, declare_header_length, truncate
 from tests.steps import Steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from asyncloader.storage import ReadInto, ThreadedStorage
-
 TURNS = ["whole", "whole", "cancelled", "cancelled", "damaged", "failing"]
 """A third of each: what succeeds, what is cancelled, what fails."""
 
 _SIZES, _WIDTH = 6, 8
 _ENXIO = 6  # no fault of those that are tried again
-
-
-@dataclass
-class FailingStorage:
-    """Serves what another storage does, and fails one of its reads for good."""
-
-    inner: ThreadedStorage
-    fails_at: int
-    reads: int = 0
-
-    @property
-    def location(self) -> str:
-        return self.inner.location
-
-    @property
-    def lost(self) -> int:
-        return self.inner.lost
-
-    async def size(self, name: str, /) -> int:
-        return await self.inner.size(name)
-
-    async def changed(self, names: Sequence[str], /) -> list[str]:
-        return await self.inner.changed(names)
-
-    async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
-        self._count(name)
-        return await self.inner.readinto(name, offset, views)
-
-    async def on_thread(self, name: str, job: Callable[[ReadInto], Any], /) -> Any:  # noqa: ANN401  # the job's
-        self._count(name)
-        return await self.inner.on_thread(name, job)
-
-    def _count(self, name: str) -> None:
-        self.reads += 1
-        if self.reads > self.fails_at:
-            raise OSError(_ENXIO, "the disk is gone", name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +113,7 @@ class Soak:
         tables = {name: HashTable([_WIDTH], name=name) for name in ("t", "u")}
         tensors = {"w": torch.zeros(self.wide[number]), "b": torch.zeros(3)}
         path = self.base / f"{number}-{how}"
-        loader = Loader(path, tables, tensors, strict=True, parallel=4, chunk_bytes=1 << 18)
-        if kind == "failing":
-            failing = partial(FailingStorage, fails_at=self.chance.randrange(2, 12))
-            loader._access = replace(loader._access, wrap=failing)
+        loader = partial(Loader, path, tables, tensors, strict=True, chunk_bytes=1 << 18)
         outcome = await self._attempt(loader, kind)
         if outcome == "loaded":
             assert bool((tensors["w"] == 1).all())
@@ -162,13 +122,20 @@ class Soak:
             assert not len(tables["t"]) + len(tables["u"])
         self.outcomes[f"{kind}, {outcome}"] += 1
 
-    async def _attempt(self, loader: Loader, kind: str) -> str:
+    async def _attempt(self, loader: Callable[..., Loader], kind: str) -> str:
         if kind == "cancelled":
             step = self.chance.randrange(1, 90)
-            was = await Steps(range(step, step + 1)).run(loader.aload)
+            was = await Steps(range(step, step + 1)).run(loader(parallel=4).aload)
             return "cancelled" if was else "loaded"
         try:
-            await loader.aload()
+            if kind == "failing":
+                last = self.chance.randrange(2, 12)
+                gone = raises(OSError(_ENXIO, "the disk is gone"), at=lambda one: one.number > last)
+                wrap = partial(FaultyStorage, fault=gone)
+                async with Runtime(parallel=4, wrap_storage=wrap) as runtime:
+                    await loader(runtime=runtime).aload()
+            else:
+                await loader(parallel=4).aload()
         except AsyncLoaderError:
             return "failed"
         return "loaded"

@@ -67,7 +67,7 @@ async def read(path: Path) -> object:
 
 
 async def verify(path: Path) -> object:
-    found = await averify(str(path), limits=LIMITS, progress=lambda _: None, direct_io=False)
+    found = await averify(str(path), limits=LIMITS)
     [problem, *_] = found.problems
     return CheckpointError(found.location, problem.text, problem.file)
 

@@ -223,7 +223,7 @@ async def read_all(path: str) -> None:
 
 
 def verify(path: str) -> None:
-    found = asyncio.run(averify(path, limits=LIMITS, progress=lambda _: None, direct_io=False))
+    found = asyncio.run(averify(path, limits=LIMITS))
     assert found.ok, found.problems[:1]
     assert found.files == SHARDS
 

@@ -6,21 +6,20 @@ import asyncio
 import math
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from asyncloader import CheckpointChangedError, HashTable, Loader
+from asyncloader import CheckpointChangedError, HashTable, Loader, Runtime
+from tests.storages import Through
 from tests.versions import WIDE, Finder, Savers, save, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from asyncloader.storage import ReadInto, ThreadedStorage
+    from collections.abc import Callable, Iterator
 
 MEMORY = Path("/dev/shm")  # noqa: S108  # folders of our own within it
 
@@ -55,36 +54,18 @@ def test_a_load_beside_a_saving_process_is_of_one_version(
 
 
 @dataclass
-class SavedMeanwhile:
-    """Serves files, and has another version saved the first time that one of them is wanted."""
+class SavedMeanwhile(Through):
+    """Has another version saved the first time that a file is wanted."""
 
-    inner: ThreadedStorage
     name: str
     save: Callable[[], None]
     saved: asyncio.Event
-
-    @property
-    def location(self) -> str:
-        return self.inner.location
-
-    @property
-    def lost(self) -> int:
-        return self.inner.lost
 
     async def size(self, name: str, /) -> int:
         if name.startswith(self.name) and not self.saved.is_set():
             self.saved.set()
             await asyncio.to_thread(self.save)
-        return await self.inner.size(name)
-
-    async def changed(self, names: Sequence[str], /) -> list[str]:
-        return await self.inner.changed(names)
-
-    async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
-        return await self.inner.readinto(name, offset, views)
-
-    async def on_thread(self, name: str, job: Callable[[ReadInto], Any], /) -> Any:  # noqa: ANN401  # the job's
-        return await self.inner.on_thread(name, job)
+        return await super().size(name)
 
 
 says_damaged = pytest.mark.xfail(strict=True, reason="it is taken for damaged")
@@ -106,15 +87,15 @@ async def test_a_checkpoint_that_is_replaced_before_any_of_its_files_is_read_is_
     save(tmp_path, 1)
     table = HashTable([4], name="t")
     tensors = {key: torch.zeros(WIDE) for key in ("w", "v")}
-    loader = Loader(tmp_path, {"t": table}, tensors, strict=True)
-    saved, meanwhile = asyncio.Event(), partial(save, tmp_path, 6)
-    replaces = partial(SavedMeanwhile, name=name, save=meanwhile, saved=saved)
-    loader._access = replace(loader._access, wrap=replaces)
-    if name != "index":
-        with pytest.raises(CheckpointChangedError):
-            await loader.aload()
-        assert not len(table)
+    saving = partial(save, tmp_path, 6)
+    wrap = partial(SavedMeanwhile, name=name, save=saving, saved=asyncio.Event())
+    async with Runtime(wrap_storage=wrap) as runtime:
+        loader = Loader(tmp_path, {"t": table}, tensors, strict=True, runtime=runtime)
+        if name != "index":
+            with pytest.raises(CheckpointChangedError):
+                await loader.aload()
+            assert not len(table)
 
-    await loader.aload()
+        await loader.aload()
 
     assert version_of(table, tensors) == 6

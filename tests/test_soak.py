@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,13 @@ from asyncloader.storage import processors
 from tests.oracle import write_checkpoint
 from tests.processes import apart
 from tests.soak import soak
+from tests.storages import Through
 from tests.support import debug_off, nothing_left_behind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from asyncloader import Span
-    from asyncloader.storage import ReadInto, ThreadedStorage
 
 smaps = pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(), reason="measures memory as Linux tells it"
@@ -75,36 +75,23 @@ class Gauge:
 
 
 @dataclass
-class GaugedStorage:
-    """Reads as another storage does, and tells how much."""
+class GaugedStorage(Through):
+    """Tells how much is being read."""
 
-    inner: ThreadedStorage
     gauge: Gauge
-
-    @property
-    def location(self) -> str:
-        return self.inner.location
-
-    @property
-    def lost(self) -> int:
-        return self.inner.lost
-
-    async def size(self, name: str, /) -> int:
-        return await self.inner.size(name)
-
-    async def changed(self, names: Sequence[str], /) -> list[str]:
-        return await self.inner.changed(names)
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         count = sum(view.nbytes for view in views) if offset else 0  # headers do not count
         self.gauge.add(count)
         try:
-            return await self.inner.readinto(name, offset, views)
+            return await super().readinto(name, offset, views)
         finally:
             self.gauge.add(-count)
 
-    async def on_thread(self, name: str, job: Callable[[ReadInto], Any], /) -> Any:  # noqa: ANN401  # the job's
-        return await self.inner.on_thread(name, job)
+
+def runtime_with(gauge: Gauge) -> Runtime:
+    wrap = partial(GaugedStorage, gauge=gauge)
+    return Runtime(parallel=PARALLEL, max_inflight_bytes=BUDGET, wrap_storage=wrap)
 
 
 @dataclass
@@ -113,7 +100,6 @@ class Crowd:
 
     folder: Path
     runtime: Runtime
-    gauge: Gauge = field(default_factory=Gauge)
     threads: set[int | None] = field(default_factory=set)
     turns: list[int] = field(default_factory=list)
     """Who has read a chunk, one after the other."""
@@ -134,7 +120,6 @@ class Crowd:
             runtime=self.runtime,
             trace=partial(self._note, number),
         )
-        loader._access = replace(loader._access, wrap=partial(GaugedStorage, gauge=self.gauge))
         await loader.aload()
         self.through.append(number)
         assert bool((tensors["w"] == number).all())
@@ -149,14 +134,14 @@ class Crowd:
 
 async def test_many_loads_share_one_pool_and_one_budget_and_none_starves(tmp_path: Path) -> None:
     with debug_off(), nothing_left_behind():
-        async with Runtime(parallel=PARALLEL, max_inflight_bytes=BUDGET) as runtime:
+        async with runtime_with(gauge := Gauge()) as runtime:
             crowd = Crowd(tmp_path, runtime)
             async with asyncio.TaskGroup() as group:
                 for number in range(MANY):
                     group.create_task(crowd.load(number))
 
     assert len(crowd.through) == MANY
-    assert 2 * CHUNK <= crowd.gauge.peak <= BUDGET
+    assert 2 * CHUNK <= gauge.peak <= BUDGET
     assert len(crowd.threads) <= PARALLEL + processors()
     assert len(crowd.turns) == MANY * CHUNKS
     for number in range(MANY):
@@ -168,7 +153,7 @@ async def test_many_loads_share_one_pool_and_one_budget_and_none_starves(tmp_pat
 
 async def test_a_large_load_does_not_keep_small_ones_waiting(tmp_path: Path) -> None:
     with debug_off(), nothing_left_behind():
-        async with Runtime(parallel=PARALLEL, max_inflight_bytes=BUDGET) as runtime:
+        async with runtime_with(gauge := Gauge()) as runtime:
             crowd = Crowd(tmp_path, runtime)
             async with asyncio.TaskGroup() as group:
                 group.create_task(crowd.load(0, chunks=1000))
@@ -177,4 +162,4 @@ async def test_a_large_load_does_not_keep_small_ones_waiting(tmp_path: Path) -> 
                     group.create_task(crowd.load(number, chunks=2))
 
     assert crowd.through[-1] == 0
-    assert crowd.gauge.peak <= BUDGET
+    assert gauge.peak <= BUDGET
