@@ -434,7 +434,7 @@ def test_a_save_over_links_replaces_them_and_not_what_they_lead_to(inside: Path)
     assert torch.equal(load_tensors(inside)["w"], torch.ones(2))
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("name", ["../outside/shard.safetensors", "/etc/passwd", "..", "a\0b"])
 def test_a_save_over_an_index_that_leads_out_of_the_folder_removes_nothing_there(
     inside: Path, name: str
 ) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import faulthandler
 import gc
 import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import pytest
 import torch
@@ -37,17 +36,18 @@ from asyncloader.storage import processors
 from tests.folders import content
 from tests.mounts import make_read_only, resize, small_disk, used
 from tests.oracle import TableData, write_checkpoint
-from tests.processes import apart
+from tests.processes import apart_each
 from tests.support import FDS, nothing_left_behind, rows_in
 from tests.test_save_faults import is_version, model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
+MEMORY = Path("/dev/shm")  # noqa: S108  # a folder of our own within it
+Found: TypeAlias = "Mapping[Callable[..., object], Any]"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs limits as Linux has them")
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def save(path: Path, version: int, **how: Any) -> None:  # noqa: ANN401  # of Saver
@@ -65,6 +65,15 @@ def loads(path: Path, version: int) -> bool:
         found == {id_: row["embedding"] for id_, row in rows_in(wanted["t"]).items()}
         and all(torch.equal(tensors[name], value) for name, value in values.items())
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """Try in processes of their own what needs that, and return what each has found."""
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.exists() else None) as base:
+        Path(base).chmod(0o755)  # for nobody
+        each = [as_nobody, with_few_descriptors, with_little_memory, around_forks]
+        return dict(zip(each, apart_each([(one, [base]) for one in each]), strict=True))
 
 
 # --- a full disk
@@ -127,9 +136,11 @@ def test_a_checkpoint_on_a_read_only_disk_loads(tmp_path: Path) -> None:
         assert loads(disk, 1)
 
 
-def as_nobody(base: str) -> list[str]:
+def as_nobody(base: str) -> list[str] | None:
     """Save into and load from folders that somebody else owns; return what that says."""
-    path = Path(base)
+    path = Path(base) / "nobody"
+    if os.geteuid() != 0:
+        return None
     save(path / "warm", 1)
     loads(path / "warm", 1)  # whatever is imported for it is, now
     save(path / "shut", 1)
@@ -150,21 +161,15 @@ def as_nobody(base: str) -> list[str]:
     return told
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root can become others"
-)
-def test_who_may_not_write_or_read_is_told_where() -> None:
-    base = Path(tempfile.mkdtemp())  # the folders above tmp_path are root's alone
-    try:
-        base.chmod(0o755)
-        warm, new, shut = apart(as_nobody, str(base))
-        assert f"{base}/warm: .saving-" in warm
-        assert f"{base}/new" in new
-        assert f"{base}/shut: model-0" in shut
-        assert all("Permission denied" in told for told in (warm, new, shut))
-        assert is_version(base / "warm", 1)
-    finally:
-        shutil.rmtree(base)
+@linux
+def test_who_may_not_write_or_read_is_told_where(found: Found) -> None:
+    told = found[as_nobody]
+    if told is None:
+        pytest.skip("only root can become somebody else")
+    assert all("Permission denied" in text for text in told)
+    assert "/warm: .saving-" in told[0]
+    assert "/new" in told[1]
+    assert "/shut: model-0" in told[2]
 
 
 # --- few descriptors
@@ -173,10 +178,12 @@ SHARDS, DESCRIPTORS = 500, 32
 MANY = {f"w{number}": torch.full((3,), float(number)) for number in range(SHARDS)}
 
 
-def with_few_descriptors(path: str, new: str) -> dict[str, str]:
+def with_few_descriptors(base: str) -> dict[str, str]:
     """Do things with many shards; return what went wrong with each, and what stayed open."""
     import resource  # noqa: PLC0415  # not everywhere
 
+    path, new = f"{base}/many", f"{base}/new"
+    Saver(path=path, tensors=MANY, parallel=SHARDS).save()
     works: Mapping[str, Callable[[], object]] = {
         "load": lambda: load_all(path),
         "load_tensors": lambda: load_tensors(path),
@@ -228,15 +235,6 @@ def verify(path: str) -> None:
     assert found.files == SHARDS
 
 
-@pytest.fixture(scope="module")
-def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
-    """Try everything in one process: starting one takes longer than all of it."""
-    path = tmp_path_factory.mktemp("many")
-    Saver(path=path / "checkpoint", tensors=MANY, parallel=SHARDS).save()
-    found: Mapping[str, str] = apart(with_few_descriptors, path / "checkpoint", path / "new")
-    return found
-
-
 @linux
 @pytest.mark.parametrize(
     "what",
@@ -254,10 +252,8 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
         "save again",
     ],
 )
-def test_few_descriptors_are_enough_for_many_shards(
-    many_shards: Mapping[str, str], what: str
-) -> None:
-    assert not many_shards[what]
+def test_few_descriptors_are_enough_for_many_shards(found: Found, what: str) -> None:
+    assert not found[with_few_descriptors][what]
 
 
 # --- little memory
@@ -343,49 +339,40 @@ def load_with(path: str, room: int) -> str:
     return f"{failure}, {stayed} threads stayed"
 
 
-def with_little_memory(path: str) -> dict[str, Any]:
+def with_little_memory(base: str) -> dict[str, Any]:
     """Load under the prediction, then with less and less, then with no room for stacks either."""
+    path = f"{base}/large"
     write_large(Path(path))
     HashTable([1]).insert(torch.tensor([1]), torch.ones(1, 1))  # imports and compiles
     threading.stack_size(STACK)
     enough = predicted(path) * 11 // 10
-    found: dict[str, Any] = {"enough": load_with(path, enough)}
-    found["less"] = [load_with(path, room * MIB) for room in range(1, 40, 3)]
+    how: dict[str, Any] = {"enough": load_with(path, enough)}
+    how["less"] = [load_with(path, room * MIB) for room in range(1, 40, 3)]
     threading.stack_size(64 * MIB)  # larger than any that the C library has kept
-    found["no stacks"] = [load_with(path, room * MIB) for room in (1, 40, 70, 100, 150)]
-    return found
-
-
-@pytest.fixture(scope="module")
-def little_memory(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = apart(with_little_memory, tmp_path_factory.mktemp("large"))
-    return found
+    how["no stacks"] = [load_with(path, room * MIB) for room in (1, 40, 70, 100, 150)]
+    return how
 
 
 @linux
-def test_a_load_keeps_to_what_was_predicted(little_memory: Mapping[str, Any]) -> None:
-    assert not little_memory["enough"]
+def test_a_load_keeps_to_what_was_predicted(found: Found) -> None:
+    assert not found[with_little_memory]["enough"]
 
 
 @linux
-def test_a_load_with_too_little_memory_is_an_error_and_changes_no_table(
-    little_memory: Mapping[str, Any],
-) -> None:
-    less = little_memory["less"]
+def test_a_load_with_too_little_memory_is_an_error_and_changes_no_table(found: Found) -> None:
+    less = found[with_little_memory]["less"]
     assert sum("MemoryError: no room for" in failure for failure in less) >= 5
     assert not {failure.split(":")[0] for failure in less} - {"", "MemoryError", "RuntimeError"}
 
 
 @linux
-def test_where_no_thread_can_be_started_a_load_says_so_and_changes_no_table(
-    little_memory: Mapping[str, Any],
-) -> None:
-    assert "can't start new thread" in little_memory["no stacks"][0]
+def test_where_no_thread_can_be_started_a_load_says_so_and_changes_no_table(found: Found) -> None:
+    assert "can't start new thread" in found[with_little_memory]["no stacks"][0]
 
 
 @linux
-def test_where_no_thread_can_be_started_none_stays(little_memory: Mapping[str, Any]) -> None:
-    failures = [failure for failure in little_memory["no stacks"] if failure]
+def test_where_no_thread_can_be_started_none_stays(found: Found) -> None:
+    failures = [failure for failure in found[with_little_memory]["no stacks"] if failure]
     assert all(failure.endswith(", 0 threads stayed") for failure in failures), failures
 
 
@@ -409,9 +396,11 @@ def in_a_child(work: Callable[[], object]) -> str:
     return f"status {status}" if status else ""
 
 
-def around_forks(path: str) -> dict[str, list[str]]:
+def around_forks(base: str) -> dict[str, list[str]]:
     """Load before, after and during forks, in parent and child; return what went wrong."""
+    path = f"{base}/forked"
     checkpoint = Path(path)
+    in_a_child(partial(save, checkpoint, 1))
     ended: dict[str, list[str]] = {}
     ended["after import"] = [in_a_child(partial(check, checkpoint))]
     tables, tensors = model(0)
@@ -467,15 +456,7 @@ def within_a_load(path: Path) -> list[str]:
     return ended
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Sequence[str]]:
-    path = tmp_path_factory.mktemp("forked") / "checkpoint"
-    save(path, 1)
-    ended: Mapping[str, Sequence[str]] = apart(around_forks, path)
-    return ended
-
-
-@forks
+@linux
 @pytest.mark.parametrize(
     ("when", "count"),
     [
@@ -485,8 +466,6 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Sequence[st
         ("within a load", 5),
     ],
 )
-def test_a_forked_process_loads_and_so_does_its_parent(
-    forked: Mapping[str, Sequence[str]], when: str, count: int
-) -> None:
-    assert not any(forked[when])
-    assert len(forked[when]) >= count
+def test_a_forked_process_loads_and_so_does_its_parent(found: Found, when: str, count: int) -> None:
+    assert not any(found[around_forks][when])
+    assert len(found[around_forks][when]) >= count
