@@ -28,8 +28,9 @@ check: .venv/installed ## formatting, lint, types, and who may import whom
 	$(RUN) mypy
 	.venv/bin/lint-imports
 
-soak: .venv/installed ## swap a model a thousand times under readers, rollbacks, faults
-	$(RUN) pytest tests/test_live_soak.py --soak-swaps 1000 $(PATIENT) $(ARGS)
+soak: .venv/installed ## swap a model a thousand times under readers, load 500 times, meet savers
+	$(RUN) pytest tests/test_live_soak.py tests/test_soak.py tests/test_saving_meanwhile.py \
+		--soak-swaps 1000 --soak-loads 500 --soak-seconds 60 $(PATIENT) $(ARGS)
 
 cover: .venv/installed ## run the tests, and fail where too few lines and branches are covered
 	$(RUN) pytest --cov $(ARGS)

@@ -52,6 +52,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-swaps", type=int, default=25, help="how many versions the soak test takes in"
     )
+    parser.addoption("--soak-loads", type=int, default=40, help="how many loads the soak test does")
+    parser.addoption(
+        "--soak-seconds", type=float, default=3.0, help="how long two processes save and load"
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

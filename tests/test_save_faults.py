@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-EIO = 5
+EIO, ENOSPC = 5, 28
+# What a disk that is full refuses: names are changed and removed all the same.
+TAKES_ROOM = ("write ", "create ", "make ")
 
 
 def model(version: int) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
@@ -131,6 +133,51 @@ def test_a_save_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
     assert len(outcomes) == (3 if overwriting and how == "for good" else 2)
 
 
+def fine(_number: int, _what: str) -> None:
+    """Let every call be."""
+
+
+def full_from(number: int, *, half: bool) -> Callable[[int, str], str | None]:
+    """Have room for nothing more from a call on, or after half of it if it is a write."""
+
+    def fault(at: int, what: str) -> str | None:
+        if half and at == number and what.startswith("write "):
+            return "half"
+        if at >= number and what.startswith(TAKES_ROOM):
+            raise OSError(ENOSPC, "No space left on device")
+        return None
+
+    return fault
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["nothing written", "half written"])
+@pytest.mark.parametrize("overwriting", [False, True])
+def test_a_disk_that_is_full_from_any_write_on_leaves_what_was_there(
+    tmp_path: Path, *, overwriting: bool, half: bool
+) -> None:
+    """And nothing of the save, so that the room is there for the next one."""
+
+    async def try_all() -> int:
+        clean = tmp_path / "clean"
+        if overwriting:
+            save_old(clean)
+        calls = (await save_new(clean, fine)).calls
+        numbers = [at for at, what in enumerate(calls) if what.startswith(TAKES_ROOM)]
+        for number in numbers:
+            path = tmp_path / str(number)
+            old = save_old(path) if overwriting else {}
+            with nothing_left_behind():
+                failure = await failure_of(save_new(path, full_from(number, half=half)))
+            assert "what was there before is as it was" in str(failure)
+            path.mkdir(exist_ok=True)  # it failed before it was made
+            assert content(path) == old
+            assert not list(path.glob(".saving*"))
+            check_next_save_heals(path)
+        return len(numbers)
+
+    assert asyncio.run(try_all()) > 15
+
+
 def half_of_model(version: int, rank: int) -> dict[str, HashTable]:
     """Make the table of `model` as one of two ranks holds it."""
     whole = model(version)[0]["t"]
@@ -184,10 +231,6 @@ def test_a_save_of_two_ranks_of_which_any_call_fails_leaves_the_old_checkpoint_o
             await save_ranks(tmp_path / str(number), failing_rank, number, how)
 
     asyncio.run(try_all())
-
-
-def fine(_number: int, _what: str) -> None:
-    """Let every call be."""
 
 
 def failing(number: int, how: str) -> Callable[[int, str], str | None]:

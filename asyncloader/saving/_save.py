@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ class Save:
                 fit together.
             SaveTimeoutError: If ranks are missing.
         """
-        threads, folder = self.means.threads.reads, self.means.folder
+        threads = self.means.threads.reads
         held = contextlib.ExitStack()
         try:
             await run_jobs(threads, [lambda: self._hold(held)])
@@ -59,10 +60,18 @@ class Save:
         except SaveError:
             raise
         except OSError as error:
-            problem = f"could not be written: {error}; {self.commit.outcome()}"
-            raise SaveError(folder.location, problem) from error
+            raise self._explained(error) from error
         finally:
             await run_jobs(threads, [held.close])
+
+    def _explained(self, error: OSError) -> SaveError:
+        """Say which file of the folder it was, and what the folder holds now."""
+        location = self.means.folder.location
+        named = error.filename if isinstance(error.filename, str) else ""
+        file = named.removeprefix(location).lstrip(os.sep) if named.startswith(location) else ""
+        what = error.strerror if file else error
+        problem = f"could not be written: {what}; {self.commit.outcome()}"
+        return SaveError(location, problem, file or None)
 
     def _hold(self, held: contextlib.ExitStack) -> None:
         """Let nobody else commit to this folder meanwhile."""

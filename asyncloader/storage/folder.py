@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ._open_files import OpenFiles, naming
 from ._protocol import views_after
 
 if sys.platform != "win32":
@@ -42,7 +43,8 @@ class WritableFile(Protocol):
 class Folder(Protocol):
     """Names are relative to the folder, parts separated by `/`; `""` is the folder itself.
 
-    Every call may block, and belongs on a thread. Every call may raise `OSError`.
+    Every call may block, and belongs on a thread. Every call may raise `OSError`, whose `filename`
+    is `location` and the name, if anything.
     """
 
     @property
@@ -104,21 +106,28 @@ class Folder(Protocol):
 
 
 class _LocalFile:
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o666)
+    """A file whose descriptor may be closed between two calls, where there are too few of them."""
+
+    def __init__(self, path: Path, open_files: OpenFiles) -> None:
+        self._path = path
+        self._open_files = open_files
+        self._open_files.begin(path)
 
     def write(self, offset: int, views: Sequence[memoryview], /) -> None:
         left = list(views)
-        while left:
-            count = _pwritev(self._fd, left, offset)
-            offset += count
-            left = views_after(left, count)
+        with naming(self._path), self._open_files.using(self._path) as fd:
+            while left:
+                count = _pwritev(fd, left, offset)
+                offset += count
+                left = views_after(left, count)
 
     def sync(self) -> None:
-        os.fsync(self._fd)
+        with naming(self._path), self._open_files.using(self._path) as fd:
+            os.fsync(fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        with naming(self._path):
+            self._open_files.close(self._path)
 
 
 class LocalFolder:
@@ -126,6 +135,7 @@ class LocalFolder:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(root).absolute()  # or a chdir within a save would tear it apart
+        self._open_files = OpenFiles()
 
     @property
     def location(self) -> str:
@@ -153,7 +163,7 @@ class LocalFolder:
 
     def create(self, name: str, /) -> _LocalFile:
         """Begin a file anew."""
-        return _LocalFile(self._root / name)
+        return _LocalFile(self._root / name, self._open_files)
 
     def read(self, name: str, /) -> bytes:
         """Return a whole file."""
@@ -216,11 +226,12 @@ def _locked(fd: int) -> bool:
 def _sync(path: Path) -> None:
     if sys.platform == "win32":  # no folder can be opened there
         return
-    fd = os.open(path, os.O_RDONLY | _CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with naming(path):
+        fd = os.open(path, os.O_RDONLY | _CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 if hasattr(os, "pwritev"):

@@ -1,0 +1,218 @@
+"""Loads from a real file system whose reads fail, give little, come late, or never."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import uvloop
+
+from asyncloader import (
+    AsyncLoaderError,
+    CheckpointError,
+    CheckpointReader,
+    HashTable,
+    Loader,
+    LoadTimeoutError,
+    ReadError,
+    ReadStalledError,
+)
+from tests.hanging_disk import NotMountableError, hanging_disk
+from tests.oracle import shard_holding, write_checkpoint
+from tests.support import data, nothing_left_behind, open_files, rows_in, rows_on_disk, table_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.hanging_disk import HangingDisk
+
+EIO = 5
+PATIENCE = 20
+CONTENT = data(list(range(5000)), exp_avg=1)
+STORED = {"w": torch.arange(300_000.0)}
+STALL = 0.3
+FAR = 20_000  # beyond what is read when a file is opened
+
+
+@dataclass
+class Case:
+    """A checkpoint on a disk that is at a test's mercy, and what it is loaded into."""
+
+    disk: HangingDisk
+    shard: str
+    """The file that holds the tensor."""
+
+    table: HashTable = field(default_factory=lambda: table_for(CONTENT))
+    tensors: dict[str, torch.Tensor] = field(default_factory=lambda: {"w": torch.zeros(300_000)})
+
+    def __post_init__(self) -> None:
+        self.table.insert(torch.tensor([5, -7]), torch.full((2, 2), -1.0))
+        self.held = rows_in(self.table)
+
+    def loader(self, **how: Any) -> Loader:  # noqa: ANN401  # of Loader
+        return Loader(self.disk.path, {"t": self.table}, self.tensors, **how)
+
+    def is_loaded(self) -> bool:
+        self.table.delete(torch.tensor([-7]))
+        return rows_in(self.table) == rows_on_disk(CONTENT) and torch.equal(
+            self.tensors["w"], STORED["w"]
+        )
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> object:
+    """Return one loop: what each of them does is shown by test_resilience.py, without a disk."""
+    return "asyncio", {"debug": True, "loop_factory": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HangingDisk]:
+    base = tmp_path_factory.mktemp("disk")
+    write_checkpoint(base / "folder", {"t": CONTENT}, STORED, writers=4)
+    try:
+        with hanging_disk(base / "folder", base / "disk") as disk:
+            yield disk
+    except NotMountableError as error:
+        pytest.skip(f"no file system of one's own here: {error}")
+
+
+@pytest.fixture
+def case(disk: HangingDisk) -> Iterator[Case]:
+    threads = set(threading.enumerate())
+    yield Case(disk, shard_holding(disk.path, "w^ ").name)
+    disk.heal()
+    for thread in set(threading.enumerate()) - threads:  # those that were given up on
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+async def test_a_file_that_was_given_up_on_is_closed_when_its_thread_is_back(case: Case) -> None:
+    threads = set(threading.enumerate())
+    case.disk.hang(case.shard, begin=FAR)
+    with pytest.raises(ReadStalledError):
+        await case.loader(stall_timeout=STALL).aload()
+    case.disk.heal()
+    for thread in set(threading.enumerate()) - threads:
+        await asyncio.to_thread(thread.join, PATIENCE)
+
+    assert not [name for name in open_files() if name.endswith(case.shard)]
+
+
+@pytest.mark.parametrize("how", [{}, {"direct_io": True}], ids=["", "direct_io"])
+async def test_a_sound_disk_is_read(case: Case, how: dict[str, Any]) -> None:
+    with nothing_left_behind(case.table):
+        report = await case.loader(**how).aload()
+
+    assert report.retries == 0
+    assert case.is_loaded()
+
+
+async def test_reads_that_give_little_are_gone_on_with(case: Case) -> None:
+    case.disk.give(case.shard, 9_999)
+
+    await case.loader().aload()
+
+    assert case.is_loaded()
+
+
+@pytest.mark.parametrize("on", ["read", "open"])
+@pytest.mark.parametrize("times", [2, 4])
+async def test_a_fault_that_passes_is_counted_and_does_no_harm(
+    case: Case, times: int, on: str
+) -> None:
+    case.disk.fail(case.shard, EIO, times=times, on=on)
+
+    with nothing_left_behind(case.table):
+        report = await case.loader().aload()
+
+    assert 1 <= report.retries <= times
+    assert case.is_loaded()
+
+
+@pytest.mark.parametrize("on", ["read", "open"])
+async def test_a_fault_that_stays_is_an_error_that_names_the_file(case: Case, on: str) -> None:
+    case.disk.fail(case.shard, EIO, on=on)
+
+    with (
+        nothing_left_behind(case.table),
+        pytest.raises(AsyncLoaderError, match="Input/output error") as caught,
+    ):
+        await case.loader().aload()
+
+    assert isinstance(caught.value, ReadError | CheckpointError)
+    assert caught.value.shard == case.shard
+    assert rows_in(case.table) == case.held
+
+
+async def test_a_read_that_never_comes_back_is_given_up(case: Case) -> None:
+    """The loop goes on meanwhile; the tables are as they were, and stay so if it does come."""
+    case.disk.hang(case.shard, begin=FAR)
+    with pytest.raises(ReadStalledError, match="no answer from the storage") as caught:
+        await case.loader(stall_timeout=STALL).aload()
+
+    assert caught.value.shard == case.shard
+    assert caught.value.touched == ("w",)
+    assert rows_in(case.table) == case.held
+    case.disk.heal()
+    case.tensors["w"] = torch.zeros(300_000)
+    await case.loader(stall_timeout=PATIENCE).aload()
+    assert case.is_loaded()
+
+
+@pytest.mark.parametrize("name", ["index", "tensorkey.json"])
+@pytest.mark.parametrize("on", ["read", "open"])
+async def test_a_file_that_cannot_be_opened_or_begun_is_given_up(
+    case: Case, name: str, on: str
+) -> None:
+    case.disk.hang(name, on=on)
+
+    with pytest.raises(AsyncLoaderError, match="no answer from the storage"):
+        await case.loader(stall_timeout=STALL).aload()
+
+    assert rows_in(case.table) == case.held
+
+
+async def test_an_answer_that_comes_late_is_waited_for(case: Case) -> None:
+    case.disk.hang(case.shard, begin=FAR)
+    async with asyncio.TaskGroup() as group:
+        loading = group.create_task(case.loader(stall_timeout=PATIENCE).aload())
+        await asyncio.to_thread(case.disk.until_somebody_waits)
+        case.disk.heal()
+
+    assert loading.result().retries == 0
+    assert case.is_loaded()
+
+
+async def test_a_load_of_a_disk_that_hangs_can_be_cancelled(case: Case) -> None:
+    case.disk.hang(case.shard, begin=FAR)
+    loading = asyncio.ensure_future(case.loader(stall_timeout=STALL).aload())
+    await asyncio.to_thread(case.disk.until_somebody_waits)
+    loading.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    assert rows_in(case.table) == case.held
+
+
+async def test_a_load_of_a_disk_that_hangs_keeps_to_its_timeout(case: Case) -> None:
+    case.disk.hang(case.shard, begin=FAR)
+
+    with pytest.raises(LoadTimeoutError) as caught:
+        await case.loader(timeout=STALL, stall_timeout=STALL).aload()
+
+    assert case.shard in str(caught.value)
+    assert rows_in(case.table) == case.held
+
+
+async def test_a_reader_of_a_disk_that_hangs_gives_up_and_others_read_on(case: Case) -> None:
+    case.disk.hang(case.shard, begin=FAR)
+    async with CheckpointReader(case.disk.path, stall_timeout=STALL) as reader:
+        with pytest.raises(ReadStalledError):
+            await reader.aread_tensor("w")
+        ids = await reader.aread_tensor("t@id")
+
+    assert torch.equal(ids, CONTENT.ids)
