@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,7 @@ from asyncloader.storage import read_small
 
 from ._files import INDEX, SIDECAR, TENSORKEY
 from ._index import Catalog, Places, parse_catalog
+from ._json import MAX_NAMES, MAX_SIDECAR
 from ._manifest import read_header
 from ._safetensors import SHARDED, SINGLE, catalog_of_file, parse_weight_map
 from ._sidecar import check_files, parse_sidecar
@@ -30,8 +32,6 @@ __all__ = ["Verify", "read_catalog"]
 Verify = Literal["auto", "require", "off"]
 """Whether bytes are compared with digests: where there are any, always or not at all, or never."""
 
-# A line of `index` takes some 60 bytes: room for 16 million blocks.
-_MAX_JSON = 1 << 30
 # What a storage raises where there is no such file; it has a `strerror` that says what is missing.
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
@@ -144,8 +144,9 @@ async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -
         raise
     except OSError as error:
         raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
+    catalog = Catalog(Places({}, {}), {}, name)
     header = await read_header(
-        storage, name, executor=executor, catalog=Catalog(Places({}, {}), {}, name)
+        storage, name, executor=executor, catalog=catalog, turns=asyncio.Lock()
     )
     [catalog] = await run_jobs(executor, [partial(catalog_of_file, header)])
     return catalog
@@ -154,7 +155,8 @@ async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -
 async def _read_json(storage: Storage, name: str) -> bytearray:
     """Return a file of names; let `_ABSENT` errors pass, and translate the others."""
     try:
-        return await read_small(storage, name, limit=_MAX_JSON)
+        limit = MAX_SIDECAR if name == SIDECAR else MAX_NAMES
+        return await read_small(storage, name, limit=limit)
     except _ABSENT:
         raise
     except OSError as error:
