@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ._sidecar import Sidecar
 
-__all__ = ["Verify", "read_catalog"]
+__all__ = ["Verify", "parse_recis", "read_catalog"]
 
 Verify = Literal["auto", "require", "off"]
 """Whether bytes are compared with digests: where there are any, always or not at all, or never."""
@@ -87,20 +87,31 @@ async def _read_recis(storage: Storage, executor: Executor, verify: Verify) -> C
     except _ABSENT as error:
         raise CheckpointError(where, f"cannot be opened: {error}", TENSORKEY) from error
     try:
-        sidecar = bytearray() if verify == "off" else await _read_json(storage, SIDECAR)
+        sidecar = None if verify == "off" else await _read_json(storage, SIDECAR)
     except _ABSENT:
-        sidecar = bytearray()
+        sidecar = None
 
     files = {INDEX: index, TENSORKEY: tensorkey}
-    parse = undisturbed(partial(_parse_recis, where, verify, files, sidecar))
+    parse = undisturbed(partial(parse_recis, where, verify, files, sidecar))
     [catalog] = await run_jobs(executor, [parse])
     return catalog
 
 
-def _parse_recis(
-    where: str, verify: Verify, files: Mapping[str, bytearray], text: bytearray
+def parse_recis(
+    where: str, verify: Verify, files: Mapping[str, bytearray], text: bytearray | None
 ) -> Catalog:
-    sidecar, odd = _parse_digests(where, files, text) if text else (None, ())
+    """Parse all files of names together.
+
+    Args:
+        where: The checkpoint, for messages.
+        verify: Whether there have to be digests.
+        files: `index` and `tensorkey.json`.
+        text: The sidecar, if there is one and it is wanted.
+
+    Raises:
+        CheckpointError: If one is no good, or they contradict each other.
+    """
+    sidecar, odd = (None, ()) if text is None else _parse_digests(where, files, text)
     catalog = parse_catalog(where, files[INDEX], files[TENSORKEY])
     catalog = replace(catalog, sidecar=sidecar, warnings=odd)
     return catalog if sidecar is not None else _without_digests(where, verify, catalog)

@@ -1,0 +1,77 @@
+"""One target under atheris, which looks for bytes that reach new code: `python -m tests.fuzz`."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import atheris
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FOLDER = Path(".fuzz")
+MODULES = {
+    "header": "parsers",
+    "names": "parsers",
+    "weight-map": "parsers",
+    "load": "loads",
+    "read": "loads",
+    "runs": "loads",
+}
+"""Where each target is."""
+
+# A hang ends after as many seconds; what takes as many MiB at once is a bug, too.
+_TAIL = 100
+OPTIONS = [
+    "-timeout=30",
+    "-rss_limit_mb=6000",
+    "-malloc_limit_mb=256",
+    "-max_len=300",
+    "-len_control=0",
+]
+
+
+def target_of(name: str) -> Callable[[bytes], None]:
+    """Import a target, instrumented."""
+    with atheris.instrument_imports(include=["asyncloader.checkpoint", "asyncloader.planning"]):
+        module = import_module(f"tests.fuzz.{MODULES[name]}")
+    target: Callable[[bytes], None] = module.TARGETS[name]
+
+    def run(data: bytes) -> None:
+        # libFuzzer prefers short inputs, which decide little: the rest is up to chance, but always
+        # the same for the same input.
+        target(data + random.Random(data).randbytes(_TAIL))
+
+    return run
+
+
+def main() -> None:
+    """Run one target; the process ends with it."""
+    logging.disable(logging.CRITICAL)  # loads warn of what is odd, and all of this is
+    name, *arguments = sys.argv[1:]
+    corpus = FOLDER / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    files = [argument for argument in arguments if not argument.startswith("-")]
+    options = [argument for argument in arguments if argument.startswith("-")]
+    prefix = f"-artifact_prefix={FOLDER}/{name}-"
+    atheris.Setup(
+        [
+            sys.argv[0],
+            *OPTIONS,
+            prefix,
+            "-print_final_stats=1",
+            *options,
+            *(files or [str(corpus)]),
+        ],
+        target_of(name),
+    )
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
