@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import random
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import atheris
+
+from .choices import padded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,6 @@ MODULES = {
 """Where each target is."""
 
 # A hang ends after as many seconds; what takes as many MiB at once is a bug, too.
-_TAIL = 100
 OPTIONS = [
     "-timeout=30",
     "-rss_limit_mb=6000",
@@ -42,12 +42,7 @@ def target_of(name: str) -> Callable[[bytes], None]:
         module = import_module(f"tests.fuzz.{MODULES[name]}")
     target: Callable[[bytes], None] = module.TARGETS[name]
 
-    def run(data: bytes) -> None:
-        # libFuzzer prefers short inputs, which decide little: the rest is up to chance, but always
-        # the same for the same input.
-        target(data + random.Random(data).randbytes(_TAIL))
-
-    return run
+    return lambda data: target(padded(data))
 
 
 def main() -> None:
