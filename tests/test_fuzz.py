@@ -73,7 +73,7 @@ def test_what_safetensors_refuses_we_refuse_and_what_both_read_agrees(data: byte
     document = Members([['"__metadata__"', tree({"format": "pt"})]])
     for key, (dtype, shape, begin, end) in entries.items():
         entry = {"dtype": dtype, "shape": shape, "data_offsets": [begin - start, end - start]}
-        document += tree({key: entry})
+        document.append([json.dumps(key), tree(entry)])
     content = shard_of(document, whole[start:], Choices(data))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"

@@ -12,6 +12,7 @@ from reprlib import repr as shown  # shortens, and takes lists nested a thousand
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 
 from asyncloader.errors import CheckpointError
 
@@ -103,16 +104,14 @@ def _blocks(
         raise _OddError
     if any(map(_PAIR.__ne__, map(len, ranges))):
         raise _OddError
-    # The name in front of the sizes: the hash of text is another one in each process, that of sizes
-    # alone is not, and a million shapes of one hash would take hours.
-    types: dict[tuple[str | int, ...], int] = {}
-    kinds = [
-        types.setdefault((name, *shape), len(types))
-        for name, shape in zip(names, shapes, strict=True)
-    ]
     if not dtypes.keys() >= set(names):
         raise _OddError
-    known = [(dtypes[names[at]], tuple(shapes[at])) for at in _firsts(kinds)]
+    # As text, the hash of which is another one in each process. That of a tuple of sizes is not: of
+    # a million shapes that were made to have one hash, a dict would take hours.
+    texts: dict[bytes, int] = {}
+    pairs = map(orjson.dumps, zip(names, shapes, strict=True))
+    kinds = [texts.setdefault(text, len(texts)) for text in pairs]
+    known = [(dtypes[name], tuple(shape)) for name, shape in map(orjson.loads, texts)]
     bounds = np.fromiter(chain.from_iterable(ranges), np.int64, 2 * len(ranges)).reshape(-1, 2)
     if any(_is_immense(shape) for _, shape in known):
         raise _OddError
@@ -136,12 +135,6 @@ def _blocks(
         nbytes=nbytes,
         digests=of_keys,
     )
-
-
-def _firsts(kinds: Sequence[int]) -> list[int]:
-    """Return where each of 0, 1, 2, … comes first."""
-    where = np.unique(np.array(kinds, np.int64), return_index=True)[1]
-    return list(map(int, where))
 
 
 def are_all(values: Iterable[object], kind: type) -> bool:

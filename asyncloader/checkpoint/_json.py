@@ -9,7 +9,6 @@ from the text before any is made.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +16,7 @@ import numpy as np
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -48,10 +47,10 @@ _ROOM_PER_BYTE = 16
 _ROOM = 32 << 20
 _SMALL = 1 << 20
 _STEP = 1 << 16  # stays in a processor's cache
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_QUOTED = ord('"')
-_BEFORE_NUMBER = list(b":,[")
-_NEGATIVE_ZERO = re.compile(rb"-0(?![.0-9eE])")
+_QUOTE = ord('"')
+# By character.
+_BEFORE_NUMBER = np.isin(np.arange(256), list(b":,[ \t\n\r"))
+_IN_NUMBER = np.isin(np.arange(256), list(b".eE0123456789"))
 
 
 class BadJsonError(ValueError):
@@ -103,7 +102,7 @@ def parse_object(text: Text, expected: Callable[[dict[str, Any]], int]) -> Parse
     count = expected(value)
     if count == colons or count == _count_members(array):
         return Parsed(value, as_expected=True)
-    if _STRING.sub(b"", text).count(b":") != _members_of(value):
+    if _count_outside(text)[":"] != _members_of(value):
         raise _doubled(text)
     return Parsed(value, as_expected=False)
 
@@ -113,11 +112,37 @@ def has_negative_zero(text: Text) -> bool:
     array = np.frombuffer(text, np.uint8)
     if not _count(array, "-"):
         return False
-    at = np.flatnonzero(array[1:-1] == ord("-"))
-    before, after = array[at], array[at + 2]
-    if not (((before <= ord(" ")) | np.isin(before, _BEFORE_NUMBER)) & (after == ord("0"))).any():
+    if not len(_negative_zeros(array)):
         return False  # as in `layer-0`
-    return _NEGATIVE_ZERO.search(_STRING.sub(b"", text)) is not None
+    array = np.frombuffer(_unescaped(text), np.uint8)
+    quotes = np.flatnonzero(array == _QUOTE)
+    return bool((np.searchsorted(quotes, _negative_zeros(array)) % 2 == 0).any())
+
+
+def _negative_zeros(array: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return where `-0` stands as a number would; before a number is something, and behind it."""
+    at: NDArray[np.int64] = np.flatnonzero(array[1:-2] == ord("-")) + 1
+    at = at[array[at + 1] == ord("0")]
+    return at[_BEFORE_NUMBER[array[at - 1]] & ~_IN_NUMBER[array[at + 2]]]
+
+
+def _unescaped(text: Text) -> bytes:
+    """Return the text without what is escaped in it, so that quotes begin and end strings."""
+    return bytes(text).replace(b"\\\\", b"").replace(b'\\"', b"")
+
+
+def _count_outside(text: Text) -> dict[str, int]:
+    """Count brackets and colons outside of strings."""
+    array, inside = np.frombuffer(_unescaped(text), np.uint8), 0
+    counts = dict.fromkeys("{[:", 0)
+    for step in range(0, len(array), _STEP):
+        block = array[step : step + _STEP]
+        parity = np.bitwise_xor.accumulate((block == _QUOTE).view(np.uint8)) ^ inside
+        inside = int(parity[-1])
+        outside = block[parity == 0]
+        for sign in counts:
+            counts[sign] += int(np.count_nonzero(outside == ord(sign)))
+    return counts
 
 
 def _count(array: NDArray[np.uint8], character: str) -> int:
@@ -129,7 +154,7 @@ def _count_members(array: NDArray[np.uint8]) -> int:
     """Count colons as they stand behind keys: names like `kernel:0` have others."""
     at = np.flatnonzero(array[1:] == ord(":"))
     before = array[at]
-    return int(np.count_nonzero((before == _QUOTED) | (before <= ord(" "))))
+    return int(np.count_nonzero((before == _QUOTE) | (before <= ord(" "))))
 
 
 def _members_of(value: object) -> int:
@@ -149,20 +174,19 @@ def _check_room(text: Text, colons: int) -> None:
     if len(text) <= _SMALL:
         return
     most = _ROOM + _ROOM_PER_BYTE * len(text)
-    if _room_of(text, colons) <= most:
-        return
-    outside = _STRING.sub(b"", text)  # a name may be full of brackets
-    if _room_of(outside, outside.count(b":")) > most:
-        raise BadJsonError(
-            f"is {len(text)} bytes that are mostly brackets: as objects they would take more than "
-            f"{most} bytes"
-        )
-
-
-def _room_of(text: Text, colons: int) -> int:
-    """Return how much memory the objects may take, if no bracket stands in a name."""
     array = np.frombuffer(text, np.uint8)
-    return _OBJECT * _count(array, "{") + _LIST * _count(array, "[") + _MEMBER * colons
+    counts = {"{": _count(array, "{"), "[": _count(array, "["), ":": colons}
+    if _room_of(counts) <= most or _room_of(_count_outside(text)) <= most:
+        return  # a name may be full of brackets
+    raise BadJsonError(
+        f"is {len(text)} bytes that are mostly brackets: as objects they would take more than "
+        f"{most} bytes"
+    )
+
+
+def _room_of(counts: Mapping[str, int]) -> int:
+    """Return how much memory so many objects, lists and members may take."""
+    return _OBJECT * counts["{"] + _LIST * counts["["] + _MEMBER * counts[":"]
 
 
 class _DoubledError(Exception):

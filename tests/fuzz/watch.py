@@ -44,8 +44,8 @@ class Watch:
                 self.opened.append(os.fsdecode(path))
 
     @contextlib.contextmanager
-    def within(self, folder: Path) -> Iterator[None]:
-        """Check that nothing outside of a folder is opened, and nothing left behind."""
+    def within(self, folder: Path, *, most: int = MOST) -> Iterator[None]:
+        """Check that nothing outside of a folder is opened, nothing left behind, no more taken."""
         threads, files = set(threading.enumerate()), _open_files()
         self.opened = []
         before = _reset_peak()
@@ -58,7 +58,7 @@ class Watch:
         assert not strange, f"opened {strange}"
         assert set(threading.enumerate()) <= threads, "a thread was left behind"
         assert _open_files() == files, "a file was left open"
-        assert peak - before < MOST, f"took {peak - before} bytes"
+        assert peak - before < most, f"took {peak - before} bytes"
 
 
 def watched() -> Watch:
