@@ -375,6 +375,8 @@ class StrictFolder:
     ) -> list[tuple[tuple[int, int, int], dict[str, tuple[str, tuple[int, ...], bytes]]]]:
         """Return claim and slots of a table's parts, in the order of their slices.
 
+        Rows whose ids are missing, where others are there, are left out: a load reports that.
+
         Args:
             table: Its name.
             slots: Those to look at, `id` among them.
@@ -386,8 +388,10 @@ class StrictFolder:
                 if slot in slots and _meet(claim, wanted):
                     _need(slot not in by_claim.setdefault(claim, {}), "a part twice")
                     by_claim[claim][slot] = self.block(key, file)
+        _need(not by_claim or any("id" in found for found in by_claim.values()), "no ids")
+        by_claim = {claim: found for claim, found in by_claim.items() if "id" in found}
         for found in by_claim.values():
-            _need("id" in found and found["id"][0] == "I64", "no ids")
+            _need(found["id"][0] == "I64", "no ids")
             rows = found["id"][1]
             _need(len(rows) == 1, "no ids")
             _need(all(shape[:1] == rows for _, shape, _ in found.values()), "other rows")
