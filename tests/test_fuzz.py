@@ -105,7 +105,7 @@ def test_the_strict_reader_compares_digests() -> None:
     """It judges all others, so it has to see what is wrong."""
     draft = draft_of("recis", 3)
     files = spoiled(draft, Choices(b""))
-    files[SIDECAR] = json.dumps(sidecar_of(files, draft.headers)).encode()
+    files[SIDECAR] = json.dumps(sidecar_of(files, draft.headers, draft.parts)).encode()
     good = StrictFolder(files)
     assert [good.tensor(name) for name in good.tensors] != []
     file = next(name for name, data in draft.data.items() if data)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncloader import CheckpointError, Loader, TruncatedShardError
+from asyncloader import CheckpointError, Loader, Slice, TruncatedShardError
 from asyncloader.checkpoint import Catalog, Places, ShardHeader
 from asyncloader.checkpoint._json import BadJsonError, has_negative_zero, parse_object
 from asyncloader.checkpoint._manifest import read_manifest
@@ -390,49 +390,53 @@ def test_a_header_of_a_hundred_thousand_short_names_is_no_bomb() -> None:
     assert len(parse_object(text, lambda value: 4 * len(value)).value) == 100_000
 
 
-def shapes_of_one_hash() -> list[list[int]]:
-    """Return shapes whose tuples Python cannot tell apart by their hash.
+MASK, ONE, TWO, FIVE = (
+    2**64 - 1, 11400714785074694791, 14029467366897019727, 2870177450012600261
+)  # fmt: skip
+"""What Python makes the hash of a tuple with, from the hashes of its items."""
 
-    The hash of a number below 2^61 is the number, and what a tuple makes of those of its items can
-    be turned around.
+
+def of_one_hash(count: int, first: int) -> list[tuple[int, ...]]:
+    """Return tuples of numbers that Python cannot tell apart by their hash.
+
+    The hash of a number below 2^61 is the number, and what is made of these can be turned around:
+    a last item brings the hash to where it is wanted. They begin with `first` zeros and ones.
     """
-    mask, one, two, five = (
-        2**64 - 1,
-        11400714785074694791,
-        14029467366897019727,
-        2870177450012600261,
-    )
-    target = 12345
-
-    def step(state: int, lane: int) -> int:
-        state = (state + lane * two) & mask
-        return ((state << 31 | state >> 33) & mask) * one & mask
-
-    found: list[list[int]] = []
-    back = target * pow(one, -1, 1 << 64) & mask
-    back = (back >> 31 | back << 33) & mask
-    inverse = pow(two, -1, 1 << 64)
-    first = 1
-    while len(found) < 30_000:
-        lane = (back - step(five, first)) * inverse & mask
-        if lane < 2**61 - 1:
-            found.append([first, lane])
-        first += 1
+    back = 12345 * pow(ONE, -1, 1 << 64) & MASK
+    back = (back >> 31 | back << 33) & MASK
+    inverse = pow(TWO, -1, 1 << 64)
+    found: list[tuple[int, ...]] = []
+    for number in itertools.count(1):
+        items, state = (*range(first), number), FIVE
+        for item in items:
+            state = (state + item * TWO) & MASK
+            state = ((state << 31 | state >> 33) & MASK) * ONE & MASK
+        last = (back - state) * inverse & MASK
+        if last < 2**61 - 1:
+            found.append((*items, last))
+        if len(found) == count:
+            break
+    assert len(set(map(hash, found[:100]))) == 1
     return found
 
 
 def test_shapes_of_one_hash_do_not_keep_a_load_busy() -> None:
     """Thirty thousand of these took half a minute; a million, which fit into a header, hours."""
-    shapes = shapes_of_one_hash()
-    assert len({hash(tuple(shape)) for shape in shapes}) == 1
     entries = {
         f"{number}": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}
-        for number, shape in enumerate(shapes)
+        for number, shape in enumerate(of_one_hash(30_000, first=0))
     }
     storage = MemoryStorage({"model.safetensors": header_of(**entries)})
     with pytest.raises(CheckpointError) as caught:
         asyncio.run(_headers(storage, ["model.safetensors"]))
     assert caught.value.key == "0"
+
+
+def test_slices_of_one_hash_do_not_keep_a_load_busy() -> None:
+    """As with shapes: nobody has so many, but a file may say so."""
+    slices = [Slice(*numbers) for numbers in of_one_hash(30_000, first=1)]
+    assert len(dict.fromkeys(slices)) == len(slices)
+    assert len(set(map(hash, slices))) > len(slices) // 2
 
 
 # --- large headers

@@ -49,6 +49,8 @@ class Draft:
     names: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Of tables, how rows are spread over sub-slices: for the sidecar."""
 
     @cached_property
     def trees(self) -> dict[str, Node]:
@@ -80,6 +82,7 @@ def _recis(choices: Choices) -> Draft:
     """Make a checkpoint of up to two tables and some tensors, by one or two ranks."""
     draft = Draft()
     ranks, shards = 1 + choices.below(2), 1 + choices.below(3)
+    is_sorted = choices.below(2) == 1
     block_index: dict[str, int] = {}
     tensorkey: dict[str, str] = {}
     files = [f"model-{number:06d}-of-{shards:06d}.safetensors" for number in range(shards)]
@@ -91,14 +94,18 @@ def _recis(choices: Choices) -> Draft:
 
     for table in TABLES[: choices.below(3)]:
         for rank in range(ranks):
-            rows = choices.below(4)
-            ids = struct.pack(f"<{rows}q", *(choices.of(IDS) for _ in range(rows)))
+            rows, width = choices.below(4), 65536 // ranks
+            held = [choices.of(IDS) for _ in range(rows)]
+            if is_sorted:
+                held.sort(key=lambda id_: (id_ % 65536, id_ % 2**64))
+                part = _part(held, rank * width, rank * width + width)
+                draft.parts.setdefault(table, []).append(part)
+            ids = struct.pack(f"<{rows}q", *held)
             for slot, (dtype, row, itemsize) in SLOTS.items():
                 key = f"{table}@{slot}".replace("@", ".", 1) + f"/part_{rank}_{ranks}"
                 count = rows * (row[0] if row else 1)
                 data = ids if slot == "id" else some_bytes(dtype, count, itemsize, rank + 1)
                 place(key, key, dtype, (rows, *row), data)
-                width = 65536 // ranks
                 claim = f"{rank * width:05d}@{rank * width + width:05d}@65536"
                 tensorkey[key] = f"{table}@{slot}^{claim}"
     for seed, (name, (dtype, shape, itemsize)) in enumerate(TENSORS.items()):
@@ -115,6 +122,14 @@ def _recis(choices: Choices) -> Draft:
         TENSORKEY: tensorkey,
     }
     return draft
+
+
+def _part(ids: list[int], begin: int, end: int) -> dict[str, Any]:
+    """Return what the sidecar says of sorted ids."""
+    cuts = [begin + (end - begin) * number // 256 for number in range(1, 256)]
+    offsets = [sum(id_ % 65536 < cut for id_ in ids) for cut in cuts]
+    claim = f"{begin:05d}@{end:05d}@65536"
+    return {"slice": claim, "rows": len(ids), "offsets": [0, *offsets, len(ids)]}
 
 
 def _plain(choices: Choices) -> Draft:
@@ -157,7 +172,7 @@ def spoiled(draft: Draft, choices: Choices) -> dict[str, bytes]:
         header = draft.trees[file]
         files[file] = shard_of(header, data, choices if file in victims else quiet)
     if INDEX in files and choices.below(2):
-        sidecar = sidecar_of(files, draft.headers)
+        sidecar = sidecar_of(files, draft.headers, draft.parts)
         files[SIDECAR] = hostile_text(tree(sidecar), choices if SIDECAR in victims else quiet)
     if choices.once_in(4):
         _spoil_files(files, choices)
@@ -175,7 +190,9 @@ def shard_of(header: Node, data: bytes, choices: Choices) -> bytes:
     return change_bytes(content, choices) if choices.once_in(8) else content
 
 
-def sidecar_of(files: Mapping[str, bytes], headers: Mapping[str, Any]) -> dict[str, Any]:
+def sidecar_of(
+    files: Mapping[str, bytes], headers: Mapping[str, Any], parts: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return a sidecar as one would write it who knows of what was spoiled."""
     shards = {}
     for file, header in headers.items():
@@ -193,7 +210,7 @@ def sidecar_of(files: Mapping[str, bytes], headers: Mapping[str, Any]) -> dict[s
         "chunk_bytes": 8 << 20,
         "files": {name: _digest(files[name]) for name in (INDEX, TENSORKEY)},
         "shards": shards,
-        "parts": {},
+        "parts": parts,
     }
 
 
