@@ -8,7 +8,7 @@ PATIENT := --timeout=0 --override-ini faulthandler_timeout=0
 PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test soak check cover bench bench-serving format dist clean
+.PHONY: help demo serve test soak fuzz check cover bench bench-serving format dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ check: .venv/installed ## formatting, lint, types, and who may import whom
 soak: .venv/installed ## swap a model a thousand times under readers, load 500 times, meet savers
 	$(RUN) pytest tests/test_live_soak.py tests/test_soak.py tests/test_saving_meanwhile.py \
 		--soak-swaps 1000 --soak-loads 500 --soak-seconds 60 $(PATIENT) $(ARGS)
+
+fuzz: .venv/installed-fuzz ## look for inputs that break a promise; ARGS='load -runs=1000' for one target
+	@$(RUN) tests.fuzz $(ARGS)
 
 cover: .venv/installed ## run the tests, and fail where too few lines and branches are covered
 	$(RUN) pytest --cov $(ARGS)
@@ -68,6 +71,11 @@ clean: ## remove what the other targets made, .venv excepted
 .venv/installed-bench: .venv/installed
 	@echo "Installing what asyncloader is measured against"
 	@$(PIP_INSTALL) --group bench --constraint constraints.txt
+	@touch $@
+
+.venv/installed-fuzz: .venv/installed
+	@echo "Installing the fuzzer"
+	@$(PIP_INSTALL) --group fuzz --constraint constraints.txt
 	@touch $@
 
 .venv/installed-serve: .venv/installed

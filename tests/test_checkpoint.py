@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from asyncloader import CheckpointError, Slice, TruncatedShardError, gen_slice
 from asyncloader.checkpoint import Place
-from asyncloader.checkpoint._header import header_length, parse_header
+from asyncloader.checkpoint._header import check_covered, header_length, parse_header
 from asyncloader.checkpoint._index import parse_catalog
 
 SLICES = st.integers(1, 40).flatmap(
@@ -105,8 +105,8 @@ GOOD = [
     pytest.param({"a": entry("I64", [0, 7], 0, 0)}, 0, 0, id="empty"),
     pytest.param({"a": entry("BOOL", [3], 0, 3), "b": entry("F32", [1], 3, 7)}, 7, 0, id="odd"),
     pytest.param({"b": entry("F32", [1], 4, 8), "a": entry("F32", [1], 0, 4)}, 8, 0, id="order"),
-    pytest.param({"a": entry("F32", [1], 8, 12)}, 12, 0, id="hole"),
     pytest.param({"a": entry("F32", [1], 0, 4), "__metadata__": {"x": "y"}}, 4, 0, id="metadata"),
+    pytest.param({"a": entry("F32", [1], 0, 4), "b": entry("I8", [0], 4, 4)}, 4, 0, id="nothing"),
     pytest.param({"a": entry("F32", [1], 0, 4)}, 9, 5, id="more bytes after"),
 ]
 
@@ -117,8 +117,9 @@ def test_a_header_says_where_blocks_stand(
     blocks: dict[str, dict[str, object]], length: int, surplus: int, padding: bytes
 ) -> None:
     text = header(**blocks) + padding
-    parsed = parse_header("here", "shard", text, 8 + len(text) + length)
+    parsed = parse_header("here", "shard", text, 8 + len(text) + length, recis=True)
     blocks.pop("__metadata__", None)
+    check_covered("here", parsed, surplus=bool(surplus))
     assert parsed.surplus == surplus
     assert list(parsed.blocks) == list(blocks)
     for key, block in parsed.blocks.items():
@@ -152,15 +153,35 @@ BAD = [
 @pytest.mark.parametrize(("text", "problem"), BAD)
 def test_a_header_that_contradicts_itself_is_refused(text: bytes, problem: str) -> None:
     with pytest.raises(CheckpointError, match=problem) as caught:
-        parse_header("here", "shard", text, 8 + len(text) + 1000)
+        parse_header("here", "shard", text, 8 + len(text) + 1000, recis=True)
     assert caught.value.shard == "shard"
+
+
+GAPS = [
+    pytest.param({"a": entry("F32", [1], 8, 12)}, "a", id="before the first"),
+    pytest.param({"a": entry("U8", [4], 0, 4), "b": entry("U8", [2], 6, 8)}, "b", id="between"),
+    pytest.param({"a": entry("U8", [4], 0, 4), "b": entry("U8", [0], 2, 2)}, "b", id="within one"),
+    pytest.param({"a": entry("U8", [4], 0, 4), "b": entry("U8", [0], 6, 6)}, "b", id="behind"),
+]
+
+
+@pytest.mark.parametrize(("blocks", "key"), GAPS)
+@pytest.mark.parametrize("surplus", [False, True])
+def test_bytes_of_no_block_are_refused(
+    blocks: dict[str, dict[str, object]], key: str, *, surplus: bool
+) -> None:
+    text = header(**blocks)
+    parsed = parse_header("here", "shard", text, 8 + len(text) + 100, recis=True)
+    with pytest.raises(CheckpointError, match="back to back") as caught:
+        check_covered("here", parsed, surplus=surplus)
+    assert (caught.value.shard, caught.value.key) == ("shard", key)
 
 
 def test_a_block_beyond_the_file_is_named_with_its_range() -> None:
     text = header(a=entry("F32", [1], 0, 4), b=entry("F32", [4], 4, 20))
     start = 8 + len(text)
     with pytest.raises(TruncatedShardError) as caught:
-        parse_header("here", "shard", text, start + 19)
+        parse_header("here", "shard", text, start + 19, recis=True)
     error = caught.value
     assert (error.key, error.begin, error.end, error.size) == (
         "b",

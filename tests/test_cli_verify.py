@@ -151,7 +151,7 @@ def replace_by_folder(path: Path) -> None:
 
 
 DAMAGES: list[Damage] = [
-    ("index is no JSON", lambda p: truncate(p / "index", by=3), "index: not JSON"),
+    ("index is no JSON", lambda p: truncate(p / "index", by=3), "index: is not JSON"),
     (
         "index lacks its lists",
         lambda p: edit_json(p / "index", lambda index: index.pop("file_index")),
@@ -160,7 +160,7 @@ DAMAGES: list[Damage] = [
     (
         "tensorkey.json is no JSON",
         lambda p: truncate(p / "tensorkey.json", by=3),
-        "tensorkey.json: not JSON",
+        "tensorkey.json: is not JSON",
     ),
     (
         "tensorkey.json is missing",
@@ -424,16 +424,50 @@ async def test_bytes_that_nobody_reads_are_notes(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {}, {"a": torch.ones(3), "b": torch.ones(3)}, writers=1)
     [shard] = tmp_path.glob("*.safetensors")
     append(shard, b"abc" * 4)
-    edit_header(shard, lambda header: header["b^ "].update(data_offsets=[16, 28]))
     (tmp_path / "model-000007-of-000008.safetensors").write_bytes(b"old")
     found = await verify(tmp_path)
     assert problems(found) == []
     assert [note.partition(",")[0] for note in notes(found)] == [
         NO_DIGESTS.partition(",")[0],
-        f"{shard.name}: 4 bytes between its blocks",
-        f"{shard.name}: 8 bytes after the last block",
+        f"{shard.name}: 12 bytes after the last block",
         "model-000007-of-000008.safetensors: index does not name this file",
     ]
+
+
+async def test_bytes_between_blocks_are_a_problem_as_a_load_refuses_them(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {}, {"a": torch.ones(3), "b": torch.ones(3)}, writers=1)
+    [shard] = tmp_path.glob("*.safetensors")
+    append(shard, b"abc" * 4)
+    edit_header(shard, lambda header: header["b^ "].update(data_offsets=[16, 28]))
+    [found] = problems(await verify(tmp_path))
+    assert found.startswith(f"{shard.name}: 'b^ ': begins at byte ")
+
+
+async def test_bytes_after_the_last_block_of_a_plain_file_are_a_problem(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    append(tmp_path / "a.safetensors", b"abcd")
+    [found] = problems(await verify(tmp_path / "a.safetensors"))
+    assert found.startswith("a.safetensors: 4 bytes after its last block")
+
+
+@pytest.mark.parametrize("file", ["index", "tensorkey.json", "asyncloader.json", "shard"])
+async def test_a_key_that_stands_twice_is_found(tmp_path: Path, file: str) -> None:
+    save(tmp_path, ranks=1, parallel=1)
+    path = shard_holding(tmp_path, "w^ ") if file == "shard" else tmp_path / file
+    text = path.read_bytes()
+    start = text.index(b"{")
+    end = text.index(b",", start)
+    first = text[start + 1 : end + 1]
+    if file == "shard":
+        end = text.index(b"},", start)
+        first = text[start + 1 : end + 2]
+        length = (int.from_bytes(text[:8], "little") + len(first)).to_bytes(8, "little")
+        text = length + text[8:]
+    elif file == "index":
+        first = b'"file_index":{},'
+    path.write_bytes(text[: start + 1] + first + text[start + 1 :])
+    found = problems(await verify(tmp_path))
+    assert any(path.name in one and "twice in one object" in one for one in found), found
 
 
 @pytest.mark.parametrize("key", ["w^ ", "item.id/part_0_2", "user.emb@embedding/part_0_2"])

@@ -321,12 +321,12 @@ async def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 async def test_a_block_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
     shard = written(tmp_path)
-    edit_header(shard, lambda header: header.pop("w^ "))
+    edit_header(shard, lambda header: header.pop("v^ "))
 
     error = await Destination(tmp_path).attempt()
 
     assert isinstance(error, CheckpointError)
-    assert (error.shard, error.key) == (shard.name, "w^ ")
+    assert (error.shard, error.key) == (shard.name, "v^ ")
     assert "index" in str(error)
 
 

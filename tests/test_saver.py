@@ -26,6 +26,7 @@ from asyncloader import (
     WriteBlock,
     gen_slice,
 )
+from asyncloader.saving._part import check_sizes
 from asyncloader.storage.folder import LocalFolder
 from tests.folders import WatchedFolder, content, save_into
 from tests.oracle import (
@@ -714,3 +715,11 @@ def test_rows_of_several_segments_are_gathered(tmp_path: Path) -> None:
     Saver(path=tmp_path, hashtables={"t": table}).save()
     tables, _ = read_checkpoint(tmp_path)
     assert torch.equal(tables["t"].slots["embedding"][:, 0], tables["t"].ids.float())
+
+
+@pytest.mark.parametrize("name", ["index", "tensorkey.json", "asyncloader.json"])
+def test_a_file_that_no_load_would_read_is_not_written(name: str) -> None:
+    sizes = {"index": 10, "tensorkey.json": 10, "asyncloader.json": 10}
+    check_sizes(sizes)
+    with pytest.raises(ValueError, match=f"{name} would take 268435457 bytes, and at most"):
+        check_sizes(sizes | {name: (256 << 20) + 1})

@@ -6,6 +6,7 @@ from ._dtypes import BY_TORCH, DTYPES, DType
 from ._files import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
 from ._header import MAX_HEADER, ShardHeader
 from ._index import Catalog, Part, Place, Places, is_file_name, parse_catalog
+from ._json import MAX_NAMES, MAX_SIDECAR
 from ._manifest import Manifest, read_manifest
 from ._sidecar import (
     DIGEST_CHUNK,
@@ -46,6 +47,8 @@ __all__ = [
     "DTYPES",
     "INDEX",
     "MAX_HEADER",
+    "MAX_NAMES",
+    "MAX_SIDECAR",
     "SIDECAR",
     "SUB_SLICES",
     "TENSORKEY",

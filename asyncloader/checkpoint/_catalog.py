@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,7 @@ from asyncloader.storage import read_small
 
 from ._files import INDEX, SIDECAR, TENSORKEY
 from ._index import Catalog, Places, parse_catalog
+from ._json import MAX_NAMES, MAX_SIDECAR
 from ._manifest import read_header
 from ._safetensors import SHARDED, SINGLE, catalog_of_file, parse_weight_map
 from ._sidecar import check_files, parse_sidecar
@@ -25,13 +27,11 @@ if TYPE_CHECKING:
 
     from ._sidecar import Sidecar
 
-__all__ = ["Verify", "read_catalog"]
+__all__ = ["Verify", "parse_recis", "read_catalog"]
 
 Verify = Literal["auto", "require", "off"]
 """Whether bytes are compared with digests: where there are any, always or not at all, or never."""
 
-# A line of `index` takes some 60 bytes: room for 16 million blocks.
-_MAX_JSON = 1 << 30
 # What a storage raises where there is no such file; it has a `strerror` that says what is missing.
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
@@ -87,20 +87,31 @@ async def _read_recis(storage: Storage, executor: Executor, verify: Verify) -> C
     except _ABSENT as error:
         raise CheckpointError(where, f"cannot be opened: {error}", TENSORKEY) from error
     try:
-        sidecar = bytearray() if verify == "off" else await _read_json(storage, SIDECAR)
+        sidecar = None if verify == "off" else await _read_json(storage, SIDECAR)
     except _ABSENT:
-        sidecar = bytearray()
+        sidecar = None
 
     files = {INDEX: index, TENSORKEY: tensorkey}
-    parse = undisturbed(partial(_parse_recis, where, verify, files, sidecar))
+    parse = undisturbed(partial(parse_recis, where, verify, files, sidecar))
     [catalog] = await run_jobs(executor, [parse])
     return catalog
 
 
-def _parse_recis(
-    where: str, verify: Verify, files: Mapping[str, bytearray], text: bytearray
+def parse_recis(
+    where: str, verify: Verify, files: Mapping[str, bytearray], text: bytearray | None
 ) -> Catalog:
-    sidecar, odd = _parse_digests(where, files, text) if text else (None, ())
+    """Parse all files of names together.
+
+    Args:
+        where: The checkpoint, for messages.
+        verify: Whether there have to be digests.
+        files: `index` and `tensorkey.json`.
+        text: The sidecar, if there is one and it is wanted.
+
+    Raises:
+        CheckpointError: If one is no good, or they contradict each other.
+    """
+    sidecar, odd = (None, ()) if text is None else _parse_digests(where, files, text)
     catalog = parse_catalog(where, files[INDEX], files[TENSORKEY])
     catalog = replace(catalog, sidecar=sidecar, warnings=odd)
     return catalog if sidecar is not None else _without_digests(where, verify, catalog)
@@ -144,8 +155,9 @@ async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -
         raise
     except OSError as error:
         raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
+    catalog = Catalog(Places({}, {}), {}, name)
     header = await read_header(
-        storage, name, executor=executor, catalog=Catalog(Places({}, {}), {}, name)
+        storage, name, executor=executor, catalog=catalog, turns=asyncio.Lock()
     )
     [catalog] = await run_jobs(executor, [partial(catalog_of_file, header)])
     return catalog
@@ -154,7 +166,8 @@ async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -
 async def _read_json(storage: Storage, name: str) -> bytearray:
     """Return a file of names; let `_ABSENT` errors pass, and translate the others."""
     try:
-        return await read_small(storage, name, limit=_MAX_JSON)
+        limit = MAX_SIDECAR if name == SIDECAR else MAX_NAMES
+        return await read_small(storage, name, limit=limit)
     except _ABSENT:
         raise
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BY_TORCH", "DTYPES", "DType"]
+__all__ = ["BY_TORCH", "DTYPES", "RECIS_DTYPES", "DType"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,11 @@ _KNOWN = (
     DType("C64", "complex64", 8),
 )
 
-DTYPES = {dtype.name: dtype for dtype in _KNOWN} | {"bool": _KNOWN[0]}
-"""By the header's spelling. RecIS's own saver writes `bool` in lower case."""
+DTYPES = {dtype.name: dtype for dtype in _KNOWN}
+"""By the header's spelling."""
+
+RECIS_DTYPES = DTYPES | {"bool": _KNOWN[0]}
+"""Likewise; RecIS's own saver writes `bool` in lower case, which safetensors refuses."""
 
 BY_TORCH = {dtype.torch: dtype for dtype in _KNOWN}
 """By torch's name."""

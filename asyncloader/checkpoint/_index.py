@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
-import orjson
-
 from asyncloader.errors import CheckpointError
 
 from ._files import INDEX, TENSORKEY
+from ._json import BadJsonError, parse_object
 from ._slices import Slice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ._header import ShardHeader
     from ._sidecar import Sidecar
@@ -37,6 +36,7 @@ __all__ = [
     "Places",
     "is_file_name",
     "json_object",
+    "members_of_objects",
     "parse_catalog",
 ]
 
@@ -129,7 +129,7 @@ def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | by
         CheckpointError: If either is not what it should be, or they contradict each other.
     """
     shards, blocks = _parse_index(location, index)
-    sparse = json_object(location, TENSORKEY, tensorkey)
+    sparse = json_object(location, TENSORKEY, tensorkey, len)
     tables: dict[str, dict[str, list[Part]]] = {}
     for key in filter(sparse.__contains__, blocks):
         table, slot, where = _split(location, key, sparse[key])
@@ -168,24 +168,37 @@ def _in_order(parts: list[Part]) -> tuple[Part, ...]:
     return tuple(sorted(parts, key=lambda part: (part.slice, part.place.key)))
 
 
-def json_object(location: str, name: str, text: bytes | bytearray) -> dict[str, object]:
+def json_object(
+    location: str,
+    name: str,
+    text: bytes | bytearray,
+    expected: Callable[[Mapping[str, object]], int],
+) -> dict[str, object]:
     """Return the JSON object that the file `name` holds.
+
+    Args:
+        location: The checkpoint, for messages.
+        name: Of the file.
+        text: What is in it.
+        expected: How many members it has, with those of objects within: see `parse_object`.
 
     Raises:
         CheckpointError: If it holds something else.
     """
     try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise CheckpointError(location, f"not JSON: {error}", name) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(location, "not a JSON object", name)
-    return value
+        return parse_object(text, expected).value
+    except BadJsonError as error:
+        raise CheckpointError(location, str(error), name, error.key) from error
+
+
+def members_of_objects(value: Mapping[str, object]) -> int:
+    """Count the members of an object and of those that are its members."""
+    return len(value) + sum(len(one) for one in value.values() if isinstance(one, dict))
 
 
 def _parse_index(location: str, text: bytes | bytearray) -> tuple[dict[int, str], dict[str, int]]:
     """Return the shards by number, and the numbers of all blocks, each of which has a shard."""
-    value = json_object(location, INDEX, text)
+    value = json_object(location, INDEX, text, members_of_objects)
     files, blocks = value.get("file_index"), value.get("block_index")
     if not isinstance(files, dict) or not isinstance(blocks, dict):
         raise CheckpointError(location, "lacks file_index or block_index", INDEX)
@@ -193,7 +206,7 @@ def _parse_index(location: str, text: bytes | bytearray) -> tuple[dict[int, str]
     for name, number in files.items():
         if not is_file_name(name):
             raise CheckpointError(location, f"{name[:200]!r} is not a plain file name", INDEX)
-        if type(number) is not int or number in shards:
+        if type(number) is not int or number < 0 or number in shards:
             problem = f"file_index gives {name!r} the number {shown(number)}, which is not its own"
             raise CheckpointError(location, problem, INDEX)
         shards[number] = name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,7 +17,7 @@ from asyncloader.errors import (
 from asyncloader.storage import read_exactly, read_text
 
 from ._files import INDEX, SIDECAR
-from ._header import PREFIX, ShardHeader, header_length, parse_header
+from ._header import PREFIX, ShardHeader, check_covered, header_length, parse_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -32,6 +34,9 @@ __all__ = ["Manifest", "read_header", "read_manifest"]
 
 # Most headers fit, and one read is half the time of two.
 _FIRST_READ = 16 << 10
+# Objects take ten times the room of their text, and of several texts that are parsed on threads no
+# two at a time: Python makes objects on one thread only. So large ones take turns.
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +99,16 @@ async def read_manifest(
     """
     headers: dict[str, ShardHeader] = {}
     failures: dict[str, CheckpointError] = {}
+    turns = asyncio.Lock()
 
     async def read(shard: str) -> None:
         if catalog.header is not None and catalog.header.shard == shard:
             headers[shard] = catalog.header
             return
         try:
-            headers[shard] = await read_header(storage, shard, executor=executor, catalog=catalog)
+            headers[shard] = await read_header(
+                storage, shard, executor=executor, catalog=catalog, turns=turns
+            )
         except CheckpointError as error:
             failures[shard] = error
 
@@ -130,33 +138,59 @@ async def _check_unchanged(storage: Storage, catalog: Catalog) -> None:
 
 
 async def read_header(
-    storage: Storage, shard: str, *, executor: Executor, catalog: Catalog
+    storage: Storage, shard: str, *, executor: Executor, catalog: Catalog, turns: asyncio.Lock
 ) -> ShardHeader:
+    """Read one header; a large one when it is its turn.
+
+    Raises:
+        CheckpointError: If the shard is no good.
+        ReadError: If the storage failed.
+    """
     where = storage.location
     digests = None if catalog.sidecar is None else _digests_of(where, shard, catalog.sidecar)
+    size = await _size_of(storage, shard, catalog)
+    start = bytearray(min(_FIRST_READ, size))
+    await read_exactly(storage, shard, 0, [memoryview(start)])
+    length = header_length(where, shard, bytes(start[:PREFIX]), size)
+    if bytes(start[PREFIX : PREFIX + 1]) not in {b"{", b" "}:
+        raise CheckpointError(where, "does not start with a safetensors header", shard)
+    async with turns if length > _LARGE else contextlib.nullcontext():
+        text = start[PREFIX : PREFIX + length]
+        try:
+            text += await read_text(storage, shard, PREFIX + len(text), length - len(text))
+        except ValueError as error:
+            raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
+        parse = partial(_parse, where, shard, text, size, digests, recis=catalog.source == INDEX)
+        if len(text) <= _FIRST_READ:  # done before a thread could have begun
+            return parse()
+        [header] = await run_jobs(executor, [undisturbed(parse)])
+        return header
+
+
+def _parse(
+    where: str,
+    shard: str,
+    text: bytearray,
+    size: int,
+    digests: ShardDigests | None,
+    *,
+    recis: bool,
+) -> ShardHeader:
+    header = parse_header(where, shard, text, size, recis=recis, digests=digests)
+    check_covered(where, header, surplus=recis)
+    return header
+
+
+async def _size_of(storage: Storage, shard: str, catalog: Catalog) -> int:
+    where = storage.location
     try:
-        size = await storage.size(shard)
+        return await storage.size(shard)
     except FileNotFoundError as error:
         named = f"the file is missing, but {catalog.source} names it"
         problem = f"{named}; copy it, or take another checkpoint"
         raise CheckpointError(where, problem, shard) from error
     except OSError as error:
         raise CheckpointError(where, f"cannot be opened: {error}", shard) from error
-    start = bytearray(min(_FIRST_READ, size))
-    await read_exactly(storage, shard, 0, [memoryview(start)])
-    length = header_length(where, shard, bytes(start[:PREFIX]), size)
-    if bytes(start[PREFIX : PREFIX + 1]) not in {b"{", b" "}:
-        raise CheckpointError(where, "does not start with a safetensors header", shard)
-    text = start[PREFIX : PREFIX + length]
-    try:
-        text += await read_text(storage, shard, PREFIX + len(text), length - len(text))
-    except ValueError as error:
-        raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
-    parse = partial(parse_header, where, shard, memoryview(text), size, digests)
-    if len(text) <= _FIRST_READ:  # done before a thread could have begun
-        return parse()
-    [header] = await run_jobs(executor, [undisturbed(parse)])
-    return header
 
 
 def _digests_of(where: str, shard: str, sidecar: Sidecar) -> ShardDigests:

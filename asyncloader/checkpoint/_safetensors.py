@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader.errors import CheckpointError
 
-from ._index import Catalog, Places, is_file_name, json_object
+from ._index import Catalog, Places, is_file_name, json_object, members_of_objects
 
 if TYPE_CHECKING:
     from ._header import ShardHeader
@@ -34,7 +34,8 @@ def parse_weight_map(location: str, text: bytes | bytearray) -> Catalog:
     Raises:
         CheckpointError: If it is not what it should be.
     """
-    weight_map = json_object(location, SHARDED, text).get("weight_map")
+    value = json_object(location, SHARDED, text, members_of_objects)
+    weight_map = value.get("weight_map")
     if not isinstance(weight_map, dict):
         problem = f"its weight_map is {shown(weight_map)}, not an object {{tensor: file}}"
         raise CheckpointError(location, problem, SHARDED)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import chain
 from reprlib import repr as shown  # shortens
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,11 @@ import orjson
 from asyncloader.errors import CheckpointError
 
 from ._files import INDEX, SIDECAR
+from ._json import BadJsonError, parse_object
 from ._slices import Slice
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "DIGEST_CHUNK",
@@ -162,10 +164,10 @@ def parse_sidecar(location: str, text: bytes | bytearray, *, parts: bool) -> Sid
         CheckpointError: If it is not what it should be.
     """
     try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise _bad(location, f"not JSON: {error}") from error
-    if not isinstance(value, dict) or type(value.get("format")) is not int:
+        value = parse_object(text, _members).value
+    except BadJsonError as error:
+        raise _bad(location, str(error), error.key) from error
+    if type(value.get("format")) is not int:
         raise _bad(location, "lacks the number of its format")
     said = value["format"], value.get("digest"), value.get("chunk_bytes")
     if said != (_FORMAT, _ALGORITHM, DIGEST_CHUNK):
@@ -217,9 +219,23 @@ def check_files(location: str, sidecar: Sidecar, texts: Mapping[str, bytes | byt
     return True
 
 
-def _bad(location: str, problem: str) -> CheckpointError:
+def _bad(location: str, problem: str, key: str | None = None) -> CheckpointError:
     problem += "; without it (or with verify='off') the checkpoint can be loaded unverified"
-    return CheckpointError(location, problem, SIDECAR)
+    return CheckpointError(location, problem, SIDECAR, key)
+
+
+def _members(value: Mapping[str, object]) -> int:
+    """Count the members of objects, down to the digests of a block and to the parts of a table."""
+    outer = _objects(value.values())
+    entries = [entry for one in outer for entry in one.values()]
+    lists = chain.from_iterable(entry for entry in entries if isinstance(entry, list))
+    inner = _objects(chain(entries, lists))
+    blocks = _objects(field for one in inner for field in one.values())
+    return len(value) + sum(map(len, chain(outer, inner, blocks)))
+
+
+def _objects(values: Iterable[object]) -> list[dict[str, object]]:
+    return [one for one in values if isinstance(one, dict)]
 
 
 def _object(value: object) -> dict[str, Any]:

@@ -36,6 +36,11 @@ class Slice:
                 f"got begin={self.begin}, end={self.end}, size={self.size}"
             )
 
+    def __hash__(self) -> int:
+        # Of text, it is another one in each process. Of numbers it is not, and a checkpoint could
+        # name a million slices that have the same, of which a dict would take hours.
+        return hash(str(self))
+
     def __str__(self) -> str:
         width = len(str(self.size))
         return f"{self.begin:0{width}}@{self.end:0{width}}@{self.size}"

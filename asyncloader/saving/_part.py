@@ -11,6 +11,8 @@ import orjson
 from asyncloader.checkpoint import (
     DESCRIPTION,
     INDEX,
+    MAX_NAMES,
+    MAX_SIDECAR,
     SIDECAR,
     TENSORKEY,
     PartRows,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from ._layout import ShardLayout
 
 
-__all__ = ["RankPart", "merge_parts", "parse_part", "render_part"]
+__all__ = ["RankPart", "check_sizes", "merge_parts", "parse_part", "render_part"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,12 +166,28 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
         shards=shards,
         parts={table: tuple(of_table) for table, of_table in rows.items()},
     )
-    return {
+    texts = {
         TENSORKEY: tensorkey,
         DESCRIPTION: described,
         SIDECAR: render_sidecar(sidecar),
         INDEX: index,
     }
+    check_sizes({name: len(text) for name, text in texts.items()})
+    return texts
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Refuse files that are longer than what a load reads.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, most in {INDEX: MAX_NAMES, TENSORKEY: MAX_NAMES, SIDECAR: MAX_SIDECAR}.items():
+        if sizes[name] > most:
+            raise ValueError(
+                f"{name} would take {sizes[name]} bytes, and at most {most} are ever read: save "
+                "fewer tensors, slots or ranks into one checkpoint"
+            )
 
 
 def _check_slices(table: str, parts: list[PartRows]) -> None:

@@ -52,9 +52,22 @@ def sift_catalog(
     if sparse is not None:
         errors += _strays(location, {key: sparse[key] for key in sparse.keys() - blocks.keys()})
         _find_parts(blocks, sparse, findings)
+    if index is not None and not errors and not findings.of("problem"):
+        errors += _of_all(location, index, tensorkey or b"{}")
     for error in errors:
         findings.error(error)
     return Sifted(sifted.parsed, sifted.good, tuple(errors)), tuple(numbers.values())
+
+
+def _of_all(
+    location: str, index: bytes | bytearray, tensorkey: bytes | bytearray
+) -> list[CheckpointError]:
+    """Return what is wrong with texts of which no entry is: a key stands there twice."""
+    try:
+        parse_catalog(location, index, tensorkey)
+    except CheckpointError as error:
+        return [error]
+    return []
 
 
 def _index(

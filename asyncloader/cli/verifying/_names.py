@@ -9,7 +9,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
-from asyncloader.checkpoint import DESCRIPTION, INDEX, SIDECAR, TENSORKEY, Catalog
+from asyncloader.checkpoint import (
+    DESCRIPTION,
+    INDEX,
+    MAX_NAMES,
+    MAX_SIDECAR,
+    SIDECAR,
+    TENSORKEY,
+    Catalog,
+)
 from asyncloader.checkpoint._safetensors import SHARDED, SINGLE
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadError
 from asyncloader.storage import read_small
@@ -27,8 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Names", "read_names"]
 
-# A line of `index` takes some 60 bytes: room for 16 million blocks.
-_MOST = 1 << 30
+# As much as a load reads; it reads no description.
+_MOST = {INDEX: MAX_NAMES, TENSORKEY: MAX_NAMES, SHARDED: MAX_NAMES, SIDECAR: MAX_SIDECAR}
+_MOST[DESCRIPTION] = 1 << 30
 _SHARD = re.compile(r".+\.safetensors")
 
 
@@ -149,7 +158,7 @@ async def _recis(session: Session, there: frozenset[str], findings: Findings) ->
 
 async def _text(session: Session, name: str, findings: Findings) -> bytearray | None:
     try:
-        return await read_small(session.storage, name, limit=_MOST)
+        return await read_small(session.storage, name, limit=_MOST[name])
     except ReadError as error:
         findings.problem(f"cannot be read: {error.problem}", file=name)
     except OSError as error:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
 from asyncloader._concurrency import for_each, run_jobs
-from asyncloader.checkpoint import Blocks, ShardHeader, digest_of
-from asyncloader.checkpoint._header import PREFIX, header_length, parse_header
+from asyncloader.checkpoint import INDEX, Blocks, ShardHeader, digest_of
+from asyncloader.checkpoint._header import PREFIX, check_covered, header_length, parse_header
 from asyncloader.errors import CheckpointError, ReadError
 from asyncloader.storage import read_exactly, read_text
 
-from ._sifting import sift
+from ._sifting import Sifted, sift
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -63,7 +63,7 @@ async def read_shards(
 
     async def read(file: str) -> None:
         try:
-            shards[file] = await _read(session, file, findings)
+            shards[file] = await _read(session, file, findings, recis=source == INDEX)
         except CheckpointError as error:
             findings.error(error)
         except ReadError as error:
@@ -78,7 +78,7 @@ async def read_shards(
     return shards
 
 
-async def _read(session: Session, file: str, findings: Findings) -> Shard:
+async def _read(session: Session, file: str, findings: Findings, *, recis: bool) -> Shard:
     storage, where = session.storage, session.location
     size = await storage.size(file)
     prefix = bytearray(min(PREFIX, size))
@@ -88,56 +88,73 @@ async def _read(session: Session, file: str, findings: Findings) -> Shard:
         text = await read_text(storage, file, PREFIX, length)
     except ValueError as error:
         raise CheckpointError(where, f"its header is not JSON: {error}", file) from error
-    parse = partial(_parse, where, file, bytes(prefix), text, size, findings)
+    rules = _Rules(where=where, file=file, size=size, recis=recis)
+    parse = partial(_parse, rules, bytes(prefix), text, findings)
     [shard] = await run_jobs(session.threads.kernels, [parse])
     return shard
 
 
-def _parse(  # noqa: PLR0917
-    where: str, file: str, prefix: bytes, text: bytearray, size: int, findings: Findings
-) -> Shard:
-    sifted = sift(_entries(where, file, text, size), partial(_header, where, file, len(text), size))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rules:
+    """What a header is read by."""
+
+    where: str
+    file: str
+    size: int
+    recis: bool
+
+    def parse(self, text: bytes | bytearray) -> ShardHeader:
+        return parse_header(self.where, self.file, text, self.size, recis=self.recis)
+
+
+def _parse(rules: _Rules, prefix: bytes, text: bytearray, findings: Findings) -> Shard:
+    sifted = _sifted(rules, text)
     for error in sifted.errors:
         findings.error(error)
     return Shard(
-        header=sifted.parsed or ShardHeader(file, Blocks.of(file, ()), 0),
+        header=sifted.parsed or ShardHeader(rules.file, Blocks.of(rules.file, ()), 0),
         refused=frozenset(error.key for error in sifted.errors if error.key is not None),
         start=PREFIX + len(text),
         digest=digest_of(prefix + text),
     )
 
 
-def _entries(where: str, file: str, text: bytearray, size: int) -> dict[str, Any]:
+def _sifted(rules: _Rules, text: bytearray) -> Sifted[object, ShardHeader]:
+    try:
+        return Sifted(rules.parse(text), {}, ())
+    except CheckpointError as error:
+        entries = _entries(text)
+        if entries is None:
+            raise
+        found = sift(entries, partial(_some, rules, len(text)))
+        # Where no entry is to blame, the text is: a key stands there twice.
+        return found if found.errors else replace(found, errors=(error,))
+
+
+def _entries(text: bytearray) -> dict[str, object] | None:
     try:
         entries = orjson.loads(text)
     except orjson.JSONDecodeError:
-        entries = None
+        return None
     if not isinstance(entries, dict):
-        parse_header(where, file, text, size)  # raises, and says why
-        return {}
+        return None
     entries.pop(_METADATA, None)
     return entries
 
 
-def _header(
-    where: str, file: str, length: int, size: int, entries: Mapping[str, object]
-) -> ShardHeader:
+def _some(rules: _Rules, length: int, entries: Mapping[str, object]) -> ShardHeader:
     """Read some entries as if there were no others; the data stays where it is."""
-    return parse_header(where, file, orjson.dumps(entries).ljust(length), size)
+    return rules.parse(orjson.dumps(entries).ljust(length))
 
 
-def check_layout(shard: Shard, findings: Findings) -> None:
-    """Note bytes that belong to no block."""
+def check_layout(shard: Shard, findings: Findings, *, recis: bool) -> None:
+    """Tell of bytes that belong to no block; RecIS's files may have some at their end."""
     file = shard.header.shard
     if shard.refused:
         return  # these may be theirs
-    if shard.header.surplus:
+    try:
+        check_covered(file, shard.header, surplus=recis)
+    except CheckpointError as error:
+        findings.error(error)
+    if shard.header.surplus and recis:
         findings.note(f"{shard.header.surplus} bytes after the last block, ignored", file=file)
-    end, lost = shard.start, 0
-    for block in sorted(shard.header.blocks.values(), key=lambda block: block.offset):
-        if block.nbytes:
-            lost += block.offset - end
-            end = block.offset + block.nbytes
-    if lost:
-        text = f"{lost} bytes between its blocks, ignored; safetensors itself refuses such files"
-        findings.note(text, file=file)

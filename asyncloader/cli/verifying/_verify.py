@@ -11,6 +11,7 @@ import torch
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
 from asyncloader._session import open_session
+from asyncloader.checkpoint import INDEX
 from asyncloader.checkpoint._safetensors import catalog_of_file
 from asyncloader.cli._room import check_room, free_memory
 from asyncloader.streaming import Meter
@@ -104,7 +105,7 @@ class _Check:
     def _check_structure(self) -> None:
         names, findings = self.names, self.findings
         for shard in self.shards.values():
-            check_layout(shard, findings)
+            check_layout(shard, findings, recis=names.source == INDEX)
         if names.sidecar is None:
             findings.note("no digests: bytes cannot be verified, only the structure")
         else:
