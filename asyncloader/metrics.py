@@ -130,6 +130,7 @@ class Metrics:
         on.loads.labels(model, "loaded").inc()
         on.read.labels(model).inc(report.bytes_read)
         on.verified.labels(model).inc(report.bytes_verified)
+        on.read_retries.labels(model).inc(report.retries)
         on.seconds.labels(model).observe(report.seconds)
         on.recis_time.labels(model).set(report.seconds * _MILLI)
         on.recis_size.labels(model).set(report.bytes_read)
@@ -172,6 +173,7 @@ class _Families:
     loads: Counter
     read: Counter
     verified: Counter
+    read_retries: Counter
     held_back: Counter
     swaps: Counter
     rollbacks: Counter
@@ -192,7 +194,7 @@ class _Families:
     def plain_counters(self) -> tuple[Counter, ...]:
         """Those whose only label is the model."""
         return (
-            *(self.read, self.verified, self.held_back, self.swaps),
+            *(self.read, self.verified, self.read_retries, self.held_back, self.swaps),
             *(self.rollbacks, self.retries, self.freed),
         )
 
@@ -213,6 +215,9 @@ class _Families:
             loads=counter("loads_total", "Loads that ended, by outcome", "outcome"),
             read=counter("read_bytes_total", "Bytes read from storage by loads that went well"),
             verified=counter("verified_bytes_total", "Bytes of those compared with digests"),
+            read_retries=counter(
+                "read_retries_total", "Calls on the storage that were tried again"
+            ),
             held_back=counter("held_back_seconds_total", "Time that loads took longer by pacing"),
             swaps=counter("swaps_total", "Versions that began to serve"),
             rollbacks=counter("rollbacks_total", "Versions that began to serve again"),

@@ -92,7 +92,7 @@ async def test_a_load_is_counted_with_its_bytes_and_time(
 ) -> None:
     report = await loaded(publish(tmp_path, 1))
     metrics.observe(report)
-    metrics.observe(replace(report, bytes_verified=7, seconds=3.0))
+    metrics.observe(replace(report, bytes_verified=7, seconds=3.0, retries=2))
 
     scrape = Scrape(registry)
 
@@ -100,6 +100,7 @@ async def test_a_load_is_counted_with_its_bytes_and_time(
     assert scrape("asyncloader_loads_total", outcome="failed") == 0
     assert scrape("asyncloader_read_bytes_total") == 2 * report.bytes_read > 0
     assert scrape("asyncloader_verified_bytes_total") == report.bytes_verified + 7
+    assert scrape("asyncloader_read_retries_total") == 2
     assert scrape("asyncloader_load_seconds_count") == 2
     assert scrape("asyncloader_load_seconds_sum") == pytest.approx(report.seconds + 3)
     assert scrape("asyncloader_load_seconds_bucket", le="5.0") == 2
