@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,11 +33,29 @@ _SIZES, _WIDTH = 6, 8
 _ENXIO = 6  # no fault of those that are tried again
 
 
+class _Malloc(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a process holds on to."""
 
     kib: int
+    """All that it has of memory, but for what it shares with others."""
+
+    allocated: int
+    """What somebody has asked the C library for and not given back, in KiB; 0 if it cannot say."""
+
+    blocks: int
+    """Likewise, of Python, in objects."""
+
     descriptors: int
     threads: int
 
@@ -44,14 +63,25 @@ class Held:
 def held() -> Held:
     """Measure this process, once all that can be given back is."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    library = ctypes.CDLL(None)
+    library.malloc_trim(0)
+    allocated = 0
+    if hasattr(library, "mallinfo2"):
+        library.mallinfo2.restype = _Malloc
+        allocated = library.mallinfo2().uordblks >> 10
     # Not all of Pss: libraries that other processes have loaded, too, count in part, so it would
     # change by 100 MiB when one of them ends.
     match = re.search(
         r"^Pss_Anon: *(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE
     )
     assert match is not None
-    return Held(int(match[1]), _count("/proc/self/fd"), _count("/proc/self/task"))
+    return Held(
+        kib=int(match[1]),
+        allocated=allocated,
+        blocks=sys.getallocatedblocks(),
+        descriptors=_count("/proc/self/fd"),
+        threads=_count("/proc/self/task"),
+    )
 
 
 def _count(folder: str) -> int:
@@ -153,8 +183,8 @@ def soak(base: str, loads: int, seed: int) -> dict[str, Any]:
             await it.load(kind)
 
     # Whatever is imported, compiled or remembered once is, then; and the C library has as much
-    # memory as the largest load of each kind takes at a time.
-    uvloop.run(load(TURNS * max(2, loads // 24)))
+    # memory as it ever needs at a time, which takes it some hundred loads.
+    uvloop.run(load(TURNS * max(2, loads // (2 * len(TURNS)))))
     before = held()
     it.outcomes.clear()
     uvloop.run(load(turns))
