@@ -507,7 +507,7 @@ def sidecar(change: Callable[[Any], object]) -> Callable[[Path], object]:
 
 
 SIDECARS: list[Damage] = [
-    ("no JSON", lambda p: truncate(p / "asyncloader.json", by=1), "asyncloader.json: not JSON"),
+    ("no JSON", lambda p: truncate(p / "asyncloader.json", by=1), "asyncloader.json: is not JSON"),
     ("damaged", sidecar(lambda s: s.pop("parts")), "asyncloader.json: damaged"),
     (
         "another tensorkey.json",

@@ -75,6 +75,26 @@ def _tweak(found: list[Slot], choices: Choices) -> None:
         slot.put(str(int(str(slot.node)[:400]) + choices.of(DELTAS)))
 
 
+def _respell(found: list[Slot], choices: Choices) -> None:
+    """Write the same number in another way; all that are the same, perhaps."""
+    numbers = [slot for slot in found if isinstance(slot.node, str) and slot.node.isdecimal()]
+    if numbers:
+        before = choices.of(numbers).node
+        after = choices.of(["-{}", "{}.0", "{}e0", "0{}", "{}E+0", '"{}"', "[{}]"]).format(before)
+        same = [slot for slot in numbers if slot.node == before]
+        for slot in same if choices.below(2) else [choices.of(same)]:
+            slot.put(after)
+
+
+def _inflate(found: list[Slot], choices: Choices) -> None:
+    """Give something that is empty immense sizes."""
+    shapes = [slot.node for slot in found if isinstance(slot.node, list) and "0" in slot.node]
+    if shapes:
+        shape: list[Any] = choices.of(shapes)
+        for _ in range(1 + choices.below(3)):
+            shape.insert(choices.below(len(shape) + 1), choices.of(_IMMENSE))
+
+
 def _double(found: list[Slot], choices: Choices) -> None:
     members = _some_members(found, choices)
     if members:
@@ -124,8 +144,9 @@ def _some_members(found: list[Slot], choices: Choices) -> Members | None:
 
 _CHANGES: list[Callable[[list[Slot], Choices], None]] = [
     _replace, _replace, _tweak, _tweak, _double, _delete, _rename, _insert, _splice, _swap, _wrap,
-    _shuffle,
+    _shuffle, _respell, _inflate,
 ]  # fmt: skip
+_IMMENSE = ["4294967296", "4611686018427387904", "9223372036854775807", "3", "9223372036854775808"]
 
 _HOW_MANY = [0, 1, 1, 1, 1, 2, 2, 3]
 _SPACES = ["", "", "", " ", "\n\t", "\r"]
