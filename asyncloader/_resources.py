@@ -136,6 +136,7 @@ async def open_resources(
     limits: Limits,
     contract: Contract | None,
     *,
+    reads: int | None = None,
     wrap: Callable[[ThreadedStorage], ThreadedStorage] = lambda storage: storage,
 ) -> AsyncIterator[Resources]:
     """Hold threads for the length of the block.
@@ -143,16 +144,18 @@ async def open_resources(
     Args:
         limits: For all that use them together.
         contract: What the event loop is promised; `None` is nothing.
+        reads: Threads that read; `None` is as many as are of use for chunks of the usual size.
         wrap: Gets the files of a checkpoint, and returns what is read from in their place.
     """
     throttle = Throttle(cores=processors()) if contract else None
     watching = contract.watch(throttle) if contract and throttle else contextlib.nullcontext()
-    async with watching as watch, Threads(reads=limits.threads, throttle=throttle) as threads:
+    count = limits.threads if reads is None else reads
+    async with watching as watch, Threads(reads=count, throttle=throttle) as threads:
         yield Resources(
             limits=limits,
             threads=threads,
             budget=ByteBudget(limits.max_inflight_bytes),
-            pace=ReadPace(threads.readers, most=limits.threads, throttle=throttle),
+            pace=ReadPace(threads.readers, most=count, throttle=throttle),
             descriptors=Descriptors(),
             throttle=throttle,
             watch=watch,

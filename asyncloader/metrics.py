@@ -215,9 +215,7 @@ class _Families:
             loads=counter("loads_total", "Loads that ended, by outcome", "outcome"),
             read=counter("read_bytes_total", "Bytes read from storage by loads that went well"),
             verified=counter("verified_bytes_total", "Bytes of those compared with digests"),
-            read_retries=counter(
-                "read_retries_total", "Calls on storage that were tried again"
-            ),
+            read_retries=counter("read_retries_total", "Calls on storage that were tried again"),
             held_back=counter("held_back_seconds_total", "Time that loads took longer by pacing"),
             swaps=counter("swaps_total", "Versions that began to serve"),
             rollbacks=counter("rollbacks_total", "Versions that began to serve again"),

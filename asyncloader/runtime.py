@@ -93,7 +93,10 @@ class Runtime:
         if self._held is not None:
             raise RuntimeError(f"{self!r} is entered already")
         stack = contextlib.AsyncExitStack()
-        opening = open_resources(self._limits, self._contract, wrap=self._wrap)
+        # Nobody knows yet how large chunks are: small ones may have use for all threads.
+        opening = open_resources(
+            self._limits, self._contract, reads=self._limits.parallel, wrap=self._wrap
+        )
         resources = await stack.enter_async_context(opening)
         self._held = _Held(resources, stack)
         return self

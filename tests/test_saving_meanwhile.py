@@ -68,15 +68,12 @@ class SavedMeanwhile(Through):
         return await super().size(name)
 
 
-says_damaged = pytest.mark.xfail(strict=True, reason="it is taken for damaged")
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "index",
-        pytest.param("tensorkey.json", marks=says_damaged),
-        pytest.param("asyncloader.json", marks=says_damaged),
+        "tensorkey.json",
+        "asyncloader.json",
         "model-000000-",
         "model-000001-",
     ],

@@ -13,7 +13,6 @@ import torch
 
 from asyncloader import (
     CheckpointChangedError,
-    CheckpointError,
     CheckpointNotFoundError,
     HashTable,
     Loader,
@@ -100,11 +99,6 @@ class Finder:
         except (CheckpointChangedError, CheckpointNotFoundError):
             self.missed += 1
             assert not len(table)
-        except CheckpointError as error:
-            # Between the reads of these: see the test of each.
-            self.missed += 1
-            if error.shard not in {"index", "tensorkey.json"}:
-                raise
         else:
             self.versions.append(version_of(table, tensors))
 

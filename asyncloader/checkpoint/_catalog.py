@@ -15,7 +15,7 @@ from asyncloader.storage import read_small
 from ._files import INDEX, SIDECAR, TENSORKEY
 from ._index import Catalog, Places, parse_catalog
 from ._json import MAX_NAMES, MAX_SIDECAR
-from ._manifest import read_header
+from ._manifest import check_unchanged, read_header
 from ._safetensors import SHARDED, SINGLE, catalog_of_file, parse_weight_map
 from ._sidecar import check_files, parse_sidecar
 
@@ -51,6 +51,7 @@ async def read_catalog(
 
     Raises:
         CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
+        CheckpointChangedError: If it was replaced meanwhile.
         CheckpointError: If a file that says so is no good.
         ReadError: If the storage failed.
     """
@@ -66,6 +67,9 @@ async def read_catalog(
         return await _read_recis(storage, executor, verify)
     except _ABSENT as error:
         absent = error
+    except CheckpointError:
+        await check_unchanged(storage, INDEX)  # that would explain it
+        raise
     for read in (_read_sharded, _read_file):
         try:
             return _without_digests(where, verify, await read(storage, executor))

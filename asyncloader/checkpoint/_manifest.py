@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ._index import Catalog, Place
     from ._sidecar import ShardDigests, Sidecar
 
-__all__ = ["Manifest", "read_header", "read_manifest"]
+__all__ = ["Manifest", "check_unchanged", "read_header", "read_manifest"]
 
 
 # Most headers fit, and one read is half the time of two.
@@ -113,7 +113,7 @@ async def read_manifest(
             failures[shard] = error
 
     await for_each(shards, read, workers=parallel, name="asyncloader-header")
-    await _check_unchanged(storage, catalog)  # first: it explains the failures
+    await check_unchanged(storage, catalog.source)  # first: it explains the failures
     if failures:
         first, *others = (failures[shard] for shard in sorted(failures))
         for other in others:
@@ -122,19 +122,25 @@ async def read_manifest(
     return Manifest(storage.location, catalog, headers)
 
 
-async def _check_unchanged(storage: Storage, catalog: Catalog) -> None:
+async def check_unchanged(storage: Storage, source: str) -> None:
+    """Look whether the file that names everything is still the one that was read.
+
+    Raises:
+        CheckpointChangedError: If it is not.
+        CheckpointError: If it cannot be looked at.
+    """
     try:
-        changed = await storage.changed([catalog.source])
+        changed = await storage.changed([source])
     except OSError as error:
         raise CheckpointError(
-            storage.location, f"cannot be looked at again: {error}", catalog.source
+            storage.location, f"cannot be looked at again: {error}", source
         ) from error
     if changed:
         problem = (
             "was replaced, or removed, while the checkpoint was being read; read it again, with a "
             "new CheckpointReader if you use one"
         )
-        raise CheckpointChangedError(storage.location, problem, catalog.source)
+        raise CheckpointChangedError(storage.location, problem, source)
 
 
 async def read_header(
