@@ -418,7 +418,7 @@ BAD = [
     (a_fifo_for_an_index, "not a regular file"),
     (a_folder_for_an_index, "not a regular file"),
     (a_loop_of_links, "no finished checkpoint|Too many levels"),
-    (bad_json, "index: not JSON"),
+    (bad_json, "index: is not JSON"),
     (a_truncated_shard, r"bytes \[.*\) are not there"),
     (a_missing_shard, "the file is missing"),
     (a_name_with_line_breaks, r"a\\\\n\\\\x1b\[2Jb|a\\n\\x1b\[2Jb"),

@@ -388,7 +388,7 @@ class StrictFolder:
                 if slot in slots and _meet(claim, wanted):
                     _need(slot not in by_claim.setdefault(claim, {}), "a part twice")
                     by_claim[claim][slot] = self.block(key, file)
-        _need(not by_claim or any("id" in found for found in by_claim.values()), "no ids")
+        _need(table not in self.tables or "id" in self.tables[table], "no ids")
         by_claim = {claim: found for claim, found in by_claim.items() if "id" in found}
         for found in by_claim.values():
             _need(found["id"][0] == "I64", "no ids")
