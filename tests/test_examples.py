@@ -102,3 +102,19 @@ async def test_the_code_in_the_guide_to_serving_runs(
         assert len(answer["scores"]) == 3
         with pytest.raises(names["HTTPException"], match="no version served before"):
             await names["rollback"]()
+
+
+def test_each_row_of_what_was_tried_is_a_test() -> None:
+    """`test_x.py`: `part of a name`, `part of another`; as -k takes it."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and ".py`: " in line]
+    assert len(rows) > 40
+    for row in rows:
+        for file, names in re.findall(r"`(test_\w+\.py)`: ((?:`\w+`(?:, )?)+)", row):
+            defined = re.findall(
+                r"^(?:async )?def (test_\w+)",
+                (ROOT / "tests" / file).read_text("utf-8"),
+                re.MULTILINE,
+            )
+            for part in re.findall(r"`(\w+)`", names):
+                assert any(part in name for name in defined), (file, part)

@@ -23,7 +23,6 @@ from asyncloader import (
     AsyncLoaderError,
     CheckpointChangedError,
     CheckpointError,
-    HashTable,
     Loader,
     LoadTimeoutError,
     ReadError,
@@ -436,9 +435,3 @@ async def test_whatever_happens_a_load_is_right_or_our_error(plan: list[str]) ->
                     assert rows_in(into.table) == before
                 else:
                     into.check()
-
-
-def test_the_row_that_a_failed_load_would_replace_is_still_there() -> None:
-    into = Into()
-    assert isinstance(into.table, HashTable)
-    assert len(into.table) == 1

@@ -147,7 +147,9 @@ class RetryingStorage:
         def note(state: RetryCallState) -> None:
             self.retries += 1
             error = state.outcome.exception() if state.outcome else None
-            _log.warning(
+            # The first one is news; the report will count the others.
+            _log.log(
+                logging.WARNING if self.retries == 1 else logging.DEBUG,
                 "%s: %s: %s; trying again, %d of %d",
                 self.location, name, error, state.attempt_number, _ATTEMPTS - 1,
             )  # fmt: skip
