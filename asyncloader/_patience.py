@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
-from concurrent.futures import Executor, Future, InvalidStateError
-from functools import partial
+from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ._concurrency import settled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable
+    from concurrent.futures import Executor
 
-__all__ = ["Errand", "Patience", "StalledError"]
+__all__ = ["Errand", "Patience", "Pulse", "StalledError"]
 
 T = TypeVar("T")
 
 _LOOKS = 8
-"""How often a thread is looked after before it is given up on."""
+"""How often, at least, an errand is looked after before it is given up."""
+
+_SLOW = 1.0
+"""Seconds. One that takes longer stands in nobody's way any more: its thread is replaced."""
 
 
 class StalledError(TimeoutError):
@@ -41,41 +43,91 @@ class StalledError(TimeoutError):
         )
 
 
+class Pulse:
+    """A thread's sign of life: of an errand that is several calls, each is waited for by itself."""
+
+    __slots__ = ("beats",)
+
+    def __init__(self) -> None:
+        self.beats = 0
+
+    def beat(self) -> None:
+        """Note that a call begins."""
+        self.beats += 1
+
+
 class Errand(Generic[T]):
     """Something that a thread does for somebody who waits.
 
     Args:
         job: What to do.
+        label: What it is about, for messages.
         late: Gets the result if it comes after the errand was given up.
+        pulse: Beats when another call begins, if it is several.
 
     Attributes:
         future: The result, or what was raised; a `StalledError` if it was given up.
-        begun: When a thread began, or `None`.
-        thread: The one that did.
+        thread: The one that has begun with it, or `None`.
+        is_over: Whether that thread is done with it, given up or not.
     """
 
-    __slots__ = ("begun", "future", "job", "late", "thread")
+    __slots__ = (
+        "beats",
+        "future",
+        "is_over",
+        "is_slow",
+        "job",
+        "label",
+        "late",
+        "pulse",
+        "thread",
+        "waited",
+    )
 
-    def __init__(self, job: Callable[[], T], late: Callable[[T], object] | None = None) -> None:
+    def __init__(
+        self,
+        job: Callable[[], T],
+        *,
+        label: object = "",
+        late: Callable[[T], object] | None = None,
+        pulse: Pulse | None = None,
+    ) -> None:
         self.job: Callable[[], T] | None = job
+        self.label = label
         self.late = late
+        self.pulse = pulse
         self.future: Future[T] = Future()
-        self.begun: float | None = None
         self.thread: threading.Thread | None = None
+        self.is_over = False
+        self.is_slow = False
+        self.beats = 0
+        self.waited = 0.0
 
     def run(self) -> None:
         """Do it, on a thread; nothing if it was withdrawn meanwhile."""
         job, self.job = self.job, None  # the one who waits may hold on to this
         if job is None or not self.future.set_running_or_notify_cancel():
             return
-        self.thread, self.begun = threading.current_thread(), time.monotonic()
+        self.thread = threading.current_thread()
         try:
             result = job()
         except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
+            self.is_over = True
             self._fail(error)
             del self, job  # the error knows this frame
         else:
+            self.is_over = True
             self._succeed(result)
+
+    def passed(self, seconds: float) -> float:
+        """Note that time has passed; return for how long the storage has given no answer."""
+        if self.thread is None:
+            return 0.0
+        if self.pulse is not None and self.beats != self.pulse.beats:
+            self.beats = self.pulse.beats
+            self.waited = 0.0
+        self.waited += seconds
+        return self.waited
 
     def give_up(self, seconds: float) -> bool:
         """Let whoever waits go; say whether there was still something to wait for."""
@@ -102,13 +154,18 @@ class Errand(Generic[T]):
 class Patience:
     """Gives up on errands whose threads do not come back.
 
-    Threads cannot be interrupted: one that waits for a disk that is gone may do so for ever. It is
-    then replaced by another, whoever waits for it is let go, and what it was to write to stays
-    alive and is not used again, for it may yet be written to. Belongs to one event loop.
+    Threads cannot be interrupted: one that waits for a disk that is gone may do so for ever. One
+    that takes more than a second is replaced by another, so that it keeps nobody waiting but the
+    one whom it works for. One that takes `seconds` is given up: that one is let go, too, and what
+    it was to write to stays alive and is not used again, for it may yet be written to.
+
+    Time in which nobody looked, since the event loop or all of the process stood still, does not
+    count. Belongs to one event loop.
 
     Args:
-        seconds: From when the thread began; `None` waits for ever.
-        replace: Gets a thread that was given up on.
+        seconds: From when the thread began, or its last call did; `None` waits for ever.
+        replace: Gets a thread that another shall take the place of. Called on the event loop.
+        clock: Seconds, ever growing.
     """
 
     def __init__(
@@ -116,69 +173,77 @@ class Patience:
         seconds: float | None,
         *,
         replace: Callable[[threading.Thread], object] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._seconds = seconds
         self._replace = replace
+        self._clock = clock
+        self._slow = _SLOW if seconds is None else min(_SLOW, seconds / 2)
+        self._period = self._slow / _LOOKS * 2
         self._under_way: dict[Errand[Any], Callable[[], object] | None] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._looked = 0.0
         self.lost = 0
         """Errands that were given up."""
 
     def __repr__(self) -> str:
         return f"<Patience {self._seconds} s: {len(self._under_way)} under way, {self.lost} lost>"
 
+    def under_way(self) -> list[str]:
+        """Say what threads are at, the longest first."""
+        begun = [errand for errand in self._under_way if errand.thread is not None]
+        begun.sort(key=lambda errand: -errand.waited)
+        return [label for errand in begun if (label := str(errand.label))]
+
     async def wait_for(
         self,
         errand: Errand[T],
         *,
         withdraw: Callable[[], object] | None = None,
-        on_lost: Callable[[], object] | None = None,
+        discard: Callable[[T], Awaitable[object]] | None = None,
+        on_slow: Callable[[], object] | None = None,
     ) -> T:
         """Return what an errand results in; being cancelled waits for a thread that has begun.
 
         Args:
             errand: A thread has been told to run it.
             withdraw: Called if we are cancelled, to take back what has not begun.
-            on_lost: Called if the errand is given up.
+            discard: Called with the result if we were cancelled, and nobody will take it.
+            on_slow: Called if its thread is replaced.
 
         Raises:
             StalledError: If it was given up.
         """
-        self._watch(errand, on_lost)
+        self._under_way[errand] = on_slow
+        if self._timer is None:
+            self._looked = self._clock()
+            self._timer = asyncio.get_running_loop().call_later(self._period, self._look)
         try:
             return await settled(
-                asyncio.wrap_future(errand.future), withdraw=withdraw or errand.future.cancel
+                asyncio.wrap_future(errand.future),
+                withdraw=withdraw or errand.future.cancel,
+                discard=discard,
             )
         finally:
             del self._under_way[errand]
-            del errand, withdraw, on_lost  # its future knows its error, which knows this frame
+            del errand, withdraw, discard, on_slow  # its error knows this frame
 
-    @contextlib.contextmanager
-    def executor(
-        self, executor: Executor, *, late: Callable[[Any], object] | None = None
-    ) -> Iterator[Executor]:
-        """Lend an executor whose jobs are given up like errands, for the length of the block.
-
-        Args:
-            executor: Runs them.
-            late: Gets the result of a job that was given up, if there ever is one.
-        """
-        mine: list[Errand[Any]] = []
-
-        def note(errand: Errand[Any]) -> None:
-            mine.append(errand)
-            self._watch(errand, None)
-
+    async def run(
+        self,
+        executor: Executor,
+        job: Callable[[], T],
+        *,
+        label: object = "",
+        late: Callable[[T], object] | None = None,
+        discard: Callable[[T], Awaitable[object]] | None = None,
+    ) -> T:
+        """Return what a job results in that an executor runs; see `Errand` and `wait_for`."""
+        errand = Errand(job, label=label, late=late)
+        executor.submit(errand.run)
         try:
-            yield _Errands(executor, note, late)
+            return await self.wait_for(errand, discard=discard)
         finally:
-            for errand in mine:
-                del self._under_way[errand]
-
-    def _watch(self, errand: Errand[Any], on_lost: Callable[[], object] | None) -> None:
-        self._under_way[errand] = on_lost
-        if self._timer is None and self._seconds is not None:
-            self._set_timer(self._seconds)
+            del errand, job, late, discard
 
     def close(self) -> None:
         """Look after nobody any more."""
@@ -186,46 +251,24 @@ class Patience:
             self._timer.cancel()
             self._timer = None
 
-    def _set_timer(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(seconds / _LOOKS, self._look)
-
     def _look(self) -> None:
         self._timer = None
-        seconds = self._seconds
-        if seconds is None or not self._under_way:
+        if not self._under_way:
             return
-        begun_before = time.monotonic() - seconds
-        for errand, on_lost in list(self._under_way.items()):
-            if errand.begun is not None and errand.begun <= begun_before:
-                self._give_up(errand, on_lost)
-        self._set_timer(seconds)
+        now = self._clock()
+        passed = min(now - self._looked, 2 * self._period)
+        self._looked = now
+        for errand, on_slow in list(self._under_way.items()):
+            waited = errand.passed(passed)
+            if waited > self._slow and not errand.is_slow:
+                self._note_slow(errand, on_slow)
+            if self._seconds is not None and waited > self._seconds:
+                self.lost += errand.give_up(self._seconds)
+        self._timer = asyncio.get_running_loop().call_later(self._period, self._look)
 
-    def _give_up(self, errand: Errand[Any], on_lost: Callable[[], object] | None) -> None:
-        seconds, thread = self._seconds, errand.thread
-        if seconds is None or thread is None or not errand.give_up(seconds):
-            return
-        self.lost += 1
-        self._replace(thread)
-        if on_lost is not None:
-            on_lost()
-
-
-class _Errands(Executor):
-    """Makes an errand of every job."""
-
-    def __init__(
-        self,
-        executor: Executor,
-        note: Callable[[Errand[Any]], object],
-        late: Callable[[Any], object] | None,
-    ) -> None:
-        self._executor = executor
-        self._note = note
-        self._late = late
-
-    def submit(self, job: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
-        errand = Errand(partial(job, *args, **kwargs), self._late)
-        self._executor.submit(errand.run)
-        self._note(errand)
-        return errand.future
+    def _note_slow(self, errand: Errand[Any], on_slow: Callable[[], object] | None) -> None:
+        errand.is_slow = True
+        if errand.thread is not None and not errand.is_over:
+            self._replace(errand.thread)
+            if on_slow is not None:
+                on_slow()

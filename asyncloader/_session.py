@@ -8,18 +8,23 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from ._concurrency import run_jobs
-from ._patience import Patience
+from ._patience import Patience, StalledError
 from ._resources import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, open_resources
 from .checkpoint import read_catalog, read_manifest
-from .errors import CheckpointChangedError, CheckpointNotFoundError, LoadTimeoutError, ReadError
-from .storage import LocalStorage, ThreadedRetryingStorage
+from .errors import (
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    LoadTimeoutError,
+    ReadError,
+    ReadStalledError,
+)
+from .storage import LocalStorage, ThreadedRetryingStorage, ThreadedStorage
 from .streaming import CHANGED, Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
     from ._resources import Contract, Resources
     from .checkpoint import Catalog, Manifest, Verify
@@ -38,6 +43,8 @@ __all__ = [
     "checked_verify",
     "open_session",
 ]
+
+T = TypeVar("T")
 
 STALL_TIMEOUT = 120.0
 VERIFY: tuple[Verify, ...] = ("auto", "require", "off")
@@ -64,6 +71,9 @@ class Session:
     retrying: RetryingStorage | None = None
     """The storage, if it tries again what fails."""
 
+    patience: Patience = field(default_factory=lambda: Patience(None))
+    """How long a thread is waited for that looks at files."""
+
     watch: LagWatch | None = None
     """Keeps the loop's lag within a bound, if there is one."""
 
@@ -79,12 +89,23 @@ class Session:
         """
         try:
             yield
+        except ReadStalledError as error:  # whoever asked again would wait as long again
+            error.location = self.location
+            raise
         except ReadError as error:
             error.location = self.location
             with contextlib.suppress(OSError):
                 if error.shard in await self.storage.changed([error.shard]):
                     raise CheckpointChangedError(self.location, CHANGED, error.shard) from error
             raise
+
+    async def on_disk(self, job: Callable[[], T]) -> T:
+        """Return what a job results in that looks at files besides those that are read.
+
+        Raises:
+            ReadStalledError: If it was given up.
+        """
+        return await _on_disk(self.patience, self.threads, job, self.location)
 
     @property
     def verifier(self) -> Verifier:
@@ -107,7 +128,7 @@ class Session:
         except CheckpointNotFoundError as error:
             from ._runs import is_run_folder  # noqa: PLC0415  # seldom
 
-            [is_run] = await run_jobs(pool, [partial(is_run_folder, self.location)])
+            is_run = await self.on_disk(partial(is_run_folder, self.location))
             if not is_run:
                 raise
             problem = f"{error.problem}. It holds checkpoints: take asyncloader.latest() of it"
@@ -177,18 +198,23 @@ async def open_session(
     try:
         async with late.limit, holding as resources:
             limits = limits.within(resources.limits)
-            pool = resources.threads.kernels
-            [(root, file)] = await run_jobs(pool, [partial(_root_and_file, path)])
-            files = _files(root, access, resources, seen=seen, trusted=file is not None)
+            threads = resources.threads
+            patience = Patience(access.stall_timeout, replace=threads.replace)
+            look = partial(_root_and_file, path)
+            root, file = await _on_disk(patience, threads, look, path)
+            files = _files(
+                root, access, resources, patience=patience, seen=seen, trusted=file is not None
+            )
             async with files:
-                storage = ThreadedRetryingStorage(resources.wrap(files))
-                with late.noting(storage):
+                storage = _retrying(files, resources)
+                with late.noting(patience):
                     session = Session(
                         location=str(Path(path)),
                         file=file,
                         storage=storage,
                         retrying=storage,
-                        threads=resources.threads,
+                        threads=threads,
+                        patience=patience,
                         limits=limits,
                         budget=resources.budget,
                         verify=verify,
@@ -206,22 +232,38 @@ def _files(
     access: Access,
     resources: Resources,
     *,
+    patience: Patience,
     seen: dict[str, tuple[int, ...]] | None,
     trusted: bool,
 ) -> LocalStorage:
-    threads = resources.threads
     return LocalStorage(
         root,
-        executor=threads.readers,
+        executor=resources.threads.readers,
         pace=resources.pace,
         descriptors=resources.descriptors,
-        patience=Patience(access.stall_timeout, replace=threads.replace),
+        patience=patience,
         throttle=resources.throttle,
         seen=seen,
         direct_io=access.direct_io,
         # A file that the user has named may be a link to anywhere: nobody else chose it.
         follow_symlinks=access.follow_symlinks or trusted,
     )
+
+
+def _retrying(files: LocalStorage, resources: Resources) -> ThreadedRetryingStorage:
+    storage = resources.wrap(files)
+    if not isinstance(storage, ThreadedStorage):
+        raise TypeError(f"wrap_storage returned {storage!r}, which is no ThreadedStorage")
+    # Of what threads may still write to, what is wrapped around the files need not know.
+    return ThreadedRetryingStorage(storage, lost=lambda: files.lost)
+
+
+async def _on_disk(patience: Patience, threads: Threads, job: Callable[[], T], location: str) -> T:
+    try:
+        return await patience.run(threads.reads, job, label=location)
+    except StalledError as error:
+        stalled = ReadStalledError(location, 0, 0, str(error))
+        raise stalled from error
 
 
 class _Lateness:
@@ -234,11 +276,11 @@ class _Lateness:
         self._under_way: list[str] = []
 
     @contextlib.contextmanager
-    def noting(self, storage: RetryingStorage) -> Iterator[None]:
+    def noting(self, patience: Patience) -> Iterator[None]:
         """Look what is being read just before the time-out passes."""
 
         def look() -> None:
-            self._under_way = storage.under_way()
+            self._under_way = patience.under_way()
 
         when = self.limit.when()
         if when is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Executor, Future
 from functools import partial
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, TypeVar
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,12 +16,17 @@ __all__ = ["WorkerPool"]
 T = TypeVar("T")
 
 
+class _Job(NamedTuple):
+    do: Callable[[], object]
+    result: Future[Any]
+
+
 class WorkerPool(Executor):
     """A fixed number of threads that run jobs, first come, first served.
 
     What `ThreadPoolExecutor` lacks: a thread that does not come back, since the kernel keeps it
-    waiting for a disk that is gone, can be replaced. Nobody waits for it any more, neither
-    `shutdown` nor the end of the interpreter; should it ever come back, it ends.
+    waiting for a disk that is gone, can be struck off and replaced. Nobody waits for it any more,
+    neither `shutdown` nor the end of the interpreter; should it ever come back, it ends.
 
     Args:
         size: Threads. Started by `start`, or one by one as jobs come.
@@ -33,9 +38,10 @@ class WorkerPool(Executor):
         self._size = size
         self._name = name
         self._initializer = initializer
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._lock = threading.Lock()  # for all below
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._lock = threading.Lock()  # for all below; held for moments only
         self._threads: set[threading.Thread] = set()
+        self._starting = 0
         self._started = 0
         self._is_shut = False
 
@@ -46,74 +52,106 @@ class WorkerPool(Executor):
         """Have a thread run a job.
 
         Raises:
-            RuntimeError: If the pool is shut down, or there is no thread to be had.
+            RuntimeError: If the pool is shut down, or there is not a single thread to be had.
         """
+        if self._is_shut:
+            raise RuntimeError(f"{self!r} is shut down")
+        if len(self._threads) + self._starting < self._size:
+            self._start_one()
         result: Future[T] = Future()
-        with self._lock:
-            if self._is_shut:
-                raise RuntimeError(f"{self!r} is shut down")
-            if len(self._threads) < self._size:
-                self._start()
-            self._jobs.put(partial(_carry_out, partial(job, *args, **kwargs), result))
+        self._jobs.put(_Job(partial(job, *args, **kwargs), result))
         return result
 
     def start(self) -> None:
-        """Start all threads that do not run yet. Waits for each to run.
+        """Start all threads that do not run. Waits for each to run.
 
         Raises:
-            RuntimeError: If there are no more to be had.
+            RuntimeError: If there is not a single one to be had; what waits for one fails, too.
+        """
+        try:
+            while self._start_one():
+                pass
+        except RuntimeError as error:
+            self._fail_all(error)
+            raise
+
+    def strike_off(self, thread: threading.Thread) -> bool:
+        """Give up on a thread: `start` puts another in its place. Say whether it was one of ours.
+
+        Waits for nothing, so that it may be called on an event loop.
         """
         with self._lock:
-            while len(self._threads) < self._size and not self._is_shut:
-                self._start()
-
-    def replace(self, thread: threading.Thread) -> None:
-        """Give up on a thread, and start another one in its place, if there is one to be had."""
-        with self._lock:
             if thread not in self._threads:
-                return
+                return False
             self._threads.discard(thread)
-            if not self._is_shut:
-                try:
-                    self._start()
-                except RuntimeError:
-                    if not self._threads:
-                        raise
+            return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002  # as the base has it
-        """Take no more jobs; wait for those that are there, but not for threads given up on."""
-        with self._lock:
-            self._is_shut = True
-            threads = list(self._threads)
+        """Take no more jobs; wait for those that are there, but for no thread given up on."""
         if cancel_futures:
             raise NotImplementedError("jobs are withdrawn by whoever handed them in")
+        self._is_shut = True
         self._jobs.put(None)
-        if wait:
-            for thread in threads:
-                thread.join()
+        while wait and (thread := next(iter(self._threads.copy()), None)):
+            thread.join(_LOOK_AGAIN)
+            if not thread.is_alive():
+                self.strike_off(thread)
 
-    def _start(self) -> None:
+    def _start_one(self) -> bool:
+        """Start a thread if one is missing; say whether one was.
+
+        Raises:
+            RuntimeError: If none is to be had, and none runs.
+        """
+        with self._lock:
+            if self._is_shut or len(self._threads) + self._starting >= self._size:
+                return False
+            self._starting += 1
+            self._started += 1
+            name = f"{self._name}_{self._started - 1}"
         # A daemon: Python would wait for all others at its end, those too that never return.
-        name = f"{self._name}_{self._started}"
         thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        thread.start()
-        self._started += 1
-        self._threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            if not self._threads:
+                raise
+            return False
+        finally:
+            with self._lock:
+                self._starting -= 1
+                if thread.ident is not None:
+                    self._threads.add(thread)
+        return True
 
     def _serve(self) -> None:
         self._initializer()
         thread = threading.current_thread()
         while (job := self._jobs.get()) is not None:
-            job()
+            _carry_out(*job)
             del job  # or an idle thread would hold on to what it did last
-            # One that was replaced while it ran is in nobody's books any more.
-            if thread not in self._threads and self._is_replaced(thread):
+            if self._is_struck_off(thread):
                 return
-        self._jobs.put(None)  # for the next one; also one that came back just as it was replaced
+        self._jobs.put(None)  # for the next one
 
-    def _is_replaced(self, thread: threading.Thread) -> bool:
+    def _is_struck_off(self, thread: threading.Thread) -> bool:
+        if thread in self._threads:
+            return False
         with self._lock:  # whoever started it may not have noted it yet
-            return thread not in self._threads
+            return thread not in self._threads and not self._starting
+
+    def _fail_all(self, error: RuntimeError) -> None:
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except Empty:
+                return
+            if job is not None and job.result.set_running_or_notify_cancel():
+                job.result.set_exception(error)
+
+
+_LOOK_AGAIN = 0.5
+"""Seconds. A thread that is waited for may be given up on meanwhile."""
 
 
 def _carry_out(job: Callable[[], T], result: Future[T]) -> None:

@@ -147,19 +147,23 @@ class ReadError(AsyncLoaderError):
         where = f"{self.location}: {self.shard}" if self.location else self.shard
         wanted = f" (wanted by {', '.join(map(repr, self.names))})" if self.names else ""
         begin, end = self.offset, self.offset + self.length
-        return f"{where}: bytes [{begin}, {end}): {self.problem}{wanted}"
+        which = f" bytes [{begin}, {end}):" if self.length else ""
+        return f"{where}:{which} {self.problem}{wanted}"
 
 
 class ReadStalledError(ReadError, TimeoutError):
     """The storage gave no answer for a byte range within `stall_timeout`. Tables are as they were.
 
     The thread that asked cannot be interrupted. Should it ever get an answer, it writes that to
-    memory that nobody uses any more; but for dense tensors, which `touched` names.
+    memory that nobody uses any more; but for dense tensors, which `touched` names. Those cannot be
+    loaded into again before it has: take new ones.
     """
 
     def __init__(self, shard: str, offset: int, length: int, problem: str) -> None:
         super().__init__(shard, offset, length, problem)
-        self.errno, self.strerror = errno.ETIMEDOUT, "timed out"
+        # OSError read its own facts from our arguments.
+        self.args = (shard, offset, length, problem)
+        self.errno, self.strerror, self.filename = errno.ETIMEDOUT, "timed out", None
 
 
 class LoadTimeoutError(AsyncLoaderError, TimeoutError):
@@ -174,7 +178,8 @@ class LoadTimeoutError(AsyncLoaderError, TimeoutError):
     def __init__(self, location: str, seconds: float, under_way: Iterable[str] = ()) -> None:
         self.under_way = tuple(under_way)
         super().__init__(location, seconds, self.under_way)
-        self.errno, self.strerror = errno.ETIMEDOUT, "timed out"
+        self.args = (location, seconds, self.under_way)
+        self.errno, self.strerror, self.filename = errno.ETIMEDOUT, "timed out", None
         self.location = location
         self.seconds = seconds
 

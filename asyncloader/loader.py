@@ -30,7 +30,7 @@ from ._resources import (
     Limits,
 )
 from ._session import STALL_TIMEOUT, Access, checked_verify, open_session
-from .errors import AsyncLoaderError
+from .errors import AsyncLoaderError, ReadStalledError
 from .planning import (
     Targets,
     checked_load_info,
@@ -310,8 +310,9 @@ class Loader:
             [choice] = await run_jobs(pool, [undisturbed(partial(choose, catalog, info, targets))])
         with self._tracer.span("plan", "headers"):
             manifest = await session.manifest(catalog, choice.shards())
-        [problems] = await run_jobs(pool, [partial(into.overlaps, choice.tensors)])
-        choice.problems += problems
+        odd = [partial(look, choice.tensors) for look in (into.overlaps, into.unsafe)]
+        for problems in await run_jobs(pool, odd):
+            choice.problems += problems
         with self._tracer.span("plan", "plan"):
             decide = undisturbed(partial(plan_load, manifest, choice, strict=self._strict))
             [plan] = await run_jobs(pool, [decide])
@@ -377,5 +378,7 @@ def _naming(touched: Mapping[str, bool]) -> Iterator[None]:
         if isinstance(error, AsyncLoaderError):
             error.touched = names
         if names:
-            error.add_note(f"tensors written to: {', '.join(names[:_NAMED])}")
+            still = ", and until the disk answers; take new ones for another load"
+            more = still if isinstance(error, ReadStalledError) else ""
+            error.add_note(f"tensors written to: {', '.join(names[:_NAMED])}{more}")
         raise

@@ -82,6 +82,7 @@ class Runtime:
             max_inflight_bytes=max_inflight_bytes,
         )
         self._held: _Held | None = None
+        self._is_entered = False
 
     def __repr__(self) -> str:
         held = self._held
@@ -90,16 +91,24 @@ class Runtime:
         return f"<Runtime: {held.users} loads, {held.resources.budget!r}>"
 
     async def __aenter__(self) -> Self:
-        if self._held is not None:
+        if self._is_entered:
             raise RuntimeError(f"{self!r} is entered already")
+        self._is_entered = True  # before the first await: two could enter at once
+        try:
+            self._held = await self._open()
+        except BaseException:
+            self._is_entered = False
+            raise
+        return self
+
+    async def _open(self) -> _Held:
         stack = contextlib.AsyncExitStack()
         # Nobody knows yet how large chunks are: small ones may have use for all threads.
         opening = open_resources(
             self._limits, self._contract, reads=self._limits.parallel, wrap=self._wrap
         )
         resources = await stack.enter_async_context(opening)
-        self._held = _Held(resources, stack)
-        return self
+        return _Held(resources, stack)
 
     async def __aexit__(self, *_: object) -> None:
         held, self._held = self._held, None
@@ -109,6 +118,7 @@ class Runtime:
             if held.users:  # threads may be writing to their memory
                 await settled(asyncio.ensure_future(held.idle.wait()))
         finally:
+            self._is_entered = False
             await held.stack.aclose()
 
     @contextlib.asynccontextmanager

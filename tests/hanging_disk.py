@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import select
+import signal
 import stat
 import struct
 import subprocess
@@ -33,7 +34,8 @@ _PATIENCE = 20
 _LONGEST = 1 << 20
 _ROOT = 1
 _LOOKUP, _FORGET, _GETATTR, _OPEN, _READ, _STATFS, _RELEASE = 1, 2, 3, 14, 15, 17, 18
-_INIT, _OPENDIR, _READDIR, _RELEASEDIR, _INTERRUPT, _FORGET_MANY = 26, 27, 28, 29, 36, 42
+_FLUSH, _INIT, _OPENDIR, _READDIR, _RELEASEDIR = 25, 26, 27, 28, 29
+_INTERRUPT, _FORGET_MANY = 36, 42
 _UNANSWERED = {_FORGET, _INTERRUPT, _FORGET_MANY}
 _ASYNC_READ, _MAX_PAGES, _DIRECT_IO = 1 << 0, 1 << 22, 1 << 0
 _MS_RDONLY, _MNT_DETACH = 1, 2
@@ -67,6 +69,22 @@ class HangingDisk:
     def hang(self, name: str, *, begin: int = 0, on: str = "read") -> None:
         """Answer no read (or `on="open"`) of a file any more, from an offset on."""
         self._tell({"name": name, "fault": "hang", "begin": begin, "on": on})
+
+    def die(self) -> None:
+        """Answer nothing any more: no read, no look at a file, no closing of one."""
+        self._tell({"fault": "dead"})
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Take no request any more, for the length of the block.
+
+        Unlike those that were taken and get no answer, the kernel ends such for who is killed.
+        """
+        self.server.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.server.send_signal(signal.SIGCONT)
 
     def heal(self) -> None:
         """Serve all files as they are from now on, and answer whoever still waits."""
@@ -163,6 +181,7 @@ class _Server:
 
     rules: dict[str, dict[str, Any]] = field(default_factory=dict)
     waiting: list[_Request] = field(default_factory=list)
+    is_dead: bool = False
 
     def serve(self) -> None:
         """Answer until nobody tells us what to do any more."""
@@ -179,9 +198,10 @@ class _Server:
                     return
 
     def _note(self, rule: dict[str, Any]) -> None:
+        self.is_dead = rule["fault"] == "dead"
         if rule["fault"] == "none":
             self.rules.clear()
-        else:
+        elif not self.is_dead:
             self.rules[rule["name"]] = rule
         print("noted", flush=True)  # noqa: T201  # to the test
         waiting, self.waiting = self.waiting, []
@@ -201,6 +221,8 @@ class _Server:
         if request.code in _UNANSWERED:
             return
         try:
+            if self.is_dead:
+                raise _Silence  # noqa: TRY301  # as where one of them is not answered
             body, code = self._carry_out(request), 0
         except _Silence:
             self.waiting.append(request)
@@ -221,6 +243,7 @@ class _Server:
             _OPENDIR: lambda _: struct.pack("<QII", 0, 0, 0),
             _READ: self._read,
             _READDIR: self._list,
+            _FLUSH: lambda _: b"",
             _RELEASE: lambda _: b"",
             _RELEASEDIR: lambda _: b"",
             _STATFS: lambda _: struct.pack("<5Q4I6I", 0, 0, 0, 0, 0, 4096, 255, 4096, 0, *[0] * 6),

@@ -31,6 +31,7 @@ from asyncloader import (
     PlanError,
     Progress,
     ReadError,
+    ReadStalledError,
     TruncatedShardError,
     gen_slice,
 )
@@ -554,7 +555,9 @@ async def test_a_block_that_only_tensorkey_names_is_an_error(tmp_path: Path) -> 
         TruncatedShardError("here", "shard", "key", 8, 16, 12),
         PlanError("here", ["one", "two"]),
         ReadError("shard", 8, 16, "broken"),
+        ReadStalledError("shard", 8, 16, "no answer"),
         LoadTimeoutError("here", 1.5),
+        LoadTimeoutError("here", 1.5, ["shard: bytes [0, 8)"]),
     ],
     ids=repr,
 )

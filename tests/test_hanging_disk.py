@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,8 +20,10 @@ from asyncloader import (
     HashTable,
     Loader,
     LoadTimeoutError,
+    PlanError,
     ReadError,
     ReadStalledError,
+    Runtime,
 )
 from tests.hanging_disk import NotMountableError, hanging_disk
 from tests.oracle import shard_holding, write_checkpoint
@@ -27,6 +31,7 @@ from tests.support import data, nothing_left_behind, open_files, rows_in, rows_o
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.hanging_disk import HangingDisk
 
@@ -90,14 +95,23 @@ def case(disk: HangingDisk) -> Iterator[Case]:
         assert not thread.is_alive()
 
 
+def readers() -> set[threading.Thread]:
+    return {one for one in threading.enumerate() if one.name.startswith("asyncloader-read")}
+
+
+async def end_of(threads: set[threading.Thread]) -> None:
+    for thread in threads:
+        await asyncio.to_thread(thread.join, PATIENCE)
+        assert not thread.is_alive()
+
+
 async def test_a_file_that_was_given_up_on_is_closed_when_its_thread_is_back(case: Case) -> None:
-    threads = set(threading.enumerate())
+    before = readers()
     case.disk.hang(case.shard, begin=FAR)
     with pytest.raises(ReadStalledError):
         await case.loader(stall_timeout=STALL).aload()
     case.disk.heal()
-    for thread in set(threading.enumerate()) - threads:
-        await asyncio.to_thread(thread.join, PATIENCE)
+    await end_of(readers() - before)
 
     assert not [name for name in open_files() if name.endswith(case.shard)]
 
@@ -170,7 +184,7 @@ async def test_a_file_that_cannot_be_opened_or_begun_is_given_up(
 ) -> None:
     case.disk.hang(name, on=on)
 
-    with pytest.raises(AsyncLoaderError, match="no answer from the storage"):
+    with pytest.raises(ReadStalledError, match=f"{name}: no answer from the storage"):
         await case.loader(stall_timeout=STALL).aload()
 
     assert rows_in(case.table) == case.held
@@ -216,3 +230,127 @@ async def test_a_reader_of_a_disk_that_hangs_gives_up_and_others_read_on(case: C
         ids = await reader.aread_tensor("t@id")
 
     assert torch.equal(ids, CONTENT.ids)
+
+
+# --- a disk that answers nothing any more: no look at a file either, and no closing of one
+
+
+async def test_a_disk_that_dies_during_a_load_is_given_up_whatever_it_is_asked(case: Case) -> None:
+    case.disk.hang(case.shard, begin=FAR)
+    loading = asyncio.ensure_future(case.loader(stall_timeout=STALL).aload())
+    await asyncio.to_thread(case.disk.until_somebody_waits)
+    await asyncio.to_thread(case.disk.die)
+
+    with pytest.raises(ReadStalledError):
+        await loading
+    assert rows_in(case.table) == case.held
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "nothing"])
+async def test_a_dead_disk_is_given_up_whatever_is_looked_for_there(case: Case, what: str) -> None:
+    path = {
+        "folder": case.disk.path,
+        "file": case.disk.path / case.shard,
+        "nothing": case.disk.path / "none",
+    }[what]
+    await asyncio.to_thread(case.disk.die)
+
+    with pytest.raises(ReadStalledError, match="no answer from the storage"):
+        await Loader(path, tensors=case.tensors, stall_timeout=STALL).aload()
+
+
+async def test_of_many_shards_on_a_dead_disk_few_are_waited_for(case: Case, tmp_path: Path) -> None:
+    many = {f"w{number}": torch.zeros(3) for number in range(100)}
+    (tmp_path / "many").mkdir()
+    (tmp_path / "disk").mkdir()
+    write_checkpoint(tmp_path / "many", {}, many, writers=100)
+    before = readers()
+    with hanging_disk(tmp_path / "many", tmp_path / "disk") as disk:
+        await asyncio.to_thread(disk.hang, shard_holding(tmp_path / "many", "w7^ ").name, on="open")
+        loading = asyncio.ensure_future(
+            Loader(disk.path, tensors=many, stall_timeout=STALL, parallel=4).aload()
+        )
+        await asyncio.to_thread(disk.until_somebody_waits)
+        await asyncio.to_thread(disk.die)
+        with pytest.raises(ReadStalledError):
+            await loading
+        assert len(readers() - before) <= 5
+    await end_of(readers() - before)
+
+
+async def test_loads_that_share_threads_with_one_of_a_dead_disk_go_on(
+    case: Case, tmp_path: Path
+) -> None:
+    """It would be waited for very long, and asks for more than there are threads."""
+    write_checkpoint(tmp_path / "sound", {"t": CONTENT}, STORED, writers=4)
+    case.disk.hang(case.shard, begin=FAR)
+    async with Runtime(parallel=2) as runtime:
+        lost = [
+            asyncio.ensure_future(
+                Loader(
+                    case.disk.path,
+                    tensors={"w": torch.zeros(300_000)},
+                    chunk_bytes=1 << 18,
+                    runtime=runtime,
+                    stall_timeout=PATIENCE,
+                ).aload()
+            )
+            for _ in range(3)
+        ]
+        await asyncio.to_thread(case.disk.until_somebody_waits)
+
+        await Loader(
+            tmp_path / "sound",
+            {"t": case.table},
+            case.tensors,
+            chunk_bytes=1 << 16,
+            runtime=runtime,
+        ).aload()
+
+        assert case.is_loaded()
+        assert not any(one.done() for one in lost)
+        case.disk.heal()
+        await asyncio.gather(*lost)
+
+
+async def test_a_tensor_that_a_lost_thread_may_write_to_cannot_be_loaded_into(
+    case: Case, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "sound", {}, STORED)
+    case.disk.hang(case.shard, begin=FAR)
+    before = readers()
+    with pytest.raises(ReadStalledError) as caught:
+        await case.loader(stall_timeout=STALL).aload()
+    assert any("take new ones" in note for note in caught.value.__notes__)
+    again = Loader(tmp_path / "sound", tensors=case.tensors)
+
+    with pytest.raises(PlanError, match="may still be written to by a read that was given up"):
+        await again.aload()
+
+    case.disk.heal()
+    await end_of(readers() - before)
+    await again.aload()
+    assert torch.equal(case.tensors["w"], STORED["w"])
+
+
+ENDS = """
+import asyncio, sys, torch, asyncloader
+async def main():
+    loader = asyncloader.Loader(sys.argv[1], tensors={"w": torch.zeros(9)}, stall_timeout=0.2)
+    try:
+        await loader.aload()
+    except asyncloader.ReadStalledError:
+        print("given up")
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_program_ends_though_its_threads_wait_for_a_dead_disk(case: Case, what: str) -> None:
+    path = case.disk.path / ("" if what == "folder" else case.shard)
+    with case.disk.stopped():
+        done = subprocess.run(
+            [sys.executable, "-c", ENDS, str(path)],
+            capture_output=True, text=True, timeout=40, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "given up\n"), done.stderr

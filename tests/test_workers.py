@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,13 +12,19 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 
-from asyncloader._patience import Errand, Patience, StalledError
+from asyncloader._patience import Errand, Patience, Pulse, StalledError
 from asyncloader._workers import WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
 Side: TypeAlias = "Callable[[WorkerPool], Callable[[threading.Thread], object]]"
+
+
+def replace(pool: WorkerPool, thread: threading.Thread) -> None:
+    """Have another thread take a thread's place."""
+    if pool.strike_off(thread):
+        pool.start()
 
 
 def nothing() -> None:
@@ -29,7 +36,7 @@ def side() -> Iterator[Side]:
     """Give what replaces threads elsewhere: starting one means waiting for it."""
     with ThreadPoolExecutor(1) as executor:
         executor.submit(nothing).result()
-        yield lambda pool: lambda thread: executor.submit(pool.replace, thread)
+        yield lambda pool: lambda thread: executor.submit(replace, pool, thread)
 
 
 def pool_of(size: int) -> WorkerPool:
@@ -77,7 +84,7 @@ def test_jobs_of_a_pool_that_shuts_down_are_done_and_no_more_are_taken() -> None
     with pytest.raises(RuntimeError, match="shut down"):
         pool.submit(int)
     pool.start()
-    assert repr(pool) == "<WorkerPool 'test': 1 of 1 threads>"
+    assert repr(pool) == "<WorkerPool 'test': 0 of 1 threads>"
 
 
 def test_a_job_that_is_cancelled_before_it_begins_is_not_run() -> None:
@@ -104,8 +111,8 @@ def test_a_thread_that_does_not_come_back_is_replaced_and_not_waited_for() -> No
 
     pool.submit(wait)
     begun.wait()
-    pool.replace(stuck[0])
-    pool.replace(stuck[0])  # once is enough
+    replace(pool, stuck[0])
+    replace(pool, stuck[0])  # once is enough
     other = pool.submit(threading.current_thread).result()
     assert other is not stuck[0]
     pool.shutdown()  # returns
@@ -119,7 +126,7 @@ def test_a_thread_that_comes_back_just_before_it_is_replaced_does_one_more_job_a
     for _ in range(50):
         pool = pool_of(1)
         thread = pool.submit(threading.current_thread).result()
-        pool.replace(thread)
+        replace(pool, thread)
         assert pool.submit(int, "7").result() == 7
         pool.shutdown()
         thread.join()
@@ -139,25 +146,68 @@ async def test_an_errand_that_ends_in_time_is_not_given_up(side: Side) -> None:
         patience.close()
 
 
-async def test_an_errand_that_takes_too_long_is_given_up_and_its_result_goes_elsewhere(
-    side: Side,
-) -> None:
+async def test_an_errand_that_takes_too_long_is_given_up_and_its_result_is_late(side: Side) -> None:
     gate, late = threading.Event(), threading.Event()
-    lost: list[str] = []
+    slow: list[str] = []
     async with running_pool(1) as pool:
-        patience = Patience(0.02, replace=side(pool))
+        patience = Patience(0.05, replace=side(pool))
         errand = Errand(gate.wait, late=lambda _: late.set())
         pool.submit(errand.run)
-        with pytest.raises(StalledError, match=r"no answer from the storage for 0\.02 seconds"):
-            await patience.wait_for(errand, on_lost=partial(lost.append, "lost"))
-        assert (lost, patience.lost) == (["lost"], 1)
-        again = Errand(partial(int, "7"))
-        pool.submit(again.run)  # there is a thread for it
-        assert await patience.wait_for(again) == 7
+        with pytest.raises(StalledError, match=r"no answer from the storage for 0\.05 seconds"):
+            await patience.wait_for(errand, on_slow=partial(slow.append, "slow"))
+        assert (slow, patience.lost) == (["slow"], 1)
+        # There is a thread for it.
+        assert await patience.run(pool, partial(int, "7")) == 7
         assert not late.is_set()
         gate.set()
         await asyncio.to_thread(late.wait)
         patience.close()
+
+
+async def test_who_is_slow_is_waited_for_but_keeps_no_other_waiting(side: Side) -> None:
+    gate, slow = threading.Event(), asyncio.Event()
+    clock = itertools.count(step=0.4)  # each look comes so much later
+    async with running_pool(1) as pool:
+        patience = Patience(None, replace=side(pool), clock=lambda: next(clock))
+        errand = Errand(gate.wait, label="a file")
+        pool.submit(errand.run)
+        waiting = asyncio.create_task(patience.wait_for(errand, on_slow=slow.set))
+        await slow.wait()
+        assert await patience.run(pool, partial(int, "7")) == 7
+        assert not waiting.done()
+        assert patience.under_way() == ["a file"]
+        gate.set()
+        assert await waiting
+        assert patience.lost == 0
+        patience.close()
+
+
+async def test_time_in_which_nobody_looked_does_not_count(side: Side) -> None:
+    """The process was stopped, or its event loop was busy; the disk may have answered at once."""
+    gate, slow = threading.Event(), asyncio.Event()
+    clock = itertools.count(step=1000)
+    async with running_pool(1) as pool:
+        patience = Patience(4, replace=side(pool), clock=lambda: next(clock))
+        errand = Errand(gate.wait)
+        pool.submit(errand.run)
+        waiting = asyncio.create_task(patience.wait_for(errand, on_slow=slow.set))
+        await slow.wait()  # after three looks, not at the first
+        assert errand.waited < 4
+        gate.set()
+        assert await waiting
+        patience.close()
+
+
+def test_an_errand_of_several_calls_is_waited_for_call_by_call() -> None:
+    pulse = Pulse()
+    errand = Errand(threading.get_ident, pulse=pulse)
+    assert errand.passed(1) == 0  # nobody has begun
+    errand.thread = threading.current_thread()
+    assert errand.passed(1) == 1
+    assert errand.passed(1) == 2
+    pulse.beat()
+    assert errand.passed(1) == 1
+    assert errand.passed(1) == 2
 
 
 async def test_an_errand_that_nobody_has_begun_is_not_given_up(side: Side) -> None:
@@ -210,13 +260,66 @@ async def test_who_waits_for_ever_does(side: Side) -> None:
         assert await waiting
 
 
-async def test_an_executor_that_is_lent_gives_up_too(side: Side) -> None:
-    gate = threading.Event()
-    async with running_pool(1) as pool:
-        patience = Patience(0.02, replace=side(pool))
-        loop = asyncio.get_running_loop()
-        with patience.executor(pool) as executor, pytest.raises(StalledError):
-            await loop.run_in_executor(executor, gate.wait)
-        assert repr(patience) == "<Patience 0.02 s: 0 under way, 1 lost>"
-        gate.set()
-        patience.close()
+def test_a_pool_that_has_lost_a_thread_and_gets_no_other_goes_on_with_those_it_has() -> None:
+    pool = pool_of(2)
+    pool.start()
+    threads = list(pool._threads)
+    with no_threads():
+        replace(pool, threads[0])
+        assert pool.submit(int, "7").result() == 7
+    pool.shutdown()
+
+
+def test_a_pool_that_has_no_thread_at_all_says_so_to_those_who_wait() -> None:
+    pool = pool_of(1)
+    gate, begun = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        gate.wait()
+
+    pool.submit(wait)
+    begun.wait()
+    behind = pool.submit(int, "7")
+    [thread] = pool._threads
+    with no_threads():
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            replace(pool, thread)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            behind.result()
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            pool.submit(int, "7")
+    assert pool.submit(int, "7").result() == 7
+    gate.set()
+    pool.shutdown()
+
+
+def test_a_thread_that_is_struck_off_while_a_pool_shuts_down_is_not_waited_for() -> None:
+    pool = pool_of(1)
+    gate, begun = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        gate.wait()
+
+    pool.submit(wait)
+    begun.wait()
+    [thread] = pool._threads
+    closing = threading.Thread(target=pool.shutdown)
+    closing.start()
+    pool.strike_off(thread)
+    closing.join()
+    gate.set()
+    thread.join()
+
+
+@contextlib.contextmanager
+def no_threads() -> Iterator[None]:
+    """Let nobody start a thread, as where a limit has been reached."""
+
+    def refuse(*_: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "_start_new_thread", refuse)
+        yield

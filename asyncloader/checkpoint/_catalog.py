@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from asyncloader._collector import undisturbed
 from asyncloader._concurrency import run_jobs
-from asyncloader.errors import CheckpointError, CheckpointNotFoundError
-from asyncloader.storage import read_small
+from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
+from asyncloader.storage import opening_error, read_small
 
 from ._files import INDEX, SIDECAR, TENSORKEY
 from ._index import Catalog, Places, parse_catalog
@@ -158,7 +158,7 @@ async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -
     except _ABSENT:
         raise
     except OSError as error:
-        raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
+        raise opening_error(storage.location, name, error) from error
     catalog = Catalog(Places({}, {}), {}, name)
     header = await read_header(
         storage, name, executor=executor, catalog=catalog, turns=asyncio.Lock()
@@ -172,7 +172,7 @@ async def _read_json(storage: Storage, name: str) -> bytearray:
     try:
         limit = MAX_SIDECAR if name == SIDECAR else MAX_NAMES
         return await read_small(storage, name, limit=limit)
-    except _ABSENT:
+    except (*_ABSENT, ReadStalledError):
         raise
     except OSError as error:
-        raise CheckpointError(storage.location, f"cannot be opened: {error}", name) from error
+        raise opening_error(storage.location, name, error) from error

@@ -14,7 +14,7 @@ from asyncloader.errors import (
     CheckpointChangedError,
     CheckpointError,
 )
-from asyncloader.storage import read_exactly, read_text
+from asyncloader.storage import opening_error, read_exactly, read_text
 
 from ._files import INDEX, SIDECAR
 from ._header import PREFIX, ShardHeader, check_covered, header_length, parse_header
@@ -132,9 +132,7 @@ async def check_unchanged(storage: Storage, source: str) -> None:
     try:
         changed = await storage.changed([source])
     except OSError as error:
-        raise CheckpointError(
-            storage.location, f"cannot be looked at again: {error}", source
-        ) from error
+        raise opening_error(storage.location, source, error) from error
     if changed:
         problem = (
             "was replaced, or removed, while the checkpoint was being read; read it again, with a "
@@ -196,7 +194,7 @@ async def _size_of(storage: Storage, shard: str, catalog: Catalog) -> int:
         problem = f"{named}; copy it, or take another checkpoint"
         raise CheckpointError(where, problem, shard) from error
     except OSError as error:
-        raise CheckpointError(where, f"cannot be opened: {error}", shard) from error
+        raise opening_error(where, shard, error) from error
 
 
 def _digests_of(where: str, shard: str, sidecar: Sidecar) -> ShardDigests:

@@ -2,6 +2,7 @@
 
 from ._descriptors import Descriptors
 from ._local import LocalStorage
+from ._lost import lost_memory
 from ._opening import FileChangedError
 from ._pace import ReadPace, processors
 from ._protocol import (
@@ -9,6 +10,7 @@ from ._protocol import (
     Storage,
     ThreadedStorage,
     fill,
+    opening_error,
     read_error,
     read_exactly,
     read_small,
@@ -27,6 +29,8 @@ __all__ = [
     "ThreadedRetryingStorage",
     "ThreadedStorage",
     "fill",
+    "lost_memory",
+    "opening_error",
     "processors",
     "read_error",
     "read_exactly",

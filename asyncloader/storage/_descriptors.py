@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import errno
@@ -10,13 +11,12 @@ import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, TypeVar
 
-from asyncloader._concurrency import for_each, run_jobs, settled
+from asyncloader._concurrency import for_each, settled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from concurrent.futures import Executor
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
-__all__ = ["Descriptors", "OpenFile"]
+__all__ = ["Descriptors", "OpenFile", "close_aside"]
 
 T = TypeVar("T")
 
@@ -31,19 +31,26 @@ class OpenFile:
         fd: Its descriptor.
         status: What it was when it was opened.
         start: Its first bytes, read then.
-        executor: Closes it.
+        on_thread: Runs a job on a thread. Closing may wait for a network.
 
     Attributes:
         start: For the first read only: a file may change.
         users: Tasks that use it; belongs to the event loop.
     """
 
-    def __init__(self, fd: int, status: os.stat_result, start: bytes, executor: Executor) -> None:
+    def __init__(
+        self,
+        fd: int,
+        status: os.stat_result,
+        start: bytes,
+        *,
+        on_thread: Callable[[Callable[[], None]], Awaitable[None]],
+    ) -> None:
         self.status = status
         self.start = start
         self.users = 0
         self._fd = fd
-        self._executor = executor
+        self._on_thread = on_thread
         self._lock = threading.Lock()  # for the two below
         self._readers = 0
         self._is_closed = False
@@ -73,7 +80,7 @@ class OpenFile:
     async def close(self) -> None:
         """Close it; if a thread that was given up on still reads, that one does when it is done."""
         with contextlib.suppress(OSError):  # nothing was written: nothing is lost
-            await run_jobs(self._executor, [self.close_here])
+            await self._on_thread(self.close_here)
 
     def close_here(self) -> None:
         """Do that on this thread."""
@@ -98,7 +105,7 @@ class Descriptors:
         self._most = _allowed() if most is None else most
         self._files: OrderedDict[tuple[object, str], OpenFile] = OrderedDict()
         self._waiting: list[asyncio.Future[None]] = []
-        self._opening = 0
+        self._busy = 0  # being opened or closed: what may free a descriptor soon
 
     def __repr__(self) -> str:
         users = sum(file.users for file in self._files.values())
@@ -128,12 +135,12 @@ class Descriptors:
 
     @contextlib.contextmanager
     def opening(self) -> Iterator[None]:
-        """Note that a file is being opened, for the length of the block."""
-        self._opening += 1
+        """Note that a file is being opened or closed, for the length of the block."""
+        self._busy += 1
         try:
             yield
         finally:
-            self._opening -= 1
+            self._busy -= 1
             self._wake()
 
     async def make_room(self) -> None:
@@ -148,24 +155,31 @@ class Descriptors:
         """
         if await self._close_one():
             return True
-        self._opening -= 1
+        self._busy -= 1
         try:
-            if not self._files and not self._opening:
+            if not self._files and not self._busy:
                 return False
             released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(released)
             await released
         finally:
-            self._opening += 1
+            self._busy += 1
         return True
 
-    async def close(self, owner: object) -> None:
-        """Close all files of one storage. Nobody may be reading them any more."""
+    def take(self, owner: object) -> list[OpenFile]:
+        """Return all files of one storage, and know nothing of them any more."""
         mine = self._of(owner)
         for key in mine:
             del self._files[key]
-        # Side by side: sixteen of them one by one took 1 ms.
-        await for_each(mine.values(), OpenFile.close, workers=_CLOSERS, name="asyncloader-close")
+        return list(mine.values())
+
+    async def close(self, owner: object) -> None:
+        """Close all files of one storage."""
+        with self.opening():
+            # Side by side: sixteen of them one by one took 1 ms.
+            await for_each(
+                self.take(owner), OpenFile.close, workers=_CLOSERS, name="asyncloader-close"
+            )
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -182,8 +196,21 @@ class Descriptors:
         if idle is None:
             return False
         file = self._files.pop(idle)  # before the await: nobody may take it meanwhile
-        await settled(asyncio.ensure_future(file.close()))
+        with self.opening():
+            await settled(asyncio.ensure_future(file.close()))
         return True
+
+
+def close_aside(files: Iterable[OpenFile]) -> None:
+    """Close files on a thread of its own, which nobody waits for."""
+
+    def close_all() -> None:
+        for file in files:
+            with contextlib.suppress(OSError):
+                file.close_here()
+
+    with contextlib.suppress(RuntimeError):  # no thread to be had: they stay open
+        _thread.start_new_thread(close_all, ())  # unlike `threading`'s, it is not waited for
 
 
 def _allowed() -> int:

@@ -11,17 +11,16 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
-import aiofiles.os
-
-from asyncloader._concurrency import settled
-from asyncloader._patience import Errand, Patience
+from asyncloader._concurrency import for_each, settled
+from asyncloader._patience import Patience, Pulse, StalledError
 from asyncloader._throttle import ThrottledExecutor
 
-from ._descriptors import Descriptors, OpenFile
+from ._descriptors import Descriptors, OpenFile, close_aside
+from ._lost import Writing
 from ._opening import O_DIRECT, FileChangedError, identity, open_regular, status_of
 from ._pace import ReadPace, Seen
 from ._preadv import preadv
-from ._protocol import scatter
+from ._protocol import ByteRange, scatter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -41,14 +40,15 @@ _START = 16 << 10
 # Shorter reads do not keep others from the processors.
 _PACED = 1 << 20
 _NBYTES = attrgetter("nbytes")
+_LOOKERS = 8
 _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
 
 class LocalStorage:
     """Files in one folder, read by position on the threads of an executor.
 
-    aiofiles opens and measures them; the bulk is one `preadv` a call, which needs no seek,
-    no lock and no copy, so one descriptor serves all readers. Belongs to one event loop.
+    A read is one `preadv`, which needs no seek, no lock and no copy, so one descriptor serves all
+    readers. Belongs to one event loop.
 
     A file that is not the one that was opened first under its name is an error. Storages of one
     folder that are given the same `seen` remember that together, one after the other. A descriptor
@@ -96,6 +96,7 @@ class LocalStorage:
         self._descriptors = descriptors or Descriptors()
         self._patience = patience or Patience(None)
         self._opening: dict[str, asyncio.Lock] = {}
+        self._stalls: dict[str, StalledError] = {}
         self._seen = {} if seen is None else seen
         self._follow = follow_symlinks
 
@@ -113,6 +114,10 @@ class LocalStorage:
         """Reads that were given up: their memory may be written to at any time."""
         return self._patience.lost
 
+    def under_way(self) -> list[str]:
+        """Say what threads are reading, the longest first."""
+        return self._patience.under_way()
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -121,7 +126,10 @@ class LocalStorage:
 
     async def aclose(self) -> None:
         """Close every descriptor. Nobody may be reading any more."""
-        await settled(asyncio.ensure_future(self._descriptors.close(self)))
+        if self._patience.lost:  # a disk that gives no answer may give none to this either
+            close_aside(self._descriptors.take(self))
+        else:
+            await settled(asyncio.ensure_future(self._descriptors.close(self)))
         self._patience.close()
 
     async def size(self, name: str, /) -> int:
@@ -131,15 +139,16 @@ class LocalStorage:
 
     async def changed(self, names: Sequence[str], /) -> list[str]:
         """Say which files are gone, or others than when they were first opened; see `Storage`."""
+        found: list[str] = []
 
-        def look() -> list[str]:
-            return [name for name in names if self._is_changed(name)]
+        async def look(name: str) -> None:
+            look_here = partial(status_of, self._root / name)
+            status = await self._on_executor(look_here, label=name)
+            if status is None or self._seen.get(name, identity(status)) != identity(status):
+                found.append(name)
 
-        return await self._on_executor(look)
-
-    def _is_changed(self, name: str) -> bool:
-        status = status_of(self._root / name)
-        return status is None or self._seen.get(name, identity(status)) != identity(status)
+        await for_each(names, look, workers=_LOOKERS, name="asyncloader-look")
+        return sorted(found)
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         """Fill `views` from `offset` on; see `Storage`."""
@@ -149,29 +158,45 @@ class LocalStorage:
             if 0 <= offset <= len(start) - size:
                 scatter(start[offset : offset + size], views)
                 return size
-            if size >= _PACED:
-                read: Callable[[Seen], int] = partial(self._read, name, file, views, offset)
-                return await self._pace.run(read, self._patience)
-            seen = Seen(waited=True)
-            return await self._on_executor(partial(self._read, name, file, views, offset, seen))
+            return await self._fill(name, offset, views, size, file)
+
+    async def _fill(
+        self, name: str, offset: int, views: Sequence[memoryview], size: int, file: OpenFile
+    ) -> int:
+        label, writing = ByteRange(name, offset, size), Writing(views)
+
+        def read(seen: Seen) -> int:
+            try:
+                return self._read(name, file, views, offset, seen)
+            finally:
+                writing.end()
+
+        try:
+            if size < _PACED:
+                return await self._on_executor(partial(read, Seen(waited=True)), label=label)
+            return await self._pace.run(read, self._patience, label=label)
+        except StalledError:
+            writing.lose()
+            raise
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
         """Run `job` on one of the executor's threads; see `ThreadedStorage`."""
         async with self._using(name) as file:
             file.start = b""
+            pulse, label = Pulse(), ByteRange(name)
 
             def with_read(seen: Seen) -> T:
-                return job(lambda offset, views: self._read(name, file, views, offset, seen))
+                def read(offset: int, views: Sequence[memoryview]) -> int:
+                    label.note(offset, views)
+                    pulse.beat()
+                    return self._read(name, file, views, offset, seen)
 
-            return await self._pace.run(with_read, self._patience)
+                return job(read)
 
-    async def _on_executor(self, job: Callable[[], T]) -> T:
-        errand = Errand(job)
-        self._small.submit(errand.run)
-        try:
-            return await self._patience.wait_for(errand)
-        finally:
-            del errand, job  # it knows its error, which knows this frame
+            return await self._pace.run(with_read, self._patience, label=label, pulse=pulse)
+
+    async def _on_executor(self, job: Callable[[], T], *, label: object = "") -> T:
+        return await self._patience.run(self._small, job, label=label)
 
     def _read(
         self, name: str, file: OpenFile, views: Sequence[memoryview], offset: int, seen: Seen
@@ -212,38 +237,57 @@ class LocalStorage:
     async def _open_once(self, name: str) -> OpenFile:
         # Kept for good: a second lock for one name would let two descriptors be opened.
         lock = self._opening.setdefault(name, asyncio.Lock())
+        before = self._stalls.get(name)
         async with lock:
+            # Who waited while another one did not get it opened has waited long enough.
+            if (stalled := self._stalls.get(name)) is not None and stalled is not before:
+                raise StalledError(stalled.seconds)
             file = self._descriptors.find(self, name)
             if file is None:
-                await self._descriptors.make_room()
-                with self._descriptors.opening():
-                    file = await self._open(name)
-                if self._seen.setdefault(name, identity(file.status)) != identity(file.status):
-                    await settled(asyncio.ensure_future(file.close()))
-                    raise FileChangedError(name)
+                file = await self._open_first(name)
                 self._descriptors.add(self, name, file)
             return file
 
+    async def _open_first(self, name: str) -> OpenFile:
+        await self._descriptors.make_room()
+        with self._descriptors.opening():
+            file = await self._open(name)
+        if self._seen.setdefault(name, identity(file.status)) != identity(file.status):
+            await settled(asyncio.ensure_future(file.close()))
+            raise FileChangedError(name)
+        return file
+
     async def _open(self, name: str) -> OpenFile:
+        open_here = partial(self._open_here, self._root / name)
         while True:
-            opening = asyncio.ensure_future(self._open_and_measure(self._root / name))
             try:
-                return await settled(opening, discard=OpenFile.close)
+                return await self._patience.run(
+                    self._executor,
+                    open_here,
+                    label=name,
+                    late=OpenFile.close_here,
+                    discard=OpenFile.close,
+                )
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise await self._on_executor(partial(self._explained, error)) from error
+            except StalledError as error:
+                self._stalls[name] = error
+                raise
             except OSError as error:
                 # Whoever else may need one gets it first: what we do not use is closed.
                 if error.errno not in _NO_DESCRIPTORS or not await self._descriptors.relieve():
                     raise
 
-    async def _open_and_measure(self, path: Path) -> OpenFile:
-        with self._patience.executor(self._executor, late=OpenFile.close_here) as executor:
-            return await aiofiles.os.wrap(self._open_here)(path, executor=executor)
-
     def _open_here(self, path: Path) -> OpenFile:
         flags = os.O_RDONLY | self._flags
         fd, status = open_regular(path, flags, follow=self._follow)
-        return OpenFile(fd, status, self._start(fd, status.st_size), self._executor)
+        try:
+            return OpenFile(
+                fd, status, self._start(fd, status.st_size), on_thread=self._on_executor
+            )
+        except BaseException:
+            os.close(fd)
+            raise
 
     def _start(self, fd: int, size: int) -> bytes:
         start = bytearray(min(size, _START))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -49,14 +50,17 @@ def open_regular(path: Path, flags: int, *, follow: bool) -> tuple[int, os.stat_
     Raises:
         OSError: If it is something else, or is not there.
     """
-    if not follow and stat.S_ISLNK(path.lstat().st_mode):
-        path = _within(path)
+    link, is_link = path, not follow and stat.S_ISLNK(path.lstat().st_mode)
+    if is_link:
+        path = _within(link)
     _check_regular(path, path.stat())  # there are devices that act on being opened
     fd = _open(path, flags | (0 if follow else _NOFOLLOW))
-    status = os.fstat(fd)
     try:
+        status = os.fstat(fd)
         _check_regular(path, status)  # it may have been replaced meanwhile
-    except OSError:
+        if is_link:
+            _check_place(fd, link)
+    except BaseException:
         os.close(fd)
         raise
     return fd, status
@@ -71,6 +75,8 @@ def _open(path: Path, flags: int) -> int:
     flags |= _NONBLOCK | getattr(os, "O_CLOEXEC", 0)
     try:
         return os.open(path, flags)
+    except BlockingIOError:  # somebody has a lease on it, and is told to give it back
+        return os.open(path, flags & ~_NONBLOCK)
     except OSError as error:
         if error.errno != errno.EINVAL or not flags & O_DIRECT:
             raise
@@ -84,6 +90,20 @@ def _within(link: Path) -> Path:
         OSError: If it leads elsewhere, or nowhere.
     """
     target = os.path.realpath(link, strict=True)
+    _check_within(target, link)
+    return Path(target)
+
+
+def _check_place(fd: int, link: Path) -> None:
+    """Make sure that what was opened by way of a link lies where that was looked up.
+
+    A folder on the way may have been exchanged for a link meanwhile.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # no /proc
+        _check_within(os.readlink(f"/proc/self/fd/{fd}"), link)  # noqa: PTH115  # no Path is needed
+
+
+def _check_within(target: str, link: Path) -> None:
     folder = os.path.realpath(link.parent, strict=True)
     if os.path.commonpath([target, folder]) != folder:
         problem = (
@@ -92,4 +112,3 @@ def _within(link: Path) -> Path:
             "pass follow_symlinks=True (--follow-symlinks)"
         )
         raise OSError(errno.ELOOP, problem, str(link))
-    return Path(target)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
+    from asyncloader._patience import Pulse
     from asyncloader._throttle import Throttle
 
 __all__ = ["Ran", "ReadPace", "Seen", "processors", "thread_time"]
@@ -121,16 +122,29 @@ class ReadPace:
         """Reads that may run at a time now."""
         return self._limit
 
-    async def run(self, job: Callable[[Seen], T], patience: Patience | None = None) -> T:
+    async def run(
+        self,
+        job: Callable[[Seen], T],
+        patience: Patience | None = None,
+        *,
+        label: object = "",
+        pulse: Pulse | None = None,
+    ) -> T:
         """Return `job(seen)`, run on a thread when its turn comes.
 
         Who is cancelled takes it back if it has not begun, and waits for it if it has: as long as
-        `patience` says, or for ever.
+        `patience` says, or for ever. One that is slow leaves its place to another.
+
+        Args:
+            job: What to do.
+            patience: How long it is waited for.
+            label: As of an `Errand`.
+            pulse: Likewise.
 
         Raises:
             StalledError: If it was given up.
         """
-        read = _Read(Errand(partial(self._timed, job)))
+        read = _Read(Errand(partial(self._timed, job), label=label, pulse=pulse))
         with self._lock:
             self._waiting.append(read)
             missing = self._readers < self._limit
@@ -141,7 +155,7 @@ class ReadPace:
             return await (patience or Patience(None)).wait_for(
                 read.errand,
                 withdraw=partial(self._withdraw, read),
-                on_lost=partial(self._lose, read),
+                on_slow=partial(self._lose, read),
             )
         finally:
             del read  # its future knows its error, which knows this frame
@@ -153,7 +167,7 @@ class ReadPace:
                 self._waiting.remove(read)
 
     def _lose(self, read: _Read) -> None:
-        """Let another reader take the place of one that does not come back."""
+        """Let another reader take the place of one that may not come back."""
         with self._lock:
             turn = read.turn
             if turn is None or turn.lost:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from asyncloader._patience import StalledError
-from asyncloader.errors import ReadError, ReadStalledError
+from asyncloader.errors import CheckpointError, ReadError, ReadStalledError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 __all__ = [
+    "ByteRange",
     "ReadInto",
     "Storage",
     "ThreadedStorage",
     "fill",
+    "opening_error",
     "read_error",
     "read_exactly",
     "read_small",
@@ -137,10 +140,35 @@ def fill(read: ReadInto, name: str, offset: int, view: memoryview) -> None:
         done += count
 
 
+@dataclass(slots=True)
+class ByteRange:
+    """Bytes of a file, in words."""
+
+    name: str
+    offset: int = 0
+    length: int = -1
+
+    def note(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Stand for other ones from now on."""
+        self.offset, self.length = offset, sum(map(_NBYTES, views))
+
+    def __str__(self) -> str:
+        if self.length < 0:
+            return self.name
+        return f"{self.name}: bytes [{self.offset}, {self.offset + self.length})"
+
+
 def read_error(name: str, offset: int, length: int, error: OSError) -> ReadError:
     """Return what to raise, from `error`, where a storage failed to deliver a byte range."""
     kind = ReadStalledError if isinstance(error, StalledError) else ReadError
     return kind(name, offset, length, str(error))
+
+
+def opening_error(location: str, name: str, error: OSError) -> ReadError | CheckpointError:
+    """Return what to raise, from `error`, where a file cannot be opened."""
+    if isinstance(error, StalledError):
+        return ReadStalledError(name, 0, 0, str(error))
+    return CheckpointError(location, f"cannot be opened: {error}", name)
 
 
 def _ends_early(name: str, offset: int, length: int, done: int) -> ReadError:

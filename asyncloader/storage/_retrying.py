@@ -6,7 +6,6 @@ import asyncio
 import errno
 import logging
 import time
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +14,7 @@ from asyncloader._patience import StalledError
 from ._opening import FileChangedError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from tenacity import RetryCallState
 
@@ -51,6 +50,7 @@ class RetryingStorage:
 
     Args:
         inner: The storage.
+        lost: Knows how many reads were given up, if `inner` may not say so.
         sleep: Pauses on the event loop.
         rest: Pauses on a thread.
 
@@ -62,13 +62,14 @@ class RetryingStorage:
         self,
         inner: Storage,
         *,
+        lost: Callable[[], int] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         rest: Callable[[float], None] = time.sleep,
     ) -> None:
         self._inner = inner
+        self._lost = lost
         self._sleep = sleep
         self._rest = rest
-        self._under_way: dict[object, tuple[str, int, int]] = {}
         self.retries = 0
 
     def __repr__(self) -> str:
@@ -82,19 +83,11 @@ class RetryingStorage:
     @property
     def lost(self) -> int:
         """Reads that were given up: their memory may be written to at any time."""
-        return self._inner.lost
-
-    def under_way(self) -> list[str]:
-        """Say what is being read, the longest first."""
-        return [
-            name if length < 0 else f"{name}: bytes [{offset}, {offset + length})"
-            for name, offset, length in self._under_way.values()
-        ]
+        return self._inner.lost if self._lost is None else self._lost()
 
     async def size(self, name: str, /) -> int:
         """Return the length of a file in bytes; see `Storage`."""
-        with self._noting(name, 0, -1):
-            return await self._persistently(partial(self._inner.size, name), name)
+        return await self._persistently(partial(self._inner.size, name), name)
 
     async def changed(self, names: Sequence[str], /) -> list[str]:
         """Say which files are others than they were; see `Storage`."""
@@ -102,19 +95,7 @@ class RetryingStorage:
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         """Fill `views` from `offset` on; see `Storage`."""
-        with self._noting(name, offset, sum(view.nbytes for view in views)):
-            return await self._persistently(
-                partial(self._inner.readinto, name, offset, views), name
-            )
-
-    @contextmanager
-    def _noting(self, name: str, offset: int, length: int) -> Iterator[None]:
-        key = object()
-        self._under_way[key] = (name, offset, length)
-        try:
-            yield
-        finally:
-            del self._under_way[key]
+        return await self._persistently(partial(self._inner.readinto, name, offset, views), name)
 
     async def _persistently(self, call: Callable[[], Awaitable[T]], name: str) -> T:
         try:
@@ -175,11 +156,9 @@ class ThreadedRetryingStorage(RetryingStorage):
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
         """Run `job` on a thread; see `ThreadedStorage`."""
-        key = object()
 
         def with_read(read: ReadInto) -> T:
             def persistent(offset: int, views: Sequence[memoryview]) -> int:
-                self._under_way[key] = (name, offset, sum(view.nbytes for view in views))
                 try:
                     return read(offset, views)
                 except OSError as error:
@@ -189,10 +168,7 @@ class ThreadedRetryingStorage(RetryingStorage):
 
             return job(persistent)
 
-        try:
-            return await self._lender.on_thread(name, with_read)
-        finally:
-            self._under_way.pop(key, None)
+        return await self._lender.on_thread(name, with_read)
 
     def _again_here(self, call: Callable[[], int], name: str, first: OSError) -> int:
         from tenacity import Retrying  # noqa: PLC0415

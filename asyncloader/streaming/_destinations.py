@@ -17,6 +17,7 @@ import torch
 
 from asyncloader.checkpoint import BY_TORCH
 from asyncloader.planning import TensorTargets
+from asyncloader.storage import lost_memory
 
 from ._overlaps import extent, overlaps, overlaps_itself
 
@@ -57,6 +58,19 @@ class Destinations:
         if not (self.begin[order[1:]] < self.end[order[:-1]]).any():
             return []  # nearly always; on several devices addresses may be alike by chance
         return overlaps({name: self.held[at] for name, at in zip(names, chosen, strict=True)})
+
+    def unsafe(self, names: Collection[str]) -> list[str]:
+        """Name the tensors that a thread may still write to which was given up, a sentence each."""
+        lost = lost_memory()
+        if not lost:
+            return []
+        chosen = self.targets.numbers(names)
+        return [
+            f"tensors[{name!r}] may still be written to by a read that was given up (a "
+            "ReadStalledError): load into a new tensor"
+            for name, at in zip(names, chosen, strict=True)
+            if any(self.begin[at] < end and begin < self.end[at] for begin, end in lost)
+        ]
 
     def check_memory(self, chosen: NDArray[np.int64]) -> None:
         """Make sure that tensors lie where they lay when they were described.

@@ -123,7 +123,7 @@ class Execution:
         with contextlib.ExitStack() as stack:  # one that fails does not keep the others
             stack.callback(self._tell_autograd)
             for update in self._updates.values():
-                stack.callback(update.abandon if lost else update.abort)
+                stack.callback(_end, update, lost=lost)
 
     def _tell_autograd(self) -> None:
         bump_versions(list(map(self.tensors.tensors.__getitem__, self.touched)))
@@ -302,3 +302,10 @@ class Execution:
         """Name whom the bytes of a read are for."""
         sinks = read.sinks[read.sinks != GAP].tolist()
         return tuple(dict.fromkeys(map(self._sinks.name, sinks)))
+
+
+def _end(update: LoadableUpdate, *, lost: bool) -> None:
+    if lost:
+        update.abandon()
+    else:
+        update.abort()

@@ -31,7 +31,8 @@ _NICE = 5
 class Threads:
     """Two pools: reads wait, kernels compute, and neither shall keep the other from running.
 
-    A thread that reads may be given up on (`replace`); those that compute always come back.
+    A thread that reads may never come back, and be replaced; those that compute always do, as they
+    touch no file.
 
     They may be shared by several loads of one event loop. An async context manager: entering starts
     all threads, leaving joins them.
@@ -60,8 +61,9 @@ class Threads:
             self.kernels = ThrottledExecutor(self._kernels, throttle)
 
     def replace(self, thread: threading.Thread) -> None:
-        """Give up on a thread that reads; another one takes its place soon."""
-        self._kernels.submit(self.readers.replace, thread)  # starting one means waiting for it
+        """Have another thread take the place of one that reads, soon."""
+        if self.readers.strike_off(thread):
+            self._kernels.submit(self.readers.start)  # starting one means waiting for it
         if self._throttle is not None:
             self._throttle.forget(thread)
 

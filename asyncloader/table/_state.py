@@ -53,13 +53,18 @@ class TableState:
             segments=Segments(),
         )
 
-    def sealed(self) -> TableState:
-        """Return the same rows, and no memory beyond them that the next update could use."""
+    def sealed(self, *, shares_ids: bool) -> TableState:
+        """Return the same rows, and no memory beyond them that the next update could use.
+
+        Args:
+            shares_ids: Whether the memory of ids is to be left behind, too: then they are copied.
+        """
         items = [segment for segment in self.segments.items if segment.first < self.end]
         if items:
             items[-1] = items[-1].until(self.end)
         segments = Segments.of(tuple(items))
-        return replace(self, ids=self.ids[: self.end].copy(), segments=segments)
+        ids = self.ids[: self.end].copy() if shares_ids else self.ids
+        return replace(self, ids=ids, segments=segments)
 
     def find(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
         """Return the rows of ids, -1 where there is none, and how many have none."""

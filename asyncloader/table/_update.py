@@ -233,4 +233,4 @@ class TableUpdate:
 
         For when a thread may still write to one.
         """
-        self._publish(self._base.sealed())
+        self._publish(self._base.sealed(shares_ids=self._ids is self._base.ids))

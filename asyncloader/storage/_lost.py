@@ -1,0 +1,49 @@
+"""Memory that threads may still write to, though nobody waits for them any more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Writing", "lost_memory"]
+
+_lost: set[Writing] = set()
+
+
+class Writing:
+    """A thread that writes to views.
+
+    The one who waits for the thread says that it is lost, the thread says that it is over; each
+    notes its own part before it looks at the other's, so no lock is needed.
+    """
+
+    __slots__ = ("_is_lost", "_is_over", "views")
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self.views = views
+        self._is_lost = False
+        self._is_over = False
+
+    def lose(self) -> None:
+        """Note that nobody waits for it any more."""
+        self._is_lost = True
+        _lost.add(self)
+        if self._is_over:
+            _lost.discard(self)
+
+    def end(self) -> None:
+        """Note that the thread is done."""
+        self._is_over = True
+        if self._is_lost:
+            _lost.discard(self)
+
+
+def lost_memory() -> list[tuple[int, int]]:
+    """Return the addresses, from the first to one past the last, of what may yet be written to."""
+    views = [view for writing in _lost.copy() for view in writing.views if view.nbytes]
+    begins = [np.frombuffer(view, np.uint8).ctypes.data for view in views]
+    return [(begin, begin + view.nbytes) for begin, view in zip(begins, views, strict=True)]
