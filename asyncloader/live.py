@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from ._arguments import as_dict, check_callable, checked_path
+from ._session import STALL_TIMEOUT
 from .serving import (
     LiveState,
     LiveVersion,
@@ -126,6 +127,7 @@ class Live:
             teller=self._teller,
             poll=poll,
             retry_pause=retry_pause,
+            stall_timeout=options.get("stall_timeout", STALL_TIMEOUT),
         )
 
     def __repr__(self) -> str:

@@ -18,6 +18,7 @@ from asyncloader import (
     CheckpointError,
     CheckpointReader,
     HashTable,
+    Live,
     Loader,
     LoadTimeoutError,
     PlanError,
@@ -331,6 +332,22 @@ async def test_a_tensor_that_a_lost_thread_may_write_to_cannot_be_loaded_into(
     await end_of(readers() - before)
     await again.aload()
     assert torch.equal(case.tensors["w"], STORED["w"])
+
+
+async def test_a_service_goes_on_and_ends_though_the_disk_of_its_versions_is_dead(
+    case: Case,
+) -> None:
+    def build() -> tuple[dict[str, HashTable], dict[str, torch.Tensor]]:
+        return {}, {"w": torch.zeros(300_000)}
+
+    options = {"stall_timeout": STALL, "strict": False}
+    live = Live(case.disk.path, build, poll=0.001, loader_options=options)
+    async with live:
+        await asyncio.to_thread(case.disk.die)
+        await asyncio.to_thread(case.disk.until_somebody_waits)
+        with live.use() as model:
+            assert torch.equal(model.tensors["w"], STORED["w"])
+    await asyncio.to_thread(case.disk.heal)
 
 
 ENDS = """

@@ -69,15 +69,15 @@ async def look_into(path: str, access: Access | None = None) -> CheckpointSummar
         try:
             catalog = await session.catalog()
         except CheckpointNotFoundError as error:
-            [run] = await run_jobs(pool, [partial(run_folder, path)])
+            run = await session.on_disk(partial(run_folder, path))
             if run is not None:
                 return run
-            [problem] = await run_jobs(pool, [partial(unfinished, path)])
+            problem = await session.on_disk(partial(unfinished, path))
             if problem is None:
                 raise
             raise CheckpointNotFoundError(error.location, problem) from error
         manifest = await session.manifest(catalog, shards_of(catalog))
-        [saving] = await run_jobs(pool, [partial(saves_in, path)])
+        saving = await session.on_disk(partial(saves_in, path))
         sum_up = partial(summarize, manifest, file=session.file, saving=saving)
         [summary] = await run_jobs(pool, [sum_up])
         return summary

@@ -11,6 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncloader._concurrency import raising_first, run_jobs, settled
+from asyncloader._patience import Patience, StalledError
+from asyncloader._workers import WorkerPool
 from asyncloader.errors import CheckpointChangedError, CheckpointError
 
 from ._events import LoadCancelled, LoadFailed, RolledBack, Swapped
@@ -22,6 +24,7 @@ from ._source import candidate, named, newest
 from ._state import LiveVersion
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
@@ -38,7 +41,7 @@ _log = logging.getLogger("asyncloader")
 
 T = TypeVar("T")
 
-# One builds, checks, looks at the folder; one gives memory back meanwhile.
+# One builds and checks; one gives memory back meanwhile.
 _THREADS = 2
 _REMEMBERED = 100
 
@@ -65,6 +68,7 @@ class Switch:
         teller: Teller,
         poll: float,
         retry_pause: float,
+        stall_timeout: float | None,
     ) -> None:
         self._source = source
         self._shelf = shelf
@@ -72,6 +76,7 @@ class Switch:
         self._teller = teller
         self._poll = poll
         self._retry_pause = retry_pause
+        self._stall_timeout = stall_timeout
         self._opened = False
         self._closing = False
         self._following = asyncio.Event()
@@ -117,6 +122,9 @@ class Switch:
         self._opened = True
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(_THREADS, "asyncloader-live")
+        self._looks = WorkerPool(1, name="asyncloader-look", initializer=int)
+        self._patience = Patience(self._stall_timeout, replace=self._replace_look)
+        await run_jobs(self._pool, [self._looks.start])
         self._freeing = Freeing(self._pool, self._teller.tell)
         self._shelf.let_go = self._freeing.let_go
         self._loader.start(self._pool, self._freeing)
@@ -148,7 +156,9 @@ class Switch:
         self._closing = True
         self._shelf.close()
         await self._freeing.wait()
-        self._pool.shutdown()  # its threads are idle
+        self._patience.close()
+        self._looks.shutdown()  # all threads are idle
+        self._pool.shutdown()
 
     async def rollback(self) -> LiveVersion:
         """Go back to the version that served before, and stay there."""
@@ -408,5 +418,16 @@ class Switch:
             self._teller.tell(Swapped(version=version, location=location, previous=previous))
 
     async def _on_thread(self, job: Callable[[], T]) -> T:
-        [result] = await run_jobs(self._pool, [job])
-        return result
+        """Return what a job results in that looks at files.
+
+        Raises:
+            CheckpointError: If it got no answer.
+        """
+        try:
+            return await self._patience.run(self._looks, job)
+        except StalledError as error:
+            raise CheckpointError(str(self._source), f"cannot be looked at: {error}") from error
+
+    def _replace_look(self, thread: threading.Thread) -> None:
+        if self._looks.strike_off(thread):
+            self._pool.submit(self._looks.start)
