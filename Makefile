@@ -19,8 +19,8 @@ demo: .venv/installed ## save a small checkpoint, look into it, and watch it loa
 serve: .venv/installed-serve ## serve a model in a browser's sight while new versions come in
 	@$(RUN) examples.serve $(ARGS)
 
-test: .venv/installed ## run the tests
-	$(RUN) pytest $(ARGS)
+test: .venv/installed ## run the tests, two at a time
+	$(RUN) pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: .venv/installed ## formatting, lint, types, and who may import whom
 	$(RUN) ruff format --check

@@ -427,6 +427,10 @@ class Switch:
             return await self._patience.run(self._looks, job)
         except StalledError as error:
             raise CheckpointError(str(self._source), f"cannot be looked at: {error}") from error
+        except RuntimeError:
+            if self._closing:  # meanwhile, and there is no thread any more
+                self._must_be_open()
+            raise
 
     def _replace_look(self, thread: threading.Thread) -> None:
         if self._looks.strike_off(thread):
