@@ -50,8 +50,11 @@ def check_timeout(timeout: float | None, name: str = "timeout") -> None:
     """Refuse what is no time to wait.
 
     Raises:
+        TypeError: If it is no number.
         ValueError: If it is not positive.
     """
+    if timeout is not None and not isinstance(timeout, int | float):
+        raise TypeError(f"{name} is a number of seconds or None, got {timeout!r}")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"{name} must be positive or None, got {timeout}")
 

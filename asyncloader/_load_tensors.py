@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ._arguments import checked_path, checked_switch
+from ._arguments import check_timeout, checked_path, checked_switch
 from ._contents import Contents
 from ._reading import read_stored
 from ._session import (
     CHUNK_BYTES,
     INFLIGHT_BYTES,
     PARALLEL,
+    STALL_TIMEOUT,
     Access,
     Limits,
     checked_verify,
@@ -38,6 +39,7 @@ async def aload_tensors(
     verify: Verify = "auto",
     direct_io: bool = False,
     follow_symlinks: bool = False,
+    stall_timeout: float | None = STALL_TIMEOUT,
 ) -> dict[str, Tensor]:
     """Read tensors into memory of their own, on the caller's event loop.
 
@@ -53,6 +55,7 @@ async def aload_tensors(
         direct_io: Whether files are read past the page cache; see `Loader`.
         follow_symlinks: Whether symbolic links may lead out of the folder, as those in the cache of
             Hugging Face do; see `Loader`.
+        stall_timeout: Seconds that one read may take; see `Loader`.
 
     Returns:
         The tensors by name.
@@ -70,9 +73,11 @@ async def aload_tensors(
     wanted = None if names is None else tuple(names)
     limits = Limits(parallel=parallel, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=INFLIGHT_BYTES)
     checked = checked_verify(verify)
+    check_timeout(stall_timeout, "stall_timeout")
     access = Access(
         direct_io=checked_switch(direct_io, "direct_io"),
         follow_symlinks=checked_switch(follow_symlinks, "follow_symlinks"),
+        stall_timeout=stall_timeout,
     )
     async with open_session(
         path, limits=limits, verify=checked, timeout=None, access=access
@@ -91,6 +96,7 @@ def load_tensors(
     verify: Verify = "auto",
     direct_io: bool = False,
     follow_symlinks: bool = False,
+    stall_timeout: float | None = STALL_TIMEOUT,
 ) -> dict[str, Tensor]:
     """Read tensors into memory of their own; see `aload_tensors`."""
     return run_blocking(
@@ -102,5 +108,6 @@ def load_tensors(
             verify=verify,
             direct_io=direct_io,
             follow_symlinks=follow_symlinks,
+            stall_timeout=stall_timeout,
         )
     )

@@ -131,7 +131,8 @@ class Loader:
             its folder, as in the cache of Hugging Face. Then whoever made the checkpoint chooses
             which files of this machine are read. (The path that you give may be a link anyway.)
         runtime: Threads and bytes to share with other loads, in place of such of its own;
-            `max_inflight_bytes`, `max_loop_lag` and `pressure` are the runtime's then.
+            `max_inflight_bytes`, `max_loop_lag` and `pressure` are the runtime's then, and
+            `parallel` is no more than the runtime's. Not for `load()`, which has a loop of its own.
 
     Raises:
         TypeError: If an argument is of the wrong type.

@@ -143,6 +143,19 @@ def test_a_sidecar_of_a_later_format_is_passed_over_with_a_warning(tmp_path: Pat
     assert "format that is not known" in report.warnings[0]
 
 
+@pytest.mark.parametrize(
+    "change", [{"digest": "xxh3-129"}, {"chunk_bytes": 4}, {"digest": None}, {"chunk_bytes": True}]
+)
+def test_a_sidecar_whose_digests_are_others_than_its_format_has_is_damaged(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    """One bit there would otherwise be enough for nothing to be verified any more."""
+    edit_json(save(tmp_path) / "asyncloader.json", lambda it: it.update(change))
+    with pytest.raises(CheckpointError, match="damaged: its digests are") as caught:
+        everything(tmp_path)[0].load()
+    assert caught.value.shard == "asyncloader.json"
+
+
 def drop(*path: str) -> Callable[[Any], object]:
     def change(value: Any) -> None:  # noqa: ANN401  # JSON
         for part in path[:-1]:

@@ -169,9 +169,12 @@ def parse_sidecar(location: str, text: bytes | bytearray, *, parts: bool) -> Sid
         raise _bad(location, str(error), error.key) from error
     if type(value.get("format")) is not int:
         raise _bad(location, "lacks the number of its format")
-    said = value["format"], value.get("digest"), value.get("chunk_bytes")
-    if said != (_FORMAT, _ALGORITHM, DIGEST_CHUNK):
+    if value["format"] != _FORMAT:
         return None
+    said = value.get("digest"), value.get("chunk_bytes")
+    if said != (_ALGORITHM, DIGEST_CHUNK):
+        wanted = f"those of its format {_ALGORITHM!r} of {DIGEST_CHUNK} bytes"
+        raise _bad(location, f"damaged: its digests are {shown(said)}, {wanted}")
     try:
         return Sidecar(
             files={name: _digest(text) for name, text in _object(value["files"]).items()},
@@ -220,7 +223,7 @@ def check_files(location: str, sidecar: Sidecar, texts: Mapping[str, bytes | byt
 
 
 def _bad(location: str, problem: str, key: str | None = None) -> CheckpointError:
-    problem += "; without it (or with verify='off') the checkpoint can be loaded unverified"
+    problem += "; copy it again. With verify='off' the checkpoint can be loaded unverified"
     return CheckpointError(location, problem, SIDECAR, key)
 
 

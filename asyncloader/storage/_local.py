@@ -303,7 +303,9 @@ class LocalStorage:
             return FileNotFoundError(errno.ENOENT, "no such folder", self.location)
         if not os.path.isdir(self._root):  # noqa: PTH112
             return NotADirectoryError(errno.ENOTDIR, "not a folder", self.location)
-        return FileNotFoundError(errno.ENOENT, "No such file in the folder", str(error.filename))
+        dangling = "symbolic link" in (error.strerror or "")
+        problem = error.strerror if dangling else "No such file in the folder"
+        return FileNotFoundError(errno.ENOENT, problem, str(error.filename))
 
 
 def _reader(*, past_cache: bool) -> PReadV:

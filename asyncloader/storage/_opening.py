@@ -8,12 +8,26 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["O_DIRECT", "FileChangedError", "identity", "open_regular", "status_of"]
+__all__ = [
+    "O_DIRECT",
+    "FileChangedError",
+    "RefusedFileError",
+    "identity",
+    "open_regular",
+    "status_of",
+]
 
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 # Or opening a FIFO hangs.
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+
+
+class RefusedFileError(OSError):
+    """A file is none that is read. Says why, and no more: whoever tells of it names the file."""
+
+    def __str__(self) -> str:
+        return self.strerror or ""
 
 
 class FileChangedError(OSError):
@@ -68,7 +82,8 @@ def open_regular(path: Path, flags: int, *, follow: bool) -> tuple[int, os.stat_
 
 def _check_regular(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        problem = "is not a regular file; a checkpoint consists of nothing else: copy it again"
+        raise RefusedFileError(errno.EINVAL, problem, str(path))
 
 
 def _open(path: Path, flags: int) -> int:
@@ -89,9 +104,12 @@ def _within(link: Path) -> Path:
     Raises:
         OSError: If it leads elsewhere, or nowhere.
     """
-    target = os.path.realpath(link, strict=True)
-    _check_within(target, link)
-    return Path(target)
+    _check_within(os.path.realpath(link), link)  # whether it is there or not is nobody's business
+    try:
+        return Path(os.path.realpath(link, strict=True))
+    except FileNotFoundError as error:
+        problem = f"is a symbolic link to {os.readlink(link)}, which is not there"  # noqa: PTH115
+        raise FileNotFoundError(errno.ENOENT, problem, str(link)) from error
 
 
 def _check_place(fd: int, link: Path) -> None:
@@ -107,8 +125,8 @@ def _check_within(target: str, link: Path) -> None:
     folder = os.path.realpath(link.parent, strict=True)
     if os.path.commonpath([target, folder]) != folder:
         problem = (
-            f"is a symbolic link to {target}, outside of the checkpoint's folder; if whoever made "
-            "it may choose which files of this machine are read (as in the cache of Hugging Face), "
-            "pass follow_symlinks=True (--follow-symlinks)"
+            f"is a symbolic link to {target}, outside of the checkpoint's folder. Hugging Face's "
+            "cache is made of such links; if you trust whoever made this one: "
+            "follow_symlinks=True, or --follow-symlinks"
         )
-        raise OSError(errno.ELOOP, problem, str(link))
+        raise RefusedFileError(errno.ELOOP, problem, str(link))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkabl
 from asyncloader._patience import StalledError
 from asyncloader.errors import CheckpointError, ReadError, ReadStalledError
 
+from ._opening import RefusedFileError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -161,14 +163,20 @@ class ByteRange:
 def read_error(name: str, offset: int, length: int, error: OSError) -> ReadError:
     """Return what to raise, from `error`, where a storage failed to deliver a byte range."""
     kind = ReadStalledError if isinstance(error, StalledError) else ReadError
-    return kind(name, offset, length, str(error))
+    return kind(name, offset, length, _in_words(error))
+
+
+def _in_words(error: OSError) -> str:
+    return ", ".join((str(error), *getattr(error, "__notes__", ())))
 
 
 def opening_error(location: str, name: str, error: OSError) -> ReadError | CheckpointError:
     """Return what to raise, from `error`, where a file cannot be opened."""
     if isinstance(error, StalledError):
         return ReadStalledError(name, 0, 0, str(error))
-    return CheckpointError(location, f"cannot be opened: {error}", name)
+    if isinstance(error, RefusedFileError):
+        return CheckpointError(location, str(error), name)
+    return CheckpointError(location, f"cannot be opened: {_in_words(error)}", name)
 
 
 def _ends_early(name: str, offset: int, length: int, done: int) -> ReadError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import time
@@ -14,7 +15,7 @@ from asyncloader._patience import StalledError
 from ._opening import FileChangedError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from tenacity import RetryCallState
 
@@ -116,7 +117,8 @@ class RetryingStorage:
                 raise failure
             return await call()
 
-        return await AsyncRetrying(sleep=self._sleep, **self._how(name))(attempt)
+        with _telling():
+            return await AsyncRetrying(sleep=self._sleep, **self._how(name))(attempt)
 
     def _how(self, name: str) -> dict[str, Any]:
         from tenacity import (  # noqa: PLC0415
@@ -180,4 +182,16 @@ class ThreadedRetryingStorage(RetryingStorage):
                 raise failure
             return call()
 
-        return Retrying(sleep=self._rest, **self._how(name))(attempt)
+        with _telling():
+            return Retrying(sleep=self._rest, **self._how(name))(attempt)
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """Say of what failed again and again that it did."""
+    try:
+        yield
+    except OSError as error:
+        if is_transient(error):
+            error.add_note(f"{_ATTEMPTS} times in a row; look at the disk or the network")
+        raise

@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CHANGED", "Execution"]
 
-CHANGED = "was replaced, or written to, while it was being loaded; load it again"
+CHANGED = (
+    "was replaced, removed or written to while it was being loaded; load the checkpoint anew, or "
+    "the one that has taken its place"
+)
 
 # Reading 64 KiB along takes about as long as handing another call to a thread.
 _GAP_BYTES = 64 << 10

@@ -22,6 +22,8 @@ def run(target: str, *arguments: str) -> int:
             f"\n{target} failed. Run it again with the file that was named above:\n"
             f"    make fuzz ARGS='{target} .fuzz/{target}-crash-…'"
         )
+    else:
+        print(f"fuzzing {target}: nothing found", flush=True)  # noqa: T201
     return code
 
 

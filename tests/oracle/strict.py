@@ -273,8 +273,10 @@ def strict_sidecar(text: bytes) -> tuple[dict[str, str], dict[str, Any]] | None:
     value = strict_json(text)
     form = value.get("format")
     _need(type(form) is int or isinstance(form, NegativeZero), "no format")
-    if (form, value.get("digest"), value.get("chunk_bytes")) != (1, "xxh3-128", CHUNK):
+    if form != 1:
         return None
+    _need(value.get("digest") == "xxh3-128", "another digest")
+    _need(type(value.get("chunk_bytes")) is int and value["chunk_bytes"] == CHUNK, "other chunks")
     _need({"files", "shards", "parts"} <= value.keys(), "a part of it")
     files, shards = value["files"], value["shards"]
     _need(type(files) is dict and all(map(_is_digest, files.values())), "no digests")
