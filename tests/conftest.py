@@ -14,6 +14,11 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# xdist tells its workers how wide a terminal is that they do not have; what is written into a pipe,
+# and a test reads, is not cut.
+os.environ.pop("COLUMNS", None)
+os.environ.pop("LINES", None)
+
 # CI tries the same examples each time, so that a failure there belongs to the change at hand.
 settings.register_profile(
     "asyncloader", deadline=None, max_examples=30, derandomize=os.environ.get("CI") == "true"

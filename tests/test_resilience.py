@@ -241,7 +241,7 @@ async def test_a_file_that_changes_during_a_load_is_an_error_that_names_it(
             async with faulty(fault, at_most=2_000) as runtime:
                 await into.loader(written, runtime).aload()
         assert caught.value.shard == SHARD
-        assert "load it again" in str(caught.value)
+        assert "load the checkpoint anew" in str(caught.value)
 
 
 # --- reads that never return
