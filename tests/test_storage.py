@@ -166,7 +166,7 @@ async def test_only_regular_files_are_opened(
 ) -> None:
     make(tmp_path / "odd")  # type: ignore[operator]  # one of the above
     async with LocalStorage(tmp_path, executor=pool) as storage:
-        with pytest.raises(OSError, match=r"regular file|symbolic links|[Nn]o such file|directory"):
+        with pytest.raises(OSError, match=r"regular file|symbolic link|[Nn]o such file|directory"):
             await storage.size("odd")
     assert opened(tmp_path) == []
 
