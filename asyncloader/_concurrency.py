@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Executor
 
-__all__ = ["for_each", "raising_first", "run_jobs", "settled"]
+__all__ = ["carry_out", "for_each", "raising_first", "run_jobs", "settled"]
 
 T = TypeVar("T")
 
@@ -73,14 +73,15 @@ def _submitted(executor: Executor, job: Callable[[], T]) -> asyncio.Future[T]:
     """
     result: Future[T] = Future()
     try:
-        executor.submit(_carry_out, job, result)
+        executor.submit(carry_out, job, result)
     except RuntimeError:
         if result.cancel():
             raise
     return asyncio.wrap_future(result)
 
 
-def _carry_out(job: Callable[[], T], result: Future[T]) -> None:
+def carry_out(job: Callable[[], T], result: Future[T]) -> None:
+    """Do a job for whoever waits for its result; nothing if that was withdrawn."""
     if not result.set_running_or_notify_cancel():
         return
     try:

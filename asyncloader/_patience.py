@@ -189,6 +189,11 @@ class Patience:
     def __repr__(self) -> str:
         return f"<Patience {self._seconds} s: {len(self._under_way)} under way, {self.lost} lost>"
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for anything."""
+        return not self._under_way
+
     def under_way(self) -> list[str]:
         """Say what threads are at, the longest first."""
         begun = [errand for errand in self._under_way if errand.thread is not None]

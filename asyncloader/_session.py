@@ -197,29 +197,26 @@ async def open_session(
     holding = open_resources(limits, contract) if runtime is None else runtime.lend()
     try:
         async with late.limit, holding as resources:
-            limits = limits.within(resources.limits)
-            threads = resources.threads
-            patience = Patience(access.stall_timeout, replace=threads.replace)
+            patience = Patience(access.stall_timeout, replace=resources.threads.replace)
             look = partial(_root_and_file, path)
-            root, file = await _on_disk(patience, threads, look, path)
-            files = _files(
-                root, access, resources, patience=patience, seen=seen, trusted=file is not None
-            )
+            root, file = await _on_disk(patience, resources.threads, look, path)
+            trusted = file is not None
+            files = _files(root, access, resources, patience=patience, seen=seen, trusted=trusted)
             async with files:
                 storage = _retrying(files, resources)
+                session = Session(
+                    location=str(Path(path)),
+                    file=file,
+                    storage=storage,
+                    retrying=storage,
+                    threads=resources.threads,
+                    patience=patience,
+                    limits=limits.within(resources.limits),
+                    budget=resources.budget,
+                    verify=verify,
+                    watch=resources.watch,
+                )
                 with late.noting(patience):
-                    session = Session(
-                        location=str(Path(path)),
-                        file=file,
-                        storage=storage,
-                        retrying=storage,
-                        threads=threads,
-                        patience=patience,
-                        limits=limits,
-                        budget=resources.budget,
-                        verify=verify,
-                        watch=resources.watch,
-                    )
                     async with session.explaining():
                         yield session
     except TimeoutError as error:

@@ -8,12 +8,17 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from ._concurrency import carry_out
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["WorkerPool"]
 
 T = TypeVar("T")
+
+_LOOK_AGAIN = 0.5
+"""Seconds. A thread that is waited for may be given up on meanwhile."""
 
 
 class _Job(NamedTuple):
@@ -128,7 +133,7 @@ class WorkerPool(Executor):
         self._initializer()
         thread = threading.current_thread()
         while (job := self._jobs.get()) is not None:
-            _carry_out(*job)
+            carry_out(*job)
             del job  # or an idle thread would hold on to what it did last
             if self._is_struck_off(thread):
                 return
@@ -148,17 +153,3 @@ class WorkerPool(Executor):
                 return
             if job is not None and job.result.set_running_or_notify_cancel():
                 job.result.set_exception(error)
-
-
-_LOOK_AGAIN = 0.5
-"""Seconds. A thread that is waited for may be given up on meanwhile."""
-
-
-def _carry_out(job: Callable[[], T], result: Future[T]) -> None:
-    if not result.set_running_or_notify_cancel():
-        return
-    try:
-        result.set_result(job())
-    except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
-        result.set_exception(error)
-        del result, job  # the error knows this frame

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from tests.storages import Through
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from asyncloader.storage import ReadInto, ThreadedStorage
+    from asyncloader.storage import ReadInto
 
 __all__ = ["Fault", "FaultyStorage", "Stuck", "flips_a_bit", "raises"]
 
@@ -35,36 +37,21 @@ class Read:
     """Reads, and returns how many bytes that gave."""
 
 
-Fault = "Callable[[Read], int | None]"
+Fault: TypeAlias = "Callable[[Read], int | None]"
 """Called on the thread that reads, in place of reading: raises, waits, does something to the files,
 reads and changes what came. Returns how many bytes it gave, or `None` for an ordinary read."""
 
 
 @dataclass
-class FaultyStorage:
+class FaultyStorage(Through):
     """Another storage, between whose threads and files comes what goes wrong."""
 
-    inner: ThreadedStorage
-    fault: Callable[[Read], int | None] = _no_fault
+    fault: Fault = _no_fault
     at_most: int = 1 << 60
     """Bytes that one read gives."""
 
     reads: list[Read] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
-
-    @property
-    def location(self) -> str:
-        return self.inner.location
-
-    @property
-    def lost(self) -> int:
-        return self.inner.lost
-
-    async def size(self, name: str, /) -> int:
-        return await self.inner.size(name)
-
-    async def changed(self, names: Sequence[str], /) -> list[str]:
-        return await self.inner.changed(names)
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         return await self.on_thread(name, lambda read: read(offset, views))

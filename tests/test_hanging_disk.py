@@ -350,6 +350,21 @@ async def test_a_service_goes_on_and_ends_though_the_disk_of_its_versions_is_dea
     await asyncio.to_thread(case.disk.heal)
 
 
+async def test_a_service_ends_though_a_command_waits_for_a_dead_disk(case: Case) -> None:
+    def build() -> tuple[dict[str, HashTable], dict[str, torch.Tensor]]:
+        return {}, {"w": torch.zeros(300_000)}
+
+    options = {"stall_timeout": STALL, "strict": False}
+    live = Live(case.disk.path, build, poll=1000, loader_options=options)
+    async with live:
+        await asyncio.to_thread(case.disk.die)
+        command = asyncio.ensure_future(live.load(case.disk.path.name))
+        await asyncio.to_thread(case.disk.until_somebody_waits)
+    with pytest.raises(CheckpointError, match="cannot be looked at"):
+        await command
+    await asyncio.to_thread(case.disk.heal)
+
+
 ENDS = """
 import asyncio, sys, torch, asyncloader
 async def main():

@@ -272,14 +272,7 @@ def test_a_pool_that_has_lost_a_thread_and_gets_no_other_goes_on_with_those_it_h
 
 def test_a_pool_that_has_no_thread_at_all_says_so_to_those_who_wait() -> None:
     pool = pool_of(1)
-    gate, begun = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        begun.set()
-        gate.wait()
-
-    pool.submit(wait)
-    begun.wait()
+    gate = waiting_at_a_gate(pool)
     behind = pool.submit(int, "7")
     [thread] = pool._threads
     with no_threads():
@@ -296,6 +289,18 @@ def test_a_pool_that_has_no_thread_at_all_says_so_to_those_who_wait() -> None:
 
 def test_a_thread_that_is_struck_off_while_a_pool_shuts_down_is_not_waited_for() -> None:
     pool = pool_of(1)
+    gate = waiting_at_a_gate(pool)
+    [thread] = pool._threads
+    closing = threading.Thread(target=pool.shutdown)
+    closing.start()
+    pool.strike_off(thread)
+    closing.join()
+    gate.set()
+    thread.join()
+
+
+def waiting_at_a_gate(pool: WorkerPool) -> threading.Event:
+    """Have a thread of a pool wait, and return what lets it go on."""
     gate, begun = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -304,13 +309,7 @@ def test_a_thread_that_is_struck_off_while_a_pool_shuts_down_is_not_waited_for()
 
     pool.submit(wait)
     begun.wait()
-    [thread] = pool._threads
-    closing = threading.Thread(target=pool.shutdown)
-    closing.start()
-    pool.strike_off(thread)
-    closing.join()
-    gate.set()
-    thread.join()
+    return gate
 
 
 @contextlib.contextmanager

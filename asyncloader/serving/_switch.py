@@ -156,9 +156,9 @@ class Switch:
         self._closing = True
         self._shelf.close()
         await self._freeing.wait()
-        self._patience.close()
-        self._looks.shutdown()  # all threads are idle
-        self._pool.shutdown()
+        # A command may still look at a disk that gives no answer: it will be given up.
+        self._looks.shutdown(wait=self._patience.is_idle)
+        self._pool.shutdown()  # its threads are idle
 
     async def rollback(self) -> LiveVersion:
         """Go back to the version that served before, and stay there."""

@@ -114,10 +114,6 @@ class LocalStorage:
         """Reads that were given up: their memory may be written to at any time."""
         return self._patience.lost
 
-    def under_way(self) -> list[str]:
-        """Say what threads are reading, the longest first."""
-        return self._patience.under_way()
-
     async def __aenter__(self) -> Self:
         return self
 
