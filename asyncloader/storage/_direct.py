@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asyncloader._pages import touch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -81,6 +83,7 @@ class DirectReader:
                 while not view.nbytes:
                     view = next(rest)
                 length = min(view.nbytes, end - ahead)
+                touch([view[:length]])
                 _copy(view[:length], staging[ahead : ahead + length])
                 view = view[length:]
                 ahead += length

@@ -8,6 +8,8 @@ import threading
 from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias
 
+from asyncloader._pages import touch
+
 from ._protocol import views_after
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ if hasattr(os, "preadv"):
         """Fill views, and say whether that took bytes which were not in memory yet."""
         done = 0
         for step, length in _steps(views):
+            touch(step)
             count = (
                 0 if seen.waited or seen.unsure else _preadv_cached(fd, step, offset + done, seen)
             )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from asyncloader._memory import zeros
+from asyncloader._pages import touch
 
 from . import _kernels, _words
 
@@ -84,8 +85,18 @@ class IdIndex:
         """Return the words whose ids may be of some parts of another index of the same seed."""
         if self.parts != other.parts:
             return self.words
+        return self._of_parts(*share)
+
+    def touch(self, lo: int, hi: int) -> None:
+        """Touch the memory of the parts from `lo` to `hi` that was never touched.
+
+        In order and block by block; ids touch it in any order, at whatever that costs.
+        """
+        touch([memoryview(self._of_parts(lo, hi))])
+
+    def _of_parts(self, lo: int, hi: int) -> NDArray[np.uint64]:
         capacity = self.words.size // self.parts
-        return self.words[share[0] * capacity : share[1] * capacity]
+        return self.words[lo * capacity : hi * capacity]
 
     def copy(self) -> IdIndex:
         """Return a copy to write to."""

@@ -184,6 +184,7 @@ class TableUpdate:
         run_order = np.array(self._layers[layer].ranks, np.int64)
 
         def job(lo: int, hi: int) -> tuple[int, int]:
+            index.touch(lo, hi)
             return _kernels.insert_rows(
                 index.words, index.parts, lo, hi, seed, ids, first, count, skip,
                 run_first, run_order, scratch(),

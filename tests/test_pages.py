@@ -1,0 +1,105 @@
+"""Which kind of pages fresh memory is made of."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from asyncloader._memory import zeros
+from asyncloader._pages import BLOCK, PageChooser, touch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FAST, SLOW = 0.0003, 0.005  # seconds a block
+
+
+def spend(
+    chooser: PageChooser, seconds: float, cost: Callable[[bool], float]
+) -> tuple[float, float]:
+    """Touch blocks for some time; return what huge and what small pages took of it."""
+    spent = {True: 0.0, False: 0.0}
+    while sum(spent.values()) < seconds:
+        huge = chooser.choose()
+        spent[huge] += cost(huge)
+        chooser.note(huge=huge, seconds=cost(huge))
+    return spent[True], spent[False]
+
+
+def test_huge_pages_come_first_and_small_ones_are_tried_next() -> None:
+    chooser = PageChooser()
+
+    assert chooser.prefers_huge
+    assert chooser.choose()
+    chooser.note(huge=True, seconds=FAST)
+    assert not chooser.choose()
+
+
+@pytest.mark.parametrize("huge_is_fast", [True, False])
+def test_the_cheaper_kind_is_taken_and_looking_at_the_other_is_cheap(huge_is_fast: bool) -> None:
+    chooser = PageChooser()
+
+    huge, small = spend(chooser, 10, lambda huge: FAST if huge is huge_is_fast else SLOW)
+
+    assert chooser.prefers_huge is huge_is_fast
+    share = (small if huge_is_fast else huge) / (huge + small)
+    assert 0 < share < 0.06
+
+
+def test_what_has_changed_is_noticed() -> None:
+    chooser = PageChooser()
+    spend(chooser, 1, lambda huge: SLOW if huge else FAST)
+    assert not chooser.prefers_huge
+
+    spend(chooser, 1, lambda huge: FAST if huge else SLOW)
+
+    assert chooser.prefers_huge
+
+
+def test_small_pages_have_to_be_cheaper_by_far() -> None:
+    chooser = PageChooser()
+    chooser.note(huge=True, seconds=0.0011)
+    chooser.note(huge=False, seconds=0.001)
+
+    assert chooser.prefers_huge
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux touches pages on request")
+def test_what_was_touched_is_there_before_it_is_written_to() -> None:
+    tensor = zeros((128 * BLOCK,), torch.uint8)
+    array = tensor.numpy()
+
+    touch([memoryview(array[: 64 * BLOCK]), memoryview(array[64 * BLOCK :])])
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    array[:] = 1
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 64  # of huge pages there would be 128
+
+
+@pytest.mark.parametrize("offset", [0, 1, BLOCK - 1, BLOCK + 1])
+def test_touching_changes_no_byte(offset: int) -> None:
+    tensor = zeros((8 * BLOCK + 5,), torch.uint8)
+    tensor[::7] = 3
+    before = tensor.clone()
+
+    touch([memoryview(tensor.numpy()[offset:])])
+    touch([memoryview(tensor.numpy()[offset : offset + BLOCK])])
+
+    assert torch.equal(tensor, before)
+
+
+def test_memory_of_others_and_memory_that_is_no_more_is_left_alone() -> None:
+    for _ in range(3):  # addresses are given out again
+        tensor = zeros((4 * BLOCK,), torch.uint8)
+        del tensor
+        gc.collect()
+        other = np.full(4 * BLOCK, 7, np.uint8)
+        touch([memoryview(other), memoryview(b""), memoryview(bytes(8))])
+        assert (other == 7).all()
