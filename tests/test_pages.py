@@ -75,7 +75,7 @@ def test_what_was_touched_is_there_before_it_is_written_to() -> None:
     tensor = zeros((128 * BLOCK,), torch.uint8)
     array = tensor.numpy()
 
-    touch([memoryview(array[: 64 * BLOCK]), memoryview(array[64 * BLOCK :])])
+    touch([array[: 64 * BLOCK].data, array[64 * BLOCK :].data])
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     array[:] = 1
@@ -89,8 +89,8 @@ def test_touching_changes_no_byte(offset: int) -> None:
     tensor[::7] = 3
     before = tensor.clone()
 
-    touch([memoryview(tensor.numpy()[offset:])])
-    touch([memoryview(tensor.numpy()[offset : offset + BLOCK])])
+    touch([tensor.numpy()[offset:].data])
+    touch([tensor.numpy()[offset : offset + BLOCK].data])
 
     assert torch.equal(tensor, before)
 
@@ -101,5 +101,5 @@ def test_memory_of_others_and_memory_that_is_no_more_is_left_alone() -> None:
         del tensor
         gc.collect()
         other = np.full(4 * BLOCK, 7, np.uint8)
-        touch([memoryview(other), memoryview(b""), memoryview(bytes(8))])
+        touch([other.data, memoryview(b""), memoryview(bytes(8))])
         assert (other == 7).all()

@@ -92,7 +92,7 @@ class IdIndex:
 
         In order and block by block; ids touch it in any order, at whatever that costs.
         """
-        touch([memoryview(self._of_parts(lo, hi))])
+        touch([self._of_parts(lo, hi).data])
 
     def _of_parts(self, lo: int, hi: int) -> NDArray[np.uint64]:
         capacity = self.words.size // self.parts
