@@ -20,7 +20,7 @@ serve: .venv/installed-serve ## serve a model in a browser's sight while new ver
 	@$(RUN) examples.serve $(ARGS)
 
 test: .venv/installed ## run the tests, two at a time
-	$(RUN) pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(RUN) pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 check: .venv/installed ## formatting, lint, types, and who may import whom
 	$(RUN) ruff format --check
@@ -31,6 +31,8 @@ check: .venv/installed ## formatting, lint, types, and who may import whom
 soak: .venv/installed ## swap a model a thousand times under readers, load 500 times, meet savers
 	$(RUN) pytest tests/test_live_soak.py tests/test_soak.py tests/test_saving_meanwhile.py \
 		--soak-swaps 1000 --soak-loads 500 --soak-seconds 60 $(PATIENT) $(ARGS)
+	$(RUN) pytest tests/test_save_faults.py tests/test_save_cancellation.py tests/test_cancellation.py \
+		--every-step --both-loops $(PATIENT) $(ARGS)
 
 fuzz: .venv/installed-fuzz ## look for inputs that break a promise; ARGS='load -runs=1000' for one target
 	@$(RUN) tests.fuzz $(ARGS)

@@ -1,4 +1,4 @@
-"""What holds for every test: both event loops, none of them blocked, examples that repeat."""
+"""What holds for every test: which event loop, that it is not blocked, examples that repeat."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile("asyncloader")
 
 
+ASYNCIO = ("asyncio", {"debug": True})
+
+
 # Of the module, not of the function: hypothesis runs many examples within one function's fixtures.
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("asyncio", {"debug": True}), id="asyncio"),
+        pytest.param(ASYNCIO, id="asyncio"),
         pytest.param(
             ("asyncio", {"debug": True, "loop_factory": uvloop.new_event_loop}), id="uvloop"
         ),
@@ -61,6 +64,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-seconds", type=float, default=3.0, help="how long two processes save and load"
     )
+    parser.addoption(
+        "--every-step",
+        action="store_true",
+        help="fail and kill at every step, not once for each kind of step",
+    )
+    parser.addoption(
+        "--both-loops",
+        action="store_true",
+        help="run all async tests on asyncio's loop, too, not only those marked both_loops",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests out on asyncio's own loop where nothing depends on which loop it is."""
+    if config.getoption("both_loops"):
+        return
+    left_out = [item for item in items if _on_asyncio(item) and not _wants_both(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _on_asyncio(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    return call is not None and call.params.get("anyio_backend") == ASYNCIO
+
+
+def _wants_both(item: pytest.Item) -> bool:
+    return item.get_closest_marker("both_loops") is not None
+
+
+@pytest.fixture(scope="session")
+def every_step(request: pytest.FixtureRequest) -> bool:
+    """Whether sweeps go through every step, and not through one of each kind."""
+    return bool(request.config.getoption("every_step"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,32 @@ async def save_into(
     """Save into a folder of one's own, which `Saver` does not take."""
     saver = Saver(path=folder.location, hashtables=tables, tensors=tensors, **options)
     return await saver._asave([table.snapshot() for table in tables.values()], lambda: folder)
+
+
+_KINDS = {
+    r"\.saving-[^/ ]+": "staged",
+    r"model-\d+-of-\d+\.safetensors": "shard",
+    r"(part|failed)-\d+": "part",
+    r"(tensorkey|torch_rank_weights_embs_table_multi_shard|asyncloader)\.json": "text",
+}
+
+
+def sites(calls: Sequence[str], *, every: bool) -> list[int]:
+    """Return the numbers of the calls to fail: of each kind the first and the last one, or all.
+
+    Calls are of one kind if they do the same to a file of the same role, at the same place.
+    """
+    if every:
+        return list(range(len(calls)))
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for number, call in enumerate(calls):
+        kind = call
+        for pattern, role in _KINDS.items():
+            kind = re.sub(pattern, role, kind)
+        first.setdefault(kind, number)
+        last[kind] = number
+    return sorted({*first.values(), *last.values()})
 
 
 def content(path: Path) -> dict[str, bytes]:

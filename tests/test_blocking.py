@@ -16,6 +16,8 @@ from asyncloader.streaming import run_blocking
 from tests.oracle import write_checkpoint
 from tests.support import data, table_for, unchanged
 
+pytestmark = pytest.mark.both_loops
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+pytestmark = pytest.mark.both_loops
+
 CONTENT = data(list(range(-30, 30)), exp_avg=1)
 STORED = {"plain": torch.arange(40.0), "turned": torch.arange(12.0).view(3, 4)}
 THIRD = Slice(0, 33, 99)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from asyncloader import LoadPlan, Model
 
+pytestmark = pytest.mark.both_loops
+
 
 async def test_entering_waits_for_the_newest_version(tmp_path: Path) -> None:
     publish(tmp_path, 1)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from asyncloader import Live, Model
 
+pytestmark = pytest.mark.both_loops
+
 SOON = 5.0
 
 

@@ -7,14 +7,16 @@ import inspect
 import io
 import itertools
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from rich.console import Console
 
-from asyncloader import HashTable, Loader, LoadReport, PlanError, Progress
+from asyncloader import HashTable, Loader, LoadReport, PlanError, Progress, Runtime
 from asyncloader.streaming import Meter
+from tests.faulty import FaultyStorage, Stuck
 from tests.oracle import write_checkpoint
 from tests.support import (
     MemoryStorage,
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from asyncloader.planning import LoadInfo
+    from tests.faulty import Read
+
+pytestmark = pytest.mark.both_loops
 
 CONTENT = data([1, 2, -1, 2**40], m=1)
 DENSE = {"w": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}
@@ -213,15 +218,22 @@ async def test_of_two_loads_into_one_table_at_once_one_is_refused_and_the_other_
     checkpoint: Path,
 ) -> None:
     table = table_for(CONTENT)
+    loop, reading = asyncio.get_running_loop(), asyncio.Event()
+    stuck = Stuck(at=lambda read: read.name.startswith("model-") and read.offset > 0)
+
+    def fault(read: Read) -> int | None:
+        loop.call_soon_threadsafe(reading.set)
+        return stuck(read)
+
     with nothing_left_behind(table):
-        results = await asyncio.gather(
-            *(Loader(checkpoint, {"t": table}).aload() for _ in range(2)), return_exceptions=True
-        )
-    refused = [result for result in results if isinstance(result, BaseException)]
-    [done] = [result for result in results if isinstance(result, LoadReport)]
-    assert [type(error) for error in refused] == [RuntimeError]
-    assert "one update at a time" in str(refused[0])
-    assert done.tables["t"].new == 4
+        wrap = partial(FaultyStorage, fault=fault)
+        async with Runtime(wrap_storage=wrap) as runtime, asyncio.TaskGroup() as group:
+            first = group.create_task(Loader(checkpoint, {"t": table}, runtime=runtime).aload())
+            await reading.wait()
+            with pytest.raises(RuntimeError, match="one update at a time"):
+                await Loader(checkpoint, {"t": table}).aload()
+            stuck.release()
+    assert first.result().tables["t"].new == 4
     assert rows_in(table) == rows_on_disk(CONTENT)
 
 

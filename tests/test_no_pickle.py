@@ -72,11 +72,19 @@ def _name(node: ast.expr, known: dict[str, str]) -> str:
 
 
 def _is_harmless(call: ast.Call, keyword: str | None) -> bool:
+    if _is_of_this_program(call):
+        return True
     given = {one.arg: one.value for one in call.keywords}
     value = given.get(keyword)
     return (
         keyword is not None and isinstance(value, ast.Constant) and value.value is HARMLESS[keyword]
     )
+
+
+def _is_of_this_program(call: ast.Call) -> bool:
+    """Tell `CDLL(None)`, the functions of the program that runs, from other libraries."""
+    first = call.args[0] if call.args else None
+    return isinstance(first, ast.Constant) and first.value is None
 
 
 FOLDER = Path(asyncloader.__file__).parent

@@ -22,6 +22,8 @@ from tests.support import nothing_left_behind
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.both_loops
+
 BOUND = 0.005
 
 

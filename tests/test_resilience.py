@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from asyncloader.storage import ThreadedStorage
     from tests.faulty import Read
 
+pytestmark = pytest.mark.both_loops
+
 CONTENT = data(range(300), width=4, exp_avg=4)
 STORED = {"w": torch.arange(900.0), "v": torch.tensor([True, False])}
 CHUNK = 2_000

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from asyncloader.storage import ThreadedStorage
     from tests.faulty import Read
 
+pytestmark = pytest.mark.both_loops
+
 CONTENT = data(range(500), width=4)
 STORED = {"w": torch.arange(1500.0)}
 CHUNK = 1000

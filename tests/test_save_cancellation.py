@@ -15,6 +15,8 @@ from tests.test_save_faults import check_all_or_nothing, check_next_save_heals, 
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.both_loops
+
 
 @pytest.mark.parametrize("overwriting", [False, True])
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again and again"])

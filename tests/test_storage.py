@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from asyncloader.storage import ReadInto
 
+pytestmark = pytest.mark.both_loops
+
 CONTENT = bytes(range(256)) * 128
 DEEP = 1 + (20 << 10)
 """Where bytes are that opening has not read along; they are those of `CONTENT` again."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from asyncloader.storage import ReadInto, Storage
     from tests.faulty import Read
 
+pytestmark = pytest.mark.both_loops
+
 CONTENT = bytes(range(251)) * 300
 
 

@@ -172,7 +172,8 @@ def parse_sidecar(location: str, text: bytes | bytearray, *, parts: bool) -> Sid
     if value["format"] != _FORMAT:
         return None
     said = value.get("digest"), value.get("chunk_bytes")
-    if said != (_ALGORITHM, DIGEST_CHUNK):
+    # A number is written as it is: 8388608.0 is equal, and says that something else has written it.
+    if said != (_ALGORITHM, DIGEST_CHUNK) or type(said[1]) is not int:
         wanted = f"those of its format {_ALGORITHM!r} of {DIGEST_CHUNK} bytes"
         raise _bad(location, f"damaged: its digests are {shown(said)}, {wanted}")
     try:
