@@ -20,7 +20,7 @@ serve: .venv/installed-serve ## serve a model in a browser's sight while new ver
 	@$(RUN) examples.serve $(ARGS)
 
 test: .venv/installed ## run the tests, two at a time
-	$(RUN) pytest --numprocesses 2 --dist worksteal $(ARGS)
+	$(RUN) pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: .venv/installed ## formatting, lint, types, and who may import whom
 	$(RUN) ruff format --check

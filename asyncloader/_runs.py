@@ -19,7 +19,7 @@ from .errors import CheckpointError, CheckpointNotFoundError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Version", "is_run_folder", "latest", "versions"]
+__all__ = ["Version", "is_run_folder", "latest", "name_order", "versions"]
 
 _LIST = "checkpoint"
 # Of savers, for one, that are at work: what lies there is not committed, even if it has an `index`.
@@ -145,5 +145,10 @@ def _is_committed(path: Path) -> bool:
 
 def _age(version: Version) -> tuple[float, list[str | int]]:
     """Order by time; versions of the same moment by name, numbers by their value."""
-    parts = _NUMBER.split(version.name)  # text and numbers take turns
-    return version.modified, [int(part) if n % 2 else part for n, part in enumerate(parts)]
+    return version.modified, name_order(version.name)
+
+
+def name_order(name: str) -> list[str | int]:
+    """Return what orders names by the numbers in them: `ckpt_9` comes before `ckpt_10`."""
+    parts = _NUMBER.split(name)  # text and numbers take turns
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)]

@@ -128,6 +128,7 @@ class Live:
             poll=poll,
             retry_pause=retry_pause,
             stall_timeout=options.get("stall_timeout", STALL_TIMEOUT),
+            verifies=options.get("verify") != "off",
         )
 
     def __repr__(self) -> str:

@@ -114,6 +114,19 @@ class Events:
             self._news.clear()
             await self._news.wait()
 
+    async def either(self, *kinds: type[Event]) -> Event:
+        """Return the first event of any of some kinds, seen or to come."""
+        while True:
+            for event in self.seen:
+                if isinstance(event, kinds):
+                    return event
+            await self.next()
+
+    async def next(self) -> None:
+        """Wait for another event."""
+        self._news.clear()
+        await self._news.wait()
+
     def kinds(self) -> list[str]:
         """Return what happened, in order."""
         return [f"{type(event).__name__} {event.version}" for event in self.seen]
@@ -132,3 +145,11 @@ def live(
 ) -> Live:
     """Return a service's model that follows quickly."""
     return Live(run, build, **{"poll": 0.01, "retry_pause": 0.01, "on_event": events, **how})
+
+
+async def looked(it: Live) -> None:
+    """Wait for two looks at the folder."""
+    for _ in range(2):
+        await it.resume()
+        for _ in range(50):
+            await asyncio.sleep(0.001)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
+import shutil
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from asyncloader import (
     CheckpointChangedError,
@@ -28,7 +32,7 @@ from asyncloader import (
     TruncatedShardError,
     VersionRefused,
 )
-from tests.live import Events, build, damage, live, publish, serving, state, version_in
+from tests.live import Events, build, damage, live, looked, publish, serving, state, version_in
 from tests.support import nothing_left_behind
 
 if TYPE_CHECKING:
@@ -116,7 +120,7 @@ async def test_building_and_checking_run_on_a_thread(tmp_path: Path) -> None:
         ran_on.append(threading.current_thread())
         return build()
 
-    async with live(tmp_path, build=note, check=note):
+    async with live(tmp_path, build=note, check=lambda model: note(model) is not None):
         pass
 
     assert len(ran_on) == 2
@@ -184,15 +188,156 @@ async def test_a_corrupt_version_leaves_the_old_one_and_does_not_stop_the_next(
     events = Events()
     async with live(tmp_path, events) as it:
         damage(publish(tmp_path / "..", 2).rename(tmp_path / "v2"))
-        failed = await events.until(LoadFailed)
+        failed = await events.until(LoadFailed, retry_in=None)
         assert isinstance(failed.error, TruncatedShardError)
-        assert failed.retry_in is None
         assert state(it).problem is failed
         assert serving(it) == 1
         publish(tmp_path, 3)
         await events.until(Swapped, version="v3")
         assert state(it).problem is None
     assert events.kinds().count("LoadStarted v2") == 1
+
+
+@pytest.mark.parametrize("index_first", [True, False])
+async def test_a_version_that_is_still_being_copied_serves_once_it_is_all_there(
+    tmp_path: Path, index_first: bool
+) -> None:
+    """File by file, each a half first: it is tried and fails, but is not given up."""
+    publish(tmp_path, 1)
+    whole = publish(tmp_path / "..", 2)
+    events = Events()
+    async with live(tmp_path, events) as it:
+        target = tmp_path / "v2"
+        target.mkdir()
+        read = [file for file in whole.iterdir() if not file.name.startswith("torch_rank")]
+        for file in sorted(read, reverse=not index_first):
+            for share in (2, 1):
+                content = file.read_bytes()
+                (target / file.name).write_bytes(content[: len(content) // share])
+                if "index" in {one.name for one in target.iterdir()}:
+                    events.seen.clear()
+                    await events.either(LoadFailed, Swapped)
+        await events.until(Swapped, version="v2")
+        assert serving(it) == 2
+
+
+async def test_a_version_that_was_given_up_is_tried_anew_when_its_files_change(
+    tmp_path: Path,
+) -> None:
+    publish(tmp_path, 1)
+    events = Events()
+    async with live(tmp_path, events) as it:
+        staged = publish(tmp_path / "..", 2)
+        shard = max(staged.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+        content = shard.read_bytes()
+        damage(staged)
+        staged.rename(tmp_path / "v2")
+        await events.until(LoadFailed, retry_in=None)
+        (tmp_path / "v2" / shard.name).write_bytes(content)
+        await events.until(Swapped, version="v2")
+        assert serving(it) == 2
+
+
+async def test_a_folder_of_shards_that_changes_during_a_load_is_loaded_again(
+    tmp_path: Path,
+) -> None:
+    """Without digests nothing in it tells a mixture of two models."""
+
+    def save(value: float, shard: str) -> None:
+        save_file({shard: torch.full((4,), float(value))}, tmp_path / f"{shard}.safetensors")
+
+    def check(model: Model) -> None:
+        seen.append({*model.tensors["a"].tolist(), *model.tensors["b"].tolist()})
+        if seen[-1] == {1.0, 2.0}:  # the second shard comes when the first one was loaded
+            save(2, "b")
+
+    seen: list[set[float]] = []
+    served: list[set[float]] = []
+    names = {name: f"{name}.safetensors" for name in ("a", "b")}
+    weights = json.dumps({"metadata": {}, "weight_map": names})
+    (tmp_path / "model.safetensors.index.json").write_text(weights)
+    save(1, "a")
+    save(1, "b")
+    events = Events()
+    async with live(
+        tmp_path,
+        events,
+        lambda: ({}, {name: torch.zeros(4) for name in names}),
+        check=check,
+    ) as it:
+        save(2, "a")
+        await events.until(Swapped, previous=tmp_path.name)
+        with it.use() as model:
+            served.append({*model.tensors["a"].tolist(), *model.tensors["b"].tolist()})
+    assert served == [{2.0}]
+    assert {1.0, 2.0} in seen
+
+
+async def test_an_older_version_never_serves_unasked(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    publish(tmp_path, 2)
+    events = Events()
+    async with live(tmp_path, events) as it:
+        shutil.rmtree(tmp_path / "v2")
+        await looked(it)
+        assert serving(it) == 2
+        publish(tmp_path, 3)
+        await events.until(Swapped, version="v3")
+    assert events.kinds().count("LoadStarted v1") == 0
+
+
+async def test_a_version_stays_where_it_was_found_though_the_link_to_the_run_leads_elsewhere(
+    tmp_path: Path,
+) -> None:
+    runs = [tmp_path / "blue", tmp_path / "green"]
+    for number, run in enumerate(runs, 1):
+        run.mkdir()
+        publish(run, number)
+    link = tmp_path / "current"
+    link.symlink_to(runs[0])
+    events = Events()
+    async with live(link, events) as it:
+        other = tmp_path / "next"
+        other.symlink_to(runs[1])
+        other.replace(link)
+        await events.until(Swapped, version="v2")
+        back = await it.rollback()  # loaded again: keep is 1
+        assert (back.version, back.location) == ("v1", str((runs[0] / "v1").resolve()))
+        assert serving(it) == 1
+
+
+@pytest.mark.parametrize(
+    ("verdict", "passes"),
+    [
+        (None, True),
+        (True, True),
+        (np.True_, True),
+        (torch.tensor(True), True),
+        (1, True),
+        (False, False),
+        (np.False_, False),
+        (torch.tensor(False), False),
+        (torch.tensor([0.0]), False),
+        (0, False),
+    ],
+)
+async def test_a_check_says_no_by_anything_that_is_false(
+    tmp_path: Path, verdict: object, passes: bool
+) -> None:
+    publish(tmp_path, 1)
+    if passes:
+        async with live(tmp_path, check=lambda _: verdict) as it:
+            assert serving(it) == 1
+    else:
+        with pytest.raises(CheckpointError, match="check returned"):
+            await live(tmp_path, check=lambda _: verdict).__aenter__()
+
+
+@pytest.mark.parametrize("verdict", ["no", [], {}, object(), torch.ones(2), np.zeros(3)])
+async def test_what_is_no_truth_value_is_an_error(tmp_path: Path, verdict: object) -> None:
+    publish(tmp_path, 1)
+    with nothing_left_behind(), pytest.raises(TypeError, match="neither true nor false"):
+        await live(tmp_path, check=lambda _: verdict).__aenter__()
 
 
 async def test_a_version_that_is_written_anew_is_tried_anew(tmp_path: Path) -> None:
@@ -368,7 +513,7 @@ async def test_a_version_is_loaded_on_purpose(tmp_path: Path) -> None:
         assert (await it.load("v1")).version == "v1"
         assert serving(it) == 1
         assert not state(it).following
-        assert (await it.load(elsewhere)).location == str(elsewhere)
+        assert (await it.load(elsewhere)).location == str(elsewhere.resolve())
         assert serving(it) == 9
         assert (await it.rollback()).version == "v1"
         with pytest.raises(CheckpointNotFoundError, match="holds neither"):

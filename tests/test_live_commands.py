@@ -23,14 +23,14 @@ from asyncloader import (
 )
 from asyncloader._concurrency import raising_first
 from asyncloader.serving import may_pass
-from tests.live import Events, build, live, publish, serving, state, version_in
+from tests.live import Events, build, live, looked, publish, serving, state, version_in
 from tests.support import nothing_left_behind
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from asyncloader import Live, Model
+    from asyncloader import Model
 
 pytestmark = pytest.mark.both_loops
 
@@ -138,20 +138,10 @@ async def test_a_version_that_is_withdrawn_is_not_tried_again(tmp_path: Path) ->
         publish(tmp_path, 0, name="v0")
         while True:  # until two looks at the folder have found no reason to try
             seen = calls
-            looks = await _looks(it)
+            await looked(it)
             if calls == seen:
                 break
-            assert looks
         assert serving(it) == 1
-
-
-async def _looks(it: Live) -> bool:
-    """Wait for two looks at the folder."""
-    for _ in range(2):
-        await it.resume()
-        for _ in range(50):
-            await asyncio.sleep(0.001)
-    return True
 
 
 class Held:

@@ -211,6 +211,7 @@ def test_nothing_to_rank_and_unknown_ids_are_no_errors(server: Process, items: l
 def test_the_model_says_what_is_in_memory_and_how_its_load_went(server: Process) -> None:
     status, health = call(f"{server.url}/health")
     assert (status, list(health)) == (200, ["serving"])
+    until(lambda: call(f"{server.url}/model")[1]["last_load"]["lag"])  # the first is not paced
     found = call(f"{server.url}/model")[1]
     assert [one["version"] for one in found["versions"] if one["serving"]] == [found["serving"]]
     assert found["nbytes"] == sum(one["nbytes"] for one in found["versions"]) > 0

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RefusedError", "VersionLoader", "check_options"]
 
+_SHORT = 80
 _PACING = ("max_loop_lag", "pressure")
 
 
@@ -203,8 +204,8 @@ class VersionLoader:
             reason = f"check raised {type(error).__name__}: {error}"
             self._tell_refused(wanted, reason, error)
             raise RefusedError(reason) from error
-        if verdict is False:
-            reason = "check returned False"
+        if not passed(verdict):
+            reason = f"check returned {shortened(verdict)}"
             self._tell_refused(wanted, reason, ValueError(reason))
             raise RefusedError(reason)
 
@@ -226,6 +227,31 @@ class VersionLoader:
         listener = self._options.get("progress")
         if callable(listener):
             listener(progress)
+
+
+def passed(verdict: object) -> bool:
+    """Say whether what a check returned lets a version serve: `None`, or anything that is true.
+
+    Raises:
+        TypeError: If it is no truth value: of text or a list, `bool` says whether it is empty.
+    """
+    if verdict is None:
+        return True
+    try:
+        if hasattr(type(verdict), "__bool__"):
+            return bool(verdict)
+    except (RuntimeError, ValueError):  # of tensors and arrays of several values
+        pass
+    raise TypeError(
+        f"check returned {shortened(verdict)}, which is neither true nor false: return True, "
+        "False or None"
+    )
+
+
+def shortened(value: object) -> str:
+    """Return a value's text, or its type where that is long."""
+    text = repr(value)
+    return text if len(text) <= _SHORT else f"a {type(value).__name__}"
 
 
 def _memory_of(model: Model) -> set[int]:

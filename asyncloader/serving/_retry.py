@@ -11,6 +11,7 @@ from asyncloader.errors import (
     CheckpointChangedError,
     CheckpointError,
     CheckpointNotFoundError,
+    PlanError,
     ReadError,
 )
 
@@ -19,9 +20,15 @@ if TYPE_CHECKING:
 
     from tenacity import RetryCallState
 
-__all__ = ["may_pass", "retrying"]
+    from ._source import Files
+
+__all__ = ["Copying", "may_pass", "retrying"]
 
 _LONGEST = 60.0
+_LOOKS = 6
+"""At a version that is damaged, each after twice the pause of the one before: a minute in all, if
+the first pause is a second. No version is given up for good: once its files change, it is tried
+anew."""
 # What torch says on the host, and Python of threads: neither has a class of its own for it.
 _NO_ROOM = ("not enough memory", "can't allocate memory", "can't start new thread")
 
@@ -42,8 +49,47 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_ROOM)
 
 
+class Copying:
+    """Tells a version that is damaged from one that is still being copied.
+
+    `rsync`, `cp` and object stores bring `index` before the shards. A version whose files are
+    missing, short or damaged is loaded again once they have changed, and given up once they have
+    stood still for long.
+    """
+
+    def __init__(self) -> None:
+        self._files: Files | None = None
+        self._error: Exception | None = None
+        self._looks = 0
+
+    def check(self, files: Files) -> None:
+        """Note how the files are now.
+
+        Raises:
+            Exception: What the last load raised, if they are as they were then: so would the next.
+        """
+        if self._error is not None and self._files == files:
+            self._looks += 1
+            raise self._error
+        self._looks = 0
+
+    def note(self, files: Files, error: Exception) -> None:
+        """Note what the load of these files has raised."""
+        # Where no file says which shards there are, a missing one looks like a smaller model.
+        partial = isinstance(error, PlanError) and not files.have_index
+        if partial or (isinstance(error, CheckpointError) and not may_pass(error)):
+            self._files, self._error = files, error
+
+    def may_pass(self, error: BaseException) -> bool:
+        """Say whether to look again after an error."""
+        if error is self._error:
+            return self._looks < _LOOKS
+        return may_pass(error)
+
+
 def retrying(
     *,
+    passes: Callable[[BaseException], bool],
     pause: float,
     sleep: Callable[[float], Awaitable[None]],
     failed: Callable[[RetryCallState], None],
@@ -51,13 +97,14 @@ def retrying(
     """Return what tries again for as long as the fault may pass, with growing pauses.
 
     Args:
+        passes: Says whether to try again after an error.
         pause: Seconds before the second try; twice as long before each next, a minute at most. To
             each up to a second is added at random, so that many services do not try at once.
         sleep: Waits; what it raises ends the tries.
         failed: Called before each pause.
     """
     return AsyncRetrying(
-        retry=retry_if_exception(may_pass),
+        retry=retry_if_exception(passes),
         wait=wait_exponential(multiplier=pause, max=_LONGEST) + wait_random(0, min(pause, 1)),
         sleep=sleep,
         before_sleep=failed,

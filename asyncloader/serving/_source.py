@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from asyncloader._runs import latest
-from asyncloader.checkpoint import INDEX
+from asyncloader._runs import latest, name_order
+from asyncloader.checkpoint import INDEX, SIDECAR, TENSORKEY
 from asyncloader.errors import CheckpointNotFoundError
 
-__all__ = ["Candidate", "candidate", "named", "newest"]
+__all__ = ["Candidate", "Files", "candidate", "files_of", "named", "newest"]
 
 _SAFETENSORS = ".safetensors"
+_READ = (_SAFETENSORS, _SAFETENSORS + ".index.json")
+_NAMES = frozenset((INDEX, TENSORKEY, SIDECAR))
+_LONG_AGO = 5.0
+"""Seconds without a change after which a file is not being copied any more."""
 
 Identity: TypeAlias = tuple[tuple[int, ...], ...]
 
@@ -23,6 +28,8 @@ class Candidate:
     """A committed checkpoint."""
 
     path: Path
+    """Where it was found, links resolved: where it is still, though a link leads elsewhere now."""
+
     identity: Identity
     """What changes when another one takes its place: its `index` is written anew."""
 
@@ -30,6 +37,66 @@ class Candidate:
     def name(self) -> str:
         """The name of its folder."""
         return self.path.name
+
+    def is_older_than(self, other: Candidate) -> bool:
+        """Say whether another version of the same run folder was committed after this one."""
+        if self.path == other.path or self.path.parent != other.path.parent:
+            return False  # what took a version's place, or came with another folder, is meant
+        return self._age < other._age
+
+    @property
+    def _age(self) -> tuple[int, list[str | int]]:
+        return max(modified for *_, modified in self.identity), name_order(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What tells the files of a version from those that take their place."""
+
+    identities: dict[str, tuple[int, ...]]
+    """By name: device, inode, size, time of the last change of the bytes."""
+
+    changed_at: float
+    """When the last of them was written to, renamed or linked, in seconds since 1970."""
+
+    @property
+    def are_at_rest(self) -> bool:
+        """Whether none of them has changed for some seconds, by this machine's clock."""
+        return time.time() - self.changed_at > _LONG_AGO
+
+    @property
+    def have_digests(self) -> bool:
+        """Whether a file says which bytes belong together, so that no mixture can be loaded."""
+        return SIDECAR in self.identities
+
+    @property
+    def have_index(self) -> bool:
+        """Whether a file says which shards there are."""
+        return INDEX in self.identities
+
+
+def files_of(path: Path) -> Files:
+    """Return the files that a load of a version may read; none where they cannot be listed."""
+    identities: dict[str, tuple[int, ...]] = {}
+    changed_at = 0.0
+    for file in _listed(path):
+        if file.name in _NAMES or file.name.endswith(_READ):
+            try:
+                found = file.stat()
+            except OSError:  # removed meanwhile
+                continue
+            identities[file.name] = _identity(found)
+            changed_at = max(changed_at, found.st_ctime)
+    return Files(identities, changed_at)
+
+
+def _listed(path: Path) -> list[Path]:
+    if os.path.isfile(path):  # noqa: PTH113  # Path's own raises for odd names
+        return [path]
+    try:
+        return list(path.iterdir())
+    except OSError:
+        return []
 
 
 def newest(source: Path) -> Candidate:
@@ -63,8 +130,9 @@ def named(source: Path, version: str | os.PathLike[str]) -> Path:
 
 
 def _at(path: Path) -> Candidate | None:
-    marks = _marks(path)
-    return Candidate(path=path, identity=marks) if marks else None
+    real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+    marks = _marks(real)
+    return Candidate(path=real, identity=marks) if marks else None
 
 
 def _marks(path: Path) -> Identity:
@@ -84,4 +152,8 @@ def _identities(files: list[Path]) -> Identity:
         found = [file.stat() for file in files]
     except OSError:  # removed meanwhile
         return ()
-    return tuple((one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
+    return tuple(map(_identity, found))
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

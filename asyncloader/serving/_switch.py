@@ -18,9 +18,9 @@ from asyncloader.errors import CheckpointChangedError, CheckpointError
 from ._events import LoadCancelled, LoadFailed, RolledBack, Swapped
 from ._freeing import Freeing
 from ._loading import RefusedError
-from ._retry import retrying
+from ._retry import Copying, retrying
 from ._shelf import Held
-from ._source import candidate, named, newest
+from ._source import candidate, files_of, named, newest
 from ._state import LiveVersion
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ._loading import VersionLoader
     from ._shelf import Shelf
-    from ._source import Candidate
+    from ._source import Candidate, Files
     from ._telling import Teller
 
 __all__ = ["Switch"]
@@ -44,6 +44,10 @@ T = TypeVar("T")
 # One builds and checks; one gives memory back meanwhile.
 _THREADS = 2
 _REMEMBERED = 100
+_LOOK = 1.0
+"""Seconds between two looks at files that may be written to; `poll`, if that is less."""
+
+_COPIED = "was written to while it was being loaded; it is loaded anew once it stands still"
 
 
 class _SupersededError(Exception):
@@ -69,7 +73,9 @@ class Switch:
         poll: float,
         retry_pause: float,
         stall_timeout: float | None,
+        verifies: bool,
     ) -> None:
+        self._verifies = verifies
         self._source = source
         self._shelf = shelf
         self._loader = loader
@@ -87,7 +93,7 @@ class Switch:
         self._catching_up: asyncio.Task[Any] | None = None
         self._commands = 0
         self._resumed = 0
-        self._given_up: deque[Candidate] = deque(maxlen=_REMEMBERED)
+        self._given_up: deque[tuple[Candidate, Files]] = deque(maxlen=_REMEMBERED)
         self._too_large: tuple[Candidate, int] | None = None
         self._trouble = ""
 
@@ -235,17 +241,55 @@ class Switch:
     async def _news(self) -> Candidate | None:
         """Return the newest version, unless it serves already or will not do."""
         found = await self._newest()
-        if found is None:
+        serving = self._shelf.serving.candidate
+        # If the folder of what serves was removed, the newest one is older; nobody asked for that.
+        if found is None or found == serving or found.is_older_than(serving):
             return None
-        old = found == self._shelf.serving.candidate or found in self._given_up
         # What was too large is looked at again once there is more room.
-        full = self._too_large == (found, self._shelf.needed)
-        return None if old or full else found
+        if self._too_large == (found, self._shelf.needed):
+            return None
+        # What was given up is looked at again once its files have changed.
+        return None if (found, await self._files(found)) in self._given_up else found
+
+    async def _files(self, wanted: Candidate) -> Files:
+        return await self._on_thread(partial(files_of, wanted.path))
+
+    async def _files_at_rest(self, wanted: Candidate) -> Files:
+        """Return the files of a version once nothing seems to be writing to them.
+
+        Raises:
+            _SupersededError: If following ended meanwhile.
+        """
+        files = await self._files(wanted)
+        while not (files.are_at_rest or (files.have_digests and self._verifies)):
+            await self._pause(min(self._poll, _LOOK))
+            before, files = files, await self._files(wanted)
+            if files == before:
+                break
+            if not self._shelf.held or self._wanted():
+                continue
+            raise _SupersededError
+        return files
+
+    async def _load_whole(self, wanted: Candidate, attempt: int, copying: Copying) -> Held:
+        """Load a version of which no file changes meanwhile."""
+        files = await self._files_at_rest(wanted)
+        copying.check(files)
+        try:
+            held = await self._loader.load(wanted, attempt)
+        except Exception as error:
+            copying.note(files, error)
+            raise
+        if await self._files(wanted) != files:
+            self._drop(held)
+            raise CheckpointChangedError(str(wanted.path), _COPIED)
+        return held
 
     async def _take_in(self, new: Candidate) -> None:
         """Load a version and let it serve, however often that has to be tried."""
-        held = None
+        held, copying = None, Copying()
         tries = retrying(
+            passes=copying.may_pass,
             pause=self._retry_pause,
             sleep=partial(self._pause_unless_newer, new),
             failed=partial(self._failed, new),
@@ -253,21 +297,25 @@ class Switch:
         try:
             async for attempt in tries:
                 with attempt:
-                    held = await self._loader.load(new, attempt.retry_state.attempt_number)
+                    number = attempt.retry_state.attempt_number
+                    held = await self._load_whole(new, number, copying)
         except RefusedError as refused:
             if refused.beside is None:
-                self._given_up.append(new)
+                await self._give_up(new)
             else:
                 self._too_large = new, refused.beside
         except _SupersededError:
             raise
         except Exception as error:  # noqa: BLE001  # build() may raise anything
-            self._given_up.append(new)
+            await self._give_up(new)
             self._tell_failure(new, error, tries.statistics["attempt_number"], None)
         if held is not None and self._wanted():
             self._swap(held)
         elif held is not None:
             self._drop(held)
+
+    async def _give_up(self, wanted: Candidate) -> None:
+        self._given_up.append((wanted, await self._files(wanted)))
 
     def _failed(self, new: Candidate, tries: RetryCallState) -> None:
         error = tries.outcome.exception() if tries.outcome is not None else None
@@ -387,7 +435,7 @@ class Switch:
     async def _load_once(self, wanted: Candidate) -> Held:
         """Load a version that somebody waits for, who hears of what goes wrong."""
         try:
-            return await self._loader.load(wanted, 1)
+            return await self._load_whole(wanted, 1, Copying())
         except RefusedError as refused:
             raise CheckpointError(str(wanted.path), refused.reason) from refused.__cause__
         except Exception as error:
