@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from .planning import Cast
     from .streaming import LoopLag
 
 __all__ = ["LoadReport"]
@@ -52,6 +53,9 @@ class LoadReport:
     warnings: tuple[str, ...]
     """What is odd about the checkpoint but did no harm."""
 
+    casts: tuple[Cast, ...] = ()
+    """What was converted to another dtype on its way; see `Loader`'s `cast`."""
+
     retries: int = 0
     """How often something was read again that the storage had failed at. More than a few are a
     disk or a network to look after."""
@@ -74,6 +78,8 @@ class LoadReport:
             text += f", {len(self.missing)} missing"
         if self.unexpected:
             text += f", {len(self.unexpected)} unexpected"
+        if self.casts:
+            text += f", {len(self.casts)} cast"
         if self.retries:
             text += f", {self.retries} retried"
         if self.lag is not None:
@@ -124,6 +130,7 @@ class LoadReport:
                 ("missing", self.missing),
                 ("unexpected", self.unexpected),
                 ("warning", self.warnings),
+                ("cast", tuple(map(str, self.casts))),
             )
             if names
         ]

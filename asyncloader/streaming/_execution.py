@@ -46,7 +46,6 @@ CHANGED = (
 
 # Reading 64 KiB along takes about as long as handing another call to a thread.
 _GAP_BYTES = 64 << 10
-_ID_BYTES = 8
 _INDEXERS = 2
 
 
@@ -181,15 +180,15 @@ class Execution:
         memory = plain_bytes(update.view("id", first, part.rows))
         if memory is None:
             raise TypeError(f"table {table.name!r}: its ids are not in plain host memory")
-        self._add(IdSink(table.name, memory, arrived), part.ids, _ID_BYTES)
+        self._add(IdSink(table.name, memory, arrived), part.ids)
         for slot, block in part.slots.items():
             rows = update.view(slot, first, part.rows)
-            self._add(sink_for(table.name, rows), block, rows.itemsize)
+            self._add(sink_for(table.name, rows, block.dtype), block)
 
-    def _add(self, sink: Sink, block: Block, itemsize: int) -> None:
+    def _add(self, sink: Sink, block: Block) -> None:
         if isinstance(sink, DirectSink) and sink.nbytes != block.nbytes:
             raise RuntimeError(f"{sink.name!r} got other memory while it was being loaded")
-        extent = self._sinks.add(sink, block, itemsize)
+        extent = self._sinks.add(sink, block)
         if extent is not None:
             self._extents.append(extent)
 
