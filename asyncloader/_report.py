@@ -43,6 +43,9 @@ class LoadReport:
     """By name: `loaded`, `copied` (by way of staging memory), `shared with …`, `missing`, or
     `not asked for` (left out by `filter_func`)."""
 
+    filled: int
+    """How many of them are `loaded` or `copied`."""
+
     missing: tuple[str, ...]
     """Asked for, not in the checkpoint: `tensor`, `table`, or `table@slot`. Destinations keep what
     they held."""
@@ -66,10 +69,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         rows = sum(table.rows for table in self.tables.values())
-        filled = sum(what in {"loaded", "copied"} for what in self.tensors.values())
         text = (
             f"{self.location}: {size_text(self.bytes_read)} in {self.seconds:.2f} s "
-            f"({self.gigabytes_per_second:.2f} GB/s), {filled} tensors, "
+            f"({self.gigabytes_per_second:.2f} GB/s), {self.filled} tensors, "
             f"{rows:,} rows of {len(self.tables)} table{'s' * (len(self.tables) != 1)}"
         )
         if self.bytes_verified:

@@ -275,12 +275,15 @@ class Loader:
                 )
                 unless_committed.callback(execution.abort)
                 await execution.run()
+                tell = undisturbed(partial(self._report, plan, touched, meter, session))
+                [report] = await run_jobs(session.threads.kernels, [tell])
             # No await from here on: who is cancelled finds the tables as they were.
             start = time.perf_counter()
             counts = execution.commit()
             unless_committed.pop_all()
         self._tracer.note("commit", "all tables", start)
-        report = self._report(plan, counts, touched, meter, session)
+        lag = None if session.watch is None else session.watch.lag
+        report = replace(report, tables={**report.tables, **counts}, lag=lag)
         _log.info("%s", report)
         return report
 
@@ -345,16 +348,17 @@ class Loader:
     def _report(
         self,
         plan: LoadPlan,
-        counts: Mapping[str, UpdateCounts],
         touched: Mapping[str, bool],
         meter: Meter,
         session: Session,
     ) -> LoadReport:
+        """Say what was done, but for what `commit` does to tables; belongs on a thread."""
         nothing = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
         done = dict.fromkeys(plan.tensors.names, "loaded")
         done |= {name: f"shared with {other!r}" for name, other in plan.shared.items()}
         done |= {name: "copied" for name, staged in touched.items() if staged}
         done |= dict.fromkeys(plan.skipped, "not asked for")
+        tensors = {name: done.get(name, "missing") for name in self._tensors}
         return LoadReport(
             location=plan.location,
             bytes_read=meter.read,
@@ -362,14 +366,14 @@ class Loader:
             bytes_verified=meter.verified,
             reads=meter.reads,
             seconds=meter.seconds,
-            tables={name: counts.get(name, nothing) for name in self._tables},
-            tensors={name: done.get(name, "missing") for name in self._tensors},
+            tables=dict.fromkeys(self._tables, nothing),
+            tensors=tensors,
+            filled=sum(outcome in {"loaded", "copied"} for outcome in tensors.values()),
             missing=plan.missing,
             unexpected=plan.unexpected,
             warnings=plan.warnings,
             casts=plan.casts,
             retries=0 if session.retrying is None else session.retrying.retries,
-            lag=None if session.watch is None else session.watch.lag,
         )
 
 
