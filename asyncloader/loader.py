@@ -322,7 +322,8 @@ class Loader:
         with self._tracer.span("plan", "choice"):
             [choice] = await run_jobs(pool, [undisturbed(partial(choose, catalog, info, targets))])
         with self._tracer.span("plan", "headers"):
-            manifest = await session.manifest(catalog, choice.shards())
+            [shards] = await run_jobs(pool, [choice.shards])
+            manifest = await session.manifest(catalog, shards)
         odd = [partial(look, choice.tensors) for look in (into.overlaps, into.unsafe)]
         for problems in await run_jobs(pool, odd):
             choice.problems += problems

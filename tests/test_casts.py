@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import Cast, HashTable, Loader, PlanError, Saver, Slice, gen_slice
+from tests.checkpoints import run
 from tests.live import Events, live, publish
 from tests.oracle import TableData, edit_header, rows_of, write_checkpoint
 from tests.support import data, raw, rows_in, unchanged
@@ -378,3 +381,17 @@ async def test_live_converts_if_its_loader_options_say_so(tmp_path: Path) -> Non
                 "user@embedding",
                 "item@embedding",
             }
+
+
+async def test_the_command_line_loads_all_floats_as_one_dtype(tmp_path: Path) -> None:
+    content = data(range(6), exp_avg=1)
+    stored = {"half": torch.ones(4).bfloat16(), "same": torch.ones(2), "count": torch.tensor([3])}
+    write_checkpoint(tmp_path, {"t": content}, stored)
+
+    code, out, _ = await asyncio.to_thread(run, "load", tmp_path, "--cast", "float32")
+    assert code == 0
+    assert "half: bfloat16 to float32" in out
+
+    code, out, _ = await asyncio.to_thread(run, "load", tmp_path, "--cast", "bfloat16", "--json")
+    casts = {one["name"]: one["target"] for one in json.loads(out)["report"]["casts"]}
+    assert casts == dict.fromkeys(["t@embedding", "t@exp_avg", "same"], "bfloat16")
