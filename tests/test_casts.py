@@ -238,6 +238,23 @@ async def test_what_needs_no_conversion_is_loaded_as_ever_beside_what_does(tmp_p
     assert "2 cast" in str(plan)
 
 
+async def test_much_is_converted_a_part_at_a_time(tmp_path: Path) -> None:
+    content = TableData(
+        ids=torch.arange(3000), slots={"embedding": torch.randn(3000, 200).bfloat16()}
+    )
+    stored = torch.randn(300_000).bfloat16()
+    write_checkpoint(tmp_path, {"t": content}, {"w": stored})
+    tensors = {"w": torch.zeros(300_000, 2)[:, 1]}
+    table = HashTable([200], slice=Slice(100, 2900, 65536), name="t")
+
+    await Loader(tmp_path, {"t": table}, tensors, cast="widen").aload()
+
+    assert agree(tensors["w"], stored.float())
+    ids = table.ids()
+    assert len(ids) == 2800
+    assert agree(table.rows(), content.slots["embedding"][ids].float())
+
+
 async def test_tensors_that_share_memory_are_converted_once(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {}, {"a": torch.ones(3).half(), "b": torch.ones(3).half()})
     shared = torch.zeros(3)
