@@ -22,7 +22,7 @@ from .errors import (
     TruncatedShardError,
 )
 from .loader import Loader
-from .planning import LoadPlan
+from .planning import Cast, LoadPlan
 from .runtime import Runtime
 from .streaming import LoopLag, Progress, Span
 from .table import HashTable, Slot, UpdateCounts
@@ -54,6 +54,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncLoaderError",
+    "Cast",
     "CheckpointChangedError",
     "CheckpointError",
     "CheckpointNotFoundError",

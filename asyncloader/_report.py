@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from .planning import Cast
     from .streaming import LoopLag
 
 __all__ = ["LoadReport"]
@@ -42,6 +43,9 @@ class LoadReport:
     """By name: `loaded`, `copied` (by way of staging memory), `shared with …`, `missing`, or
     `not asked for` (left out by `filter_func`)."""
 
+    filled: int
+    """How many of them are `loaded` or `copied`."""
+
     missing: tuple[str, ...]
     """Asked for, not in the checkpoint: `tensor`, `table`, or `table@slot`. Destinations keep what
     they held."""
@@ -51,6 +55,9 @@ class LoadReport:
 
     warnings: tuple[str, ...]
     """What is odd about the checkpoint but did no harm."""
+
+    casts: tuple[Cast, ...] = ()
+    """What was converted to another dtype on its way; see `Loader`'s `cast`."""
 
     retries: int = 0
     """How often something was read again that the storage had failed at. More than a few are a
@@ -62,10 +69,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         rows = sum(table.rows for table in self.tables.values())
-        filled = sum(what in {"loaded", "copied"} for what in self.tensors.values())
         text = (
             f"{self.location}: {size_text(self.bytes_read)} in {self.seconds:.2f} s "
-            f"({self.gigabytes_per_second:.2f} GB/s), {filled} tensors, "
+            f"({self.gigabytes_per_second:.2f} GB/s), {self.filled} tensors, "
             f"{rows:,} rows of {len(self.tables)} table{'s' * (len(self.tables) != 1)}"
         )
         if self.bytes_verified:
@@ -74,6 +80,8 @@ class LoadReport:
             text += f", {len(self.missing)} missing"
         if self.unexpected:
             text += f", {len(self.unexpected)} unexpected"
+        if self.casts:
+            text += f", {len(self.casts)} cast"
         if self.retries:
             text += f", {self.retries} retried"
         if self.lag is not None:
@@ -124,6 +132,7 @@ class LoadReport:
                 ("missing", self.missing),
                 ("unexpected", self.unexpected),
                 ("warning", self.warnings),
+                ("cast", tuple(map(str, self.casts))),
             )
             if names
         ]

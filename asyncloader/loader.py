@@ -33,6 +33,7 @@ from ._session import STALL_TIMEOUT, Access, checked_verify, open_session
 from .errors import AsyncLoaderError, ReadStalledError
 from .planning import (
     Targets,
+    checked_cast,
     checked_load_info,
     choose,
     default_load_info,
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
     from ._session import Session
     from .checkpoint import Verify
-    from .planning import LoadInfo, LoadPlan
+    from .planning import Casting, LoadInfo, LoadPlan
     from .streaming import Destinations, Progress, Span
     from .table import LoadableTable
 
@@ -133,6 +134,12 @@ class Loader:
         runtime: Threads and bytes to share with other loads, in place of such of its own;
             `max_inflight_bytes`, `max_loop_lag` and `pressure` are the runtime's then, and
             `parallel` is no more than the runtime's. Not for `load()`, which has a loop of its own.
+        cast: Which values are converted on their way, of tensors and of tables' slots: `"widen"`,
+            to a dtype that holds every value of the one in the checkpoint (bfloat16 to float32,
+            int32 to int64); `"any"`, floats to any floats and integers to any integers, as
+            `Tensor.to` does it, which rounds and wraps around; `None`, none: another dtype is an
+            error. Ids, bools and complex numbers are never converted, nor integers to floats or
+            back. The plan and the report list all that is. Digests are of the bytes as stored.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -161,6 +168,7 @@ class Loader:
         stall_timeout: float | None = STALL_TIMEOUT,
         follow_symlinks: bool = False,
         runtime: Runtime | None = None,
+        cast: Casting | None = None,
     ) -> None:
         self._limits = Limits(
             parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
@@ -183,6 +191,7 @@ class Loader:
         self._timeout = timeout
         self._progress = progress
         self._verify = checked_verify(verify)
+        self._cast = checked_cast(cast)
         self._on_plan = on_plan
         self._access = Access(
             direct_io=checked_switch(direct_io, "direct_io"),
@@ -266,12 +275,15 @@ class Loader:
                 )
                 unless_committed.callback(execution.abort)
                 await execution.run()
+                tell = undisturbed(partial(self._report, plan, touched, meter, session))
+                [report] = await run_jobs(session.threads.kernels, [tell])
             # No await from here on: who is cancelled finds the tables as they were.
             start = time.perf_counter()
             counts = execution.commit()
             unless_committed.pop_all()
         self._tracer.note("commit", "all tables", start)
-        report = self._report(plan, counts, touched, meter, session)
+        lag = None if session.watch is None else session.watch.lag
+        report = replace(report, tables={**report.tables, **counts}, lag=lag)
         _log.info("%s", report)
         return report
 
@@ -310,12 +322,15 @@ class Loader:
         with self._tracer.span("plan", "choice"):
             [choice] = await run_jobs(pool, [undisturbed(partial(choose, catalog, info, targets))])
         with self._tracer.span("plan", "headers"):
-            manifest = await session.manifest(catalog, choice.shards())
+            [shards] = await run_jobs(pool, [choice.shards])
+            manifest = await session.manifest(catalog, shards)
         odd = [partial(look, choice.tensors) for look in (into.overlaps, into.unsafe)]
         for problems in await run_jobs(pool, odd):
             choice.problems += problems
         with self._tracer.span("plan", "plan"):
-            decide = undisturbed(partial(plan_load, manifest, choice, strict=self._strict))
+            decide = undisturbed(
+                partial(plan_load, manifest, choice, strict=self._strict, casting=self._cast)
+            )
             [plan] = await run_jobs(pool, [decide])
         for warning in plan.warnings:
             _log.warning("%s: %s", plan.location, warning)
@@ -334,16 +349,17 @@ class Loader:
     def _report(
         self,
         plan: LoadPlan,
-        counts: Mapping[str, UpdateCounts],
         touched: Mapping[str, bool],
         meter: Meter,
         session: Session,
     ) -> LoadReport:
+        """Say what was done, but for what `commit` does to tables; belongs on a thread."""
         nothing = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
         done = dict.fromkeys(plan.tensors.names, "loaded")
         done |= {name: f"shared with {other!r}" for name, other in plan.shared.items()}
         done |= {name: "copied" for name, staged in touched.items() if staged}
         done |= dict.fromkeys(plan.skipped, "not asked for")
+        tensors = {name: done.get(name, "missing") for name in self._tensors}
         return LoadReport(
             location=plan.location,
             bytes_read=meter.read,
@@ -351,13 +367,14 @@ class Loader:
             bytes_verified=meter.verified,
             reads=meter.reads,
             seconds=meter.seconds,
-            tables={name: counts.get(name, nothing) for name in self._tables},
-            tensors={name: done.get(name, "missing") for name in self._tensors},
+            tables=dict.fromkeys(self._tables, nothing),
+            tensors=tensors,
+            filled=sum(outcome in {"loaded", "copied"} for outcome in tensors.values()),
             missing=plan.missing,
             unexpected=plan.unexpected,
             warnings=plan.warnings,
+            casts=plan.casts,
             retries=0 if session.retrying is None else session.retrying.retries,
-            lag=None if session.watch is None else session.watch.lag,
         )
 
 

@@ -7,8 +7,9 @@ import errno
 import json
 import shutil
 import threading
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from asyncloader import (
     HashTable,
     Live,
     LoadCancelled,
+    Loader,
     LoadFailed,
     LoadFinished,
     LoadStarted,
@@ -36,6 +38,7 @@ from tests.live import Events, build, damage, live, looked, publish, serving, st
 from tests.support import nothing_left_behind
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from asyncloader import LoadPlan, Model
@@ -830,3 +833,46 @@ async def test_what_a_user_s_code_raises_is_logged_with_where_it_did(
             pass
     assert "raised by build()" in caplog.text
     assert "in broken" in caplog.text
+
+
+class Watched(torch.Tensor):
+    """Notes on which threads somebody looks at a tensor."""
+
+    threads: ClassVar[set[int]] = set()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        cls.threads.add(threading.get_ident())
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+async def test_no_tensor_is_looked_at_on_the_event_loops_thread(tmp_path: Path) -> None:
+    """There may be very many, and `max_loop_lag` knows nothing of what stands on the loop."""
+    publish(tmp_path, 1)
+    events = Events()
+
+    def watched() -> object:
+        tables, tensors = build()
+        return tables, {name: one.as_subclass(Watched) for name, one in tensors.items()}
+
+    Watched.threads.clear()
+    async with live(tmp_path, events, watched, keep=2):
+        publish(tmp_path, 2)
+        await events.until(Swapped, version="v2")
+        assert threading.get_ident() not in Watched.threads
+        assert Watched.threads
+
+
+async def test_a_report_as_text_does_not_walk_all_tensors(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    tables, tensors = build()
+    report = await Loader(tmp_path / "v1", tables, tensors).aload()
+
+    class Closed(dict[str, str]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError
+
+        values = items = keys = __iter__  # type: ignore[assignment]
+
+    assert report.filled == 1
+    assert "1 tensors" in str(replace(report, tensors=Closed(report.tensors)))

@@ -31,7 +31,7 @@ from asyncloader import (
 )
 from asyncloader.cli._allocate import LIMITS
 from asyncloader.cli.verifying import averify
-from asyncloader.serving._room import predicted_bytes
+from asyncloader.serving._room import row_bytes
 from asyncloader.storage import processors
 from tests.folders import content
 from tests.mounts import make_read_only, resize, small_disk, used
@@ -299,9 +299,8 @@ def predicted(path: str) -> int:
     """Return what a load takes above what there is: rows, index, reads under way, stacks."""
     tables, tensors = empty()
     plan = asyncio.run(loader(path, tables, tensors).plan())
-    there = sum(tensor.nbytes for tensor in tensors.values())
     made = cast("Any", SimpleNamespace(tables=tables, tensors=tensors))
-    return predicted_bytes(plan, made) - there + INFLIGHT + STACK * (READERS + processors())
+    return row_bytes(plan, made) + INFLIGHT + STACK * (READERS + processors())
 
 
 def is_loaded(tables: Mapping[str, HashTable], tensors: Mapping[str, Tensor]) -> bool:

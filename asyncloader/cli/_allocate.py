@@ -12,9 +12,10 @@ from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
 from asyncloader._reading import torch_dtype
 from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Access, Limits, open_session
-from asyncloader.checkpoint import Places, gen_slice
+from asyncloader.checkpoint import BY_TORCH, Places, gen_slice
 from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.errors import CheckpointError
+from asyncloader.planning import can_cast
 from asyncloader.table import HashTable
 
 from ._room import check_room, free_memory
@@ -55,6 +56,7 @@ async def allocate(
     verify: Verify = "auto",
     access: Access | None = None,
     kernels: Callable[[float], object] = nobody,
+    floats: str | None = None,
 ) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     """Read names and headers, and return empty tables and zero tensors that take all of it.
 
@@ -71,6 +73,7 @@ async def allocate(
         access: How files are read.
         kernels: Told how many seconds it took to load the compiled kernels, or to compile them,
             if there are tables; on a thread.
+        floats: The dtype to make all floats of, as torch spells it; each of its own by default.
 
     Raises:
         CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself; if a table
@@ -83,7 +86,7 @@ async def allocate(
     ) as session:
         catalog = await session.catalog()
         manifest = await session.manifest(catalog, shards_of(catalog))
-        make = _Maker(manifest, slice_of, take, kernels).make
+        make = _Maker(manifest, slice_of, take, kernels, floats).make
         # Off the loop: the first table imports, or even compiles, the kernels.
         [made] = await run_jobs(session.threads.kernels, [make])
     return made
@@ -117,6 +120,7 @@ class _Maker:
     slice_of: Callable[[int], Slice]
     take: Callable[[str, str], bool]
     kernels: Callable[[float], object]
+    floats: str | None
 
     def make(self) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
         manifest = self.manifest
@@ -126,20 +130,28 @@ class _Maker:
             HashTable([1])  # the first one imports them
             self.kernels(time.perf_counter() - begin)
         tables = {name: self._table(name) for name in manifest.catalog.tables}
-        stored = (stored_tensor(manifest, name) for name in manifest.catalog.tensors)
+        stored = (self._cast(stored_tensor(manifest, name)) for name in manifest.catalog.tensors)
         return tables, {one.name: self._tensor(one) for one in stored}
 
     def _nbytes(self) -> int:
         """Return about how much memory all of it takes once it is filled."""
         catalog = self.manifest.catalog
-        nbytes = sum(nbytes_of(stored_tensor(self.manifest, name)) for name in catalog.tensors)
+        tensors = (stored_tensor(self.manifest, name) for name in catalog.tensors)
+        nbytes = sum(nbytes_of(self._cast(stored)) for stored in tensors)
         for table, parts in catalog.tables.items():
             part = self.slice_of(next(iter(parts.values()))[0].slice.size)
             share = (part.end - part.begin) / part.size
             taken = [slot for slot in parts if slot in {ID, EMBEDDING} or self.take(table, slot)]
-            rows = sum(nbytes_of(stored_slot(self.manifest, table, slot)) for slot in taken)
+            slots = (stored_slot(self.manifest, table, slot) for slot in taken)
+            rows = sum(nbytes_of(self._cast(stored)) for stored in slots)
             nbytes += int(rows * share)
         return nbytes
+
+    def _cast(self, stored: Stored) -> Stored:
+        """Return what is stored as if it were of the dtype that is wanted."""
+        if self.floats is None or not can_cast(stored.dtype, BY_TORCH[self.floats], "any"):
+            return stored
+        return replace(stored, dtype=BY_TORCH[self.floats])
 
     def _table(self, name: str) -> HashTable:
         slots = self.manifest.catalog.tables[name]
@@ -167,7 +179,7 @@ class _Maker:
                 yield self._slot(table, slot)
 
     def _slot(self, table: str, slot: str) -> Stored:
-        stored = stored_slot(self.manifest, table, slot)
+        stored = self._cast(stored_slot(self.manifest, table, slot))
         if not stored.shape or 0 in stored.shape[1:]:
             problem = (
                 f"slot {slot!r} of table {table!r} has the shape {list(stored.shape)}, "

@@ -48,6 +48,7 @@ __all__ = ["EPILOG", "Loaded", "load", "load_all"]
 EPILOG = examples(
     ("asyncloader load runs/ctr/1200", "read it all, and say how fast"),
     ("asyncloader load runs/ctr/1200 --verify require", "compare every byte with digests"),
+    ("asyncloader load runs/ctr/1200 --cast float32", "and convert all floats"),
     ("asyncloader load runs/ctr/1200 --trace load.json", "see it on ui.perfetto.dev"),
 )
 
@@ -58,6 +59,15 @@ class VerifyChoice(enum.StrEnum):
     AUTO = "auto"
     REQUIRE = "require"
     OFF = "off"
+
+
+class FloatChoice(enum.StrEnum):
+    """What `--cast` takes."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +111,14 @@ def load(
     ] = None,
     direct_io: DirectFlag = False,
     follow_symlinks: LinksFlag = False,
+    cast: Annotated[
+        FloatChoice | None,
+        typer.Option(
+            help="Make tables and tensors of floats of this dtype, whatever dtype they were saved "
+            "in, and convert their values on the way.",
+            show_default=False,
+        ),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Load all of a checkpoint into memory, and say what that took.
@@ -122,6 +140,7 @@ def load(
             tell=tell,
             direct_io=direct_io,
             follow_symlinks=follow_symlinks,
+            floats=cast,
         )
         loaded = run_blocking(run)
     if json:
@@ -160,6 +179,7 @@ async def load_all(
     tell: Tell,
     direct_io: bool = False,
     follow_symlinks: bool = False,
+    floats: str | None = None,
 ) -> Loaded:
     """Make room for a checkpoint and load it.
 
@@ -171,6 +191,7 @@ async def load_all(
         tell: Hears of progress.
         direct_io: As `Loader` takes it.
         follow_symlinks: Likewise.
+        floats: The dtype to make all floats of; by default each stays of its own.
 
     Raises:
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
@@ -187,6 +208,7 @@ async def load_all(
         verify=verify,
         access=Access(follow_symlinks=follow_symlinks),
         kernels=compiled.append,
+        floats=floats,
     )
     prepared = time.perf_counter() - begin
 
@@ -205,6 +227,7 @@ async def load_all(
         trace=trace,
         direct_io=direct_io,
         follow_symlinks=follow_symlinks,
+        cast=None if floats is None else "any",
     )
     report = await loader.aload()
     return Loaded(
@@ -228,6 +251,7 @@ def _harmless(report: LoadReport) -> LoadReport:
         report,
         location=escaped(report.location),
         tables={shown(name): counts for name, counts in report.tables.items()},
+        casts=tuple(replace(cast, name=shown(cast.name)) for cast in report.casts),
         missing=tuple(map(shown, report.missing)),
         unexpected=tuple(map(shown, report.unexpected)),
         warnings=tuple(map(escaped, report.warnings)),

@@ -1,5 +1,6 @@
 """Decides what to read, before anything is read. No I/O, no `await`, no torch."""
 
+from ._casts import Cast, Casting, can_cast, checked_cast
 from ._choice import Choice, choose
 from ._hints import did_you_mean
 from ._load_info import ID, LoadInfo, checked_load_info, default_load_info
@@ -12,6 +13,8 @@ from ._tensor_loads import TensorLoad, TensorLoads
 __all__ = [
     "GAP",
     "ID",
+    "Cast",
+    "Casting",
     "Choice",
     "Extent",
     "Extents",
@@ -28,6 +31,8 @@ __all__ = [
     "TensorLoads",
     "TensorTarget",
     "TensorTargets",
+    "can_cast",
+    "checked_cast",
     "checked_load_info",
     "choose",
     "default_load_info",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from asyncloader.checkpoint import Block, Slice
 
+    from ._casts import Cast
     from ._tensor_loads import TensorLoads
 
 __all__ = ["LoadPlan", "PartLoad", "TableLoad"]
@@ -108,6 +109,9 @@ class LoadPlan:
 
     warnings: tuple[str, ...]
 
+    casts: tuple[Cast, ...] = ()
+    """What is converted to another dtype on its way, in the order of load_info."""
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes to read; an estimate where only some rows of a block are wanted."""
@@ -131,4 +135,4 @@ class LoadPlan:
             f"{self.nbytes:,} bytes from {len(self.shards)} shards: {len(self.tensors)} tensors, "
             f"{len(self.tables)} tables (about {rows:,} rows); {len(self.missing)} missing, "
             f"{len(self.unexpected)} unexpected"
-        )
+        ) + (f", {len(self.casts)} cast" if self.casts else "")

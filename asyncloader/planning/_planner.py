@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from asyncloader.checkpoint import SIDECAR
 from asyncloader.errors import CheckpointError, PlanError
 
+from ._casts import Cast, can_cast, cast_hint
 from ._hints import did_you_mean
 from ._load_info import ID
 from ._plan import LoadPlan, PartLoad, TableLoad
@@ -15,8 +16,11 @@ from ._targets import RowType
 from ._tensor_loads import match_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from asyncloader.checkpoint import Block, Manifest
 
+    from ._casts import Casting
     from ._choice import Choice, PartChoice
     from ._targets import TableTarget
 
@@ -25,13 +29,16 @@ __all__ = ["plan_load"]
 _IDS = "int64"
 
 
-def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
+def plan_load(
+    manifest: Manifest, choice: Choice, *, strict: bool, casting: Casting | None = None
+) -> LoadPlan:
     """Check every block that was chosen against its destination, and say what to read.
 
     Args:
         manifest: With the headers of all chosen shards.
         choice: What `choose` found.
         strict: Whether something that is missing is a problem.
+        casting: Which dtypes may be converted; by default another dtype is a problem.
 
     Raises:
         PlanError: With everything that does not fit.
@@ -39,15 +46,16 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
     """
     problems = list(dict.fromkeys(choice.problems))
     targets = choice.targets.tensors
-    tensors = match_tensors(manifest, choice.tensors, targets, problems)
+    tensors, casts = match_tensors(manifest, choice.tensors, targets, problems, casting)
     # Not read, but wrong all the same if it does not fit.
-    match_tensors(manifest, choice.shared, targets, problems)
+    match_tensors(manifest, choice.shared, targets, problems, casting)
     tables: dict[str, _TableBuilder] = {}
     for part in choice.parts:
-        builder = tables.setdefault(part.target.name, _TableBuilder(part.target))
+        builder = tables.setdefault(part.target.name, _TableBuilder(part.target, casting))
         builder.add(manifest, part)
     for builder in tables.values():
         problems += builder.problems
+        casts += builder.casts
     missing = tuple(dict.fromkeys(choice.missing))
     if strict:
         hints = did_you_mean(missing, choice.unexpected)
@@ -65,6 +73,7 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
         missing=missing,
         unexpected=choice.unexpected,
         warnings=manifest.warnings,
+        casts=tuple(casts),
     )
 
 
@@ -111,9 +120,11 @@ class _TableBuilder:
     """Gathers the parts of one table, in order, into layers."""
 
     target: TableTarget
+    casting: Casting | None
     layers: list[_Layer] = field(default_factory=list)
     parts: list[PartLoad] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    casts: dict[Cast, None] = field(default_factory=dict)
     rank: int = 0
 
     def add(self, manifest: Manifest, part: PartChoice) -> None:
@@ -123,6 +134,7 @@ class _TableBuilder:
         self.problems += [problem for problem in problems if problem not in self.problems]
         if problems or not ids.rows:
             return
+        self._note_casts(part, slots)
         wanted = self.target.slice
         among = _rows_among(manifest, part, ids)
         expected = round(ids.rows * wanted.share_of(part.claimed)) if among is None else len(among)
@@ -170,10 +182,13 @@ class _TableBuilder:
         for slot, block in slots.items():
             want = self.target.slots[slot]
             have = RowType(shape=block.shape[1:], dtype=block.dtype)
-            if not block.shape or have != want:
+            fits = have.shape == want.shape and bool(block.shape)
+            same = have.dtype == want.dtype
+            if not fits or not (same or can_cast(have.dtype, want.dtype, self.casting)):
+                hint = cast_hint(have.dtype, want.dtype) if fits else ""
                 problems.append(
                     f"slot {slot!r} of table {self.target.name!r} has rows of {want}, "
-                    f"{part.source}@{slot} in the checkpoint has {have}"
+                    f"{part.source}@{slot} in the checkpoint has {have}{hint}"
                 )
             elif block.rows != ids.rows:
                 problems.append(
@@ -181,6 +196,14 @@ class _TableBuilder:
                     f"but there are {ids.rows} ids ({ids.shard}, {ids.key!r})"
                 )
         return problems
+
+    def _note_casts(self, part: PartChoice, slots: Mapping[str, Block]) -> None:
+        for slot, block in slots.items():
+            want = self.target.slots[slot].dtype
+            if block.dtype != want:
+                name = f"{part.child}@{slot}"
+                cast = Cast(name=name, source=block.dtype.torch, target=want.torch)
+                self.casts[cast] = None  # once, however many ranks wrote it
 
     def build(self) -> TableLoad:
         return TableLoad(

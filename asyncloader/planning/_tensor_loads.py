@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, overload
 
 import numpy as np
 
+from ._casts import Cast, can_cast, cast_hint
 from ._targets import RowType
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from asyncloader.checkpoint import Block, Blocks, BlockType, Manifest
 
+    from ._casts import Casting
     from ._targets import TensorTargets
 
 __all__ = ["BlockSource", "TensorLoad", "TensorLoads", "match_tensors"]
@@ -45,10 +47,11 @@ class TensorLoads(Sequence[TensorLoad]):
         offsets: int64 `[n]`; first byte, from the start of the file.
         nbytes: int64 `[n]`.
         digested: bool `[n]`; whether there are digests.
+        cast: bool `[n]`; whether it is converted to another dtype. None is, by default.
         blocks: The blocks themselves, by number.
     """
 
-    __slots__ = ("_blocks", "digested", "names", "nbytes", "offsets", "shard", "shards")
+    __slots__ = ("_blocks", "cast", "digested", "names", "nbytes", "offsets", "shard", "shards")
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class TensorLoads(Sequence[TensorLoad]):
         nbytes: NDArray[np.int64],
         digested: NDArray[np.bool_],
         blocks: BlockSource,
+        cast: NDArray[np.bool_] | None = None,
     ) -> None:
         self.names = names
         self.shards = shards
@@ -67,6 +71,7 @@ class TensorLoads(Sequence[TensorLoad]):
         self.offsets = offsets
         self.nbytes = nbytes
         self.digested = digested
+        self.cast = np.zeros(len(names), np.bool_) if cast is None else cast
         self._blocks = blocks
 
     @classmethod
@@ -133,8 +138,12 @@ class _Found:
 
 
 def match_tensors(
-    manifest: Manifest, chosen: Mapping[str, str], targets: TensorTargets, problems: list[str]
-) -> TensorLoads:
+    manifest: Manifest,
+    chosen: Mapping[str, str],
+    targets: TensorTargets,
+    problems: list[str],
+    casting: Casting | None,
+) -> tuple[TensorLoads, list[Cast]]:
     """Find the blocks of chosen tensors, and compare dtypes and shapes.
 
     Args:
@@ -142,6 +151,10 @@ def match_tensors(
         chosen: Destinations, and the source of each.
         targets: What the destinations can take.
         problems: Receives those that do not fit.
+        casting: Which dtypes may be converted.
+
+    Returns:
+        The blocks, and which of them are converted.
 
     Raises:
         CheckpointError: If a header lacks a block that `index` says it has.
@@ -173,21 +186,21 @@ def match_tensors(
         digested=np.array([blocks.digested for blocks in of_shards], np.bool_)[shard],
         blocks=_Found(of_shards, shard, number),
     )
-    problems += _misfits(loads, of_shards, at, targets)
-    return loads
+    casts = _casts(loads, _mismatches(loads, of_shards, at, targets), targets, problems, casting)
+    return loads, casts
 
 
 def _joined(columns: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *columns])
 
 
-def _misfits(
+def _mismatches(
     loads: TensorLoads,
     of_shards: Sequence[Blocks],
     at: NDArray[np.int64],
     targets: TensorTargets,
-) -> list[str]:
-    """Describe destinations that are of another dtype or shape than their blocks."""
+) -> list[int]:
+    """Return which destinations are of another dtype or shape than their blocks."""
     known: dict[BlockType, int] = {}
 
     def common(types: Sequence[BlockType], kinds: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -196,12 +209,30 @@ def _misfits(
 
     want = common(targets.types, targets.kinds[targets.numbers(loads.names)])
     have = _joined([common(blocks.types, blocks.kinds) for blocks in of_shards])[at]
-    problems = []
-    for number in np.flatnonzero(want != have).tolist():
-        block = loads.block(number)
+    numbers: list[int] = np.flatnonzero(want != have).tolist()
+    return numbers
+
+
+def _casts(
+    loads: TensorLoads,
+    mismatches: Iterable[int],
+    targets: TensorTargets,
+    problems: list[str],
+    casting: Casting | None,
+) -> list[Cast]:
+    """Return which blocks are converted; describe those that fit in no way."""
+    casts = []
+    for number in mismatches:
+        name, block = loads.names[number], loads.block(number)
+        want = targets[name].type
+        have = RowType(shape=block.shape, dtype=block.dtype)
+        if have.shape == want.shape and can_cast(have.dtype, want.dtype, casting):
+            loads.cast[number] = True
+            casts.append(Cast(name=name, source=have.dtype.torch, target=want.dtype.torch))
+            continue
+        hint = cast_hint(have.dtype, want.dtype) if have.shape == want.shape else ""
         problems.append(
-            f"tensor {loads.names[number]!r} is {targets[loads.names[number]].type}, the "
-            f"checkpoint has {RowType(shape=block.shape, dtype=block.dtype)} "
-            f"({block.shard}, key {block.key!r})"
+            f"tensor {name!r} is {want}, the checkpoint has {have} "
+            f"({block.shard}, key {block.key!r}){hint}"
         )
-    return problems
+    return casts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import time
 import traceback
@@ -16,7 +17,7 @@ from asyncloader.loader import Loader
 
 from ._events import LoadCancelled, LoadFinished, LoadStarted, VersionRefused
 from ._model import model_of
-from ._room import predicted_bytes
+from ._room import row_bytes, tensor_bytes
 from ._shelf import Held
 
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ class VersionLoader:
         self._tell(LoadStarted(version=version, location=location, attempt=attempt))
         model = None
         try:
-            model = model_of(wanted.path, await self._built())
-            self._must_be_fresh(model)
+            model = await self._built(wanted)
             return await self._fill(model, wanted)
         except BaseException as error:
             _clear_frames(error)  # they know the model
@@ -122,12 +122,14 @@ class VersionLoader:
             del model
             self.loading = self.progress = None
 
-    async def _built(self) -> object:
+    async def _built(self, wanted: Candidate) -> Model:
         try:
-            return await self._call(self._build)
+            built = await self._call(self._build)
         except Exception as error:
             error.add_note("raised by build()")
             raise
+        [model] = await run_jobs(self._executor, [partial(model_of, wanted.path, built)])
+        return model
 
     def _must_be_fresh(self, model: Model) -> None:
         """Refuse what belongs to another version: loading into it would change that one."""
@@ -136,7 +138,10 @@ class VersionLoader:
                 raise TypeError(f"build() made a table {name!r} that holds ids: make new ones")
         mine = _memory_of(model)
         for held in self._shelf.held:
-            if mine & _memory_of(held.model):
+            theirs = set[int]()
+            with contextlib.suppress(RuntimeError):  # let go of meanwhile: it has no memory
+                theirs = _memory_of(held.model)
+            if mine & theirs:
                 raise TypeError(
                     f"build() returned tables or tensors of version {held.candidate.name!r} again: "
                     "make new ones each time"
@@ -147,17 +152,9 @@ class VersionLoader:
         options = self._options
         if not self._shelf.held:  # nobody is served yet whom a load could be in the way of
             options = {name: one for name, one in options.items() if name not in _PACING}
-        report = await Loader(
-            wanted.path,
-            model.tables,
-            model.tensors,
-            **{
-                **options,
-                "progress": self._note_progress,
-                "on_plan": lambda plan: predicted.append(self._predict(plan, model, wanted)),
-            },
-        ).aload()
-        model.report = report
+        prepare = partial(self._prepare, model, wanted, options, predicted)
+        [loader] = await run_jobs(self._executor, [prepare])
+        model.report = report = await loader.aload()
         held = Held(model, wanted, predicted[0], time.time())
         self._tell(
             LoadFinished(
@@ -167,9 +164,21 @@ class VersionLoader:
         await self._pass_check(model, wanted)
         return held
 
-    def _predict(self, plan: LoadPlan, model: Model, wanted: Candidate) -> int:
+    def _prepare(
+        self, model: Model, wanted: Candidate, options: Mapping[str, Any], predicted: list[int]
+    ) -> Loader:
+        """Look at every tensor; belongs on a thread: there may be very many."""
+        self._must_be_fresh(model)
+        dense = tensor_bytes(model)
+
+        def on_plan(plan: LoadPlan) -> None:
+            predicted.append(self._predict(plan, dense + row_bytes(plan, model), wanted))
+
+        own = {"progress": self._note_progress, "on_plan": on_plan}
+        return Loader(wanted.path, model.tables, model.tensors, **{**options, **own})
+
+    def _predict(self, plan: LoadPlan, nbytes: int, wanted: Candidate) -> int:
         """Return what a version will take, or refuse it. What nobody uses gives way."""
-        nbytes = predicted_bytes(plan, model)
         inflight = min(self._options.get("max_inflight_bytes", INFLIGHT_BYTES), plan.nbytes)
         most = self._max_memory
         if most is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from ._staging import Arena, StagingPool
 from ._tensors import bump_versions, plain_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from asyncloader.checkpoint import Block
     from asyncloader.planning import Extent, LoadPlan, PartLoad, Piece, Read, TableLoad
@@ -46,7 +45,6 @@ CHANGED = (
 
 # Reading 64 KiB along takes about as long as handing another call to a thread.
 _GAP_BYTES = 64 << 10
-_ID_BYTES = 8
 _INDEXERS = 2
 
 
@@ -73,7 +71,7 @@ class Execution:
     _sinks: Sinks = field(init=False)
     _extents: list[Extent] = field(default_factory=list)
     _pieces: list[RowPiece] = field(default_factory=list)
-    _reads: list[Read] = field(default_factory=list)
+    _work: list[Read | RowPiece] = field(default_factory=list)
     _updates: dict[str, LoadableUpdate] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -145,7 +143,8 @@ class Execution:
         for table in self.plan.tables:
             self._begin(table)
         extents = self._sinks.dense_extents() + Extents.of(self._extents)
-        self._reads = plan_reads(extents, chunk_bytes=self.chunk_bytes, gap_bytes=_GAP_BYTES)
+        reads = plan_reads(extents, chunk_bytes=self.chunk_bytes, gap_bytes=_GAP_BYTES)
+        self._work = self._in_order(reads)
 
     def _begin(self, table: TableLoad) -> None:
         """Reserve rows for the blocks that are wanted whole; note the others for later."""
@@ -181,15 +180,15 @@ class Execution:
         memory = plain_bytes(update.view("id", first, part.rows))
         if memory is None:
             raise TypeError(f"table {table.name!r}: its ids are not in plain host memory")
-        self._add(IdSink(table.name, memory, arrived), part.ids, _ID_BYTES)
+        self._add(IdSink(table.name, memory, arrived), part.ids)
         for slot, block in part.slots.items():
             rows = update.view(slot, first, part.rows)
-            self._add(sink_for(table.name, rows), block, rows.itemsize)
+            self._add(sink_for(table.name, rows, block.dtype), block)
 
-    def _add(self, sink: Sink, block: Block, itemsize: int) -> None:
+    def _add(self, sink: Sink, block: Block) -> None:
         if isinstance(sink, DirectSink) and sink.nbytes != block.nbytes:
             raise RuntimeError(f"{sink.name!r} got other memory while it was being loaded")
-        extent = self._sinks.add(sink, block, itemsize)
+        extent = self._sinks.add(sink, block)
         if extent is not None:
             self._extents.append(extent)
 
@@ -198,23 +197,21 @@ class Execution:
             async with asyncio.TaskGroup() as group:
                 for number in range(_INDEXERS):
                     group.create_task(self._indexer.serve(), name=f"asyncloader-index-{number}")
-                await for_each(
-                    self._work(), self._do, workers=self.parallel, name="asyncloader-read"
-                )
+                self._gap = memoryview(bytearray(_GAP_BYTES))  # whoever writes there, nobody reads
+                self._row_means = self._means()
+                await for_each(self._work, self._do, workers=self.parallel, name="asyncloader-read")
                 self._indexer.close(workers=_INDEXERS)
 
-    def _work(self) -> Iterable[Read | RowPiece]:
+    def _in_order(self, reads: list[Read]) -> list[Read | RowPiece]:
         """Return all work; ids first, so that they are indexed while the rest is read."""
-        self._gap = memoryview(bytearray(_GAP_BYTES))  # whoever writes there, nobody reads
-        self._row_means = self._means()
         ids = self._sinks.ids
         if not ids:
-            return itertools.chain(self._pieces, self._reads)
+            return [*self._pieces, *reads]
         first: list[Read] = []
         rest: list[Read] = []
-        for read in self._reads:
+        for read in reads:
             (first if ids.intersection(read.sinks.tolist()) else rest).append(read)
-        return itertools.chain(first, self._pieces, rest)
+        return [*first, *self._pieces, *rest]
 
     async def _do(self, work: Read | RowPiece) -> None:
         if isinstance(work, RowPiece):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ._tensors import plain_bytes
+from ._tensors import plain_bytes, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from asyncloader.checkpoint import Block
 
     from ._verification import Verifier
+
+# Bytes of rows that are picked before they are copied or converted: more would be memory that
+# nobody has counted.
+_PICKED = 256 << 10
 
 __all__ = ["Done", "Filling", "Step", "batches_of", "row_groups", "rows_within"]
 
@@ -105,7 +109,7 @@ class Filling:
             block=block,
             rows=rows,
             target=target,
-            memory=plain_bytes(target),
+            memory=plain_bytes(target) if target.dtype == torch_dtype(block.dtype) else None,
             row_bytes=block.nbytes // block.rows,
             verifier=verifier,
         )
@@ -190,9 +194,14 @@ class Filling:
             out = np.frombuffer(self.memory, row)[step.low : step.high]
             np.take(source.view(row), rows, out=out, mode="clip")
             return
-        picked = torch.from_numpy(np.take(source.view(row), rows).view(np.uint8))
-        target = self.target[step.low : step.high]
-        target.copy_(picked.view(target.dtype).view(target.shape))
+        dtype = torch_dtype(self.block.dtype)
+        many = max(_PICKED // self.row_bytes, 1)
+        with torch.inference_mode(self.target.is_inference()):
+            for low in range(0, len(rows), many):
+                some = rows[low : low + many]
+                picked = torch.from_numpy(np.take(source.view(row), some).view(np.uint8))
+                target = self.target[step.low + low :][: len(some)]
+                target.copy_(picked.view(dtype).view(target.shape))
 
 
 class Done(NamedTuple):

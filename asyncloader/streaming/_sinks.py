@@ -10,16 +10,19 @@ import torch
 from asyncloader.checkpoint import DIGEST_CHUNK
 from asyncloader.planning import Extent, Extents
 
-from ._tensors import copy_flat, plain_bytes
+from ._tensors import copy_flat, plain_bytes, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from asyncloader.checkpoint import Block
+    from asyncloader.checkpoint import Block, DType
     from asyncloader.planning import Piece, Read, TensorLoads
 
     from ._destinations import Destinations
     from ._staging import Arena
+
+# Elements: half a megabyte, even of float64.
+_CAST_STEP = 64 << 10
 
 __all__ = ["DirectSink", "IdSink", "Sink", "Sinks", "StagedSink", "sink_for"]
 
@@ -74,16 +77,18 @@ class IdSink(DirectSink):
 
 
 class StagedSink:
-    """A tensor that does not take bytes as they lie: they stop over in host memory."""
+    """A tensor that does not take bytes as they lie: they stop over in host memory.
 
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+    Args:
+        name: The tensor or table that it belongs to.
+        tensor: What is filled.
+        dtype: Of the elements in the file. Positions are bytes of these.
+    """
+
+    def __init__(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         self.name = name
         self._tensor = tensor.detach()
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return self._tensor.itemsize
+        self._dtype = dtype
 
     def open(self, _position: int, length: int, arena: Arena, /) -> memoryview:
         """Lend staging memory, until its bytes are copied."""
@@ -91,20 +96,25 @@ class StagedSink:
 
     def filled(self, position: int, view: memoryview, /) -> Callable[[], None]:
         """Copy what is there to the tensor."""
-        tensor = self._tensor
+        tensor, dtype = self._tensor, self._dtype
+        start = position // dtype.itemsize
 
         def copy() -> None:
-            values = torch.frombuffer(view, dtype=tensor.dtype)
+            values = torch.frombuffer(view, dtype=dtype)
+            # For another device torch converts in host memory first, of its own: a part at a time.
+            step = len(values) if dtype == tensor.dtype else _CAST_STEP
             with torch.inference_mode(tensor.is_inference()):  # else torch refuses to write to it
-                copy_flat(tensor, position // tensor.itemsize, values)
+                for low in range(0, len(values), step):
+                    copy_flat(tensor, start + low, values[low : low + step])
 
         return copy
 
 
-def sink_for(name: str, tensor: torch.Tensor) -> DirectSink | StagedSink:
+def sink_for(name: str, tensor: torch.Tensor, stored: DType) -> DirectSink | StagedSink:
     """Return the cheapest sink that gives a tensor the right values."""
-    memory = plain_bytes(tensor)
-    return StagedSink(name, tensor) if memory is None else DirectSink(name, memory)
+    dtype = torch_dtype(stored)
+    memory = plain_bytes(tensor) if tensor.dtype == dtype else None
+    return StagedSink(name, tensor, dtype) if memory is None else DirectSink(name, memory)
 
 
 class Sinks:
@@ -116,7 +126,7 @@ class Sinks:
     def __init__(self, loads: TensorLoads, into: Destinations) -> None:
         chosen = np.array(into.targets.numbers(loads.names), np.int64)
         span, base = into.span()
-        plain = into.plain[chosen]
+        plain = into.plain[chosen] & ~loads.cast
         begin = into.begin[chosen]
         into.check_memory(chosen)
         if ((into.end[chosen] - begin != loads.nbytes) & plain).any():
@@ -127,7 +137,11 @@ class Sinks:
         self._simple = plain & ~loads.digested
         self._plain = plain.tolist()
         self._staged = {
-            number: StagedSink(loads.names[number], into.held[chosen[number]])
+            number: StagedSink(
+                loads.names[number],
+                into.held[chosen[number]],
+                torch_dtype(loads.block(number).dtype),
+            )
             for number in np.flatnonzero(~plain).tolist()
         }
         self._others: list[tuple[Sink, Block]] = []
@@ -137,7 +151,7 @@ class Sinks:
     def __len__(self) -> int:
         return len(self._loads) + len(self._others)
 
-    def add(self, sink: Sink, block: Block, itemsize: int) -> Extent | None:
+    def add(self, sink: Sink, block: Block) -> Extent | None:
         """Take in a part of a table, which a block fills; return what is to be read."""
         number = len(self)
         if isinstance(sink, IdSink):
@@ -145,7 +159,7 @@ class Sinks:
         self._others.append((sink, block))
         if not block.nbytes:
             return None
-        grain = itemsize if isinstance(sink, StagedSink | IdSink) else 1
+        grain = block.dtype.itemsize if isinstance(sink, StagedSink | IdSink) else 1
         if block.digests is not None:  # whatever is read can be compared then
             grain = DIGEST_CHUNK
         return Extent(block.shard, block.offset, block.nbytes, number, 0, grain)
@@ -154,8 +168,8 @@ class Sinks:
         """Return what is to be read for the dense tensors."""
         loads = self._loads
         grain = np.ones(len(loads), np.int64)
-        for number, sink in self._staged.items():
-            grain[number] = sink.itemsize
+        for number in self._staged:
+            grain[number] = loads.block(number).dtype.itemsize
         grain[loads.digested] = DIGEST_CHUNK
         filled = np.flatnonzero(loads.nbytes)
         return Extents(

@@ -10,12 +10,21 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from asyncloader.checkpoint import DType
+
 __all__ = [
     "bump_versions",
     "copy_elements",
     "copy_flat",
     "plain_bytes",
+    "torch_dtype",
 ]
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Return torch's own dtype; destinations of it are known to be there."""
+    found: torch.dtype = getattr(torch, dtype.torch)
+    return found
 
 
 def plain_bytes(tensor: torch.Tensor) -> memoryview | None:
