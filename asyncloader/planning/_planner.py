@@ -40,8 +40,8 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
     problems = list(dict.fromkeys(choice.problems))
     targets = choice.targets.tensors
     tensors = match_tensors(manifest, choice.tensors, targets, problems)
-    # Not read, but wrong all the same if it does not fit.
-    match_tensors(manifest, choice.shared, targets, problems)
+    # Not loaded, but wrong all the same if it does not fit.
+    again = match_tensors(manifest, choice.shared, targets, problems)
     tables: dict[str, _TableBuilder] = {}
     for part in choice.parts:
         builder = tables.setdefault(part.target.name, _TableBuilder(part.target))
@@ -60,6 +60,7 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
         location=manifest.location,
         tensors=tensors,
         shared=_fillers(choice),
+        again=again,
         skipped=choice.skipped,
         tables=tuple(builder.build() for builder in tables.values()),
         missing=missing,
@@ -70,13 +71,12 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
 
 def _fillers(choice: Choice) -> dict[str, str]:
     """Say under which name the memory of shared tensors is filled."""
-    if not choice.shared:
+    also = (*choice.shared, *choice.tied)
+    if not also:
         return {}
-    memory = {
-        name: choice.targets.tensors[name].memory for name in (*choice.tensors, *choice.shared)
-    }
+    memory = {name: choice.targets.tensors[name].memory for name in (*choice.tensors, *also)}
     fillers = {memory[name]: name for name in choice.tensors}
-    return {name: fillers[memory[name]] for name in choice.shared}
+    return {name: fillers[memory[name]] for name in also}
 
 
 def _rows_among(manifest: Manifest, part: PartChoice, ids: Block) -> range | None:

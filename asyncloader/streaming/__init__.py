@@ -2,6 +2,7 @@
 
 from ._blocking import run_blocking
 from ._budget import ByteBudget
+from ._claims import Claim
 from ._destinations import Destinations, describe_tensors
 from ._execution import CHANGED, Execution
 from ._lag import LagWatch, LoopLag
@@ -17,6 +18,7 @@ __all__ = [
     "CHANGED",
     "Arena",
     "ByteBudget",
+    "Claim",
     "Destinations",
     "Execution",
     "LagWatch",
