@@ -67,7 +67,7 @@ TAKERS: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("function", COROUTINES.values(), ids=COROUTINES)
 @pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
 def test_a_coroutine_function_that_would_never_run_is_refused(
-    take: Callable[[Any], object], function: Any
+    take: Callable[[Any], object], function: object
 ) -> None:
     with pytest.raises(TypeError, match="called, not awaited"):
         take(function)
@@ -76,12 +76,12 @@ def test_a_coroutine_function_that_would_never_run_is_refused(
 @pytest.mark.parametrize("function", GENERATORS.values(), ids=GENERATORS)
 @pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
 def test_a_generator_function_that_would_never_run_is_refused(
-    take: Callable[[Any], object], function: Any
+    take: Callable[[Any], object], function: object
 ) -> None:
     with pytest.raises(TypeError, match="generator function"):
         take(function)
     with pytest.raises(TypeError, match="generator function"):
-        Loader("x", on_plan=function)
+        Loader("x", on_plan=function)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["function", "partial", "object"])
@@ -94,11 +94,15 @@ async def test_on_plan_is_awaited_and_may_refuse(tmp_path: Path, kind: str) -> N
             plans.append(plan)
             raise PermissionError
 
-    refuse = {"object": Refuse(), "function": Refuse().__call__, "partial": partial(Refuse())}[kind]
+    kinds: dict[str, Callable[[LoadPlan], object]] = {
+        "object": Refuse(),
+        "function": Refuse().__call__,
+        "partial": partial(Refuse()),
+    }
     w = torch.zeros(3)
 
     with pytest.raises(PermissionError):
-        await Loader(tmp_path, tensors={"w": w}, on_plan=refuse).aload()
+        await Loader(tmp_path, tensors={"w": w}, on_plan=kinds[kind]).aload()
 
     assert not w.any()
     assert plans[0].nbytes == 12
