@@ -33,6 +33,7 @@ from ._resources import (
 from ._session import STALL_TIMEOUT, Access, checked_verify, open_session
 from .errors import AsyncLoaderError
 from .planning import (
+    RENAME,
     Targets,
     checked_load_info,
     choose,
@@ -333,7 +334,7 @@ class Loader:
         for warning in plan.warnings:
             _log.warning("%s: %s", plan.location, warning)
         if plan.missing:
-            guess = partial(did_you_mean, plan.missing, plan.unexpected)
+            guess = partial(did_you_mean, plan.missing, plan.unexpected, rename=RENAME)
             [hints] = await run_jobs(pool, [guess])
             _log.warning(
                 "%s: not in the checkpoint, so what it would fill keeps its values: %s "

@@ -1,7 +1,7 @@
 """Decides what to read, before anything is read. No I/O, no `await`, no torch."""
 
 from ._choice import Choice, choose
-from ._hints import did_you_mean
+from ._hints import RENAME, did_you_mean
 from ._load_info import ID, LoadInfo, checked_load_info, default_load_info
 from ._plan import LoadPlan, PartLoad, TableLoad
 from ._planner import plan_load
@@ -12,6 +12,7 @@ from ._tensor_loads import TensorLoad, TensorLoads
 __all__ = [
     "GAP",
     "ID",
+    "RENAME",
     "Choice",
     "Extent",
     "Extents",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from asyncloader.checkpoint import SIDECAR
 from asyncloader.errors import CheckpointError, PlanError
 
-from ._hints import did_you_mean
+from ._hints import RENAME, did_you_mean
 from ._load_info import ID
 from ._plan import LoadPlan, PartLoad, TableLoad
 from ._targets import RowType
@@ -50,7 +50,7 @@ def plan_load(manifest: Manifest, choice: Choice, *, strict: bool) -> LoadPlan:
         problems += builder.problems
     missing = tuple(dict.fromkeys(choice.missing))
     if strict:
-        hints = did_you_mean(missing, choice.unexpected)
+        hints = did_you_mean(missing, choice.unexpected, rename=RENAME)
         problems += [
             f"{name!r} is asked for but not in the checkpoint{hints[name]}" for name in missing
         ]
