@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Mapping
 from typing import TypeVar
@@ -59,14 +61,30 @@ def check_timeout(timeout: float | None, name: str = "timeout") -> None:
         raise ValueError(f"{name} must be positive or None, got {timeout}")
 
 
-def check_callable(function: object, name: str) -> None:
-    """Refuse what cannot be called.
+def check_callable(function: object, name: str, *, awaited: bool = False) -> None:
+    """Refuse what cannot be called, or would do nothing when it is.
+
+    Args:
+        function: A function, or an object that can be called.
+        name: What it was passed as.
+        awaited: Whether what it returns is awaited, so that it may be a coroutine function.
 
     Raises:
-        TypeError: If it cannot.
+        TypeError: If it cannot, or its calls only make a coroutine or a generator, which does not
+            run.
     """
     if not callable(function):
         raise TypeError(f"{name} must be callable, got {function!r}")
+    inner: object = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    for code in (inner, type(inner).__call__):
+        if inspect.iscoroutinefunction(code) and not awaited:
+            raise TypeError(
+                f"{name} is called, not awaited: give it a plain function, no async def"
+            )
+        if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+            raise TypeError(f"{name} is a generator function, which does nothing when it is called")
 
 
 def checked_switch(value: object, name: str) -> bool:
@@ -84,7 +102,10 @@ def check_progress(progress: object) -> None:
     """Refuse what is neither a listener nor a switch.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If it is neither, or a coroutine function.
     """
-    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+    if progress is None or isinstance(progress, bool):
+        return
+    if not callable(progress):
         raise TypeError(f"progress must be callable, True or None, got {progress!r}")
+    check_callable(progress, "progress")

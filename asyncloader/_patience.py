@@ -63,6 +63,7 @@ class Errand(Generic[T]):
         job: What to do.
         label: What it is about, for messages.
         late: Gets the result if it comes after the errand was given up.
+        lost: Called if the errand is given up, whether the one who waited was cancelled or not.
         pulse: Beats when another call begins, if it is several.
 
     Attributes:
@@ -79,6 +80,7 @@ class Errand(Generic[T]):
         "job",
         "label",
         "late",
+        "lost",
         "pulse",
         "thread",
         "waited",
@@ -90,11 +92,13 @@ class Errand(Generic[T]):
         *,
         label: object = "",
         late: Callable[[T], object] | None = None,
+        lost: Callable[[], object] | None = None,
         pulse: Pulse | None = None,
     ) -> None:
         self.job: Callable[[], T] | None = job
         self.label = label
         self.late = late
+        self.lost = lost
         self.pulse = pulse
         self.future: Future[T] = Future()
         self.thread: threading.Thread | None = None
@@ -135,6 +139,8 @@ class Errand(Generic[T]):
             self.future.set_exception(StalledError(seconds))
         except InvalidStateError:
             return False
+        if self.lost is not None:
+            self.lost()
         return True
 
     def _succeed(self, result: T) -> None:
@@ -240,15 +246,16 @@ class Patience:
         *,
         label: object = "",
         late: Callable[[T], object] | None = None,
+        lost: Callable[[], object] | None = None,
         discard: Callable[[T], Awaitable[object]] | None = None,
     ) -> T:
         """Return what a job results in that an executor runs; see `Errand` and `wait_for`."""
-        errand = Errand(job, label=label, late=late)
+        errand = Errand(job, label=label, late=late, lost=lost)
         executor.submit(errand.run)
         try:
             return await self.wait_for(errand, discard=discard)
         finally:
-            del errand, job, late, discard
+            del errand, job, late, lost, discard
 
     def close(self) -> None:
         """Look after nobody any more."""

@@ -25,7 +25,7 @@ class LoadReport:
 
     location: str
     bytes_read: int
-    """From storage, headers and index not counted."""
+    """From storage; headers, index, and what was only compared not counted."""
 
     bytes_wanted: int
     """Those of `bytes_read` that somebody asked for; what is read along with them is not."""
@@ -40,8 +40,8 @@ class LoadReport:
     """By the table's name."""
 
     tensors: Mapping[str, str]
-    """By name: `loaded`, `copied` (by way of staging memory), `shared with …`, `missing`, or
-    `not asked for` (left out by `filter_func`)."""
+    """By name: `loaded`, `copied` (by way of staging memory), `shared with …` (tied: its memory
+    was filled under that name), `missing`, or `not asked for` (left out by `filter_func`)."""
 
     filled: int
     """How many of them are `loaded` or `copied`."""

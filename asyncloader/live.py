@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -94,12 +93,11 @@ class Live:
         retry_pause: float = 1.0,
     ) -> None:
         path = Path(checked_path(source, "source"))
-        check_callable(build, "build")
-        for name, function in (("check", check), ("on_event", on_event)):
-            if function is not None:
-                check_callable(function, name)
-        if inspect.iscoroutinefunction(on_event):
-            raise TypeError("on_event is called, not awaited: give it a plain function")
+        check_callable(build, "build", awaited=True)
+        if check is not None:
+            check_callable(check, "check", awaited=True)
+        if on_event is not None:
+            check_callable(on_event, "on_event")
         for name, value in (("poll", poll), ("retry_pause", retry_pause)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")

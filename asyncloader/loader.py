@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import time
 from dataclasses import replace
@@ -30,8 +31,9 @@ from ._resources import (
     Limits,
 )
 from ._session import STALL_TIMEOUT, Access, checked_verify, open_session
-from .errors import AsyncLoaderError, ReadStalledError
+from .errors import AsyncLoaderError
 from .planning import (
+    RENAME,
     Targets,
     checked_cast,
     checked_load_info,
@@ -42,6 +44,7 @@ from .planning import (
 )
 from .runtime import Runtime
 from .streaming import (
+    Claim,
     Execution,
     Meter,
     Tracer,
@@ -54,7 +57,7 @@ from .table import UpdateCounts
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -113,7 +116,7 @@ class Loader:
         trace: Called on the event loop with a `Span` after every step of the load. (To have them in
             a file: `asyncloader load --trace FILE`.)
         on_plan: Called on the event loop with the `LoadPlan`, before tables take memory or a byte
-            is written; what it raises ends the load.
+            is written; what it raises ends the load. May be a coroutine function: it is awaited.
         direct_io: Whether files are read past the page cache (`O_DIRECT`), where the file system
             lets us: faster if they are not in it, and what others have there stays; slower if they
             are. Takes 4 MiB of memory more for each read at a time.
@@ -181,9 +184,10 @@ class Loader:
         check_timeout(stall_timeout, "stall_timeout")
         check_callable(filter_func, "filter_func")
         check_progress(progress)
-        for name, function in (("trace", trace), ("on_plan", on_plan)):
-            if function is not None:
-                check_callable(function, name)
+        if trace is not None:
+            check_callable(trace, "trace")
+        if on_plan is not None:
+            check_callable(on_plan, "on_plan", awaited=True)
         self._path = checked_path(checkpoint_path, "checkpoint_path")
         self._tensors = as_dict(tensors, "tensors")
         self._filter = filter_func
@@ -232,13 +236,15 @@ class Loader:
             ReadError: If the storage failed half-way; tensors may be partly overwritten.
             ReadStalledError: If it gave no answer for `stall_timeout`; likewise.
             LoadTimeoutError: If `timeout` passed; likewise.
-            RuntimeError: If one of the tables is being loaded or changed by somebody else.
+            RuntimeError: If one of the tables is being loaded or changed by somebody else, or
+                another load fills memory of the tensors at the same time, under whatever names.
         """
         with contextlib.ExitStack() as stack:
             listener = self._progress
             if listener is True:
                 listener = stack.enter_context(progress_bar())
-            return await self._load(None if isinstance(listener, bool) else listener)
+            claim = stack.enter_context(Claim())
+            return await self._load(None if isinstance(listener, bool) else listener, claim)
 
     def load(self) -> LoadReport:
         """Load, and return when it is done; raises what `aload` raises.
@@ -248,16 +254,21 @@ class Loader:
         """
         return run_blocking(self.aload)
 
-    async def _load(self, listener: Callable[[Progress], object] | None) -> LoadReport:
+    async def _load(
+        self, listener: Callable[[Progress], object] | None, claim: Claim
+    ) -> LoadReport:
         meter = Meter(0, listener)
-        touched: dict[str, bool] = {}
         with contextlib.ExitStack() as unless_committed:
-            unless_committed.enter_context(_naming(touched))
             async with self._session() as session:
                 into = await self._destinations(session)
                 plan = await self._plan(session, into)
                 if self._on_plan is not None:
-                    self._on_plan(plan)
+                    answer = self._on_plan(plan)
+                    if inspect.isawaitable(answer):
+                        await answer
+                tables = {load.name: self._tables[load.name] for load in plan.tables}
+                take = partial(claim.take, into, plan.tensors.names, tables, plan.location)
+                await run_jobs(session.threads.kernels, [take])
                 meter.total = plan.nbytes
                 execution = Execution(
                     plan=plan,
@@ -271,17 +282,20 @@ class Loader:
                     chunk_bytes=session.limits.read_bytes,
                     verifier=session.verifier,
                     tracer=self._tracer,
-                    touched=touched,
+                    touched={},
                 )
+                unless_committed.push(partial(_name_touched, execution))
                 unless_committed.callback(execution.abort)
                 await execution.run()
-                tell = undisturbed(partial(self._report, plan, touched, meter, session))
+                tell = undisturbed(partial(self._report, execution, session))
                 [report] = await run_jobs(session.threads.kernels, [tell])
             # No await from here on: who is cancelled finds the tables as they were.
             start = time.perf_counter()
             counts = execution.commit()
             unless_committed.pop_all()
         self._tracer.note("commit", "all tables", start)
+        for warning in execution.warnings:
+            _log.warning("%s: %s", plan.location, warning)
         lag = None if session.watch is None else session.watch.lag
         report = replace(report, tables={**report.tables, **counts}, lag=lag)
         _log.info("%s", report)
@@ -335,7 +349,7 @@ class Loader:
         for warning in plan.warnings:
             _log.warning("%s: %s", plan.location, warning)
         if plan.missing:
-            guess = partial(did_you_mean, plan.missing, plan.unexpected)
+            guess = partial(did_you_mean, plan.missing, plan.unexpected, rename=RENAME)
             [hints] = await run_jobs(pool, [guess])
             _log.warning(
                 "%s: not in the checkpoint, so what it would fill keeps its values: %s "
@@ -348,16 +362,15 @@ class Loader:
 
     def _report(
         self,
-        plan: LoadPlan,
-        touched: Mapping[str, bool],
-        meter: Meter,
+        execution: Execution,
         session: Session,
     ) -> LoadReport:
         """Say what was done, but for what `commit` does to tables; belongs on a thread."""
+        plan, meter = execution.plan, execution.meter
         nothing = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
         done = dict.fromkeys(plan.tensors.names, "loaded")
         done |= {name: f"shared with {other!r}" for name, other in plan.shared.items()}
-        done |= {name: "copied" for name, staged in touched.items() if staged}
+        done |= {name: "copied" for name, staged in execution.touched.items() if staged}
         done |= dict.fromkeys(plan.skipped, "not asked for")
         tensors = {name: done.get(name, "missing") for name in self._tensors}
         return LoadReport(
@@ -372,7 +385,7 @@ class Loader:
             filled=sum(outcome in {"loaded", "copied"} for outcome in tensors.values()),
             missing=plan.missing,
             unexpected=plan.unexpected,
-            warnings=plan.warnings,
+            warnings=(*plan.warnings, *execution.warnings),
             casts=plan.casts,
             retries=0 if session.retrying is None else session.retrying.retries,
         )
@@ -386,17 +399,12 @@ def _checked_runtime(runtime: Runtime | None, contract: Contract | None) -> Runt
     return runtime
 
 
-@contextlib.contextmanager
-def _naming(touched: Mapping[str, bool]) -> Iterator[None]:
+def _name_touched(execution: Execution, _: object, error: BaseException | None, __: object) -> None:
     """Say on an error which tensors are no longer what they were."""
-    try:
-        yield
-    except BaseException as error:
-        names = tuple(sorted(touched))
-        if isinstance(error, AsyncLoaderError):
-            error.touched = names
-        if names:
-            still = ", and until the disk answers; take new ones for another load"
-            more = still if isinstance(error, ReadStalledError) else ""
-            error.add_note(f"tensors written to: {', '.join(names[:_NAMED])}{more}")
-        raise
+    names = tuple(sorted(execution.touched))
+    if isinstance(error, AsyncLoaderError):
+        error.touched = names
+    if names and error is not None:
+        still = ", and until the disk answers; take new ones for another load"
+        more = still if execution.lost else ""
+        error.add_note(f"tensors written to: {', '.join(names[:_NAMED])}{more}")

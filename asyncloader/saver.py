@@ -28,7 +28,15 @@ from .saving import (
     shared_save_id,
 )
 from .storage.folder import LocalFolder
-from .streaming import ByteBudget, Meter, StagingPool, Threads, check_tables, run_blocking
+from .streaming import (
+    ByteBudget,
+    Meter,
+    StagingPool,
+    Threads,
+    check_tables,
+    check_tensors,
+    run_blocking,
+)
 
 if TYPE_CHECKING:
     import os
@@ -139,7 +147,7 @@ class Saver:
         self._max_inflight_bytes = max_inflight_bytes
         self._progress = progress
         check_tables(self._tables, self._tensors, able="snapshot")
-        _check_tensors(self._tensors)
+        check_tensors(self._tensors, able="saved")
 
     def __repr__(self) -> str:
         rank = f"rank {self._rank} of {self._ranks}, " if self._ranks > 1 else ""
@@ -290,11 +298,3 @@ def _wait_for_devices(
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-
-
-def _check_tensors(tensors: Mapping[str, object]) -> None:
-    for name, tensor in tensors.items():
-        if type(name) is not str or not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"tensors maps names to torch tensors, got {name!r}: {type(tensor)}")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise ValueError(f"tensors[{name!r}]: only plain strided tensors can be saved")

@@ -221,6 +221,29 @@ async def test_a_load_of_a_disk_that_hangs_keeps_to_its_timeout(case: Case) -> N
 
     assert case.shard in str(caught.value)
     assert rows_in(case.table) == case.held
+    assert any("take new ones" in note for note in caught.value.__notes__)
+
+
+async def test_a_tensor_of_a_cancelled_load_that_a_lost_thread_may_write_to_is_refused(
+    case: Case, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "sound", {}, STORED)
+    case.disk.hang(case.shard, begin=FAR)
+    before = readers()
+    loading = asyncio.ensure_future(case.loader(stall_timeout=STALL).aload())
+    await asyncio.to_thread(case.disk.until_somebody_waits)
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    again = Loader(tmp_path / "sound", tensors=case.tensors)
+
+    with pytest.raises(PlanError, match="may still be written to by a read that was given up"):
+        await again.aload()
+
+    case.disk.heal()
+    await end_of(readers() - before)
+    await again.aload()
+    assert torch.equal(case.tensors["w"], STORED["w"])
 
 
 async def test_a_reader_of_a_disk_that_hangs_gives_up_and_others_read_on(case: Case) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import nn
 
-from asyncloader import HashTable, Loader, targets
+from asyncloader import HashTable, Loader, PlanError, Saver, targets
 from tests.oracle import write_checkpoint
 from tests.support import data, rows_in, rows_on_disk, table_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 CONTENT = data([1, -2, 3])
@@ -91,10 +93,110 @@ def test_a_tied_tensor_has_both_its_names(tmp_path: Path) -> None:
     model = nn.ModuleDict({"one": one, "other": other})
     write_checkpoint(tmp_path, {}, {"one.weight": torch.ones(2, 2), "other.bias": torch.ones(2)})
     report = Loader(tmp_path, *targets(model)).load()
-    assert report.missing == ("other.weight",)
+    assert report.missing == ()
+    assert report.tensors["other.weight"] == "shared with 'one.weight'"
     assert other.weight.eq(1).all()
 
 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match="dict"):
         targets({"w": torch.ones(1)})  # type: ignore[arg-type]  # the very thing
+
+
+# --- wrapped models
+
+
+class Compiled(nn.Module):
+    """Wraps a module as `torch.compile` does, which takes seconds to import."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+
+
+class Sharded(nn.Module):
+    """Wraps a module as FSDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def wrapped_within() -> nn.Module:
+    """Make a model whose parts are wrapped, one of them twice."""
+    parts = {"0": nn.DataParallel(Compiled(nn.Linear(2, 2))), "1": Sharded(nn.Linear(2, 2))}
+    return nn.Sequential(*parts.values())
+
+
+WRAPPED: dict[str, Callable[[], nn.Module]] = {
+    "bare": lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+    "compiled": lambda: Compiled(WRAPPED["bare"]()),
+    "data parallel": lambda: nn.DataParallel(WRAPPED["bare"]()),
+    "compiled and parallel": lambda: Compiled(nn.DataParallel(WRAPPED["bare"]())),
+    "sharded": lambda: Sharded(WRAPPED["bare"]()),
+    "within": wrapped_within,
+}
+
+
+@pytest.mark.parametrize("saved", WRAPPED)
+@pytest.mark.parametrize("loaded", ["bare", "within", "compiled and parallel"])
+async def test_a_wrapped_model_has_the_names_of_the_bare_one(
+    tmp_path: Path, saved: str, loaded: str
+) -> None:
+    source, destination = WRAPPED[saved](), WRAPPED[loaded]()
+    tables, tensors = targets(source)
+    assert set(tensors) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    await Saver(path=tmp_path / "c", hashtables=tables, tensors=tensors).asave()
+
+    await Loader(tmp_path / "c", *targets(destination), strict=True).aload()
+
+    for one, other in zip(source.parameters(), destination.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_that_names_of_wrappers_are_taken_off_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "asyncloader"):
+        targets(WRAPPED["bare"]())
+        assert not caplog.messages
+        targets(WRAPPED["data parallel"]())
+    assert "without wrappers: taken off were ['module.']" in caplog.text
+
+
+def test_a_model_may_have_a_part_called_module() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    assert set(targets(model)[1]) == {"module.weight", "module.bias"}
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "says"),
+    [
+        ("module.", "", "it is there as 'module.a.weight', as others are with 'module.'"),
+        ("", "module.", "it is there as 'a.weight', as others without 'module.'"),
+    ],
+)
+def test_names_that_differ_by_a_prefix_are_hinted_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, there: str, wanted: str, says: str
+) -> None:
+    names = ["a.weight", "a.bias", "b.weight"]
+    write_checkpoint(tmp_path, {}, {there + name: torch.ones(2) for name in names})
+    tensors = {wanted + name: torch.zeros(2) for name in [*names, "new"]}
+
+    with pytest.raises(PlanError, match="rename them with filter_func") as caught:
+        Loader(tmp_path, tensors=tensors, strict=True).load()
+    assert says in str(caught.value)
+    Loader(tmp_path, tensors=tensors).load()
+    assert says in caplog.text
+    one = Loader(tmp_path, tensors={wanted + "b.weight": torch.zeros(2)}, strict=True)
+    with pytest.raises(PlanError, match=f"did you mean '{there}b.weight'"):
+        one.load()
+
+
+def test_a_tensor_of_each_wrapper_and_of_the_bare_name_are_told_apart() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self._orig_mod = nn.Linear(1, 1)
+
+    with pytest.raises(ValueError, match="two tensors are named 'weight'"):
+        targets(Odd())

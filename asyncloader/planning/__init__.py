@@ -2,7 +2,7 @@
 
 from ._casts import Cast, Casting, can_cast, checked_cast
 from ._choice import Choice, choose
-from ._hints import did_you_mean
+from ._hints import RENAME, did_you_mean
 from ._load_info import ID, LoadInfo, checked_load_info, default_load_info
 from ._plan import LoadPlan, PartLoad, TableLoad
 from ._planner import plan_load
@@ -13,6 +13,7 @@ from ._tensor_loads import TensorLoad, TensorLoads
 __all__ = [
     "GAP",
     "ID",
+    "RENAME",
     "Cast",
     "Casting",
     "Choice",

@@ -48,6 +48,12 @@ class Choice:
     shared: dict[str, str] = field(default_factory=dict)
     """Likewise, but their memory is filled by one of `tensors`."""
 
+    lacking: dict[str, str] = field(default_factory=dict)
+    """The dense tensors whose source is not in the checkpoint, and that source."""
+
+    tied: list[str] = field(default_factory=list)
+    """Those of `lacking` whose memory is filled by one of `tensors` all the same."""
+
     skipped: tuple[str, ...] = ()
     parts: list[PartChoice] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -92,6 +98,7 @@ def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
         wanted = {s for name, of in info.items() if name not in targets.tables for s in of}
     choice.unexpected = tuple(_unexpected(catalog, info, targets, wanted))
     _share(choice)
+    _tie(choice)
     return choice
 
 
@@ -103,7 +110,7 @@ def _choose_by_own_name(choice: Choice) -> None:
     if not choice.tensors.keys() <= there.keys():
         choice.tensors = {name: name for name in names if name in there}
     if len(choice.tensors) < len(choice.targets.tensors):
-        choice.missing += [name for name in choice.targets.tensors if name not in there]
+        choice.lacking = {name: name for name in choice.targets.tensors if name not in there}
 
 
 def _choose_tensor(choice: Choice, name: str, sources: Mapping[str, Sequence[str]]) -> None:
@@ -114,7 +121,7 @@ def _choose_tensor(choice: Choice, name: str, sources: Mapping[str, Sequence[str
         if slots:
             choice.problems.append(f"tensor {name!r} has no slots, load_info lists {slots}")
         elif source not in choice.catalog.tensors:
-            choice.missing.append(source)
+            choice.lacking[name] = source
         else:
             choice.tensors[name] = source
 
@@ -135,6 +142,21 @@ def _share(choice: Choice) -> None:
         kept = set(last.values())
         choice.shared = {k: v for k, v in choice.tensors.items() if k not in kept}
         choice.tensors = {name: choice.tensors[name] for name in last.values()}
+
+
+def _tie(choice: Choice) -> None:
+    """Of tensors that are not in the checkpoint, tell those apart that are filled nevertheless.
+
+    safetensors' `save_model`, and others, write tied weights once.
+    """
+    memory = choice.targets.tensors.memory
+    if choice.lacking and memory is not None:
+        number = choice.targets.tensors.numbers
+        filled = {memory[one] for one in number(choice.tensors)}
+        lacking = zip(choice.lacking, number(choice.lacking), strict=True)
+        choice.tied = [name for name, one in lacking if memory[one] in filled]
+    tied = set(choice.tied)
+    choice.missing += [source for name, source in choice.lacking.items() if name not in tied]
 
 
 def _choose_table(  # noqa: PLR0917

@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from asyncloader.checkpoint import Block, Slice
 
     from ._casts import Cast
-    from ._tensor_loads import TensorLoads
+    from ._tensor_loads import TensorLoad, TensorLoads
 
 __all__ = ["LoadPlan", "PartLoad", "TableLoad"]
 
@@ -97,6 +97,9 @@ class LoadPlan:
     shared: Mapping[str, str]
     """Destinations whose memory is filled under another name, and that name."""
 
+    again: Sequence[TensorLoad] = ()
+    """The blocks of those of them that the checkpoint has too: read only to be compared."""
+
     skipped: tuple[str, ...]
     """Tensors that load_info does not ask for."""
 
@@ -124,6 +127,7 @@ class LoadPlan:
         for table in self.tables:
             for part in table.parts:
                 blocks += [part.ids, *part.slots.values()]
+        blocks += [load.block for load in self.again]
         return tuple(sorted({*self.tensors.shards, *(block.shard for block in blocks)}))
 
     def __rich__(self) -> str:

@@ -9,7 +9,7 @@ from asyncloader.checkpoint import SIDECAR
 from asyncloader.errors import CheckpointError, PlanError
 
 from ._casts import Cast, can_cast, cast_hint
-from ._hints import did_you_mean
+from ._hints import RENAME, did_you_mean
 from ._load_info import ID
 from ._plan import LoadPlan, PartLoad, TableLoad
 from ._targets import RowType
@@ -47,8 +47,8 @@ def plan_load(
     problems = list(dict.fromkeys(choice.problems))
     targets = choice.targets.tensors
     tensors, casts = match_tensors(manifest, choice.tensors, targets, problems, casting)
-    # Not read, but wrong all the same if it does not fit.
-    match_tensors(manifest, choice.shared, targets, problems, casting)
+    # Not loaded, but wrong all the same if it does not fit.
+    again, _ = match_tensors(manifest, choice.shared, targets, problems, casting)
     tables: dict[str, _TableBuilder] = {}
     for part in choice.parts:
         builder = tables.setdefault(part.target.name, _TableBuilder(part.target, casting))
@@ -58,7 +58,7 @@ def plan_load(
         casts += builder.casts
     missing = tuple(dict.fromkeys(choice.missing))
     if strict:
-        hints = did_you_mean(missing, choice.unexpected)
+        hints = did_you_mean(missing, choice.unexpected, rename=RENAME)
         problems += [
             f"{name!r} is asked for but not in the checkpoint{hints[name]}" for name in missing
         ]
@@ -68,6 +68,7 @@ def plan_load(
         location=manifest.location,
         tensors=tensors,
         shared=_fillers(choice),
+        again=again,
         skipped=choice.skipped,
         tables=tuple(builder.build() for builder in tables.values()),
         missing=missing,
@@ -79,13 +80,12 @@ def plan_load(
 
 def _fillers(choice: Choice) -> dict[str, str]:
     """Say under which name the memory of shared tensors is filled."""
-    if not choice.shared:
+    also = (*choice.shared, *choice.tied)
+    if not also:
         return {}
-    memory = {
-        name: choice.targets.tensors[name].memory for name in (*choice.tensors, *choice.shared)
-    }
+    memory = {name: choice.targets.tensors[name].memory for name in (*choice.tensors, *also)}
     fillers = {memory[name]: name for name in choice.tensors}
-    return {name: fillers[memory[name]] for name in choice.shared}
+    return {name: fillers[memory[name]] for name in also}
 
 
 def _rows_among(manifest: Manifest, part: PartChoice, ids: Block) -> range | None:

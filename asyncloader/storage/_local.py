@@ -159,40 +159,50 @@ class LocalStorage:
     async def _fill(
         self, name: str, offset: int, views: Sequence[memoryview], size: int, file: OpenFile
     ) -> int:
-        label, writing = ByteRange(name, offset, size), Writing(views)
+        label, writing = ByteRange(name, offset, size), Writing()
 
         def read(seen: Seen) -> int:
             try:
+                writing.begin(views)
                 return self._read(name, file, views, offset, seen)
             finally:
                 writing.end()
 
-        try:
-            if size < _PACED:
-                return await self._on_executor(partial(read, Seen(waited=True)), label=label)
-            return await self._pace.run(read, self._patience, label=label)
-        except StalledError:
-            writing.lose()
-            raise
+        if size < _PACED:
+            job, lost = partial(read, Seen(waited=True)), writing.lose
+            return await self._on_executor(job, label=label, lost=lost)
+        return await self._pace.run(read, self._patience, label=label, lost=writing.lose)
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
         """Run `job` on one of the executor's threads; see `ThreadedStorage`."""
         async with self._using(name) as file:
             file.start = b""
-            pulse, label = Pulse(), ByteRange(name)
+            pulse, label, writing = Pulse(), ByteRange(name), Writing()
 
             def with_read(seen: Seen) -> T:
                 def read(offset: int, views: Sequence[memoryview]) -> int:
                     label.note(offset, views)
                     pulse.beat()
+                    writing.begin(views)
                     return self._read(name, file, views, offset, seen)
 
-                return job(read)
+                try:
+                    return job(read)
+                finally:
+                    writing.end()
 
-            return await self._pace.run(with_read, self._patience, label=label, pulse=pulse)
+            return await self._pace.run(
+                with_read, self._patience, label=label, pulse=pulse, lost=writing.lose
+            )
 
-    async def _on_executor(self, job: Callable[[], T], *, label: object = "") -> T:
-        return await self._patience.run(self._small, job, label=label)
+    async def _on_executor(
+        self,
+        job: Callable[[], T],
+        *,
+        label: object = "",
+        lost: Callable[[], object] | None = None,
+    ) -> T:
+        return await self._patience.run(self._small, job, label=label, lost=lost)
 
     def _read(
         self, name: str, file: OpenFile, views: Sequence[memoryview], offset: int, seen: Seen

@@ -15,18 +15,28 @@ _lost: set[Writing] = set()
 
 
 class Writing:
-    """A thread that writes to views.
+    """A thread that writes to views, some now, some later.
 
-    The one who waits for the thread says that it is lost, the thread says that it is over; each
-    notes its own part before it looks at the other's, so no lock is needed.
+    `lose` is called on the event loop, the others on the thread; each notes its own part before it
+    looks at the other's, so no lock is needed.
     """
 
     __slots__ = ("_is_lost", "_is_over", "views")
 
-    def __init__(self, views: Sequence[memoryview]) -> None:
-        self.views = views
+    def __init__(self) -> None:
+        self.views: Sequence[memoryview] = ()
         self._is_lost = False
         self._is_over = False
+
+    def begin(self, views: Sequence[memoryview]) -> None:
+        """Note what is written to next.
+
+        Raises:
+            RuntimeError: If nobody waits for it any more: others may have the memory by now.
+        """
+        self.views = views
+        if self._is_lost:
+            raise RuntimeError("the read was given up")
 
     def lose(self) -> None:
         """Note that nobody waits for it any more."""

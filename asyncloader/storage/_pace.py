@@ -129,6 +129,7 @@ class ReadPace:
         *,
         label: object = "",
         pulse: Pulse | None = None,
+        lost: Callable[[], object] | None = None,
     ) -> T:
         """Return `job(seen)`, run on a thread when its turn comes.
 
@@ -140,11 +141,12 @@ class ReadPace:
             patience: How long it is waited for.
             label: As of an `Errand`.
             pulse: Likewise.
+            lost: Likewise.
 
         Raises:
             StalledError: If it was given up.
         """
-        read = _Read(Errand(partial(self._timed, job), label=label, pulse=pulse))
+        read = _Read(Errand(partial(self._timed, job), label=label, pulse=pulse, lost=lost))
         with self._lock:
             self._waiting.append(read)
             missing = self._readers < self._limit

@@ -2,8 +2,10 @@
 
 from ._blocking import run_blocking
 from ._budget import ByteBudget
+from ._claims import Claim
 from ._destinations import Destinations, describe_tensors
 from ._execution import CHANGED, Execution
+from ._kinds import check_tensors
 from ._lag import LagWatch, LoopLag
 from ._progress import Meter, Progress
 from ._staging import Arena, StagingPool
@@ -17,6 +19,7 @@ __all__ = [
     "CHANGED",
     "Arena",
     "ByteBudget",
+    "Claim",
     "Destinations",
     "Execution",
     "LagWatch",
@@ -29,6 +32,7 @@ __all__ = [
     "Tracer",
     "Verifier",
     "check_tables",
+    "check_tensors",
     "copy_elements",
     "describe_tables",
     "describe_tensors",

@@ -19,6 +19,7 @@ from asyncloader.checkpoint import BY_TORCH
 from asyncloader.planning import TensorTargets
 from asyncloader.storage import lost_memory
 
+from ._kinds import check_tensors
 from ._overlaps import extent, overlaps, overlaps_itself
 
 if TYPE_CHECKING:
@@ -117,11 +118,13 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
         TypeError: If one is no tensor.
         ValueError: If one cannot be written to element by element.
     """
+    check_tensors(tensors, able="filled")
     given = list(tensors.values())
-    if not all(isinstance(one, torch.Tensor) for one in given) or set(map(type, tensors)) - {str}:
-        raise TypeError(_stranger(tensors))
     dtypes = list(map(attrgetter("dtype"), given))
-    _check_kinds(tensors, given, dtypes)
+    if not {_dtype_name(dtype) for dtype in set(dtypes)} <= BY_TORCH.keys():
+        for name, dtype in zip(tensors, dtypes, strict=True):
+            if _dtype_name(dtype) not in BY_TORCH:
+                raise ValueError(f"tensors[{name!r}] is {dtype}, which no checkpoint can hold")
     held = list(map(torch.Tensor.detach, given))
     types: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
     shapes = map(attrgetter("shape"), held)
@@ -159,29 +162,6 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
 
 def _flags(answers: Iterable[bool]) -> NDArray[np.bool_]:
     return np.array(list(answers), np.bool_)
-
-
-def _stranger(tensors: Mapping[str, object]) -> str:
-    for name, tensor in tensors.items():
-        if type(name) is not str or not isinstance(tensor, torch.Tensor):
-            return f"tensors maps names to torch tensors, got {name!r}: {type(tensor)}"
-    raise AssertionError
-
-
-def _check_kinds(
-    names: Iterable[str], tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]
-) -> None:
-    """Refuse tensors that cannot be written to element by element."""
-    # No dtype that is known here is a quantized one.
-    known = {_dtype_name(dtype) for dtype in set(dtypes)} <= BY_TORCH.keys()
-    strided = set(map(attrgetter("layout"), tensors)) <= {torch.strided}
-    if known and strided and not any(map(attrgetter("is_meta"), tensors)):
-        return
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise ValueError(f"tensors[{name!r}]: only plain strided tensors can be filled")
-        if _dtype_name(tensor.dtype) not in BY_TORCH:
-            raise ValueError(f"tensors[{name!r}] is {tensor.dtype}, which no checkpoint can hold")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

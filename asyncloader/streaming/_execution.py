@@ -14,6 +14,7 @@ from asyncloader.errors import CheckpointChangedError, ReadError
 from asyncloader.planning import GAP, Extents, plan_reads
 from asyncloader.storage import ThreadedStorage, read_error, read_exactly
 
+from ._comparison import Comparison
 from ._indexing import Arrival, Indexer
 from ._selection import Means, RowPiece, load_piece, row_pieces, step_bytes
 from ._sinks import DirectSink, IdSink, Sinks, sink_for
@@ -67,6 +68,9 @@ class Execution:
     touched: dict[str, bool]
     """Receives the names of tensors that are written to, and whether by way of staging memory."""
 
+    warnings: Sequence[str] = ()
+    """What is odd about the values, once `run` has returned."""
+
     _lost_before: int = 0
     _sinks: Sinks = field(init=False)
     _extents: list[Extent] = field(default_factory=list)
@@ -87,6 +91,7 @@ class Execution:
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
         await self._read_all()
+        self.warnings = await self._comparison().run()
         await self._check_unchanged()
         for name, update in self._updates.items():
             with self.tracer.span("index", f"{name}: join"):
@@ -94,6 +99,18 @@ class Execution:
                     await run_jobs(self.threads.kernels, jobs)
         await run_jobs(self.threads.kernels, [self._tell_autograd])
         self.meter.finish()
+
+    def _comparison(self) -> Comparison:
+        return Comparison(
+            plan=self.plan,
+            tensors=self.tensors,
+            storage=self.storage,
+            threads=self.threads,
+            budget=self.budget,
+            staging=self._staging,
+            parallel=self.parallel,
+            chunk_bytes=self.chunk_bytes,
+        )
 
     async def _check_unchanged(self) -> None:
         """Look whether the files that were read are still those that were planned for.
@@ -120,11 +137,16 @@ class Execution:
 
     def abort(self) -> None:
         """Leave every table as it was."""
-        lost = self.storage.lost > self._lost_before  # threads that may write at any time
+        lost = self.lost
         with contextlib.ExitStack() as stack:  # one that fails does not keep the others
             stack.callback(self._tell_autograd)
             for update in self._updates.values():
                 stack.callback(_end, update, lost=lost)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a read was given up: its thread may write at any time."""
+        return self.storage.lost > self._lost_before
 
     def _tell_autograd(self) -> None:
         bump_versions(list(map(self.tensors.tensors.__getitem__, self.touched)))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["extent", "overlaps", "overlaps_itself"]
+__all__ = ["extent", "overlaps", "overlaps_itself", "share"]
 
 # How long numpy may think about whether two strided views have an element in common.
 _MAX_WORK = 1_000_000
@@ -46,7 +46,7 @@ def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[str]:
             f"tensors {other[3]!r} and {span[3]!r} overlap in memory in part: what is loaded last "
             "would overwrite the other; give one of them memory of its own"
             for other in open_
-            if other[2] == span[2] and _share(tensors[other[3]], tensors[span[3]])
+            if other[2] == span[2] and share(tensors[other[3]], tensors[span[3]])
         ]
         open_.append(span)
     return problems
@@ -71,7 +71,8 @@ class _Address:
         }
 
 
-def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+def share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Say whether two tensors of one device have bytes in common; where it is hard to say, yes."""
     try:
         return np.shares_memory(
             np.asarray(_Address(one)),

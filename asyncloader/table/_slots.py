@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from asyncloader._arguments import check_callable
+
 __all__ = ["Initializer", "Slot", "as_shape", "fill"]
 
 Initializer = float | Callable[[torch.Tensor], object]
@@ -37,6 +39,8 @@ class Slot:
                 f"slot {self.name!r}: the initializer is a number or a function that fills a "
                 f"tensor in place, got {self.initializer!r}"
             )
+        if callable(self.initializer):
+            check_callable(self.initializer, f"slot {self.name!r}: the initializer")
         if any(type(size) is not int or size <= 0 for size in self.shape):
             raise ValueError(f"slot {self.name!r}: sizes must be positive ints, got {self.shape}")
 

@@ -1,0 +1,103 @@
+"""One memory under several names: what a checkpoint has for one of them is there under all."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import save_model
+from torch import nn
+
+from asyncloader import Live, Loader, PlanError, Saver, targets
+from tests.oracle import write_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Tied(nn.Module):
+    """An embedding that is the head too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.emb.weight
+
+
+@pytest.mark.parametrize("strict", [False, True])
+async def test_a_name_whose_memory_was_filled_under_another_is_not_missing(
+    tmp_path: Path, *, strict: bool
+) -> None:
+    trained, fresh = Tied(), Tied()
+    save_model(trained, str(tmp_path / "model.safetensors"))
+
+    report = await Loader(tmp_path, *targets(fresh), strict=strict).aload()
+
+    assert torch.equal(fresh.head.weight, trained.head.weight)
+    assert report.missing == ()
+    assert set(report.tensors.values()) == {"loaded", "shared with 'emb.weight'"}
+
+
+async def test_a_service_takes_what_was_saved_of_a_tied_model(tmp_path: Path) -> None:
+    trained = Tied()
+    save_model(trained, str(tmp_path / "model.safetensors"))
+    async with Live(tmp_path, Tied) as live:
+        with live.use() as model:
+            assert torch.equal(model.tensors["head.weight"], trained.head.weight)
+
+
+async def test_tied_names_that_a_filter_asks_for_are_not_missing(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {}, {"old": torch.ones(3)})
+    w = torch.zeros(3)
+    loader = Loader(
+        tmp_path,
+        tensors={"a": w, "b": w.view(3), "c": torch.zeros(3)},
+        filter_func=lambda _: {"a": {"old": []}, "b": {"gone": []}, "c": {"gone": []}},
+    )
+
+    report = await loader.aload()
+
+    assert report.tensors == {"a": "loaded", "b": "shared with 'a'", "c": "missing"}
+    assert report.missing == ("gone",)
+
+
+async def test_if_neither_name_is_there_both_are_missing(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {}, {"other": torch.ones(3)})
+    w = torch.zeros(3)
+    with pytest.raises(PlanError, match="'b' is asked for"):
+        await Loader(tmp_path, tensors={"a": w, "b": w}, strict=True).aload()
+    report = await Loader(tmp_path, tensors={"a": w, "b": w}).aload()
+    assert report.missing == ("a", "b")
+
+
+@pytest.mark.parametrize("digests", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+async def test_two_values_for_one_memory_are_a_warning_that_names_both(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, digests: bool, turned: bool
+) -> None:
+    """Only the last value of a long tensor differs, far behind the first chunk that is read."""
+    one = torch.arange(6000.0).view(2000, 3)
+    other = one.clone()
+    other[-1, -1] = -1
+    stored = {"a": one, "b": other, "c": one, "d": one.clone()}
+    if digests:
+        await Saver(path=tmp_path / "saved", tensors=stored).asave()
+    else:
+        write_checkpoint(tmp_path / "saved", {}, stored)
+    tied, same = torch.zeros(3, 2000).T if turned else torch.zeros(2000, 3), torch.zeros(2000, 3)
+
+    with caplog.at_level(logging.WARNING, "asyncloader"):
+        report = await Loader(
+            tmp_path / "saved",
+            tensors={"a": tied, "b": tied, "c": same, "d": same},
+            chunk_bytes=1000,
+        ).aload()
+
+    [warning] = report.warnings
+    assert "'a' and 'b' are one memory" in warning
+    assert warning in caplog.text
+    assert torch.equal(tied, other)
+    assert torch.equal(same, one)
