@@ -10,7 +10,7 @@ import orjson
 
 from asyncloader._concurrency import for_each, run_jobs
 from asyncloader.checkpoint import INDEX, Blocks, ShardHeader, digest_of
-from asyncloader.checkpoint._header import PREFIX, check_covered, header_length, parse_header
+from asyncloader.checkpoint._header import FIRST, PREFIX, check_covered, header_length, parse_header
 from asyncloader.errors import CheckpointError, ReadError
 from asyncloader.storage import read_exactly, read_text
 
@@ -81,15 +81,15 @@ async def read_shards(
 async def _read(session: Session, file: str, findings: Findings, *, recis: bool) -> Shard:
     storage, where = session.storage, session.location
     size = await storage.size(file)
-    prefix = bytearray(min(PREFIX, size))
-    await read_exactly(storage, file, 0, [memoryview(prefix)])
-    length = header_length(where, file, bytes(prefix), size)
+    start = bytearray(min(FIRST, size))
+    await read_exactly(storage, file, 0, [memoryview(start)])
+    length = header_length(where, file, bytes(start), size)
     try:
         text = await read_text(storage, file, PREFIX, length)
     except ValueError as error:
         raise CheckpointError(where, f"its header is not JSON: {error}", file) from error
     rules = _Rules(where=where, file=file, size=size, recis=recis)
-    parse = partial(_parse, rules, bytes(prefix), text, findings)
+    parse = partial(_parse, rules, bytes(start[:PREFIX]), text, findings)
     [shard] = await run_jobs(session.threads.kernels, [parse])
     return shard
 
