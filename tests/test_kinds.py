@@ -93,7 +93,7 @@ def test_commands_call_it_by_its_name_too(
 def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()
-    with pytest.raises(TruncatedShardError, match="the file is empty"):
+    with pytest.raises(TruncatedShardError, match="it is empty"):
         load_tensors(path)
 
 

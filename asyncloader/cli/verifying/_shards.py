@@ -148,8 +148,9 @@ def _some(rules: _Rules, length: int, entries: Mapping[str, object]) -> ShardHea
 
 
 def check_layout(shard: Shard, findings: Findings, *, recis: bool) -> None:
-    """Tell of bytes that belong to no block; RecIS's files may have some at their end."""
+    """Tell of bytes that belong to no block, and of blocks of which only the bytes are known."""
     file = shard.header.shard
+    _note_strange_dtypes(shard.header.blocks, findings)
     if shard.refused:
         return  # these may be theirs
     try:
@@ -158,3 +159,12 @@ def check_layout(shard: Shard, findings: Findings, *, recis: bool) -> None:
         findings.error(error)
     if shard.header.surplus and recis:
         findings.note(f"{shard.header.surplus} bytes after the last block, ignored", file=file)
+
+
+def _note_strange_dtypes(blocks: Blocks, findings: Findings) -> None:
+    if all(dtype.itemsize for dtype, _ in blocks.types):
+        return
+    for block in blocks.values():
+        if not block.dtype.itemsize:
+            text = f"is {block.dtype.name}, which torch does not have, so it cannot be loaded"
+            findings.note(text, file=block.shard, name=block.key)
