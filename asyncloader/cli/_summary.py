@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from asyncloader.checkpoint import INDEX, SIDECAR
 from asyncloader.checkpoint.stored import stored_tensor
+from asyncloader.errors import CheckpointError
 
 from ._allocate import ID, nbytes_of, shards_of, stored_slot
 
@@ -25,6 +26,8 @@ __all__ = [
     "TensorSummary",
     "summarize",
 ]
+
+_GHOSTS = 20
 
 Kind = Literal["RecIS checkpoint", "Hugging Face folder", "safetensors file"]
 Digests = Literal["present", "ignored", "absent"]
@@ -119,7 +122,7 @@ def summarize(
     """
     catalog = manifest.catalog
     tables = tuple(_table(manifest, name) for name in catalog.tables)
-    tensors = tuple(_tensor(stored_tensor(manifest, name)) for name in catalog.tensors)
+    tensors, ghosts = _tensors(manifest)
     return CheckpointSummary(
         location=manifest.location,
         kind=_kind(catalog, file),
@@ -129,14 +132,30 @@ def summarize(
         ids=sum(table.ids for table in tables),
         digests=_digests(catalog),
         saving=tuple(saving),
-        warnings=(*manifest.warnings, *(odd for table in tables for odd in _oddities(table))),
+        warnings=(
+            *manifest.warnings,
+            *(odd for table in tables for odd in _oddities(table)),
+            *ghosts,
+        ),
         tables=tables,
         tensors=tensors,
     )
 
 
+def _tensors(manifest: Manifest) -> tuple[tuple[TensorSummary, ...], list[str]]:
+    """Return what there is of tensors, and what is said of those that their file does not have."""
+    found, ghosts = [], []
+    for name in manifest.catalog.tensors:
+        try:
+            found.append(_tensor(stored_tensor(manifest, name)))
+        except CheckpointError as error:
+            ghosts.append(str(error).removeprefix(f"{manifest.location}: "))
+    more = [f"and {len(ghosts) - _GHOSTS:,} more like it"] if len(ghosts) > _GHOSTS else []
+    return tuple(found), ghosts[:_GHOSTS] + more
+
+
 def _kind(catalog: Catalog, file: str | None) -> Kind:
-    if file is not None:
+    if file is not None and file == catalog.source and catalog.header is not None:
         return "safetensors file"
     return "RecIS checkpoint" if catalog.source == INDEX else "Hugging Face folder"
 

@@ -321,7 +321,8 @@ class StrictFolder:
     headers: dict[str, dict[str, StrictBlock]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if "index" in self.files:
+        plain = {"model.safetensors.index.json", "model.safetensors"} & self.files.keys()
+        if "index" in self.files and ("tensorkey.json" in self.files or not plain):
             self._open_recis()
         elif "model.safetensors.index.json" in self.files:
             found = strict_weight_map(self.files["model.safetensors.index.json"])
