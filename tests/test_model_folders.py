@@ -116,3 +116,36 @@ def test_inspect_shows_the_rest_beside_a_name_that_no_file_has(
     assert [one["name"] for one in found["tensors"]] == ["w", "v"]
     assert "'ghost0'" in found["warnings"][0]
     assert found["warnings"][-1] == "and 5 more like it"
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["show", "w"]], ids=["inspect", "show"])
+def test_the_free_text_of_headers_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    metadata = {"format": "pt", "step": "\x1b[31m7", "long": "x" * 999}
+    save_file({"w": W}, path, metadata=metadata)
+    name, *others = command
+    assert run([name, str(path), *others, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metadata"] == {path.name: metadata}
+    assert run([name, str(path), *others]) == 0
+    out = capsys.readouterr().out
+    assert "format: pt" in out
+    assert "\x1b[31m7" not in out
+    assert "x" * 201 not in out
+
+
+def test_free_text_that_differs_from_file_to_file_says_whose_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"w": "a.safetensors", "v": "b.safetensors"}
+    for name, file in files.items():
+        save_file({name: W}, tmp_path / file, metadata={"of": name})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert run(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["metadata"]
+    assert found == {"a.safetensors": {"of": "w"}, "b.safetensors": {"of": "v"}}
+    assert run(["inspect", str(tmp_path)]) == 0
+    assert "a.safetensors: of: w" in capsys.readouterr().out
+    assert run(["show", str(tmp_path), "v"]) == 0
+    assert "of: v" in capsys.readouterr().out

@@ -10,7 +10,7 @@ that does not hold for RecIS's files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,9 @@ class ShardHeader:
 
     surplus: int
     """Bytes after the last block."""
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Free text, `__metadata__`."""
 
     gap: tuple[str, int] | None = None
     """The first block that does not begin where the one before it ends, and where that is."""
@@ -130,7 +133,7 @@ def parse_header(
     entries, start = parsed.value, PREFIX + len(text)
     if digests is not None:
         _check_digest(location, shard, text, digests.header)
-    _check_metadata(location, shard, entries.pop(_METADATA, None))
+    metadata = _metadata(location, shard, entries.pop(_METADATA, None))
     blocks = read_entries(
         location,
         shard,
@@ -145,7 +148,7 @@ def parse_header(
             location, "its header has -0 for a number, which is no size and no offset", shard
         )
     end, gap = check_layout(location, blocks, start, size)
-    return ShardHeader(shard, blocks, size - end, gap)
+    return ShardHeader(shard, blocks, size - end, metadata, gap)
 
 
 def check_covered(location: str, header: ShardHeader, *, surplus: bool) -> None:
@@ -183,12 +186,13 @@ def _members(entries: Mapping[str, object]) -> int:
     return count + len(metadata) if isinstance(metadata, dict) else count
 
 
-def _check_metadata(location: str, shard: str, metadata: object) -> None:
+def _metadata(location: str, shard: str, metadata: object) -> Mapping[str, str]:
     if metadata is None:  # safetensors takes null for none
-        return
+        return {}
     if not isinstance(metadata, dict) or not are_all(metadata.values(), str):
         problem = f"is {shown(metadata)}, not an object {{text: text}}"
         raise CheckpointError(location, problem, shard, _METADATA)
+    return metadata
 
 
 def _check_digest(location: str, shard: str, text: Text, wanted: str) -> None:

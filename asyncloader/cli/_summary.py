@@ -12,7 +12,7 @@ from asyncloader.errors import CheckpointError
 from ._allocate import ID, nbytes_of, shards_of, stored_slot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from asyncloader.checkpoint import Catalog, Manifest
     from asyncloader.checkpoint.stored import Stored
@@ -24,6 +24,7 @@ __all__ = [
     "SlotSummary",
     "TableSummary",
     "TensorSummary",
+    "metadata_of",
     "summarize",
 ]
 
@@ -103,6 +104,9 @@ class CheckpointSummary:
     warnings: tuple[str, ...]
     """What is odd but does no harm."""
 
+    metadata: Mapping[str, Mapping[str, str]]
+    """The free text of headers, `__metadata__`, by file, of files that have some."""
+
     tables: tuple[TableSummary, ...]
     tensors: tuple[TensorSummary, ...]
 
@@ -137,9 +141,16 @@ def summarize(
             *(odd for table in tables for odd in _oddities(table)),
             *ghosts,
         ),
+        metadata=metadata_of(manifest, sorted(manifest.headers)),
         tables=tables,
         tensors=tensors,
     )
+
+
+def metadata_of(manifest: Manifest, shards: Iterable[str]) -> dict[str, Mapping[str, str]]:
+    """Return the free text in the headers of some files, by file, of those that have some."""
+    found = ((shard, manifest.headers[shard].metadata) for shard in shards)
+    return {shard: metadata for shard, metadata in found if metadata}
 
 
 def _tensors(manifest: Manifest) -> tuple[tuple[TensorSummary, ...], list[str]]:
