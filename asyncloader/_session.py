@@ -190,7 +190,7 @@ async def open_session(
     """Hold descriptors and threads for the length of the block, and keep to a time-out.
 
     Args:
-        path: A folder, or a file whose name ends in `.safetensors`.
+        path: A folder, a safetensors file, or a weight map.
         limits: For all that the block does, as far as a shared runtime allows.
         verify: Whether to take digests along, if there are any.
         timeout: Seconds that the block may take; `None` is for ever.
@@ -315,7 +315,7 @@ def _root_and_file(path: str) -> tuple[Path, str | None]:
     whole = Path(path)
     if whole.name.endswith(_SUFFIX) and not os.path.isdir(whole):  # noqa: PTH112  # never raises
         return whole.parent, whole.name
-    if is_weight_map(whole.name) and os.path.isfile(whole):  # noqa: PTH113  # never raises
+    if os.path.isfile(whole):  # noqa: PTH113  # never raises
         return whole.parent, whole.name
     return whole, None
 

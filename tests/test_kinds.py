@@ -115,3 +115,18 @@ def test_a_file_of_which_nothing_is_known_is_still_refused(tmp_path: Path) -> No
     path.write_bytes(path.read_bytes().replace(b"{", b"(", 1))
     with pytest.raises(CheckpointError, match="does not start with a safetensors header"):
         load_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.gguf", "model.pt", "index"])
+def test_a_file_of_another_name_is_called_by_what_it_is(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(_saved(zipped=True))
+    with pytest.raises(CheckpointError, match=r"ZIP archive.*torch\.load"):
+        load_tensors(path)
+
+
+def test_a_safetensors_file_needs_no_name_of_its_own(tmp_path: Path) -> None:
+    """As the blobs of Hugging Face's cache, which are called by their digest."""
+    path = tmp_path / "0123abcd"
+    save_file({"w": torch.ones(2)}, path)
+    assert torch.equal(load_tensors(path)["w"], torch.ones(2))

@@ -310,7 +310,6 @@ NOTHING_THERE = [
     (missing_folder, "no such folder"),
     (missing_file, r"nowhere\.safetensors: cannot be opened: No such file"),
     (missing_file_in_a_missing_folder, "no such folder"),
-    (another_file, "not a folder.*file whose name ends in .safetensors"),
     (a_file_in_a_file, "not a folder"),
     (an_empty_folder_named_like_a_file, LOOKED_FOR),
 ]
