@@ -71,7 +71,10 @@ def torch_dtype(location: str, stored: Stored) -> torch.dtype:
     found = getattr(torch, stored.dtype.torch, None)
     if isinstance(found, torch.dtype):
         return found
-    problem = f"is {stored.dtype.name}, which torch {torch.__version__} does not have; update torch"
+    problem = (
+        f"is {stored.dtype.name}, which torch {torch.__version__} does not have; update torch, or "
+        "ask for other tensors only"
+    )
     raise _bad(location, stored, problem)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ._patience import Patience, StalledError
 from ._resources import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits, open_resources
 from .checkpoint import read_catalog, read_manifest
+from .checkpoint._safetensors import is_weight_map
 from .errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
@@ -24,7 +25,7 @@ from .storage import LocalStorage, ThreadedRetryingStorage, ThreadedStorage
 from .streaming import CHANGED, Verifier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
     from ._resources import Contract, Resources
     from .checkpoint import Catalog, Manifest, Verify
@@ -107,6 +108,11 @@ class Session:
         """
         return await _on_disk(self.patience, self.threads, job, self.location)
 
+    def _names(self) -> Sequence[str]:
+        with contextlib.suppress(OSError):
+            return os.listdir(self.storage.location)  # noqa: PTH208  # names
+        return ()
+
     @property
     def verifier(self) -> Verifier:
         """Compares what was read with digests."""
@@ -123,7 +129,11 @@ class Session:
         pool = self.threads.kernels
         try:
             return await read_catalog(
-                self.storage, executor=pool, file=self.file, verify=self.verify
+                self.storage,
+                executor=pool,
+                file=self.file,
+                verify=self.verify,
+                names=partial(self.on_disk, self._names),
             )
         except CheckpointNotFoundError as error:
             from ._runs import is_run_folder  # noqa: PLC0415  # seldom
@@ -180,7 +190,7 @@ async def open_session(
     """Hold descriptors and threads for the length of the block, and keep to a time-out.
 
     Args:
-        path: A folder, or a file whose name ends in `.safetensors`.
+        path: A folder, a safetensors file, or a weight map.
         limits: For all that the block does, as far as a shared runtime allows.
         verify: Whether to take digests along, if there are any.
         timeout: Seconds that the block may take; `None` is for ever.
@@ -200,7 +210,8 @@ async def open_session(
             patience = Patience(access.stall_timeout, replace=resources.threads.replace)
             look = partial(_root_and_file, path)
             root, file = await _on_disk(patience, resources.threads, look, path)
-            trusted = file is not None
+            # Of a weight map's files, the map chooses which.
+            trusted = file is not None and not is_weight_map(file)
             files = _files(root, access, resources, patience=patience, seen=seen, trusted=trusted)
             async with files:
                 storage = _retrying(files, resources)
@@ -303,6 +314,8 @@ def _root_and_file(path: str) -> tuple[Path, str | None]:
     """Say which folder to look into, and at which file alone, if it is one."""
     whole = Path(path)
     if whole.name.endswith(_SUFFIX) and not os.path.isdir(whole):  # noqa: PTH112  # never raises
+        return whole.parent, whole.name
+    if os.path.isfile(whole):  # noqa: PTH113  # never raises
         return whole.parent, whole.name
     return whole, None
 

@@ -91,9 +91,10 @@ class TruncatedShardError(CheckpointError):
     def __init__(  # each is a fact that the handler may ask for
         self, location: str, shard: str, key: str | None, begin: int, end: int, size: int
     ) -> None:
+        early = f"{end - size} bytes early" if size else "so it is empty"
         problem = (
-            f"bytes [{begin}, {end}) are not there: the file ends at {size}, "
-            f"{end - size} bytes early; copy it again, or take an older checkpoint"
+            f"bytes [{begin}, {end}) are not there: the file ends at {size}, {early}; copy it "
+            "again, or take an older checkpoint"
         )
         super().__init__(location, problem, shard, key)
         self.args = (location, shard, key, begin, end, size)

@@ -134,7 +134,7 @@ BAD = [
     pytest.param(b"\xff\xfe{}", "not JSON", id="no text"),
     pytest.param(header(a=3), "lacks dtype", id="no object"),
     pytest.param(header(a={"dtype": "F32", "shape": []}), "lacks dtype", id="no offsets"),
-    pytest.param(header(a=entry("F31", [], 0, 4)), "unknown dtype", id="dtype"),
+    pytest.param(header(a=entry("f31", [], 0, 4)), "unknown dtype", id="dtype"),
     pytest.param(header(a=entry("F32", [-1], 0, 4)), "not a list of sizes", id="negative"),
     pytest.param(header(a=entry("F32", [True], 0, 4)), "not a list of sizes", id="bool size"),
     pytest.param(header(a=entry("F32", [1.0], 0, 4)), "not a list of sizes", id="float size"),  # type: ignore[list-item]

@@ -224,7 +224,7 @@ DAMAGES: list[Damage] = [
     ),
     (
         "a shard's header is no JSON",
-        lambda p: flip(shard_holding(p, "w^ "), 8),
+        lambda p: flip(shard_holding(p, "w^ "), 9),
         "its header is not JSON",
     ),
     (
@@ -239,8 +239,8 @@ DAMAGES: list[Damage] = [
     ),
     (
         "an unknown dtype",
-        lambda p: edit_header(shard_holding(p, "w^ "), lambda h: h["w^ "].update(dtype="F1")),
-        "'w^ ': unknown dtype 'F1'",
+        lambda p: edit_header(shard_holding(p, "w^ "), lambda h: h["w^ "].update(dtype="f1")),
+        "'w^ ': unknown dtype 'f1'",
     ),
     (
         "blocks overlap",
@@ -650,7 +650,7 @@ async def test_all_bad_entries_of_one_file_are_listed(tmp_path: Path) -> None:
     [shard] = tmp_path.glob("*.safetensors")
 
     def change(header: dict[str, dict[str, object]]) -> None:
-        header["w0^ "]["dtype"] = "F1"
+        header["w0^ "]["dtype"] = "f1"
         header["w1^ "]["shape"] = [3]
         header["w2^ "]["data_offsets"] = [0, 8]
         header["w3^ "]["data_offsets"] = [0, 8]

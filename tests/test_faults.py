@@ -163,7 +163,7 @@ ENTRIES: dict[str, object] = {
     "no dtype": {"shape": [3], "data_offsets": [0, 12]},
     "no shape": {"dtype": "F32", "data_offsets": [0, 12]},
     "no offsets": {"dtype": "F32", "shape": [3]},
-    "an unknown dtype": {"dtype": "F33", "shape": [3], "data_offsets": [0, 12]},
+    "an unknown dtype": {"dtype": "F-33", "shape": [3], "data_offsets": [0, 12]},
     "a dtype that is no text": {"dtype": ["F32"], "shape": [3], "data_offsets": [0, 12]},
     "a dtype in lower case": {"dtype": "f32", "shape": [3], "data_offsets": [0, 12]},
     "a negative size": {"dtype": "F32", "shape": [-3], "data_offsets": [0, 12]},

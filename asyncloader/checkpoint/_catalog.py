@@ -16,11 +16,19 @@ from ._files import INDEX, SIDECAR, TENSORKEY
 from ._index import Catalog, Places, parse_catalog
 from ._json import MAX_NAMES, MAX_SIDECAR
 from ._manifest import check_unchanged, read_header
-from ._safetensors import SHARDED, SINGLE, catalog_of_file, parse_weight_map
+from ._safetensors import (
+    SHARDED,
+    SINGLE,
+    catalog_of_file,
+    in_words,
+    is_weight_map,
+    model_in,
+    parse_weight_map,
+)
 from ._sidecar import check_files, parse_sidecar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from concurrent.futures import Executor
 
     from asyncloader.storage import Storage
@@ -37,16 +45,24 @@ _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 async def read_catalog(
-    storage: Storage, *, executor: Executor, verify: Verify, file: str | None = None
+    storage: Storage,
+    *,
+    executor: Executor,
+    verify: Verify,
+    file: str | None = None,
+    names: Callable[[], Awaitable[Sequence[str]]] | None = None,
 ) -> Catalog:
     """Read which names there are, and where; parse on a thread, the loop goes on meanwhile.
 
-    A folder that has `index` is a checkpoint of RecIS's, others are Hugging Face's.
+    A folder that has `index` is a checkpoint of RecIS's, others are Hugging Face's; so is one that
+    has a model but no `tensorkey.json`, whatever else is called `index` there.
 
     Args:
         storage: The folder.
         executor: For parsing.
-        file: The one safetensors file to look at, instead of the folder that holds it.
+        file: The one safetensors file to look at, or the weight map, instead of the folder that
+            holds it.
+        names: Lists the folder, for models whose names are not known beforehand.
         verify: Whether to take the digests along, if there are any.
 
     Raises:
@@ -58,27 +74,39 @@ async def read_catalog(
     where = storage.location
     if file is not None:
         try:
-            catalog = await _read_file(storage, executor, file)
+            read = _read_sharded if is_weight_map(file) else _read_file
+            catalog = await read(storage, executor, file)
             return _without_digests(f"{where}/{file}", verify, catalog)
         except _ABSENT as error:
             problem = f"cannot be opened: {error.strerror}"
             raise CheckpointNotFoundError(f"{where}/{file}", problem) from error
+    absent: OSError | CheckpointError
     try:
         return await _read_recis(storage, executor, verify)
     except _ABSENT as error:
         absent = error
-    except CheckpointError:
-        await check_unchanged(storage, INDEX)  # that would explain it
-        raise
+    except CheckpointError as error:
+        absent = error
+        if not await _lacks(storage, TENSORKEY):
+            await check_unchanged(storage, INDEX)  # that would explain it
+            raise
     for read in (_read_sharded, _read_file):
         try:
             return _without_digests(where, verify, await read(storage, executor))
         except _ABSENT as error:
-            absent = error
+            absent = absent if isinstance(absent, CheckpointError) else error
+    listed = () if names is None else await names()
+    if (model := model_in(where, listed)) is not None:
+        read = _read_sharded if is_weight_map(model) else _read_file
+        return _without_digests(where, verify, await read(storage, executor, model))
+    if isinstance(absent, CheckpointError):
+        await check_unchanged(storage, INDEX)
+        raise absent
+    holds = f"; the folder holds {in_words(listed)}" if listed else ""
     problem = (
         f"no finished checkpoint here: {absent.strerror}; looked for {INDEX!r}, which "
         f"RecIS's have and which is written last, and for {SHARDED!r} and {SINGLE!r}. Give the "
-        "folder that holds one of them, or a file whose name ends in .safetensors"
+        f"folder that holds one of them, or a file whose name ends in .safetensors{holds}"
     )
     raise CheckpointNotFoundError(where, problem) from absent
 
@@ -146,9 +174,20 @@ def _without_digests(where: str, verify: Verify, catalog: Catalog) -> Catalog:
     return catalog
 
 
-async def _read_sharded(storage: Storage, executor: Executor) -> Catalog:
-    text = await _read_json(storage, SHARDED)
-    [catalog] = await run_jobs(executor, [partial(parse_weight_map, storage.location, text)])
+async def _lacks(storage: Storage, name: str) -> bool:
+    try:
+        await storage.size(name)
+    except _ABSENT:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+async def _read_sharded(storage: Storage, executor: Executor, name: str = SHARDED) -> Catalog:
+    text = await _read_json(storage, name)
+    parse = partial(parse_weight_map, storage.location, text, name)
+    [catalog] = await run_jobs(executor, [parse])
     return catalog
 
 

@@ -17,7 +17,7 @@ import orjson
 from asyncloader.errors import CheckpointError
 
 from ._blocks import Blocks
-from ._dtypes import DTYPES, RECIS_DTYPES
+from ._dtypes import DTYPES, RECIS_DTYPES, dtype_called, torch_type
 from ._files import SIDECAR
 from ._sidecar import DIGEST_CHUNK, chunk_count
 
@@ -104,22 +104,24 @@ def _blocks(
         raise _OddError
     if any(map(_PAIR.__ne__, map(len, ranges))):
         raise _OddError
-    if not dtypes.keys() >= set(names):
+    different = set(names)
+    called = {name: dtype for name in different if (dtype := dtype_called(name, dtypes))}
+    if len(called) < len(different):
         raise _OddError
     # As text, the hash of which is another one in each process. That of a tuple of sizes is not: of
     # a million shapes that were made to have one hash, a dict would take hours.
     texts: dict[bytes, int] = {}
     pairs = map(orjson.dumps, zip(names, shapes, strict=True))
     kinds = [texts.setdefault(text, len(texts)) for text in pairs]
-    known = [(dtypes[name], tuple(shape)) for name, shape in map(orjson.loads, texts)]
+    known = [(called[name], tuple(shape)) for name, shape in map(orjson.loads, texts)]
     bounds = np.fromiter(chain.from_iterable(ranges), np.int64, 2 * len(ranges)).reshape(-1, 2)
-    if any(_is_immense(shape) for _, shape in known):
+    if any(_is_immense(shape, dtype.bits) for dtype, shape in known):
         raise _OddError
-    sizes = (min(_nbytes(shape, dtype.itemsize), _INT64_MAX) for dtype, shape in known)
-    taken = np.fromiter(sizes, np.int64, len(known))
+    sizes = (_nbytes(shape, dtype.bits) if dtype.bits else -1 for dtype, shape in known)
     of_kind = np.array(kinds, np.int64)
+    taken = np.fromiter(sizes, np.int64, len(known))[of_kind]
     nbytes = bounds[:, 1] - bounds[:, 0]
-    if (nbytes != taken[of_kind]).any():
+    if ((nbytes != taken) & (taken >= 0) | (nbytes < 0)).any():
         raise _OddError
     of_keys = None if digests is None else digests.blocks
     if of_keys is not None:
@@ -129,7 +131,7 @@ def _blocks(
     return Blocks(
         shard,
         entries,
-        types=known,
+        types=[torch_type(dtype, shape) for dtype, shape in known],
         kinds=of_kind,
         offsets=bounds[:, 0] + start,
         nbytes=nbytes,
@@ -187,7 +189,7 @@ def _field_problem(entry: object, dtypes: Mapping[str, DType]) -> str | None:
     if more := entry.keys() - set(FIELDS):
         return f"its entry has {shown(min(more))} besides dtype, shape and data_offsets"
     name, shape, offsets = _FIELDS(entry)
-    if not isinstance(name, str) or name not in dtypes:
+    if not isinstance(name, str) or dtype_called(name, dtypes) is None:
         return f"unknown dtype {shown(name)}; known are {', '.join(dtypes)}"
     if not _are_sizes(shape):
         return f"shape {shown(shape)} is not a list of sizes"
@@ -198,11 +200,13 @@ def _field_problem(entry: object, dtypes: Mapping[str, DType]) -> str | None:
 
 def _size_problem(entry: Any, dtypes: Mapping[str, DType]) -> str | None:  # noqa: ANN401  # sound
     name, shape, (begin, end) = _FIELDS(entry)
-    if _is_immense(shape):
+    dtype = dtype_called(name, dtypes)
+    bits = 0 if dtype is None else dtype.bits
+    if _is_immense(shape, bits):
         return f"shape {shown(shape)} is beyond what 64 bits can count"
-    if (taken := _nbytes(shape, dtypes[name].itemsize)) != end - begin:
+    if bits and (taken := _nbytes(shape, bits)) != end - begin:
         return (
-            f"data_offsets {[begin, end]} hold {end - begin} bytes, but {dtypes[name].name} of "
+            f"data_offsets {[begin, end]} hold {end - begin} bytes, but {name} of "
             f"shape {shown(shape)} takes {taken}; the file is corrupt "
             "(RecIS 1.0.0 writes this for rows of rank 2 or 3)"
         )
@@ -215,16 +219,23 @@ def _are_sizes(values: object, limit: int = _INT64_MAX) -> bool:
     return all(type(value) is int and 0 <= value <= limit for value in values)
 
 
-def _is_immense(shape: Sequence[int]) -> bool:
-    """Say whether strides overflow, in torch or elsewhere, even if a size of 0 means no bytes."""
-    return 0 in shape and _nbytes([size for size in shape if size], 1) > _INT64_MAX
+def _is_immense(shape: Sequence[int], bits: int) -> bool:
+    """Say whether strides overflow, in torch or elsewhere, though the bytes do not show it."""
+    if bits and 0 not in shape:
+        return False
+    return _product((size for size in shape if size), 1) > _INT64_MAX
 
 
-def _nbytes(shape: Sequence[int], itemsize: int) -> int:
-    """Return the bytes of a tensor, or any number that is more than a file can have."""
-    size = 0 if 0 in shape else itemsize
-    for length in shape:
-        size *= length
-        if size > _INT64_MAX:
+def _nbytes(shape: Sequence[int], bits: int) -> int:
+    """Return the bytes of a tensor; `_INT64_MAX`, which no file has, if that is no such number."""
+    size = 0 if 0 in shape else _product(shape, bits)
+    return _INT64_MAX if size % 8 else min(size // 8, _INT64_MAX)
+
+
+def _product(sizes: Iterable[int], first: int) -> int:
+    """Multiply sizes that are not 0, until the product is immense."""
+    for size in sizes:
+        first *= size
+        if first > 8 * _INT64_MAX:
             break
-    return size
+    return first

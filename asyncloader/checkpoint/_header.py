@@ -10,7 +10,7 @@ that does not hold for RecIS's files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from asyncloader.errors import CheckpointError, TruncatedShardError
 from ._entries import FIELDS, are_all, read_entries
 from ._files import SIDECAR
 from ._json import BadJsonError, has_negative_zero, parse_object
+from ._kinds import LOOKED_AT, kind_of
 from ._layout import check_layout
 from ._sidecar import digest_of
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ._sidecar import ShardDigests
 
 __all__ = [
+    "FIRST",
     "MAX_HEADER",
     "PREFIX",
     "ShardHeader",
@@ -41,6 +43,9 @@ __all__ = [
 PREFIX = 8
 # As much as safetensors itself allows: room for a million tensors in one shard.
 MAX_HEADER = 100_000_000
+FIRST = LOOKED_AT
+"""How many of a file's first bytes say what it is."""
+
 _METADATA = "__metadata__"
 
 
@@ -54,32 +59,47 @@ class ShardHeader:
     surplus: int
     """Bytes after the last block."""
 
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Free text, `__metadata__`."""
+
     gap: tuple[str, int] | None = None
     """The first block that does not begin where the one before it ends, and where that is."""
 
 
-def header_length(location: str, shard: str, prefix: bytes, size: int) -> int:
+def header_length(location: str, shard: str, start: bytes, size: int) -> int:
     """Return the length of the header in bytes, once it is known to be possible.
 
     Args:
         location: The checkpoint, for messages.
         shard: The file's name.
-        prefix: The file's first bytes, at most 8.
+        start: The file's first bytes, `FIRST` of them or all that there are.
         size: The file's length.
 
     Raises:
         TruncatedShardError: If the file ends within its header.
-        CheckpointError: If the length is absurd.
+        CheckpointError: If it is no safetensors file; it says what else, where that is known.
     """
-    if len(prefix) < PREFIX:
-        raise TruncatedShardError(location, shard, None, 0, PREFIX, size)
-    length = int.from_bytes(prefix[:PREFIX], "little")
-    if length > MAX_HEADER or length < len("{}"):
-        problem = f"declares a header of {length} bytes; this is not a safetensors file"
-        raise CheckpointError(location, problem, shard)
-    if PREFIX + length > size:
+    length = int.from_bytes(start[:PREFIX], "little")
+    begins = start[PREFIX : PREFIX + 1] in {b"", b"{", b" "}
+    if len("{}") <= length <= MAX_HEADER and len(start) >= PREFIX and begins:
+        if PREFIX + length <= size:
+            return length
         raise TruncatedShardError(location, shard, None, PREFIX, PREFIX + length, size)
-    return length
+    kind = kind_of(start)
+    if kind is not None:
+        problem = f"is not a safetensors file but {kind}"
+    elif len(start) < PREFIX:
+        raise TruncatedShardError(location, shard, None, 0, PREFIX, size)
+    elif MAX_HEADER < length <= size - PREFIX and begins:
+        problem = (
+            f"its header is {length:,} bytes long, and no more than {MAX_HEADER:,} are read, here "
+            "and by safetensors itself; save it to several files"
+        )
+    elif begins or not len("{}") <= length <= MAX_HEADER:
+        problem = f"declares a header of {length} bytes; this is not a safetensors file"
+    else:
+        problem = "does not start with a safetensors header"
+    raise CheckpointError(location, problem, shard)
 
 
 def parse_header(
@@ -113,7 +133,7 @@ def parse_header(
     entries, start = parsed.value, PREFIX + len(text)
     if digests is not None:
         _check_digest(location, shard, text, digests.header)
-    _check_metadata(location, shard, entries.pop(_METADATA, None))
+    metadata = _metadata(location, shard, entries.pop(_METADATA, None))
     blocks = read_entries(
         location,
         shard,
@@ -128,7 +148,7 @@ def parse_header(
             location, "its header has -0 for a number, which is no size and no offset", shard
         )
     end, gap = check_layout(location, blocks, start, size)
-    return ShardHeader(shard, blocks, size - end, gap)
+    return ShardHeader(shard, blocks, size - end, metadata, gap)
 
 
 def check_covered(location: str, header: ShardHeader, *, surplus: bool) -> None:
@@ -166,12 +186,13 @@ def _members(entries: Mapping[str, object]) -> int:
     return count + len(metadata) if isinstance(metadata, dict) else count
 
 
-def _check_metadata(location: str, shard: str, metadata: object) -> None:
+def _metadata(location: str, shard: str, metadata: object) -> Mapping[str, str]:
     if metadata is None:  # safetensors takes null for none
-        return
+        return {}
     if not isinstance(metadata, dict) or not are_all(metadata.values(), str):
         problem = f"is {shown(metadata)}, not an object {{text: text}}"
         raise CheckpointError(location, problem, shard, _METADATA)
+    return metadata
 
 
 def _check_digest(location: str, shard: str, text: Text, wanted: str) -> None:

@@ -6,6 +6,7 @@ tensor stands in which: `{"metadata": {...}, "weight_map": {tensor: file}}`.
 
 from __future__ import annotations
 
+import re
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,65 @@ from asyncloader.errors import CheckpointError
 from ._index import Catalog, Places, is_file_name, json_object, members_of_objects
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from ._header import ShardHeader
 
-__all__ = ["SHARDED", "SINGLE", "catalog_of_file", "parse_weight_map"]
+__all__ = [
+    "SHARDED",
+    "SINGLE",
+    "catalog_of_file",
+    "in_words",
+    "is_weight_map",
+    "model_in",
+    "parse_weight_map",
+]
 
 SHARDED = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+# By what their libraries call them: transformers, diffusers, peft. The first one found counts; one
+# without a variant before those with one.
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
+_INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
+_MODEL = re.compile(rf"({'|'.join(_STEMS)})(\.[^.]+)?\.safetensors(\.index(\.[^.]+)?\.json)?")
+_NAMED = 8
+
+
+def is_weight_map(name: str) -> bool:
+    """Say whether a file is called like one that says which tensor stands in which file."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def model_in(location: str, names: Iterable[str]) -> str | None:
+    """Return which file of a folder says what its model is: a weight map, or the only file.
+
+    Raises:
+        CheckpointError: If several variants of a model are equally good.
+    """
+    found = [match for match in map(_MODEL.fullmatch, sorted(names)) if match is not None]
+    for stem in _STEMS:
+        own = [match for match in found if match[1] == stem]
+        for plain in (True, False):
+            of_kind = [one[0] for one in own if (one[0] in _plain(stem)) is plain]
+            maps = [name for name in of_kind if is_weight_map(name)]
+            files = maps or of_kind
+            if len(files) > 1:
+                problem = f"holds several variants, {', '.join(map(repr, files))}: give one's path"
+                raise CheckpointError(location, problem)
+            if files:
+                return files[0]
+    return None
+
+
+def _plain(stem: str) -> tuple[str, str]:
+    return f"{stem}.safetensors.index.json", f"{stem}.safetensors"
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Say what a folder holds."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, sorted(names)[:_NAMED])) + more if names else "nothing"
 
 
 def catalog_of_file(header: ShardHeader) -> Catalog:
@@ -28,19 +82,19 @@ def catalog_of_file(header: ShardHeader) -> Catalog:
     return Catalog(Places(keys, dict.fromkeys(keys, header.shard)), {}, header.shard, header=header)
 
 
-def parse_weight_map(location: str, text: bytes | bytearray) -> Catalog:
-    """Read the text of `SHARDED`.
+def parse_weight_map(location: str, text: bytes | bytearray, name: str = SHARDED) -> Catalog:
+    """Read the text of `SHARDED`, or of another file of its kind.
 
     Raises:
         CheckpointError: If it is not what it should be.
     """
-    value = json_object(location, SHARDED, text, members_of_objects)
+    value = json_object(location, name, text, members_of_objects)
     weight_map = value.get("weight_map")
     if not isinstance(weight_map, dict):
         problem = f"its weight_map is {shown(weight_map)}, not an object {{tensor: file}}"
-        raise CheckpointError(location, problem, SHARDED)
+        raise CheckpointError(location, problem, name)
     for key, shard in weight_map.items():
         if not isinstance(shard, str) or not is_file_name(shard):
             problem = f"its file {shown(shard)} is not a plain file name"
-            raise CheckpointError(location, problem, SHARDED, key)
-    return Catalog(Places({key: key for key in weight_map}, weight_map), {}, SHARDED)
+            raise CheckpointError(location, problem, name, key)
+    return Catalog(Places({key: key for key in weight_map}, weight_map), {}, name)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from ._dtypes import header_shape
 from ._header import PREFIX
 from ._index import DENSE_SUFFIX
 
@@ -62,10 +63,14 @@ def render_header(
     Args:
         entries: Key → dtype, shape, first byte and end of its bytes within the data.
         metadata: Free text that safetensors allows in a header; RecIS writes none.
+
+    Raises:
+        ValueError: If a tensor's shape can stand in no header.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     for key, (dtype, shape, begin, end) in entries.items():
-        header[key] = {"dtype": dtype.name, "shape": shape, "data_offsets": (begin, end)}
+        header[key] = {"dtype": dtype.name, "data_offsets": (begin, end)}
+        header[key]["shape"] = header_shape(dtype, shape)
     text = orjson.dumps(header)
     text += b" " * (_ALIGNMENT - len(text) % _ALIGNMENT)
     return len(text).to_bytes(PREFIX, "little") + text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,8 +92,8 @@ async def allocate(
 
 
 def nbytes_of(stored: Stored) -> int:
-    """Return the bytes of all elements."""
-    return math.prod(stored.shape) * stored.dtype.itemsize
+    """Return the bytes of all elements, whether torch has such or not."""
+    return sum(block.nbytes for block in stored.blocks)
 
 
 def shards_of(catalog: Catalog) -> list[str]:

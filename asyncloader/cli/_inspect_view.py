@@ -19,7 +19,7 @@ from ._names import Name, escaped
 from ._output import count
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import RenderableType
 
@@ -31,6 +31,7 @@ __all__ = [
     "facts",
     "grid_of_numbers",
     "indented",
+    "metadata_lines",
     "plural",
     "run_view",
     "shape_text",
@@ -39,6 +40,7 @@ __all__ = [
 T = TypeVar("T")
 
 _SHOWN = 20
+_LONGEST = 200
 # A line below the titles, and no room between columns but their padding.
 _UNDERLINED = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
 _DIGESTS = {
@@ -76,8 +78,32 @@ def _head(summary: CheckpointSummary) -> RenderableType:
         ("saving", Text(f"{escaped(name)}: another save, under way or cut off", "yellow"))
         for name in summary.saving
     ]
+    lines += metadata_lines(summary.metadata)
     lines += [("warning", Text(escaped(warning), "yellow")) for warning in summary.warnings]
     return facts(summary.kind, summary.location, lines)
+
+
+def metadata_lines(
+    metadata: Mapping[str, Mapping[str, str]],
+) -> list[tuple[str, RenderableType]]:
+    """Show the free text of headers: once, where all files have the same."""
+    if not metadata:
+        return []
+    first, *others = metadata.items()
+    same = all(other == first[1] for _, other in others)
+    shown = [
+        f"{key}: {value}" if same else f"{file}: {key}: {value}"
+        for file, pairs in ([first] if same else metadata.items())
+        for key, value in pairs.items()
+    ]
+    more = [f"and {count(len(shown) - _SHOWN)} more; --json has them"] * (len(shown) > _SHOWN)
+    return [
+        ("metadata", Text(_cut(escaped(one)), overflow="fold")) for one in shown[:_SHOWN] + more
+    ]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def facts(kind: str, location: str, lines: Iterable[tuple[str, RenderableType]]) -> RenderableType:

@@ -11,7 +11,7 @@ from rich.text import Text
 from asyncloader._sizes import size_text
 
 from ._allocate import ID
-from ._inspect_view import facts, grid_of_numbers, indented, plural, shape_text
+from ._inspect_view import facts, grid_of_numbers, indented, metadata_lines, plural, shape_text
 from ._names import Name, shown
 from ._numbers import Numbers, number_text
 from ._output import count
@@ -40,6 +40,7 @@ def tensor_view(tensor: ShownTensor) -> RenderableType:
     ]
     if tensor.statistics is not None and tensor.shape:
         lines += _statistics(tensor.statistics)
+    lines += metadata_lines(tensor.metadata)
     flat = len(tensor.shape) <= 1 and all(row.id is None for row in tensor.rows)
     if flat and tensor.rows:
         lines.append(("values" if tensor.shape else "value", _flat(tensor)))

@@ -11,11 +11,12 @@ from asyncloader.checkpoint.stored import stored_tensor
 from ._allocate import ID, nbytes_of, stored_slot
 from ._finding import check_ids
 from ._statistics import combine, measure
+from ._summary import metadata_of
 from ._values import read_rows
 from ._windows import in_windows, read_elements
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from asyncloader._session import Session
     from asyncloader.checkpoint import Catalog, Manifest
@@ -42,6 +43,9 @@ class ShownTensor:
 
     parts: int
     """Pieces that different ranks wrote."""
+
+    metadata: Mapping[str, Mapping[str, str]]
+    """The free text of the headers of its files, `__metadata__`, by file."""
 
     statistics: Statistics | None
     """`None` if it is complex."""
@@ -88,7 +92,8 @@ async def show_tensor(
         ids = await _first_ids(session, manifest, target.table, rows)
     advance = _teller(tell, nbytes_of(stored))
     kind: Literal["tensor", "slot"] = "tensor" if target.table is None else "slot"
-    return await _shown(session, stored, kind, rows=rows, ids=ids, advance=advance(stored.name))
+    tell_of = advance(stored.name)
+    return await _shown(session, manifest, stored, kind, rows=rows, ids=ids, advance=tell_of)
 
 
 async def show_table(session: Session, catalog: Catalog, table: str, *, tell: Tell) -> ShownTable:
@@ -98,7 +103,7 @@ async def show_table(session: Session, catalog: Catalog, table: str, *, tell: Te
     nbytes = sum(map(nbytes_of, stored.values()))
     advance = _teller(tell, nbytes)
     shown = [
-        await _shown(session, one, "slot", rows=0, ids=(), advance=advance(one.name))
+        await _shown(session, manifest, one, "slot", rows=0, ids=(), advance=advance(one.name))
         for _, one in sorted(stored.items(), key=lambda item: item[0] != ID)
     ]
     ids = stored[ID].shape[0] if ID in stored and stored[ID].shape else 0
@@ -124,6 +129,7 @@ async def _first_ids(session: Session, manifest: Manifest, table: str, rows: int
 
 async def _shown(
     session: Session,
+    manifest: Manifest,
     stored: Stored,
     kind: Literal["tensor", "slot"],
     *,
@@ -141,6 +147,7 @@ async def _shown(
         shape=stored.shape,
         bytes=nbytes_of(stored),
         parts=len(stored.blocks),
+        metadata=metadata_of(manifest, sorted({block.shard for block in stored.blocks})),
         statistics=combine(found) if len(found) == len(moments) else None,
         rows=await read_rows(session, stored, rows, ids=ids),
     )

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from asyncloader.checkpoint import INDEX, SIDECAR
 from asyncloader.checkpoint.stored import stored_tensor
+from asyncloader.errors import CheckpointError
 
 from ._allocate import ID, nbytes_of, shards_of, stored_slot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from asyncloader.checkpoint import Catalog, Manifest
     from asyncloader.checkpoint.stored import Stored
@@ -23,8 +24,11 @@ __all__ = [
     "SlotSummary",
     "TableSummary",
     "TensorSummary",
+    "metadata_of",
     "summarize",
 ]
+
+_GHOSTS = 20
 
 Kind = Literal["RecIS checkpoint", "Hugging Face folder", "safetensors file"]
 Digests = Literal["present", "ignored", "absent"]
@@ -100,6 +104,9 @@ class CheckpointSummary:
     warnings: tuple[str, ...]
     """What is odd but does no harm."""
 
+    metadata: Mapping[str, Mapping[str, str]]
+    """The free text of headers, `__metadata__`, by file, of files that have some."""
+
     tables: tuple[TableSummary, ...]
     tensors: tuple[TensorSummary, ...]
 
@@ -119,7 +126,7 @@ def summarize(
     """
     catalog = manifest.catalog
     tables = tuple(_table(manifest, name) for name in catalog.tables)
-    tensors = tuple(_tensor(stored_tensor(manifest, name)) for name in catalog.tensors)
+    tensors, ghosts = _tensors(manifest)
     return CheckpointSummary(
         location=manifest.location,
         kind=_kind(catalog, file),
@@ -129,14 +136,37 @@ def summarize(
         ids=sum(table.ids for table in tables),
         digests=_digests(catalog),
         saving=tuple(saving),
-        warnings=(*manifest.warnings, *(odd for table in tables for odd in _oddities(table))),
+        warnings=(
+            *manifest.warnings,
+            *(odd for table in tables for odd in _oddities(table)),
+            *ghosts,
+        ),
+        metadata=metadata_of(manifest, sorted(manifest.headers)),
         tables=tables,
         tensors=tensors,
     )
 
 
+def metadata_of(manifest: Manifest, shards: Iterable[str]) -> dict[str, Mapping[str, str]]:
+    """Return the free text in the headers of some files, by file, of those that have some."""
+    found = ((shard, manifest.headers[shard].metadata) for shard in shards)
+    return {shard: metadata for shard, metadata in found if metadata}
+
+
+def _tensors(manifest: Manifest) -> tuple[tuple[TensorSummary, ...], list[str]]:
+    """Return what there is of tensors, and what is said of those that their file does not have."""
+    found, ghosts = [], []
+    for name in manifest.catalog.tensors:
+        try:
+            found.append(_tensor(stored_tensor(manifest, name)))
+        except CheckpointError as error:
+            ghosts.append(str(error).removeprefix(f"{manifest.location}: "))
+    more = [f"and {len(ghosts) - _GHOSTS:,} more like it"] if len(ghosts) > _GHOSTS else []
+    return tuple(found), ghosts[:_GHOSTS] + more
+
+
 def _kind(catalog: Catalog, file: str | None) -> Kind:
-    if file is not None:
+    if file is not None and file == catalog.source and catalog.header is not None:
         return "safetensors file"
     return "RecIS checkpoint" if catalog.source == INDEX else "Hugging Face folder"
 

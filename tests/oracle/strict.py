@@ -33,10 +33,12 @@ __all__ = [
 BITS = {
     "BOOL": 8, "I8": 8, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16,
     "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 CHUNK = 8 << 20
 HEADER = 100_000_000
 NESTED = 1024
+_UNKNOWN = re.compile(r"[A-Z][A-Z0-9_]{0,31}", re.ASCII)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _OUTSIDE = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _SLICE = re.compile(r"([0-9]{1,19})@([0-9]{1,19})@([0-9]{1,19})", re.ASCII)
@@ -191,7 +193,7 @@ def _block(entry: Any, start: int, *, recis: bool) -> StrictBlock:  # noqa: ANN4
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if recis and dtype == "bool":
         dtype = "BOOL"
-    _need(type(dtype) is str and dtype in BITS, "no dtype")
+    _need(type(dtype) is str and (dtype in BITS or _UNKNOWN.fullmatch(dtype)), "no dtype")
     _need(type(shape) is list and all(map(_is_size, shape)), "no shape")
     _need(type(offsets) is list and len(offsets) == 2, "no offsets")
     _need(all(_is_size(offset, 2**63 - 2**30) for offset in offsets), "no offsets")
@@ -199,7 +201,9 @@ def _block(entry: Any, start: int, *, recis: bool) -> StrictBlock:  # noqa: ANN4
     for size in shape:
         count, counted = count * size, counted * (size or 1)
         _need(counted < 2**63, "beyond 64 bits")
-    _need(offsets[1] - offsets[0] == count * BITS[dtype] // 8, "offsets and shape disagree")
+    length = offsets[1] - offsets[0]
+    _need(length >= 0, "no offsets")
+    _need(dtype not in BITS or length * 8 == count * BITS[dtype], "offsets and shape disagree")
     return StrictBlock(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
@@ -317,7 +321,8 @@ class StrictFolder:
     headers: dict[str, dict[str, StrictBlock]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if "index" in self.files:
+        plain = {"model.safetensors.index.json", "model.safetensors"} & self.files.keys()
+        if "index" in self.files and ("tensorkey.json" in self.files or not plain):
             self._open_recis()
         elif "model.safetensors.index.json" in self.files:
             found = strict_weight_map(self.files["model.safetensors.index.json"])

@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import orjson
-
 from asyncloader._concurrency import run_jobs
 from asyncloader.checkpoint import INDEX, Manifest
-from asyncloader.checkpoint._header import PREFIX
 from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.cli._allocate import shards_of, stored_slot
 from asyncloader.errors import CheckpointError
 from asyncloader.planning import ID
-from asyncloader.storage import read_exactly, read_text
 
 from ._recognition import recognized
 
@@ -79,9 +75,7 @@ async def read_source(session: Session, slots: Collection[str] | None) -> Source
     """
     catalog = await session.catalog()
     manifest = await session.manifest(catalog, shards_of(catalog))
-    metadata = {}
-    if catalog.header is not None:
-        metadata = await _metadata(session, catalog.header.shard)
+    metadata = {} if catalog.header is None else catalog.header.metadata
 
     def describe() -> Source:
         known = manifest if catalog.source == INDEX else recognized(manifest, metadata)
@@ -89,16 +83,6 @@ async def read_source(session: Session, slots: Collection[str] | None) -> Source
 
     [source] = await run_jobs(session.threads.kernels, [describe])
     return source
-
-
-async def _metadata(session: Session, file: str) -> dict[str, str]:
-    prefix = bytearray(PREFIX)
-    await read_exactly(session.storage, file, 0, [memoryview(prefix)])
-    text = await read_text(session.storage, file, PREFIX, int.from_bytes(prefix, "little"))
-    found = orjson.loads(text).get("__metadata__")
-    if not isinstance(found, dict):
-        return {}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def _with_slots(manifest: Manifest, wanted: Collection[str] | None) -> Manifest:

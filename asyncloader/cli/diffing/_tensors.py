@@ -76,7 +76,7 @@ def _batches(tensors: Iterable[Stored], most: int) -> Iterator[list[_Window]]:
     batch: list[_Window] = []
     room = most
     for stored in tensors:
-        itemsize, total = stored.dtype.itemsize, math.prod(stored.shape)
+        itemsize, total = max(stored.dtype.itemsize, 1), math.prod(stored.shape)
         step = max(most // itemsize, 1)
         for begin in range(0, total, step):
             window = _Window(stored.name, begin, min(begin + step, total))

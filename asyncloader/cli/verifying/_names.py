@@ -18,7 +18,7 @@ from asyncloader.checkpoint import (
     TENSORKEY,
     Catalog,
 )
-from asyncloader.checkpoint._safetensors import SHARDED, SINGLE
+from asyncloader.checkpoint._safetensors import is_weight_map, model_in
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadError
 from asyncloader.storage import read_small
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Names", "read_names"]
 
 # As much as a load reads; it reads no description.
-_MOST = {INDEX: MAX_NAMES, TENSORKEY: MAX_NAMES, SHARDED: MAX_NAMES, SIDECAR: MAX_SIDECAR}
+_MOST = {INDEX: MAX_NAMES, TENSORKEY: MAX_NAMES, SIDECAR: MAX_SIDECAR}
 _MOST[DESCRIPTION] = 1 << 30
 _SHARD = re.compile(r".+\.safetensors")
 
@@ -70,14 +70,13 @@ async def read_names(session: Session, findings: Findings) -> Names:
         CheckpointNotFoundError: If there is no checkpoint.
     """
     there = await _listed(session)
-    if session.file is not None and session.file in there:
-        return _alone(session.file)
-    if INDEX in there:
+    model = session.file if session.file in there else model_in(session.location, there)
+    if INDEX in there and (model is None or TENSORKEY in there):
         return await _recis(session, there, findings)
-    if SHARDED in there:
-        return await _hugging_face(session, there, findings)
-    if SINGLE in there:
-        return _alone(SINGLE)
+    if model is not None and is_weight_map(model):
+        return await _hugging_face(session, there, model, findings)
+    if model is not None:
+        return _alone(model)
     await session.catalog()  # knows how to say what is missing
     raise CheckpointNotFoundError(session.location, "was changed meanwhile; try again")
 
@@ -111,17 +110,19 @@ def _alone(file: str) -> Names:
     )
 
 
-async def _hugging_face(session: Session, there: frozenset[str], findings: Findings) -> Names:
+async def _hugging_face(
+    session: Session, there: frozenset[str], source: str, findings: Findings
+) -> Names:
     catalog = None
     try:
         catalog = await session.catalog()
     except CheckpointError as error:
         findings.error(error)
     shards = _named(catalog) if catalog else {name for name in there if _SHARD.fullmatch(name)}
-    _note_strangers(there - shards, SHARDED, findings)
+    _note_strangers(there - shards, source, findings)
     return Names(
         kind="Hugging Face folder",
-        source=SHARDED,
+        source=source,
         catalog=catalog,
         refused=frozenset(),
         sidecar=None,

@@ -10,7 +10,7 @@ import orjson
 
 from asyncloader._concurrency import for_each, run_jobs
 from asyncloader.checkpoint import INDEX, Blocks, ShardHeader, digest_of
-from asyncloader.checkpoint._header import PREFIX, check_covered, header_length, parse_header
+from asyncloader.checkpoint._header import FIRST, PREFIX, check_covered, header_length, parse_header
 from asyncloader.errors import CheckpointError, ReadError
 from asyncloader.storage import read_exactly, read_text
 
@@ -81,15 +81,15 @@ async def read_shards(
 async def _read(session: Session, file: str, findings: Findings, *, recis: bool) -> Shard:
     storage, where = session.storage, session.location
     size = await storage.size(file)
-    prefix = bytearray(min(PREFIX, size))
-    await read_exactly(storage, file, 0, [memoryview(prefix)])
-    length = header_length(where, file, bytes(prefix), size)
+    start = bytearray(min(FIRST, size))
+    await read_exactly(storage, file, 0, [memoryview(start)])
+    length = header_length(where, file, bytes(start), size)
     try:
         text = await read_text(storage, file, PREFIX, length)
     except ValueError as error:
         raise CheckpointError(where, f"its header is not JSON: {error}", file) from error
     rules = _Rules(where=where, file=file, size=size, recis=recis)
-    parse = partial(_parse, rules, bytes(prefix), text, findings)
+    parse = partial(_parse, rules, bytes(start[:PREFIX]), text, findings)
     [shard] = await run_jobs(session.threads.kernels, [parse])
     return shard
 
@@ -148,8 +148,9 @@ def _some(rules: _Rules, length: int, entries: Mapping[str, object]) -> ShardHea
 
 
 def check_layout(shard: Shard, findings: Findings, *, recis: bool) -> None:
-    """Tell of bytes that belong to no block; RecIS's files may have some at their end."""
+    """Tell of bytes that belong to no block, and of blocks of which only the bytes are known."""
     file = shard.header.shard
+    _note_strange_dtypes(shard.header.blocks, findings)
     if shard.refused:
         return  # these may be theirs
     try:
@@ -158,3 +159,12 @@ def check_layout(shard: Shard, findings: Findings, *, recis: bool) -> None:
         findings.error(error)
     if shard.header.surplus and recis:
         findings.note(f"{shard.header.surplus} bytes after the last block, ignored", file=file)
+
+
+def _note_strange_dtypes(blocks: Blocks, findings: Findings) -> None:
+    if all(dtype.itemsize for dtype, _ in blocks.types):
+        return
+    for block in blocks.values():
+        if not block.dtype.itemsize:
+            text = f"is {block.dtype.name}, which torch does not have, so it cannot be loaded"
+            findings.note(text, file=block.shard, name=block.key)

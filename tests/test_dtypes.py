@@ -1,0 +1,116 @@
+"""One tensor of a dtype that is not known keeps no other one from being read."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from asyncloader import CheckpointError, CheckpointReader, Loader, PlanError, load_tensors
+from asyncloader.cli._app import run
+from tests.support import raw
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+W = torch.arange(4.0)
+UNKNOWN = {
+    "a name of the future": ("I128", [2], 32),
+    "six bits": ("F6_E2M3", [4], 3),
+    "half a byte, where torch takes two": ("F4", [2, 3], 3),
+}
+NEWER = {
+    name: getattr(torch, name)
+    for name in ("float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn_x2")
+    if hasattr(torch, name)
+}
+
+
+def written(path: Path, dtype: str, shape: list[int], nbytes: int) -> Path:
+    """Write a file of `w` and of one tensor `odd`."""
+    header = {
+        "odd": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]},
+        "w": {"dtype": "F32", "shape": [4], "data_offsets": [nbytes, nbytes + 16]},
+    }
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(nbytes) + W.numpy().tobytes()
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "shape", "nbytes"), UNKNOWN.values(), ids=UNKNOWN)
+def test_what_is_asked_for_is_read_beside_an_unknown_dtype(
+    tmp_path: Path, dtype: str, shape: list[int], nbytes: int
+) -> None:
+    path = written(tmp_path / "x.safetensors", dtype, shape, nbytes)
+    found = torch.zeros(4)
+    Loader(path, tensors={"w": found}).load()
+    assert torch.equal(found, W)
+    assert torch.equal(load_tensors(path, ["w"])["w"], W)
+    with CheckpointReader(path) as reader:
+        assert reader.tensor_shape("odd") == tuple(shape)
+        with pytest.raises(CheckpointError, match=f"'odd'.* is {dtype}.*ask for other tensors"):
+            reader.read_tensor("odd")
+    with pytest.raises(CheckpointError, match=f"is {dtype}, which torch"):
+        load_tensors(path)
+    with pytest.raises(PlanError, match=f"'odd'.*{dtype}"):
+        Loader(path, tensors={"odd": torch.zeros(shape)}).load()
+
+
+@pytest.mark.parametrize(("dtype", "shape", "nbytes"), UNKNOWN.values(), ids=UNKNOWN)
+def test_an_unknown_dtype_is_listed_by_name_and_size(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+    shape: list[int],
+    nbytes: int,
+) -> None:
+    path = written(tmp_path / "x.safetensors", dtype, shape, nbytes)
+    assert run(["inspect", str(path), "--json"]) == 0
+    odd, w = json.loads(capsys.readouterr().out)["tensors"]
+    assert odd == {"name": "odd", "dtype": dtype, "shape": shape, "bytes": nbytes}
+    assert (w["dtype"], w["bytes"]) == ("float32", 16)
+    assert run(["verify", str(path), "--json"]) == 0
+    assert f"is {dtype}, which torch does not have" in capsys.readouterr().out
+    assert run(["show", str(path), "odd"]) == 2
+    assert f"is {dtype}, which torch" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("dtype", NEWER.values(), ids=NEWER)
+def test_dtypes_of_a_newer_torch_are_read_as_safetensors_reads_them(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "x.safetensors"
+    stored = torch.arange(6, dtype=torch.uint8).view(dtype).reshape(2, 3)
+    save_file({"odd": stored, "w": W}, path)
+    found = load_tensors(path)
+    assert raw(found["odd"]) == raw(load_file(path)["odd"]) == raw(stored)
+    here = torch.zeros((2, 3), dtype=torch.uint8).view(dtype)
+    Loader(path, tensors={"odd": here}).load()
+    assert raw(here) == raw(stored)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"),
+    [
+        ("F6_E2M3", [4], 4),
+        ("F6_E2M3", [3], 2),
+        ("F4", [3], 2),
+        ("F4", [4], 1),
+        ("I128", [2**62, 2], 8),
+        ("bool", [4], 4),
+        ("float32", [4], 16),
+        ("I" * 33, [4], 4),
+        ("I\x1b[", [4], 4),
+    ],
+)
+def test_sizes_and_names_that_make_no_sense_are_refused(
+    tmp_path: Path, dtype: str, shape: list[int], nbytes: int
+) -> None:
+    path = written(tmp_path / "x.safetensors", dtype, shape, nbytes)
+    with pytest.raises(CheckpointError) as caught:
+        load_tensors(path, ["w"])
+    assert caught.value.key == "odd"
