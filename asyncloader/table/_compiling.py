@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import xxhash
 from numba import njit
@@ -86,7 +86,9 @@ class Compiler:
 
     def __call__(self, signature: str) -> Callable[[Kernel], Kernel]:
         def compiled(function: Kernel) -> Kernel:
-            dispatcher = njit(nogil=True, no_cfunc_wrapper=True)(function)
+            # Numba's types leave `no_cfunc_wrapper` out.
+            njit_with = cast("Any", njit)
+            dispatcher = njit_with(nogil=True, no_cfunc_wrapper=True)(function)
             # `cache=True` would put Numba's own here, which lets everything fail with it.
             try:
                 dispatcher._cache = _Forgiving(self._cache(function), self._warn)  # noqa: SLF001
