@@ -83,6 +83,6 @@ def bump_versions(tensors: Sequence[torch.Tensor]) -> None:
     versioned = [tensor for tensor in tensors if not tensor.is_inference()]
     try:
         torch.autograd.graph.increment_version(versioned)
-    except (AttributeError, TypeError):  # older releases of torch take one at a time
+    except (AttributeError, RuntimeError, TypeError):  # older releases of torch take one at a time
         for tensor in versioned:
             torch.autograd.graph.increment_version(tensor)
