@@ -7,6 +7,10 @@ import tomllib
 from itertools import chain
 from pathlib import Path
 
+import torch
+
+from asyncloader.streaming._tensors import bump_versions
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -23,3 +27,16 @@ def test_the_lowest_releases_are_those_that_are_declared() -> None:
     assert set(bounds) == set(lowest)
     for name, bound in bounds.items():
         assert re.fullmatch(rf"{re.escape(bound)}(\.0)*", lowest[name]), name
+
+
+def test_a_torch_that_takes_no_list_is_told_of_each_tensor() -> None:
+    told = []
+
+    def increment(tensor: object) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise RuntimeError("increment_version expect a Tensor as input")  # noqa: TRY004  # as torch 2.4
+        told.append(tensor)
+
+    tensors = [torch.ones(1), torch.ones(2)]
+    bump_versions(tensors, increment)
+    assert list(map(id, told)) == list(map(id, tensors))
