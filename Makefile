@@ -3,12 +3,14 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python -m
+LOWEST := tests/test_load_tensors.py tests/test_table.py tests/test_compiling.py
+LOWEST_TOOLS := anyio blockbuster hypothesis psutil pytest pytest-timeout safetensors
 PATIENT := --timeout=0 --override-ini faulthandler_timeout=0
 # pip shows its progress to a person, and keeps quiet in a log.
 PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test soak fuzz check cover bench bench-serving format dist clean
+.PHONY: help demo serve test test-lowest soak fuzz check cover bench bench-serving format dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +23,9 @@ serve: .venv/installed-serve ## serve a model in a browser's sight while new ver
 
 test: .venv/installed ## run the tests, two at a time
 	$(RUN) pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-lowest: .venv-lowest/installed ## run some of the tests on the lowest releases that are declared
+	.venv-lowest/bin/python -m pytest -p no:cacheprovider $(LOWEST) $(ARGS)
 
 check: .venv/installed ## formatting, lint, types, and who may import whom
 	$(RUN) ruff format --check
@@ -68,6 +73,17 @@ clean: ## remove what the other targets made, .venv excepted
 	@echo "Installing asyncloader and its tools into .venv (torch is large, this may take minutes)"
 	@$(PIP_INSTALL) --upgrade 'pip>=25.1'
 	@$(PIP_INSTALL) --editable . --group dev --constraint constraints.txt
+	@touch $@
+
+# torch and the tools of the tests are those of constraints.txt.
+.venv-lowest/installed: .venv/installed constraints-lowest.txt
+	@echo "Installing the lowest releases that are declared into .venv-lowest"
+	@.venv/bin/python -m venv --clear .venv-lowest
+	@grep -Ev '^(numba|numpy|rich|typer|opentelemetry-.*|prometheus-client|tenacity)==' constraints.txt \
+		> .venv-lowest/constraints.txt
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[metrics,otel]' $(LOWEST_TOOLS) \
+		--constraint constraints-lowest.txt --constraint .venv-lowest/constraints.txt
 	@touch $@
 
 .venv/installed-bench: .venv/installed

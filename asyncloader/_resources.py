@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ._allowance import processors
 from ._arguments import check_callable
 from ._throttle import Throttle
-from .storage import Descriptors, ReadPace, processors
+from .storage import Descriptors, ReadPace
 from .streaming import ByteBudget, LagWatch, Threads
 
 if TYPE_CHECKING:

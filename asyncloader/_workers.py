@@ -37,12 +37,21 @@ class WorkerPool(Executor):
         size: Threads. Started by `start`, or one by one as jobs come.
         name: Of the threads, before their numbers.
         initializer: Called on each thread first; must not raise.
+        start: Starts a thread; raises `RuntimeError` where there is none to be had.
     """
 
-    def __init__(self, size: int, *, name: str, initializer: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        name: str,
+        initializer: Callable[[], object],
+        start: Callable[[threading.Thread], None] = threading.Thread.start,
+    ) -> None:
         self._size = size
         self._name = name
         self._initializer = initializer
+        self._start_thread = start
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._lock = threading.Lock()  # for all below; held for moments only
         self._threads: set[threading.Thread] = set()
@@ -117,7 +126,7 @@ class WorkerPool(Executor):
         # A daemon: Python would wait for all others at its end, those too that never return.
         thread = threading.Thread(target=self._serve, name=name, daemon=True)
         try:
-            thread.start()
+            self._start_thread(thread)
         except RuntimeError:
             if not self._threads:
                 raise

@@ -210,3 +210,55 @@ def test_an_interruption_within_a_callback_leaves_nothing_behind(
 
     with unchanged(table), pytest.raises(kind):
         Loader(checkpoint, {"t": table}, progress=interrupt).load()
+
+
+FEW = """
+import os, resource, sys
+import torch
+from asyncloader import CheckpointReader, Saver, load_tensors
+from asyncloader.cli import run
+
+folder = sys.argv[1]
+new = folder + "/new"
+works = {
+    "load_tensors": lambda: load_tensors(folder + "/c"),
+    "read": lambda: CheckpointReader(folder + "/c").read_tensor("w"),
+    "save": lambda: Saver(path=new, tensors={"w": torch.ones(3)}).save(),
+}
+
+def causes(error):
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+in_use = lambda: sorted(map(int, os.listdir("/proc/self/fd")))[:-1]
+for work in works.values():
+    work()
+before = in_use()
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+for spare in range(1, 17):
+    for what, work in works.items():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[-1] + 1 + spare, hard))
+        said = []
+        try:
+            work()
+        except Exception as error:
+            said = [str(cause) for cause in causes(error)]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not said or any("Too many open files" in text for text in said), (spare, what, said)
+        assert spare > 6 or "ulimit -n" in said[0], (spare, what, said)
+        assert in_use() == before, (spare, what, in_use(), before)
+resource.setrlimit(resource.RLIMIT_NOFILE, (before[-1] + 4, hard))
+assert run(["inspect", folder + "/c"]) == 2
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what is open in /proc")
+def test_too_few_descriptors_is_what_the_error_says_and_none_stays_open(checkpoint: Path) -> None:
+    """A service with a leak of its own was told of a running event loop, and lost more."""
+    command = [sys.executable, "-c", FEW, str(checkpoint.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Too many open files" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -25,7 +25,7 @@ from asyncloader.cli._allocate import allocate
 from asyncloader.cli._app import run as run_here
 from asyncloader.cli._load import load_all
 from asyncloader.cli._progress import progress_bar, silent
-from asyncloader.cli._room import check_room, free_memory
+from asyncloader.cli._room import check_room
 from asyncloader.cli._trace_file import trace_of
 from asyncloader.streaming import Span
 from tests.checkpoints import GENUINE, LIMITS, save
@@ -147,15 +147,6 @@ def test_what_does_not_fit_into_memory_is_refused() -> None:
     check_room("x", 10**18, None)
     with pytest.raises(MemoryError, match=r"x takes 2\.00 kB, 1\.00 kB are free"):
         check_room("x", 2000, 1000)
-
-
-def test_free_memory_is_what_linux_says(tmp_path: Path) -> None:
-    facts = tmp_path / "meminfo"
-    assert free_memory(facts) is None
-    facts.write_text("MemTotal:  9 kB\nSwapFree:  1 kB\n")
-    assert free_memory(facts) is None
-    facts.write_text("MemTotal:  9 kB\nMemAvailable:    4 kB\nSwapFree:  1 kB\n")
-    assert free_memory(facts) == 5 << 10
 
 
 def huge(path: Path) -> Path:

@@ -29,10 +29,10 @@ from asyncloader import (
     Saver,
     load_tensors,
 )
+from asyncloader._allowance import processors
 from asyncloader.cli._allocate import LIMITS
 from asyncloader.cli.verifying import averify
 from asyncloader.serving._room import row_bytes
-from asyncloader.storage import processors
 from tests.folders import content
 from tests.mounts import make_read_only, resize, small_disk, used
 from tests.oracle import TableData, write_checkpoint

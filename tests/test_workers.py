@@ -261,27 +261,30 @@ async def test_who_waits_for_ever_does(side: Side) -> None:
 
 
 def test_a_pool_that_has_lost_a_thread_and_gets_no_other_goes_on_with_those_it_has() -> None:
-    pool = pool_of(2)
+    limit = Limit()
+    pool = WorkerPool(2, name="test", initializer=nothing, start=limit.start)
     pool.start()
     threads = list(pool._threads)
-    with no_threads():
-        replace(pool, threads[0])
-        assert pool.submit(int, "7").result() == 7
+    limit.reached = True
+    replace(pool, threads[0])
+    assert pool.submit(int, "7").result() == 7
     pool.shutdown()
 
 
 def test_a_pool_that_has_no_thread_at_all_says_so_to_those_who_wait() -> None:
-    pool = pool_of(1)
+    limit = Limit()
+    pool = WorkerPool(1, name="test", initializer=nothing, start=limit.start)
     gate = waiting_at_a_gate(pool)
     behind = pool.submit(int, "7")
     [thread] = pool._threads
-    with no_threads():
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            replace(pool, thread)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            behind.result()
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            pool.submit(int, "7")
+    limit.reached = True
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        replace(pool, thread)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        behind.result()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        pool.submit(int, "7")
+    limit.reached = False
     assert pool.submit(int, "7").result() == 7
     gate.set()
     pool.shutdown()
@@ -312,13 +315,13 @@ def waiting_at_a_gate(pool: WorkerPool) -> threading.Event:
     return gate
 
 
-@contextlib.contextmanager
-def no_threads() -> Iterator[None]:
-    """Let nobody start a thread, as where a limit has been reached."""
+class Limit:
+    """Starts threads, or none, as where a limit has been reached."""
 
-    def refuse(*_: object) -> int:
-        raise RuntimeError("can't start new thread")
+    def __init__(self) -> None:
+        self.reached = False
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threading, "_start_new_thread", refuse)
-        yield
+    def start(self, thread: threading.Thread) -> None:
+        if self.reached:
+            raise RuntimeError("can't start new thread")
+        thread.start()

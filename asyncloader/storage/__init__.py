@@ -4,7 +4,7 @@ from ._descriptors import Descriptors
 from ._local import LocalStorage
 from ._lost import lost_memory
 from ._opening import FileChangedError
-from ._pace import ReadPace, processors
+from ._pace import ReadPace
 from ._protocol import (
     ReadInto,
     Storage,
@@ -31,7 +31,6 @@ __all__ = [
     "fill",
     "lost_memory",
     "opening_error",
-    "processors",
     "read_error",
     "read_exactly",
     "read_small",

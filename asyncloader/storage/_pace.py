@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from asyncloader._allowance import processors
 from asyncloader._patience import Errand, Patience
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from asyncloader._patience import Pulse
     from asyncloader._throttle import Throttle
 
-__all__ = ["Ran", "ReadPace", "Seen", "processors", "thread_time"]
+__all__ = ["Ran", "ReadPace", "Seen", "thread_time"]
 
 T = TypeVar("T")
 
@@ -66,13 +67,6 @@ def thread_time() -> Ran | None:
         return None
     # The first number there is as of the last tick of the kernel's clock, milliseconds ago.
     return Ran(time.thread_time_ns(), ready)
-
-
-def processors() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class ReadPace:

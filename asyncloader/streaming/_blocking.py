@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -20,13 +21,38 @@ T = TypeVar("T")
 _PATIENCE = 0.1
 """Seconds between two looks at whether we are still wanted."""
 
+_PIPES = 5
+"""A loop, its signals and its wake-ups take 9 descriptors."""
+
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
     if sys.platform == "win32":
         return asyncio.new_event_loop()
     import uvloop  # noqa: PLC0415  # who awaits has a loop
 
+    _check_descriptors()
     return uvloop.new_event_loop()
+
+
+def _check_descriptors() -> None:
+    """See that a loop gets its descriptors.
+
+    One that does not get them all says so in other words, and keeps open those that it got.
+
+    Raises:
+        OSError: If there are too few.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            for _ in range(_PIPES):
+                for fd in os.pipe():
+                    held.callback(os.close, fd)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: {2 * _PIPES} descriptors have to be free: close some, or "
+                "raise the limit (ulimit -n)",
+            ) from error
 
 
 class _Call(Generic[T]):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from asyncloader.checkpoint import DType
 
@@ -87,11 +87,14 @@ def _boxes(
         yield from _boxes(tensor[row + whole], 0, rest)
 
 
-def bump_versions(tensors: Sequence[torch.Tensor]) -> None:
+def bump_versions(
+    tensors: Sequence[torch.Tensor],
+    increment: Callable[..., object] = torch.autograd.graph.increment_version,
+) -> None:
     """Tell autograd that tensors were written to behind its back."""
     versioned = [tensor for tensor in tensors if not tensor.is_inference()]
     try:
-        torch.autograd.graph.increment_version(versioned)
-    except (AttributeError, TypeError):  # older releases of torch take one at a time
+        increment(versioned)
+    except (AttributeError, RuntimeError, TypeError):  # older releases of torch take one at a time
         for tensor in versioned:
-            torch.autograd.graph.increment_version(tensor)
+            increment(tensor)

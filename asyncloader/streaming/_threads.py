@@ -10,10 +10,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
+from asyncloader._allowance import processors
 from asyncloader._concurrency import settled
 from asyncloader._throttle import ThrottledExecutor
 from asyncloader._workers import WorkerPool
-from asyncloader.storage import processors
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

@@ -29,22 +29,20 @@ wrapper for calls from Python, and what takes long to compile is avoided (`np.se
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import njit
 
+from ._compiling import Compiler, KernelCache
 from ._prefetch import prefetch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     Longs = NDArray[np.int64]
     Words = NDArray[np.uint64]
     Flags = NDArray[np.bool_]
-    Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 __all__ = ["BATCH", "find", "insert_rows", "merge"]
 
@@ -59,10 +57,7 @@ _OPEN = -2  # what is not known yet of an id whose line is full of others
 _MIX1, _MIX2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
 _inline = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-
-
-def _kernel(signature: str) -> Callable[[Kernel], Kernel]:
-    return njit(signature, nogil=True, cache=True, no_cfunc_wrapper=True)
+_kernel = Compiler(KernelCache)
 
 
 @_inline
