@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
 __all__ = [
     "as_dict",
     "check_callable",
+    "check_no_url",
     "check_progress",
     "check_timeout",
     "checked_path",
@@ -18,6 +20,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+# Two letters at least: one is a drive. `Path("s3://bucket")` is `s3:/bucket`.
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
 def checked_path(path: str | os.PathLike[str], name: str) -> str:
@@ -30,11 +35,27 @@ def checked_path(path: str | os.PathLike[str], name: str) -> str:
     if not isinstance(path, str | bytes | os.PathLike):
         raise TypeError(f"{name} must be a path, got {path!r}")
     text = os.fspath(path)
+    check_no_url(text, name)
     if not isinstance(text, str):
         raise TypeError(f"{name} must be text, got {text!r}")
     if "\0" in text:
         raise ValueError(f"{name}: no path holds a NUL, got {text!r}")
     return text
+
+
+def check_no_url(path: str | bytes, name: str) -> None:
+    """Refuse the address of something on the network; the local file system takes it for a folder.
+
+    Raises:
+        ValueError: If it is one, or was before `pathlib` took one of its slashes.
+    """
+    found = _URL.match(os.fsdecode(path))
+    if found is not None:
+        raise ValueError(
+            f"{name} is a URL ({found[1]}://…), and only local files can be read and written: "
+            "mount or copy what it leads to. (Of a local folder with such a name, give the "
+            "absolute path.)"
+        )
 
 
 def as_dict(mapping: Mapping[str, T] | None, name: str) -> dict[str, T]:

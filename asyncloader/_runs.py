@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._arguments import checked_path
 from .checkpoint import INDEX, is_file_name
 from .errors import CheckpointError, CheckpointNotFoundError
 
@@ -52,7 +53,7 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
         CheckpointNotFoundError: If there is none.
         CheckpointError: If the folder cannot be listed.
     """
-    folder = Path(run_folder)
+    folder = Path(checked_path(run_folder, "run_folder"))
     for name in _listed(folder):
         if _is_committed(folder / name):
             return folder / name
@@ -76,6 +77,7 @@ def versions(run_folder: str | os.PathLike[str]) -> tuple[Version, ...]:
         CheckpointNotFoundError: If there is no such folder.
         CheckpointError: If it cannot be listed.
     """
+    checked_path(run_folder, "run_folder")
     try:
         with os.scandir(run_folder) as entries:
             names = [entry.name for entry in entries if _is_folder(entry)]

@@ -87,7 +87,9 @@ class Saver:
         parallel: Shard files that this rank writes, and writes at a time.
         path: The folder that becomes the checkpoint; made if need be.
         hashtables: Tables to save, by any name; on disk they have the names of their `children`.
-        tensors: Dense tensors to save, by name, on any device; only rank 0 writes them.
+        tensors: Dense tensors to save, by name, on any device; only rank 0 writes them. Other
+            ranks give the same ones, some of them, or none: what rank 0 does not have would be in
+            no file, and is an error.
         filter_func: Gets the `WriteBlock`s that would be written, and returns those to write.
         save_id: Tells this save from every other one into the same folder: text or a number, the
             same on all ranks, another one for each try (a count of the job's starts and the step,
@@ -215,6 +217,10 @@ class Saver:
                     parallel=writers,
                 ),
                 timeout=self._timeout,
+                tensors={
+                    str(name): f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                    for name, tensor in self._tensors.items()
+                },
             )
             try:
                 await save.run()

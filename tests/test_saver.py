@@ -25,6 +25,7 @@ from asyncloader import (
     Slice,
     WriteBlock,
     gen_slice,
+    load_tensors,
 )
 from asyncloader.saving._part import check_sizes
 from asyncloader.storage.folder import LocalFolder
@@ -723,3 +724,32 @@ def test_a_file_that_no_load_would_read_is_not_written(name: str) -> None:
     check_sizes(sizes)
     with pytest.raises(ValueError, match=f"{name} would take 268435457 bytes, and at most"):
         check_sizes(sizes | {name: (256 << 20) + 1})
+
+
+@pytest.mark.parametrize(
+    ("of_rank_1", "problem"),
+    [
+        ({"mine": torch.ones(2)}, r"'mine' of rank 1 \(float32 \[2\]\).*rank 0 has none"),
+        ({"w": torch.ones(3)}, r"'w' of rank 1 \(float32 \[3\]\).*rank 0 has float32 \[2\]"),
+        ({"w": torch.ones(2).int()}, r"'w' of rank 1 \(int32 \[2\]\).*rank 0 has float32 \[2\]"),
+    ],
+)
+def test_a_tensor_of_another_rank_that_would_be_in_no_file_is_an_error(
+    tmp_path: Path, of_rank_1: dict[str, torch.Tensor], problem: str
+) -> None:
+    Saver(1, 2, path=tmp_path, tensors=of_rank_1, save_id="x").save()
+
+    with pytest.raises(SaveError, match=problem):
+        Saver(0, 2, path=tmp_path, tensors={"w": torch.ones(2)}, save_id="x").save()
+
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("of_rank_1", [{}, {"w": torch.zeros(2)}])
+def test_other_ranks_may_have_the_tensors_of_rank_0_or_none(
+    tmp_path: Path, of_rank_1: dict[str, torch.Tensor]
+) -> None:
+    Saver(1, 2, path=tmp_path, tensors=of_rank_1, save_id="x").save()
+    Saver(0, 2, path=tmp_path, tensors={"w": torch.ones(2)}, save_id="x").save()
+
+    assert load_tensors(tmp_path)["w"].tolist() == [1.0, 1.0]

@@ -69,8 +69,8 @@ def render_header(
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     for key, (dtype, shape, begin, end) in entries.items():
-        header[key] = {"dtype": dtype.name, "data_offsets": (begin, end)}
-        header[key]["shape"] = header_shape(dtype, shape)
+        stored = header_shape(dtype, shape)
+        header[key] = {"dtype": dtype.name, "shape": stored, "data_offsets": (begin, end)}
     text = orjson.dumps(header)
     text += b" " * (_ALIGNMENT - len(text) % _ALIGNMENT)
     return len(text).to_bytes(PREFIX, "little") + text

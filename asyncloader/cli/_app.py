@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import traceback
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +15,7 @@ from asyncloader import __version__
 from . import _convert, _diff, _inspect, _load, _show, _verify
 from ._failures import EXPECTED, message_of
 from ._options import examples
-from ._output import complain, prepare
+from ._output import complain, prepare, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,18 +86,27 @@ def run(arguments: Sequence[str]) -> int:
     prepare()
     # Commands print warnings as a part of their results.
     logging.getLogger("asyncloader").addHandler(logging.NullHandler())
+    as_json = "--json" in arguments
     try:
         code = app(list(arguments), prog_name="asyncloader", standalone_mode=False)
     except EXPECTED as error:
-        complain(message_of(error))
-        return _FAILED
+        return _fail(error, message_of(error), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever it is, 1 would be an answer
         # What is wrong with the arguments. Its class has moved between typer's releases.
         describe = getattr(error, "format_message", None)
-        if describe is None:
-            raise
-        complain(describe())
-        return _FAILED
+        if describe is not None:
+            return _fail(error, describe(), as_json=as_json)
+        traceback.print_exc()
+        problem = f"a bug, or a broken installation: {type(error).__name__}: {error}"
+        return _fail(error, problem, as_json=as_json)
     return code if isinstance(code, int) else 0
+
+
+def _fail(error: Exception, message: str, *, as_json: bool) -> int:
+    """Say what went wrong, on stderr, and where programs read, too; return the exit code."""
+    complain(message)
+    if as_json:
+        print_json({"error": {"type": type(error).__name__, "message": message}})
+    return _FAILED

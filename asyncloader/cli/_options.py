@@ -6,12 +6,18 @@ from typing import Annotated
 
 import typer
 
+from asyncloader._arguments import check_no_url
+
 __all__ = ["DirectFlag", "JsonFlag", "LinksFlag", "PathArgument", "examples"]
 
 
 def _given(path: str) -> str:
     if not path:
         raise typer.BadParameter("it is empty")
+    try:
+        check_no_url(path, "it")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     return path
 
 

@@ -61,6 +61,10 @@ class RankPart:
     slots: Mapping[str, Mapping[str, str]]
     """By table and slot, what one row is: dtype and shape."""
 
+    tensors: Mapping[str, str]
+    """By name, dtype and shape of each dense tensor that this rank was given. Rank 0 saves its
+    own; those of the others are compared with them."""
+
     @classmethod
     def of(
         cls,
@@ -71,6 +75,7 @@ class RankPart:
         save_id: str,
         rank: int,
         ranks: int,
+        tensors: Mapping[str, str],
     ) -> RankPart:
         """Return the part that these shards are."""
         names: dict[str, str] = {}
@@ -94,6 +99,7 @@ class RankPart:
             description=description,
             rows=rows,
             slots=slots,
+            tensors=tensors,
         )
 
 
@@ -111,6 +117,7 @@ def render_part(part: RankPart) -> bytes:
             "description": part.description,
             "rows": {table: part_as_json(rows) for table, rows in part.rows.items()},
             "slots": part.slots,
+            "tensors": part.tensors,
         }
     )
 
@@ -154,6 +161,7 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
     for table, of_table in rows.items():
         _check_slices(table, of_table)
     _check_slots(parts)
+    _check_tensors(parts)
     _check_numbers(files)
     index, tensorkey = render_index(files, blocks), render_json(names)
     described = render_json(description)
@@ -232,6 +240,22 @@ def _check_slots(parts: Iterable[RankPart]) -> None:
                 raise ValueError(
                     f"table {table!r}: rank {rank} saved {_listed(others)}, but rank {part.rank} "
                     f"{_listed(slots)}; give it the same slots on every rank"
+                )
+
+
+def _check_tensors(parts: Iterable[RankPart]) -> None:
+    """Refuse dense tensors that would be in no file, as rank 0 has none of that name and shape."""
+    saved: Mapping[str, str] = {}
+    for part in sorted(parts, key=lambda part: part.rank):
+        if part.rank == 0:
+            saved = part.tensors
+        for name, kind in part.tensors.items():
+            if saved.get(name) != kind:
+                other = f"rank 0 has {saved[name]}" if name in saved else "rank 0 has none"
+                raise ValueError(
+                    f"tensor {name!r} of rank {part.rank} ({kind}) would be in no file: only rank "
+                    f"0's dense tensors are saved, and {other}; gather it on rank 0, or leave it "
+                    f"out on rank {part.rank}"
                 )
 
 

@@ -42,6 +42,9 @@ class Save:
     timeout: float | None
     """Seconds to wait for the other ranks."""
 
+    tensors: Mapping[str, str]
+    """By name, dtype and shape of each dense tensor that this rank was given."""
+
     committed: bool = field(default=False, init=False)
 
     async def run(self) -> None:
@@ -117,6 +120,7 @@ class Save:
             save_id=self.commit.save_id,
             rank=self.commit.rank,
             ranks=self.commit.ranks,
+            tensors=self.tensors,
         )
         self.commit.publish(part)
 
