@@ -63,8 +63,10 @@ class Live:
         loader_options: Further arguments of `Loader`, such as `max_loop_lag`, `verify`, `timeout`.
             `strict` is true unless it says otherwise: a version that lacks something does not
             serve. The first version, beside which nobody is served, is loaded at full speed.
-        check: Gets a version that was loaded, before it serves; if it raises, or returns `False`,
-            that version does not. Called on a thread, unless it is a coroutine function.
+        check: Gets a version that was loaded, before it serves; if it raises, or returns anything
+            that is false (`torch.tensor(False)`, say), that version does not; `None` lets it. What
+            is no truth value, as text and lists are not, is a `TypeError`. Called on a thread,
+            unless it is a coroutine function.
         on_event: Called on the event loop with what happens, an `Event`. What it raises is logged.
         max_memory: Bytes that all versions in memory, the one to be loaded, and the reads under way
             may take together, as predicted from its plan; versions that nobody uses give way first.
