@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ._as_dict import AsDict
 from ._sizes import listed, size_text
 from .table import UpdateCounts
 
@@ -20,7 +21,7 @@ __all__ = ["LoadReport"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
+class LoadReport(AsDict):
     """What a load did. `str` is one line; `rich.print` shows a table."""
 
     location: str

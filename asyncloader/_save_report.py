@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ._as_dict import AsDict
 from ._sizes import listed, size_text
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ __all__ = ["SaveReport"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SaveReport:
+class SaveReport(AsDict):
     """What a save did. `str` is one line; `rich.print` shows a table."""
 
     location: str

@@ -367,11 +367,6 @@ def no_folder(path: Path) -> None:
     path.rmdir()
 
 
-def a_file(path: Path) -> None:
-    path.rmdir()
-    path.touch()
-
-
 def a_fifo(path: Path) -> None:
     path.rmdir()
     os.mkfifo(path)
@@ -413,7 +408,6 @@ def a_name_with_line_breaks(path: Path) -> None:
 BAD = [
     (nothing, "no finished checkpoint here"),
     (no_folder, "no such file or folder"),
-    (a_file, "not a folder"),
     (a_fifo, "not a folder"),
     (a_fifo_for_an_index, "not a regular file"),
     (a_folder_for_an_index, "not a regular file"),

@@ -393,11 +393,6 @@ def with_no_folder(path: Path) -> Path:
     return path / "nowhere"
 
 
-def with_a_file(path: Path) -> Path:
-    (path / "file").write_text("no folder")
-    return path / "file"
-
-
 def with_an_empty_folder(path: Path) -> Path:
     return path
 
@@ -412,7 +407,6 @@ def with_shards_alone(path: Path) -> Path:
     ("prepare", "says"),
     [
         (with_no_folder, "no such folder"),
-        (with_a_file, "not a folder"),
         (with_an_empty_folder, "looked for 'index'"),
         (with_shards_alone, "looked for 'index'"),
     ],

@@ -88,13 +88,16 @@ def _is_of_this_program(call: ast.Call) -> bool:
 
 
 FOLDER = Path(asyncloader.__file__).parent
+ALLOWED = {"table/_compiling.py": ["pickle as pickle"]}
+"""Numba's cache of machine code: our own code, from a folder that only this user writes to."""
 
 
 @pytest.mark.parametrize(
     "path", sorted(FOLDER.rglob("*.py")), ids=lambda path: str(path.relative_to(FOLDER))
 )
 def test_no_module_runs_what_it_reads(path: Path) -> None:
-    assert list(dangers(path.read_text(encoding="utf-8"))) == []
+    allowed = ALLOWED.get(str(path.relative_to(FOLDER)), [])
+    assert list(dangers(path.read_text(encoding="utf-8"))) == allowed
 
 
 @pytest.mark.parametrize(

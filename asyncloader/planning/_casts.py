@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from asyncloader._as_dict import AsDict
+
 if TYPE_CHECKING:
     from asyncloader.checkpoint import DType
 
@@ -37,7 +39,7 @@ _INTEGERS = _WIDER.keys() - _FLOATS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cast:
+class Cast(AsDict):
     """Values that are converted on their way to a destination."""
 
     name: str

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from asyncloader._as_dict import AsDict
 from asyncloader._sizes import size_text
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Event:
+class _Event(AsDict):
     version: str
     """The version's name: that of its folder."""
 
@@ -34,6 +35,10 @@ class _Event:
 
     at: float = field(default_factory=time.time)
     """When, in seconds since 1970."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON takes them, and the kind of event, under `"kind"`."""
+        return {"kind": type(self).__name__, **AsDict.to_dict(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

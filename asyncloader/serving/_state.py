@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from asyncloader._as_dict import AsDict
+
 if TYPE_CHECKING:
     from asyncloader.streaming import Progress
 
@@ -15,7 +17,7 @@ __all__ = ["LiveState", "LiveVersion"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LiveVersion:
+class LiveVersion(AsDict):
     """A version in memory."""
 
     version: str
@@ -50,7 +52,7 @@ class LiveVersion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LiveState:
+class LiveState(AsDict):
     """A moment of a service's model."""
 
     versions: tuple[LiveVersion, ...]

@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from asyncloader._as_dict import AsDict
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,7 +41,7 @@ _MOST_PACES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoopLag:
+class LoopLag(AsDict):
     """How late the event loop was during a load, and what the load did about it. Seconds."""
 
     p50: float

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from asyncloader._as_dict import AsDict
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -16,7 +18,7 @@ _EVERY = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class Progress(AsDict):
     """A moment of a load."""
 
     bytes_done: int

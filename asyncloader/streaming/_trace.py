@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from asyncloader._as_dict import AsDict
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -17,7 +19,7 @@ Step = Literal["plan", "read", "verify", "copy", "index", "commit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class Span(AsDict):
     """One step of a load."""
 
     step: Step

@@ -1,0 +1,39 @@
+"""Values as JSON takes them: for status pages, logs, and whatever else is not Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["AsDict"]
+
+
+class AsDict:
+    """A frozen dataclass that can be made a dictionary of what JSON knows."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, as `json.dumps` takes them.
+
+        Tuples are lists, mappings are dictionaries, paths are text. An error is `{"type": …,
+        "message": …}`. An event has its kind besides, the name of its class, under `"kind"`.
+        """
+        known = dataclasses.fields(self)  # type: ignore[arg-type]  # of a dataclass, see above
+        return {field.name: _plain(getattr(self, field.name)) for field in known}
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, AsDict):
+        return value.to_dict()
+    if isinstance(value, BaseException):
+        return {"type": type(value).__name__, "message": str(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
