@@ -52,11 +52,14 @@ async def convert(
     *,
     shards: int | None = None,
     slots: Collection[str] | None = None,
+    tables: Collection[str] | None = None,
     parallel: int = 2,
     overwrite: bool = False,
     progress: Callable[[Progress], object] | None = None,
 ) -> Conversion:
-    options = Options(shards=shards, slots=slots, parallel=parallel, overwrite=overwrite)
+    options = Options(
+        shards=shards, slots=slots, tables=tables, parallel=parallel, overwrite=overwrite
+    )
     with nothing_left_behind():
         return await aconvert(
             str(source), str(destination), options, limits=LIMITS, progress=progress
@@ -191,6 +194,46 @@ async def test_tables_of_a_plain_file_are_recognized_by_their_names(tmp_path: Pa
     save_file(keys | plain, tmp_path / "a.safetensors")
     await convert(tmp_path / "a.safetensors", tmp_path / "b", shards=2)
     assert everything(read_checkpoint(tmp_path / "b")) == everything((tables, plain))
+
+
+NO_TABLES = {
+    "pos.id": torch.tensor([0, 0, 1]),
+    "pos.embedding": torch.rand(3, 2),
+    "t.id": torch.tensor([7, 8]),
+    "t.embedding": torch.rand(2, 1),
+}
+
+
+async def test_what_holds_an_id_twice_is_no_table_and_loses_no_row(tmp_path: Path) -> None:
+    save_file(NO_TABLES, tmp_path / "a.safetensors")
+
+    done = await convert(tmp_path / "a.safetensors", tmp_path / "b")
+
+    assert [table.name for table in done.tables] == ["t"]
+    tables, tensors = read_checkpoint(tmp_path / "b")
+    assert tensors["pos.id"].tolist() == [0, 0, 1]
+    assert torch.equal(tensors["pos.embedding"], NO_TABLES["pos.embedding"])
+    assert tables["t"].ids.tolist() == [7, 8]
+
+
+@pytest.mark.parametrize(("tables", "found"), [((), []), (("t",), ["t"])])
+async def test_which_tensors_are_tables_can_be_said(
+    tmp_path: Path, tables: tuple[str, ...], found: list[str]
+) -> None:
+    save_file(NO_TABLES, tmp_path / "a.safetensors")
+    done = await convert(tmp_path / "a.safetensors", tmp_path / "b", tables=tables)
+    assert [table.name for table in done.tables] == found
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("pos", "1 stand there twice"), ("w", r"'w' is no table: that takes 'w.id'")],
+)
+async def test_what_is_no_table_cannot_be_made_one(tmp_path: Path, name: str, problem: str) -> None:
+    save_file(NO_TABLES, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=problem):
+        await convert(tmp_path / "a.safetensors", tmp_path / "b", tables=(name,))
+    assert names_below(tmp_path) == ["a.safetensors"]
 
 
 async def test_a_hugging_face_folder_becomes_a_checkpoint_or_one_file(tmp_path: Path) -> None:

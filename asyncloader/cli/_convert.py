@@ -77,6 +77,15 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    tables: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Of plain files: take these for tables, separated by commas, and nothing else. "
+            "Without it, what looks like a table is one if it has each id once.",
+            show_default=False,
+        ),
+    ] = None,
     parallel: Annotated[
         int,
         typer.Option(min=1, metavar="P", help="Shard files of each rank, and writes at a time."),
@@ -90,15 +99,16 @@ def convert(
     """Turn a checkpoint into another form of itself.
 
     Into one plain .safetensors file: the ids of table T stand there as T.id and its slots as
-    T.embedding and so on, row by row. Out of such a file, or others in which there are X.id and
-    X.embedding: into a folder in RecIS's format. From folder to folder: with other ranks, or
-    fewer slots. Nothing gets lost on the way there and back.
+    T.embedding and so on, row by row. Out of such a file, or others in which there are X.id, each
+    id once, and X.embedding: into a folder in RecIS's format. From folder to folder: with other
+    ranks, or fewer slots. Nothing gets lost on the way there and back.
 
     A plain file is written piece by piece, in little memory, whatever the size.
     """
     options = Options(
         shards=shards,
-        slots=None if slots is None else tuple(filter(None, slots.split(","))),
+        slots=_names(slots),
+        tables=_names(tables),
         parallel=parallel,
         overwrite=overwrite,
     )
@@ -118,6 +128,10 @@ def convert(
         print_json(done)
     else:
         show(conversion_view(done))
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(filter(None, text.split(",")))
 
 
 def conversion_view(done: Conversion) -> RenderableType:

@@ -38,6 +38,9 @@ class Options:
     slots: Collection[str] | None
     """Slots to keep besides the ids; all if `None`."""
 
+    tables: Collection[str] | None = None
+    """What of plain files are tables; if `None`, what looks like one and has each id once."""
+
     parallel: int
     """Shard files of each rank, and writes at a time."""
 
@@ -128,7 +131,7 @@ async def aconvert(
         [target] = await run_jobs(reads, [check])
         if target.is_file and options.shards is not None:
             raise SaveError(destination, "is one file: --shards is for folders")
-        content = await read_source(session, options.slots)
+        content = await read_source(session, options.slots, options.tables)
         try:
             await run_jobs(reads, [target.begin])
             written = await _write(session, content, target, options, progress)

@@ -5,8 +5,9 @@ A file that was made of a checkpoint says so itself, in its header:
     {"__metadata__": {"asyncloader": "{\"format\": 1, \"tables\": {table: {
         "slice_size": 65536, "slots": {"id": key, "embedding": key}}}}"}}
 
-Of others, `X.id` (I64 `[n]`) and `X.embedding` (`[n, …]`) are the table `X`, and so are all further
-`X.…` of n rows. The longest X counts.
+Of others, `X.id` (I64 `[n]`) and `X.embedding` (`[n, …]`) may be the table `X`, with all further
+`X.…` of n rows. The longest X counts. If an id stands there twice, they are not: a table would lose
+a row.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from asyncloader.checkpoint import Block, Manifest, Place
 
-__all__ = ["METADATA", "describe_tables", "key_of", "recognized"]
+__all__ = ["METADATA", "describe_tables", "key_of", "likely_tables", "recognized"]
 
 Tables: TypeAlias = dict[str, dict[str, tuple[Part, ...]]]
 
@@ -54,12 +55,21 @@ def describe_tables(tables: Mapping[str, tuple[int, Iterable[str]]]) -> str:
     return orjson.dumps({"format": _FORMAT, "tables": described}).decode()
 
 
-def recognized(manifest: Manifest, metadata: Mapping[str, str]) -> Manifest:
+def likely_tables(manifest: Manifest) -> dict[str, int]:
+    """Return what may be tables, going by names, dtypes and shapes, and how many ids they have."""
+    places = manifest.catalog.tensors
+    return dict(_tables_among({name: manifest.block(place) for name, place in places.items()}))
+
+
+def recognized(
+    manifest: Manifest, metadata: Mapping[str, str], rows: Mapping[str, int]
+) -> Manifest:
     """Return a manifest in which tables are tables.
 
     Args:
         manifest: Of plain safetensors files, with all headers.
         metadata: What the header of a single one says besides.
+        rows: Where that does not say it, the tables that there are, and how many ids they have.
 
     Raises:
         CheckpointError: If the metadata is damaged, or does not fit.
@@ -72,7 +82,7 @@ def recognized(manifest: Manifest, metadata: Mapping[str, str]) -> Manifest:
             problem = f"its __metadata__ {METADATA!r} is damaged: {shown(error)}"
             raise CheckpointError(manifest.location, problem, manifest.catalog.source) from error
     else:
-        tables = _guessed(manifest)
+        tables = _of_names(manifest, rows)
     taken = {part.place for slots in tables.values() for (part,) in slots.values()}
     plain = {name: p for name, p in manifest.catalog.tensors.items() if p not in taken}
     return replace(
@@ -94,10 +104,9 @@ def _told(text: str, places: Mapping[str, Place]) -> Tables:
     return tables
 
 
-def _guessed(manifest: Manifest) -> Tables:
+def _of_names(manifest: Manifest, rows: Mapping[str, int]) -> Tables:
     places = manifest.catalog.tensors
     blocks = {name: manifest.block(place) for name, place in places.items()}
-    rows = dict(_tables_among(blocks))
     whole = Slice(0, DEFAULT_SLICE_SIZE, DEFAULT_SLICE_SIZE)
     tables: Tables = {table: {} for table in rows}
     for key, block in blocks.items():

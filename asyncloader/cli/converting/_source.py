@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from asyncloader._concurrency import run_jobs
+from asyncloader._reading import read_stored
 from asyncloader.checkpoint import INDEX, Manifest
 from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.cli._allocate import shards_of, stored_slot
 from asyncloader.errors import CheckpointError
 from asyncloader.planning import ID
 
-from ._recognition import recognized
+from ._recognition import METADATA, key_of, likely_tables, recognized
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -61,12 +65,15 @@ class Source:
         return dense + sum(table.nbytes for table in self.tables)
 
 
-async def read_source(session: Session, slots: Collection[str] | None) -> Source:
+async def read_source(
+    session: Session, slots: Collection[str] | None, tables: Collection[str] | None = None
+) -> Source:
     """Read what a checkpoint holds.
 
     Args:
         session: It.
         slots: The slots to keep besides the ids; all if `None`.
+        tables: What of plain files are tables; if `None`, what looks like one and has each id once.
 
     Raises:
         CheckpointError: If it is missing, unreadable, or contradicts itself; if no table has one of
@@ -77,12 +84,52 @@ async def read_source(session: Session, slots: Collection[str] | None) -> Source
     manifest = await session.manifest(catalog, shards_of(catalog))
     metadata = {} if catalog.header is None else catalog.header.metadata
 
+    is_told = catalog.source == INDEX or METADATA in metadata
+    if tables is not None and is_told:
+        problem = "says itself which of its tensors are tables: leave --tables out"
+        raise CheckpointError(manifest.location, problem)
+    rows = {} if is_told else await _tables_of_names(session, manifest, tables)
+
     def describe() -> Source:
-        known = manifest if catalog.source == INDEX else recognized(manifest, metadata)
+        known = manifest if catalog.source == INDEX else recognized(manifest, metadata, rows)
         return _describe(_with_slots(known, slots), metadata)
 
     [source] = await run_jobs(session.threads.kernels, [describe])
     return source
+
+
+async def _tables_of_names(
+    session: Session, manifest: Manifest, wanted: Collection[str] | None
+) -> dict[str, int]:
+    """Return the tables of plain files, and how many ids they have.
+
+    Raises:
+        CheckpointError: If one that is wanted is none.
+    """
+    likely = likely_tables(manifest)
+    unknown = sorted(set(wanted or ()) - likely.keys())
+    if unknown:
+        name = unknown[0]
+        problem = (
+            f"{name!r} is no table: that takes {key_of(name, ID)!r}, I64 [n], and "
+            f"{key_of(name, 'embedding')!r} of as many rows"
+        )
+        raise CheckpointError(manifest.location, problem)
+    found = {}
+    for name in likely if wanted is None else wanted:
+        key = key_of(name, ID)
+        ids = (await read_stored(session, [stored_tensor(manifest, key)]))[key].numpy()
+        [unique] = await run_jobs(session.threads.kernels, [partial(np.unique, ids)])
+        again = len(ids) - len(unique)
+        if not again:
+            found[name] = likely[name]
+        elif wanted is not None:
+            problem = (
+                f"{name!r} is no table: of the {len(ids)} ids in {key!r}, {again} stand there "
+                "twice, and rows would be lost"
+            )
+            raise CheckpointError(manifest.location, problem)
+    return found
 
 
 def _with_slots(manifest: Manifest, wanted: Collection[str] | None) -> Manifest:
