@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ._arguments import checked_path
 from .checkpoint import INDEX, is_file_name
+from .checkpoint._safetensors import model_in
 from .errors import CheckpointError, CheckpointNotFoundError
 
 if TYPE_CHECKING:
@@ -36,18 +37,20 @@ class Version:
 
     name: str
     committed: bool
-    """Whether it holds `index`, which is written last."""
+    """Whether it holds `index`, which is written last; or a model, as Hugging Face's folders do."""
 
     modified: float
-    """When that was written, or else when the folder was changed, in seconds since 1970."""
+    """When the file that says so was written, or else when the folder was changed, in seconds since
+    1970."""
 
 
 def latest(run_folder: str | os.PathLike[str]) -> Path:
     """Return the newest committed checkpoint of a run folder.
 
-    That is the last line of its text file `checkpoint` that names a sub-folder with `index`; where
-    no line does, the sub-folder with the newest `index`. Looks at the file system and so blocks: in
-    a coroutine, `await asyncio.to_thread(latest, run_folder)`.
+    That is the last line of its text file `checkpoint` that names a sub-folder with `index`, or
+    with a model as Hugging Face has it; where no line does, the sub-folder whose `index`, or model,
+    is the newest. Looks at the file system and so blocks: in a coroutine, `await
+    asyncio.to_thread(latest, run_folder)`.
 
     Raises:
         CheckpointNotFoundError: If there is none.
@@ -61,11 +64,11 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
     if committed:
         return folder / committed[-1].name
     if _is_committed(folder):
-        problem = f"no run folder but a checkpoint itself, it holds {INDEX!r}; use it as it is"
+        problem = "no run folder but a checkpoint itself; use it as it is"
     else:
         problem = (
             f"no committed checkpoint here; looked for sub-folders that hold {INDEX!r}, which is "
-            f"written last, those first that the text file {_LIST!r} names"
+            f"written last, or a safetensors model, those first that the text file {_LIST!r} names"
         )
     raise CheckpointNotFoundError(str(folder), problem)
 
@@ -129,12 +132,12 @@ def _tail(path: Path) -> bytes:
 
 def _version(folder: Path, name: str) -> Version | None:
     path = folder / name
-    committed = _is_committed(path)
+    mark = _mark(path)
     try:
-        modified = (path / INDEX if committed else path).stat().st_mtime
+        modified = (mark or path).stat().st_mtime
     except OSError:  # removed meanwhile
         return None
-    return Version(name=name, committed=committed, modified=modified)
+    return Version(name=name, committed=mark is not None, modified=modified)
 
 
 def _is_folder(path: os.DirEntry[str]) -> bool:
@@ -142,7 +145,18 @@ def _is_folder(path: os.DirEntry[str]) -> bool:
 
 
 def _is_committed(path: Path) -> bool:
-    return os.path.isfile(path / INDEX)  # noqa: PTH113  # Path's own raises for odd names
+    return _mark(path) is not None
+
+
+def _mark(path: Path) -> Path | None:
+    """Return the file that makes a folder a checkpoint: `index`, or the one that names a model."""
+    if os.path.isfile(path / INDEX):  # noqa: PTH113  # Path's own raises for odd names
+        return path / INDEX
+    try:
+        name = model_in(str(path), [entry.name for entry in path.iterdir()])
+    except (OSError, CheckpointError):  # no folder; or several models
+        return None
+    return None if name is None else path / name
 
 
 def _age(version: Version) -> tuple[float, list[str | int]]:

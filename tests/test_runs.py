@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from asyncloader import CheckpointError, CheckpointNotFoundError, Loader, latest
+from asyncloader import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    Live,
+    Loader,
+    latest,
+    load_tensors,
+)
 from asyncloader._runs import Version, versions
 from tests.oracle import write_checkpoint
 
@@ -201,3 +211,28 @@ def test_a_folder_that_may_not_be_listed_is_an_error(run: Path) -> None:
 def test_a_path_that_no_folder_can_have_is_an_error() -> None:
     with pytest.raises(CheckpointError, match="cannot be listed"):
         latest("x" * 5000)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.fp16.safetensors"])
+def test_versions_may_be_folders_of_safetensors(tmp_path: Path, name: str) -> None:
+    """As a trainer with Hugging Face's libraries leaves them."""
+    for number in (9, 10):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        save_file({"w": torch.full((2,), float(number))}, folder / name)
+        os.utime(folder / name, (number, number))
+    (tmp_path / "logs").mkdir()
+
+    assert latest(tmp_path) == tmp_path / "checkpoint-10"
+    found = [(version.name, version.committed) for version in versions(tmp_path)]
+    assert found[:2] == [("checkpoint-9", True), ("checkpoint-10", True)]
+    assert ("logs", False) in found
+    with pytest.raises(CheckpointError, match=r"latest\(\) of it"):
+        load_tensors(tmp_path)
+
+    async def serve() -> tuple[str, list[float]]:
+        async with Live(tmp_path, lambda: ({}, {"w": torch.zeros(2)})) as live:
+            with live.use() as model:
+                return model.version, model.tensors["w"].tolist()
+
+    assert asyncio.run(serve()) == ("checkpoint-10", [10.0, 10.0])
