@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -39,8 +41,7 @@ from .streaming import (
 )
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine
 
     from .saving import ShardLayout
     from .storage.folder import Folder
@@ -122,6 +123,7 @@ class Saver:
         max_inflight_bytes: int = _INFLIGHT,
         progress: Callable[[Progress], object] | bool | None = None,
     ) -> None:
+        _check_order(shard_index, shard_num)
         for name, value in (
             ("shard_index", shard_index),
             ("shard_num", shard_num),
@@ -150,6 +152,28 @@ class Saver:
         self._progress = progress
         check_tables(self._tables, self._tensors, able="snapshot")
         check_tensors(self._tensors, able="saved")
+
+    @classmethod
+    def to(
+        cls,
+        path: str | os.PathLike[str],
+        hashtables: Mapping[str, SavableTable] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        **options: Any,  # noqa: ANN401  # further arguments, each of its own type
+    ) -> Self:
+        """Return a saver, its arguments in the order of `Loader`.
+
+        ```python
+        Saver.to(path, *targets(model)).save()
+        ```
+
+        Args:
+            path: As of `Saver`, and so are all others.
+            hashtables: Likewise.
+            tensors: Likewise.
+            options: Likewise, by name.
+        """
+        return cls(path=path, hashtables=hashtables, tensors=tensors, **options)
 
     def __repr__(self) -> str:
         rank = f"rank {self._rank} of {self._ranks}, " if self._ranks > 1 else ""
@@ -277,6 +301,16 @@ class Saver:
         chosen = self._filter(list(offered))
         [layouts] = await run_jobs(threads.kernels, [partial(decide, chosen)])
         return contents, layouts
+
+
+def _check_order(shard_index: object, shard_num: object) -> None:
+    """Refuse arguments in the order of `Loader`."""
+    if isinstance(shard_index, str | os.PathLike) or isinstance(shard_num, Mapping):
+        raise TypeError(
+            "RecIS's Saver takes the ranks first, so the first argument is no path: write "
+            "Saver.to(path, hashtables, tensors), or Saver(path=path, hashtables=hashtables, "
+            "tensors=tensors)"
+        )
 
 
 def _apart(

@@ -753,3 +753,33 @@ def test_other_ranks_may_have_the_tensors_of_rank_0_or_none(
     Saver(0, 2, path=tmp_path, tensors={"w": torch.ones(2)}, save_id="x").save()
 
     assert load_tensors(tmp_path)["w"].tolist() == [1.0, 1.0]
+
+
+LEFT_BY_SYSTEMS = [
+    "lost+found/", ".snapshot/", ".DS_Store", "_SUCCESS", "Thumbs.db", "desktop.ini", ".Trash-0/",
+    "$RECYCLE.BIN/", "System Volume Information/", ".fseventsd/", "._index",
+]  # fmt: skip
+
+
+def test_what_systems_leave_in_a_folder_is_in_the_way_of_no_save_and_stays(tmp_path: Path) -> None:
+    for name in LEFT_BY_SYSTEMS:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+
+    for value in (1.0, 2.0):  # a second save replaces what the first has written, and no more
+        Saver(path=tmp_path, tensors={"w": torch.full((2,), value)}).save()
+
+    assert load_tensors(tmp_path)["w"].tolist() == [2.0, 2.0]
+    assert all((tmp_path / name).exists() for name in LEFT_BY_SYSTEMS)
+
+
+def test_arguments_in_the_order_of_the_loader_are_an_error_that_says_what_to_write(
+    tmp_path: Path,
+) -> None:
+    tables, tensors = {"t": filled(CONTENT)}, {"w": torch.ones(2)}
+    for path in (tmp_path, str(tmp_path)):
+        with pytest.raises(TypeError, match=r"Saver\.to\(path, hashtables, tensors\)"):
+            Saver(path, tables, tensors)  # type: ignore[arg-type]
+
+    Saver.to(tmp_path, tables, tensors, parallel=2).save()
+
+    assert load_tensors(tmp_path)["w"].tolist() == [1.0, 1.0]

@@ -24,8 +24,13 @@ _SHARD = re.compile(r"model-\d{6,}-of-\d{6,}\.safetensors")
 _LISTED = re.compile(r"[^/\\\0]+\.safetensors")
 # RecIS's trainer puts these into the folder of a checkpoint, before or after.
 _BESIDE = re.compile(r"model\.pt|extra\.pt|io_state_.*\.pt")
-# What network file systems call a file that was removed while somebody had it open.
+# What network file systems call a file that was removed while it was open.
 _GHOST = re.compile(r"\.nfs.*")
+# What file systems, desktops and job runners leave in a volume or a folder on their own account.
+_LEFT_BY_SYSTEMS = re.compile(
+    r"lost\+found/|\.snapshots?/|\.zfs/|\.Trash(es|-\d+)?/|\.(fseventsd|Spotlight-V100)/"
+    r"|\$RECYCLE\.BIN/|System Volume Information/|\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|_SUCCESS"
+)
 _NAMED = 5
 
 
@@ -55,7 +60,7 @@ def old_files(folder: Folder) -> list[str]:
 
 def _stays(name: str) -> bool:
     return name.startswith(STAGING) or any(
-        pattern.fullmatch(name) is not None for pattern in (_BESIDE, _GHOST)
+        pattern.fullmatch(name) is not None for pattern in (_BESIDE, _GHOST, _LEFT_BY_SYSTEMS)
     )
 
 
