@@ -226,27 +226,30 @@ class Saver:
             [folder] = await run_jobs(threads.reads, [open_folder])
             agreed = await self._agreed_save_id(threads)
             save_id = agreed.save_id
-            contents, layouts = await self._plan(snapshots, threads)
-            meter.total = sum(layout.size - len(layout.head) for layout in layouts)
-            save = Save(
-                contents=contents,
-                layouts=layouts,
-                commit=Commit(folder, save_id, self._rank, self._ranks, _DEAD_AFTER),
-                means=Means(
-                    folder=folder,
-                    threads=threads,
-                    budget=ByteBudget(self._max_inflight_bytes),
-                    staging=StagingPool(CHUNK),
-                    meter=meter,
-                    parallel=writers,
-                ),
-                timeout=self._timeout,
-                tensors={
-                    str(name): f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-                    for name, tensor in self._tensors.items()
-                },
-            )
+            commit = Commit(folder, save_id, self._rank, self._ranks, _DEAD_AFTER)
             try:
+                contents, layouts = await self._planned(snapshots, threads, commit)
+                meter.total = sum(layout.size - len(layout.head) for layout in layouts)
+                save = Save(
+                    contents=contents,
+                    layouts=layouts,
+                    commit=commit,
+                    means=Means(
+                        folder=folder,
+                        threads=threads,
+                        budget=ByteBudget(self._max_inflight_bytes),
+                        staging=StagingPool(CHUNK),
+                        meter=meter,
+                        parallel=writers,
+                    ),
+                    timeout=self._timeout,
+                    tensors={
+                        str(
+                            name
+                        ): f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                        for name, tensor in self._tensors.items()
+                    },
+                )
                 await save.run()
             finally:
                 await agreed.close()
@@ -264,6 +267,18 @@ class Saver:
         )
         _log.info("%s", report)
         return report
+
+    async def _planned(
+        self, snapshots: list[SavableSnapshot], threads: Threads, commit: Commit
+    ) -> tuple[Contents, tuple[ShardLayout, ...]]:
+        """Return what to write; if that fails, rank 0 is told, and need not wait for this rank."""
+        try:
+            return await self._plan(snapshots, threads)
+        except BaseException as error:
+            if self._rank:
+                reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+                await run_jobs(threads.reads, [partial(commit.refuse, reason)])
+            raise
 
     async def _agreed_save_id(self, threads: Threads) -> Agreed:
         if self._save_id is not None:

@@ -783,3 +783,17 @@ def test_arguments_in_the_order_of_the_loader_are_an_error_that_says_what_to_wri
     Saver.to(tmp_path, tables, tensors, parallel=2).save()
 
     assert load_tensors(tmp_path)["w"].tolist() == [1.0, 1.0]
+
+
+def test_a_rank_that_fails_before_it_writes_tells_rank_0(tmp_path: Path) -> None:
+    """Which would wait for it for half an hour."""
+
+    def refuse(_: list[WriteBlock]) -> list[WriteBlock]:
+        raise LookupError("no such slot")
+
+    with pytest.raises(LookupError, match="no such slot"):
+        Saver(1, 2, path=tmp_path, filter_func=refuse, save_id="x").save()
+    with pytest.raises(SaveError, match=r"rank 1 .*LookupError: no such slot"):
+        Saver(0, 2, path=tmp_path, tensors={"w": torch.ones(2)}, save_id="x", timeout=None).save()
+
+    assert not (tmp_path / "index").exists()

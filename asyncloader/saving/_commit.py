@@ -246,6 +246,12 @@ class Commit:
             self._write(f"{failure}.tmp", reason.encode(errors="backslashreplace"))
             self.folder.move(f"{failure}.tmp", failure)
 
+    def refuse(self, reason: str) -> None:
+        """Tell rank 0 that this rank, another one, has failed before it staged anything."""
+        with contextlib.suppress(OSError):  # why it failed counts more
+            self.begin()
+            self.abandon([], reason)
+
     def _quietly(self, work: Callable[[], None]) -> None:
         try:
             work()
