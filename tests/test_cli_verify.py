@@ -780,5 +780,9 @@ def test_the_process_says_by_its_exit_code_whether_all_is_well(tmp_path: Path) -
 
 def test_where_there_is_nothing_the_process_says_so_in_one_line(tmp_path: Path) -> None:
     code, out, err = run("verify", tmp_path / "absent", "--json")
-    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert (code, json.loads(out)["error"]["type"], err.count("\n")) == (
+        2,
+        "CheckpointNotFoundError",
+        1,
+    )
     assert err.startswith(f"asyncloader: {tmp_path / 'absent'}")

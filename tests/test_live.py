@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -274,6 +275,21 @@ async def test_a_folder_of_shards_that_changes_during_a_load_is_loaded_again(
             served.append({*model.tensors["a"].tolist(), *model.tensors["b"].tolist()})
     assert served == [{2.0}]
     assert {1.0, 2.0} in seen
+
+
+async def test_a_version_that_is_chosen_while_it_is_written_to_is_loaded_when_it_stands_still(
+    tmp_path: Path,
+) -> None:
+    publish(tmp_path, 1)
+    events = Events()
+    async with live(tmp_path, events) as it:
+        shard = next(publish(tmp_path, 2).glob("*.safetensors"))
+        loading = asyncio.create_task(it.load("v2"))
+        for _ in range(30):  # looks in between find other times of the last change
+            os.utime(shard)
+            await asyncio.sleep(0.002)
+        assert (await loading).version == "v2"
+        assert serving(it) == 2
 
 
 async def test_an_older_version_never_serves_unasked(tmp_path: Path) -> None:

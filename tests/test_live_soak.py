@@ -32,8 +32,11 @@ KEPT = 5
 
 
 def memory() -> int:
-    """Return what this process takes of memory, in bytes; shared pages count in part."""
-    match = re.search(r"^Pss: *(\d+) kB", SMAPS.read_text(), re.MULTILINE)
+    """Return what this process takes of memory of its own, in bytes.
+
+    Not its share of libraries: that grows whenever another process that uses them ends.
+    """
+    match = re.search(r"^Anonymous: *(\d+) kB", SMAPS.read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1]) << 10
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -56,7 +56,7 @@ class Files:
     identities: dict[str, tuple[int, ...]]
     """By name: device, inode, size, time of the last change of the bytes."""
 
-    changed_at: float
+    changed_at: float = field(compare=False)
     """When the last of them was written to, renamed or linked, in seconds since 1970."""
 
     @property

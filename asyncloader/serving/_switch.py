@@ -254,11 +254,11 @@ class Switch:
     async def _files(self, wanted: Candidate) -> Files:
         return await self._on_thread(partial(files_of, wanted.path))
 
-    async def _files_at_rest(self, wanted: Candidate) -> Files:
+    async def _files_at_rest(self, wanted: Candidate, still_wanted: Callable[[], bool]) -> Files:
         """Return the files of a version once nothing seems to be writing to them.
 
         Raises:
-            _SupersededError: If following ended meanwhile.
+            _SupersededError: If it is not wanted any more.
         """
         files = await self._files(wanted)
         while not (files.are_at_rest or (files.have_digests and self._verifies)):
@@ -266,14 +266,15 @@ class Switch:
             before, files = files, await self._files(wanted)
             if files == before:
                 break
-            if not self._shelf.held or self._wanted():
-                continue
-            raise _SupersededError
+            if not still_wanted():
+                raise _SupersededError
         return files
 
-    async def _load_whole(self, wanted: Candidate, attempt: int, copying: Copying) -> Held:
+    async def _load_whole(
+        self, wanted: Candidate, attempt: int, copying: Copying, still_wanted: Callable[[], bool]
+    ) -> Held:
         """Load a version of which no file changes meanwhile."""
-        files = await self._files_at_rest(wanted)
+        files = await self._files_at_rest(wanted, still_wanted)
         copying.check(files)
         try:
             held = await self._loader.load(wanted, attempt)
@@ -298,7 +299,7 @@ class Switch:
             async for attempt in tries:
                 with attempt:
                     number = attempt.retry_state.attempt_number
-                    held = await self._load_whole(new, number, copying)
+                    held = await self._load_whole(new, number, copying, self._wanted)
         except RefusedError as refused:
             if refused.beside is None:
                 await self._give_up(new)
@@ -435,7 +436,9 @@ class Switch:
     async def _load_once(self, wanted: Candidate) -> Held:
         """Load a version that somebody waits for, who hears of what goes wrong."""
         try:
-            return await self._load_whole(wanted, 1, Copying())
+            return await self._load_whole(wanted, 1, Copying(), lambda: not self._closing)
+        except _SupersededError:
+            raise RuntimeError(f"{self.description}: left meanwhile") from None
         except RefusedError as refused:
             raise CheckpointError(str(wanted.path), refused.reason) from refused.__cause__
         except Exception as error:
