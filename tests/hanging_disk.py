@@ -67,7 +67,10 @@ class HangingDisk:
         self._tell({"name": name, "fault": "little", "at_most": at_most, "on": "read"})
 
     def hang(self, name: str, *, begin: int = 0, on: str = "read") -> None:
-        """Answer no read (or `on="open"`) of a file any more, from an offset on."""
+        """Answer no read (or `on="open"`) of a file any more, from an offset on.
+
+        No look at which names there are, where `name` is empty and `on` is `"list"`.
+        """
         self._tell({"name": name, "fault": "hang", "begin": begin, "on": on})
 
     def die(self) -> None:
@@ -315,6 +318,7 @@ class _Server:
 
     def _list(self, request: _Request) -> bytes:
         _, offset, size = _READ_IN.unpack_from(request.body)
+        self._obey("", "list", 0, 0)
         text = b""
         for number, name in enumerate(sorted(os.listdir(self.folder))[offset:], offset + 1):  # noqa: PTH208  # names
             raw = os.fsencode(name)

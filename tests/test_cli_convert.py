@@ -17,10 +17,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from asyncloader import CheckpointError, CheckpointNotFoundError, Progress, ReadError, SaveError
+from asyncloader import (
+    CheckpointChangedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    Progress,
+    SaveError,
+)
+from asyncloader._session import open_session
 from asyncloader.cli._app import run as command
 from asyncloader.cli.converting import Conversion, Options, aconvert
-from asyncloader.cli.converting._blocks import BlockFiles
+from asyncloader.cli.converting._file import write_file
+from asyncloader.cli.converting._source import read_source
 from asyncloader.cli.verifying import averify
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, run, save
 from tests.oracle import (
@@ -518,19 +526,35 @@ async def test_digests_are_written_along(tmp_path: Path) -> None:
     assert len(sidecar["parts"]["user_emb"]) == 2
 
 
-def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(bytes(range(10)))
-    files, view = BlockFiles(str(tmp_path)), memoryview(bytearray(4))
-    files.read("a", 3, view)
-    assert bytes(view) == b"\3\4\5\6"
-    with pytest.raises(ReadError, match=r"bytes \[8, 12\): the file ends 2 bytes early"):
-        files.read("a", 8, view)
-    (tmp_path / "b").write_bytes(bytes(10))
-    (tmp_path / "b").replace(tmp_path / "a")
-    with pytest.raises(ReadError, match="the file was replaced meanwhile"):
-        files.read("a", 3, view)
-    with pytest.raises(ReadError, match="No such file"):
-        files.read("b", 3, view)
+@pytest.mark.parametrize("becomes", ["another version", "a link", "nothing"])
+async def test_a_source_that_changes_once_its_headers_are_known_is_an_error(
+    tmp_path: Path, becomes: str
+) -> None:
+    """A file of two versions would look like any other: there are no digests to tell."""
+    for name, value in (("a", 1.0), ("next", 2.0)):
+        write_checkpoint(tmp_path / name, {}, {"v": torch.ones(9), "w": torch.full((9,), value)})
+    shard = shard_holding(tmp_path / "a", "w^ ")
+    newer = shard_holding(tmp_path / "next", "w^ ")
+    async with open_session(
+        str(tmp_path / "a"), limits=LIMITS, verify="auto", timeout=None
+    ) as session:
+        content = await read_source(session, None)
+        if becomes == "another version":
+            newer.replace(shard)
+        else:
+            shard.unlink()
+        if becomes == "a link":
+            shard.symlink_to(newer)
+        with pytest.raises(CheckpointChangedError, match="was replaced, removed or written to"):
+            await write_file(
+                session,
+                content,
+                tmp_path / "b.safetensors",
+                parallel=2,
+                overwrite=False,
+                progress=None,
+            )
+    assert sorted(os.listdir(tmp_path)) == ["a", "next"]  # noqa: PTH208
 
 
 def test_the_command_says_what_it_has_written(

@@ -465,7 +465,7 @@ def test_a_run_folder_is_no_checkpoint_but_the_newest_in_it_is_named(
         (["load", "x", "--parallel", "many"], "--parallel"),
         (["load", "x", "--parallel", "0"], "parallel must be positive, got 0"),
         (["load", "x", "--verify", "maybe"], "--verify"),
-        (["show", "x", "w", "--id", str(2**63)], "--id"),
+        (["show", "x", "w", "--id", str(2**64)], "--id"),
         (["inspect", "x" * 5000], "File name too long|no such file"),
     ],
 )

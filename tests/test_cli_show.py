@@ -483,6 +483,49 @@ def test_a_negative_id_is_no_option(spelling: list[str], tmp_path: Path) -> None
     assert json.loads(out)["slots"][0]["row"]["values"] == [1.0, 2.0]
 
 
+HASH = -(2**63) + 5
+
+
+@pytest.mark.parametrize(
+    "spelling", [str(HASH), str(HASH + 2**64), hex(HASH + 2**64), hex(HASH + 2**64).upper()]
+)
+def test_an_id_is_64_bits_however_it_is_spelled(
+    spelling: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path, {"t": data([HASH, 3])}, {})
+    assert run_here(["show", str(tmp_path), "t", "--id", spelling, "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert (document["id"], document["id_text"]) == (HASH, str(HASH))
+    assert document["slots"][0]["row"]["id_text"] == str(HASH)
+
+
+@pytest.mark.parametrize(
+    "text", ["4.0", "", "0x", "1e3", str(2**64), str(-(2**63) - 1), "9" * 5000]
+)
+def test_what_is_no_id_is_refused(text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_here(["show", "x", "t", f"--id={text}"]) == 2
+    assert "is no id: that is a whole number of 64 bits" in capfd.readouterr().err
+
+
+def test_whole_numbers_survive_programs_whose_numbers_are_doubles(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    big = [2**53 + 1, -(2**63), 7]
+    write_checkpoint(tmp_path, {"t": data(big)}, {"w": torch.tensor([big]), "v": torch.tensor([7])})
+
+    def document(name: str) -> Any:  # noqa: ANN401  # JSON
+        assert run_here(["show", str(tmp_path), name, "--json"]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    ids = document("t@id")
+    assert [row["id_text"] for row in ids["rows"]] == list(map(str, big))
+    assert document("t@embedding")["rows"][0]["id_text"] == str(big[0])
+    w = document("w")
+    assert w["rows"][0]["values_text"] == list(map(str, big))
+    assert w["statistics"]["min_text"] == str(-(2**63))
+    assert "values_text" not in document("v")["rows"][0]
+
+
 def test_an_id_that_is_not_there_is_one_line_and_exit_code_1(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

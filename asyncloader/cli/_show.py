@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from ._output import complain, print_json, show
 from ._progress import progress_bar
 from ._show_view import id_view, table_view, tensor_view
 from ._showing import ShownTable, ShownTensor, show_table, show_tensor
+from ._values import with_texts
 
 if TYPE_CHECKING:
     from ._progress import Tell
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["EPILOG", "look_at", "look_for", "show_one"]
 
 _NOT_THERE = 1
-_INT64 = 2**63
+_BITS = 64
 
 EPILOG = examples(
     ("asyncloader show runs/ctr/1200 tower.0.weight", "a tensor"),
@@ -35,6 +37,21 @@ EPILOG = examples(
     ("asyncloader show runs/ctr/1200 item_emb --id -5", "all about one id"),
     codes="Exit codes: 0, shown; 1, the table does not hold this id; 2, it failed.",
 )
+
+
+def _as_id(text: str) -> int:
+    """Return the id that a text stands for: 64 bits, signed or not, decimal or hexadecimal."""
+    is_hex = text.lower().startswith("0x")
+    try:
+        number = int(text, 16 if is_hex else 10)
+    except ValueError:
+        number = 1 << _BITS
+    if not -(1 << _BITS - 1) <= number < 1 << _BITS:
+        raise typer.BadParameter(
+            f"{shown(text)} is no id: that is a whole number of {_BITS} bits, signed or not, "
+            "decimal or hexadecimal (0x…)"
+        )
+    return number - (1 << _BITS) if number >= 1 << _BITS - 1 else number
 
 
 def show_one(
@@ -55,9 +72,9 @@ def show_one(
         typer.Option(
             "--id",
             metavar="ID",
-            min=-_INT64,
-            max=_INT64 - 1,
-            help="Find this id in the table, and print what is kept for it.",
+            parser=_as_id,
+            help="Find this id in the table, and print what is kept for it: a whole number of 64 "
+            "bits, signed or not, decimal or hexadecimal (0x…).",
             show_default=False,
         ),
     ] = None,
@@ -81,7 +98,7 @@ def show_one(
         else:
             found = run_blocking(partial(look_at, path, name, rows=rows, tell=tell, access=access))
     if json:
-        print_json(found)
+        print_json(with_texts(asdict(found)))
     elif isinstance(found, ShownTable):
         show(table_view(found))
     elif isinstance(found, ShownTensor):

@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, TypeAlias
 from ._windows import read_elements
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from asyncloader._session import Session
     from asyncloader.checkpoint.stored import Stored
 
-__all__ = ["Row", "Value", "read_row", "read_rows", "values_of"]
+__all__ = ["Row", "Value", "read_row", "read_rows", "values_of", "with_texts"]
 
 Value: TypeAlias = "bool | int | float | str"
 """A number; where JSON has none (NaN, infinities, complex numbers) its text."""
 
 _MOST = 4096
 """Values of one row."""
+
+_EXACT = 1 << 53
+"""The largest whole number up to which programs are exact whose numbers are doubles, as jq is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,31 @@ def values_of(tensor: Tensor) -> tuple[Value, ...]:
         flat = flat.double()  # not every small dtype has a `tolist`
     values: Iterable[bool | float | complex] = flat.tolist()
     return tuple(_value(value) for value in values)
+
+
+def with_texts(value: object) -> object:
+    """Return what JSON is made of, with the text of whole numbers beside them, as `…_text`.
+
+    An id always has one, so that a program need not look; others where a double would round them.
+    """
+    if isinstance(value, dict):
+        return dict(_members(value))
+    if isinstance(value, list | tuple):
+        return [with_texts(one) for one in value]
+    return value
+
+
+def _members(value: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, one in value.items():
+        yield key, with_texts(one)
+        if _is_rounded(one) or (key == "id" and type(one) is int):
+            yield f"{key}_text", str(one)
+        elif isinstance(one, list | tuple) and any(map(_is_rounded, one)):
+            yield f"{key}_text", list(map(str, one))
+
+
+def _is_rounded(value: object) -> bool:
+    return type(value) is int and abs(value) > _EXACT
 
 
 def _value(value: bool | complex) -> Value:  # noqa: FBT001  # no flag: it is shown

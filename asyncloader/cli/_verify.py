@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EPILOG", "verification_view", "verify"]
 
-_PROBLEMS = 2
+_PROBLEMS = 1
 
 EPILOG = examples(
     ("asyncloader verify runs/ctr/1200", "is all of it as it was written?"),
     ("asyncloader verify model.safetensors", "one file"),
     ("asyncloader verify runs/ctr/1200 --json", "for a script; `ok` says whether"),
-    codes="Exit codes: 0, no problems; 2, there are some, or it could not be read at all.",
+    codes="Exit codes: 0, no problems; 1, there are some; 2, it could not be looked at.",
 )
 
 

@@ -13,13 +13,11 @@ from ._layout import (
 from ._part import RankPart
 from ._save import Save
 from ._save_id import Agreed, checked_save_id, fresh_save_id, shared_save_id
-from ._sources import ByteSource
-from ._writing import CHUNK, Means, write_shards
+from ._writing import CHUNK, Means
 
 __all__ = [
     "CHUNK",
     "Agreed",
-    "ByteSource",
     "Commit",
     "Contents",
     "Means",
@@ -34,5 +32,4 @@ __all__ = [
     "lay_out",
     "lay_out_shard",
     "shared_save_id",
-    "write_shards",
 ]

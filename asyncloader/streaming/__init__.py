@@ -4,7 +4,7 @@ from ._blocking import run_blocking
 from ._budget import ByteBudget
 from ._claims import Claim
 from ._destinations import Destinations, describe_tensors
-from ._execution import CHANGED, Execution
+from ._execution import CHANGED, Execution, check_unchanged
 from ._kinds import check_tensors
 from ._lag import LagWatch, LoopLag
 from ._progress import Meter, Progress
@@ -33,6 +33,7 @@ __all__ = [
     "Verifier",
     "check_tables",
     "check_tensors",
+    "check_unchanged",
     "copy_elements",
     "describe_tables",
     "describe_tensors",

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ._trace import Tracer
     from ._verification import Verifier
 
-__all__ = ["CHANGED", "Execution"]
+__all__ = ["CHANGED", "Execution", "check_unchanged"]
 
 CHANGED = (
     "was replaced, removed or written to while it was being loaded; load the checkpoint anew, or "
@@ -92,7 +92,7 @@ class Execution:
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
         await self._read_all()
         self.warnings = await self._comparison().run()
-        await self._check_unchanged()
+        await check_unchanged(self.storage, self.plan.location, self.plan.shards)
         for name, update in self._updates.items():
             with self.tracer.span("index", f"{name}: join"):
                 for jobs in update.finish(threads=self.threads.kernel_count):
@@ -111,22 +111,6 @@ class Execution:
             parallel=self.parallel,
             chunk_bytes=self.chunk_bytes,
         )
-
-    async def _check_unchanged(self) -> None:
-        """Look whether the files that were read are still those that were planned for.
-
-        Raises:
-            CheckpointChangedError: If one of them is not.
-        """
-        shards = self.plan.shards
-        if not shards:
-            return
-        try:
-            changed = await self.storage.changed(shards)
-        except OSError as error:
-            raise read_error(shards[0], 0, 0, error) from error
-        if changed:
-            raise CheckpointChangedError(self.plan.location, CHANGED, changed[0])
 
     def commit(self) -> dict[str, UpdateCounts]:
         """Let every table show its new rows; return what was done to each.
@@ -324,6 +308,23 @@ class Execution:
         """Name whom the bytes of a read are for."""
         sinks = read.sinks[read.sinks != GAP].tolist()
         return tuple(dict.fromkeys(map(self._sinks.name, sinks)))
+
+
+async def check_unchanged(storage: Storage, location: str, shards: Sequence[str]) -> None:
+    """Look whether the files that were read are still those that they were at first.
+
+    Raises:
+        CheckpointChangedError: If one of them is not.
+        ReadError: If the storage failed.
+    """
+    if not shards:
+        return
+    try:
+        changed = await storage.changed(shards)
+    except OSError as error:
+        raise read_error(shards[0], 0, 0, error) from error
+    if changed:
+        raise CheckpointChangedError(location, CHANGED, changed[0])
 
 
 def _end(update: LoadableUpdate, *, lost: bool) -> None:

@@ -128,7 +128,7 @@ async def aconvert(
     ) as session:
         reads = session.threads.reads
         check = partial(Destination.checked, source, destination, overwrite=options.overwrite)
-        [target] = await run_jobs(reads, [check])
+        target = await session.on_disk(check)
         if target.is_file and options.shards is not None:
             raise SaveError(destination, "is one file: --shards is for folders")
         content = await read_source(session, options.slots, options.tables)

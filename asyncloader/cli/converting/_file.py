@@ -8,13 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
-from asyncloader.errors import SaveError
+from asyncloader.errors import AsyncLoaderError, SaveError
 from asyncloader.planning import ID
-from asyncloader.saving import CHUNK, Means, WriteBlock, fresh_save_id, lay_out_shard, write_shards
+from asyncloader.saving import WriteBlock, fresh_save_id, lay_out_shard
 from asyncloader.storage.folder import LocalFolder
-from asyncloader.streaming import ByteBudget, Meter, StagingPool
+from asyncloader.streaming import Meter, check_unchanged
 
-from ._blocks import BlockFiles, StoredSource
+from ._copying import Copy, Copying
 from ._recognition import METADATA, describe_tables, key_of
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from asyncloader._session import Session
     from asyncloader.checkpoint.stored import Stored
     from asyncloader.saving import ShardLayout
+    from asyncloader.storage.folder import WritableFile
     from asyncloader.streaming import Progress
 
     from ._source import Source
@@ -40,7 +41,7 @@ class Written:
     bytes_verified: int
 
 
-def lay_out_file(file: str, source: Source) -> tuple[ShardLayout, dict[WriteBlock, Stored]]:
+def lay_out_file(file: str, source: Source) -> tuple[ShardLayout, list[Copy]]:
     """Decide what stands where: tables first, the ids before the slots.
 
     Args:
@@ -64,7 +65,16 @@ def lay_out_file(file: str, source: Source) -> tuple[ShardLayout, dict[WriteBloc
         block = WriteBlock(name=key, table=None, slice=None, dtype=one.dtype, shape=one.shape)
         blocks[key] = block
         stored[block] = one
-    return lay_out_shard(file, 0, blocks, _metadata(source)), stored
+    layout = lay_out_shard(file, 0, blocks, _metadata(source))
+    places = ((placed.offset, stored[placed.block]) for placed in layout.blocks)
+    return layout, [copy for at, one in places for copy in _copies(at, one)]
+
+
+def _copies(at: int, stored: Stored) -> Iterator[Copy]:
+    """Yield the blocks of what stands at an offset of the file, one after the other."""
+    for block in stored.blocks:
+        yield Copy(block, at)
+        at += block.nbytes
 
 
 def _entries(source: Source) -> Iterator[tuple[str, Stored]]:
@@ -105,7 +115,7 @@ async def write_file(
 
     Raises:
         ValueError: If two things would have the same name there.
-        CheckpointError: If bytes are not those that were written.
+        CheckpointError: If bytes are not those that were written, or a file is another one by now.
         ReadError: If the source failed.
         SaveError: If the file could not be written.
     """
@@ -113,17 +123,14 @@ async def write_file(
     draft = f".{fresh_save_id()}.safetensors.tmp"
     threads = session.threads
     lay_out = partial(lay_out_file, draft, source)
-    [(layout, stored)] = await run_jobs(threads.kernels, [lay_out])
-    files = BlockFiles(session.storage.location)
-    sources = {block: StoredSource(one, files, session.verifier) for block, one in stored.items()}
-    means = Means(
-        folder=folder,
-        threads=threads,
-        budget=ByteBudget(session.limits.max_inflight_bytes),
-        staging=StagingPool(CHUNK),
-        meter=Meter(source.nbytes, progress),
-        parallel=parallel,
-    )
+    [(layout, copies)] = await run_jobs(threads.kernels, [lay_out])
+    shards = sorted({copy.block.shard for copy in copies})
+    meter, held = Meter(source.nbytes, progress), contextlib.ExitStack()
+
+    def begin() -> WritableFile:
+        file = held.enter_context(contextlib.closing(folder.create(draft)))
+        file.write(0, [memoryview(layout.head)])
+        return file
 
     def publish() -> None:
         if not overwrite and path.exists():  # it was not, when we began
@@ -136,14 +143,18 @@ async def write_file(
             folder.remove(draft)
 
     try:
-        await write_shards([layout], sources, means, under="")
-        means.meter.finish()
+        try:
+            [file] = await run_jobs(threads.reads, [begin])
+            await Copying(session=session, file=file, copies=copies, meter=meter).run(parallel)
+            await run_jobs(threads.reads, [file.sync])
+        finally:
+            await run_jobs(threads.reads, [held.close])
+        await check_unchanged(session.storage, session.location, shards)
+        meter.finish()
         await run_jobs(threads.reads, [publish])
     except BaseException as error:
         await run_jobs(threads.reads, [give_up])
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, AsyncLoaderError):
             raise SaveError(str(path), f"could not be written: {error}") from error
         raise
-    return Written(
-        files=(path.name,), bytes_written=layout.size, bytes_verified=files.bytes_verified
-    )
+    return Written(files=(path.name,), bytes_written=layout.size, bytes_verified=meter.verified)

@@ -19,7 +19,7 @@ from asyncloader.checkpoint import (
     Catalog,
 )
 from asyncloader.checkpoint._safetensors import is_weight_map, model_in
-from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadError
+from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadError, ReadStalledError
 from asyncloader.storage import read_small
 
 from ._catalog import sift_catalog
@@ -89,13 +89,14 @@ async def _listed(session: Session) -> frozenset[str]:
         return frozenset([session.file] if os.path.lexists(path) else ())
 
     try:
-        [found] = await run_jobs(session.threads.reads, [names])
+        return await session.on_disk(names)
+    except ReadStalledError:  # an OSError, too
+        raise
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
     except OSError as error:
         problem = f"cannot be listed: {error.strerror}"
         raise CheckpointError(session.location, problem) from error
-    return found
 
 
 def _alone(file: str) -> Names:
