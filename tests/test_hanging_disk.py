@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from tests.oracle import shard_holding, write_checkpoint
 from tests.support import data, nothing_left_behind, open_files, rows_in, rows_on_disk, table_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.hanging_disk import HangingDisk
@@ -106,6 +107,18 @@ async def end_of(threads: set[threading.Thread]) -> None:
         assert not thread.is_alive()
 
 
+def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds that nothing tells of."""
+    start = time.monotonic()
+    while not holds():
+        assert time.monotonic() - start < PATIENCE
+        time.sleep(0.01)
+
+
+def is_open(name: str) -> bool:
+    return any(one.endswith(name) for one in open_files())
+
+
 async def test_a_file_that_was_given_up_on_is_closed_when_its_thread_is_back(case: Case) -> None:
     before = readers()
     case.disk.hang(case.shard, begin=FAR)
@@ -115,9 +128,7 @@ async def test_a_file_that_was_given_up_on_is_closed_when_its_thread_is_back(cas
     await end_of(readers() - before)
 
     # What no read holds open is closed by a thread that nothing waits for, and that tells nobody.
-    async with asyncio.timeout(PATIENCE):
-        while [name for name in open_files() if name.endswith(case.shard)]:
-            await asyncio.sleep(0.01)
+    await asyncio.to_thread(until, lambda: not is_open(case.shard))
 
 
 @pytest.mark.parametrize("how", [{}, {"direct_io": True}], ids=["", "direct_io"])
