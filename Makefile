@@ -21,8 +21,8 @@ demo: .venv/installed ## save a small checkpoint, look into it, and watch it loa
 serve: .venv/installed-serve ## serve a model in a browser's sight while new versions come in
 	@$(RUN) examples.serve $(ARGS)
 
-test: .venv/installed ## run the tests, two at a time
-	$(RUN) pytest --numprocesses 2 --dist loadfile $(ARGS)
+test: .venv/installed ## run the tests, three at a time: some of them wait
+	$(RUN) pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 test-lowest: .venv-lowest/installed ## run some of the tests on the lowest releases that are declared
 	.venv-lowest/bin/python -m pytest -p no:cacheprovider $(LOWEST) $(ARGS)
