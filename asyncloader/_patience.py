@@ -267,6 +267,8 @@ class Patience:
         self._timer = None
         if not self._under_way:
             return
+        # First of all: without a timer, an error of `replace` would have errands wait for ever.
+        self._timer = asyncio.get_running_loop().call_later(self._period, self._look)
         now = self._clock()
         passed = min(now - self._looked, 2 * self._period)
         self._looked = now
@@ -276,7 +278,6 @@ class Patience:
                 self._note_slow(errand, on_slow)
             if self._seconds is not None and waited > self._seconds:
                 self.lost += errand.give_up(self._seconds)
-        self._timer = asyncio.get_running_loop().call_later(self._period, self._look)
 
     def _note_slow(self, errand: Errand[Any], on_slow: Callable[[], object] | None) -> None:
         errand.is_slow = True

@@ -273,6 +273,16 @@ async def test_commands_wait_for_the_first_version(tmp_path: Path) -> None:
     await it.__aexit__(None, None, None)
 
 
+async def test_entering_that_is_cancelled_at_once_leaves_nothing_behind(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    with nothing_left_behind():
+        entering = asyncio.create_task(live(tmp_path).__aenter__())
+        await asyncio.sleep(0)  # it starts its threads
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+
+
 async def test_entering_that_is_cancelled_twice_leaves_nothing_behind(tmp_path: Path) -> None:
     publish(tmp_path, 1)
     check = Held(1)

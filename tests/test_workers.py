@@ -246,6 +246,22 @@ async def test_an_error_that_comes_too_late_is_of_no_interest(side: Side) -> Non
         patience.close()
 
 
+async def test_what_hangs_is_given_up_though_its_thread_cannot_be_replaced() -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    told: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, facts: told.append(facts))
+    gate = threading.Event()
+    async with running_pool(1) as pool:
+        patience = Patience(0.02, replace=fail)
+        with pytest.raises(StalledError):
+            await patience.run(pool, gate.wait)
+        gate.set()
+        patience.close()
+    assert [str(facts["exception"]) for facts in told] == ["can't start new thread"]
+
+
 async def test_who_waits_for_ever_does(side: Side) -> None:
     gate = threading.Event()
     async with running_pool(1) as pool:

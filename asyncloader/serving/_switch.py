@@ -130,12 +130,12 @@ class Switch:
         self._pool = ThreadPoolExecutor(_THREADS, "asyncloader-live")
         self._looks = WorkerPool(1, name="asyncloader-look", initializer=int)
         self._patience = Patience(self._stall_timeout, replace=self._replace_look)
-        await run_jobs(self._pool, [self._looks.start])
         self._freeing = Freeing(self._pool, self._teller.tell)
         self._shelf.let_go = self._freeing.let_go
         self._loader.start(self._pool, self._freeing)
         async with self._changing:  # or commands would load beside it
             try:
+                await run_jobs(self._pool, [self._looks.start])
                 first = await self._on_thread(partial(newest, self._source))
                 self._swap(await self._load_once(first))
             except BaseException:
@@ -485,4 +485,5 @@ class Switch:
 
     def _replace_look(self, thread: threading.Thread) -> None:
         if self._looks.strike_off(thread):
-            self._pool.submit(self._looks.start)
+            with contextlib.suppress(RuntimeError):  # shut down: nobody begins another look
+                self._pool.submit(self._looks.start)
