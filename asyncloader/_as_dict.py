@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,16 +19,18 @@ class AsDict:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, as `json.dumps` takes them.
 
-        Tuples are lists, mappings are dictionaries, paths are text. An error is `{"type": …,
-        "message": …}`. An event has its kind besides, the name of its class, under `"kind"`.
+        Tuples are lists, mappings are dictionaries, paths are text; infinity is `None`. An error is
+        `{"type": …, "message": …}`. An event has its kind besides, the name of its class, under
+        `"kind"`.
         """
         known = dataclasses.fields(self)  # type: ignore[arg-type]  # of a dataclass, see above
         return {field.name: _plain(getattr(self, field.name)) for field in known}
 
 
 def _plain(value: object) -> object:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+    if value is None or isinstance(value, int | float | str):
+        is_infinite = isinstance(value, float) and not math.isfinite(value)
+        return None if is_infinite else value  # JSON has no number for it
     if isinstance(value, AsDict):
         return value.to_dict()
     if isinstance(value, BaseException):

@@ -6,6 +6,7 @@ last. All of this blocks; it belongs on a thread.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._arguments import checked_path
+from ._lacking import lack_of
 from .checkpoint import INDEX, is_file_name
 from .checkpoint._safetensors import model_in
 from .errors import CheckpointError, CheckpointNotFoundError
@@ -21,7 +23,17 @@ from .errors import CheckpointError, CheckpointNotFoundError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Version", "is_run_folder", "latest", "name_order", "versions"]
+__all__ = [
+    "Version",
+    "is_run_folder",
+    "latest",
+    "listed",
+    "name_order",
+    "newest_committed",
+    "versions",
+]
+
+_log = logging.getLogger("asyncloader")
 
 _LIST = "checkpoint"
 # Of savers, for one, that are at work: what lies there is not committed, even if it has an `index`.
@@ -45,11 +57,12 @@ class Version:
 
 
 def latest(run_folder: str | os.PathLike[str]) -> Path:
-    """Return the newest committed checkpoint of a run folder.
+    """Return the newest finished checkpoint of a run folder.
 
     That is the last line of its text file `checkpoint` that names a sub-folder with `index`, or
     with a model as Hugging Face has it; where no line does, the sub-folder whose `index`, or model,
-    is the newest. Looks at the file system and so blocks: in a coroutine, `await
+    is the newest. One of which shards are missing or short, since it is still being copied, is
+    passed over, with a warning. Looks at the file system and so blocks: in a coroutine, `await
     asyncio.to_thread(latest, run_folder)`.
 
     Raises:
@@ -57,12 +70,28 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
         CheckpointError: If the folder cannot be listed.
     """
     folder = Path(checked_path(run_folder, "run_folder"))
-    for name in _listed(folder):
-        if _is_committed(folder / name):
-            return folder / name
-    committed = [version for version in versions(folder) if version.committed]
-    if committed:
-        return folder / committed[-1].name
+    lacking: list[str] = []
+    for path in _newest_first(folder):
+        lack = lack_of(_mark(path))
+        if not lack:
+            return path
+        lacking.append(f"{path.name!r}: {lack}")
+        _log.warning("%s is passed over, not all of it is there: %s", path, lack)
+    if not lacking:
+        return newest_committed(folder)  # it says why there is none
+    problem = f"no finished checkpoint here, copy the rest of one: {'; '.join(lacking)}"
+    raise CheckpointNotFoundError(str(folder), problem)
+
+
+def newest_committed(folder: Path) -> Path:
+    """Return the newest checkpoint of a run folder, though some of it may be still to come.
+
+    Raises:
+        CheckpointNotFoundError: If there is none.
+        CheckpointError: If the folder cannot be listed.
+    """
+    for path in _newest_first(folder):
+        return path
     if _is_committed(folder):
         problem = "no run folder but a checkpoint itself; use it as it is"
     else:
@@ -107,7 +136,19 @@ def is_run_folder(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _listed(folder: Path) -> Iterator[str]:
+def _newest_first(folder: Path) -> Iterator[Path]:
+    """Yield the committed checkpoints of a run folder, those first that its list names."""
+    seen = set()
+    for name in listed(folder):
+        if _is_committed(folder / name):
+            seen.add(name)
+            yield folder / name
+    for version in reversed(versions(folder)):
+        if version.committed and version.name not in seen:
+            yield folder / version.name
+
+
+def listed(folder: Path) -> Iterator[str]:
     """Yield the names at the end of the list, the last one first, each once."""
     lines = _tail(folder / _LIST).split(b"\n")
     for line in dict.fromkeys(reversed(lines)):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def through_json(value: Any) -> dict[str, Any]:  # noqa: ANN401  # whatever has to_dict
-    found: dict[str, Any] = json.loads(json.dumps(value.to_dict()))
+    found: dict[str, Any] = json.loads(json.dumps(value.to_dict(), allow_nan=False))
     assert found == value.to_dict()
     return found
 
@@ -40,6 +40,13 @@ def test_reports_progress_and_spans_are_json(tmp_path: Path) -> None:
     assert found["location"] == str(tmp_path)
     assert through_json(progress[-1])["bytes_total"] == progress[-1].bytes_total
     assert {through_json(span)["name"] for span in spans} == {span.name for span in spans}
+
+
+async def test_a_bound_that_is_none_is_no_infinity(tmp_path: Path) -> None:
+    """`jq` and browsers do not read `Infinity`."""
+    Saver(path=tmp_path, tensors={"w": torch.ones(3)}).save()
+    report = await Loader(tmp_path, {}, {"w": torch.zeros(3)}, pressure=lambda: 0).aload()
+    assert through_json(report)["lag"]["bound"] is None
 
 
 async def test_states_and_events_are_json_with_errors_as_text(tmp_path: Path) -> None:

@@ -292,6 +292,102 @@ async def test_a_version_that_is_chosen_while_it_is_written_to_is_loaded_when_it
         assert serving(it) == 2
 
 
+async def test_what_was_copied_while_a_version_was_refused_is_tried(tmp_path: Path) -> None:
+    """It is the old files that were given up, not those that came during the check."""
+    publish(tmp_path, 1)
+    whole = publish(tmp_path / "..", 7)
+    events = Events()
+
+    def check(model: Model) -> bool:
+        if model.version == "v1" or model.tensors["w"][0] == 7:
+            return True
+        for file in whole.glob("*.safetensors"):
+            (tmp_path / "v2" / file.name).write_bytes(file.read_bytes())
+        return False
+
+    async with live(tmp_path, events, check=check) as it:
+        publish(tmp_path, 2)
+        await events.until(VersionRefused)
+        await events.until(Swapped, version="v2")
+        with it.use() as model:
+            assert version_in(model) == 7
+
+
+async def test_a_shard_that_grows_under_another_name_is_waited_for(tmp_path: Path) -> None:
+    """`rsync` writes to `.NAME.Xy12z9`; meanwhile the shards that have names stand still."""
+
+    def save(value: float, name: str, file: Path) -> None:
+        save_file({name: torch.full((4,), float(value))}, file)
+
+    def both() -> set[float]:
+        with it.use() as model:
+            return {*model.tensors["a"].tolist(), *model.tensors["b"].tolist()}
+
+    names = {name: f"{name}.safetensors" for name in ("a", "b")}
+    for name, file in names.items():
+        save(1, name, tmp_path / file)
+    weights = json.dumps({"metadata": {}, "weight_map": names})
+    (tmp_path / "model.safetensors.index.json").write_text(weights)
+    events = Events()
+    growing = tmp_path / ".b.safetensors.Xy12z9"
+    async with live(tmp_path, events, lambda: ({}, {name: torch.zeros(4) for name in names})) as it:
+        growing.touch()
+        save(2, "a", tmp_path / names["a"])
+        for _ in range(200):
+            with growing.open("ab") as staged:
+                staged.write(b"x")
+            await asyncio.sleep(0.001)
+        assert both() == {1.0}
+        save(2, "b", growing)
+        growing.rename(tmp_path / names["b"])
+        await events.until(Swapped, previous=tmp_path.name)
+        assert both() == {2.0}
+
+
+async def test_a_version_that_the_list_has_last_is_the_newest_whatever_its_time(
+    tmp_path: Path,
+) -> None:
+    publish(tmp_path, 1)
+    publish(tmp_path, 2)
+    (tmp_path / "checkpoint").write_text("v1\nv2\n")
+    events = Events()
+    async with live(tmp_path, events) as it:
+        publish(tmp_path, 3, when=0)  # as `cp -p` leaves it, from a machine whose clock is behind
+        (tmp_path / "checkpoint").write_text("v1\nv2\nv3\n")
+        await events.until(Swapped, version="v3")
+        shutil.rmtree(tmp_path / "v3")
+        await looked(it)
+        assert serving(it) == 3
+
+
+async def test_an_older_version_never_serves_unasked_where_versions_are_links(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in (1, 2):
+        store = tmp_path / f"store{number}"
+        store.mkdir()
+        (run / f"v{number}").symlink_to(publish(store, number))
+    async with live(run) as it:
+        (run / "v2").unlink()
+        await looked(it)
+        assert serving(it) == 2
+
+
+async def test_a_link_that_is_the_source_may_lead_back_to_an_older_version(tmp_path: Path) -> None:
+    """Somebody has asked for it."""
+    for number in (1, 2):
+        publish(tmp_path, number)
+    (tmp_path / "current").symlink_to("v2")
+    events = Events()
+    async with live(tmp_path / "current", events) as it:
+        (tmp_path / "next").symlink_to("v1")
+        (tmp_path / "next").replace(tmp_path / "current")
+        await events.until(Swapped, version="v1")
+        assert serving(it) == 1
+
+
 async def test_an_older_version_never_serves_unasked(tmp_path: Path) -> None:
     publish(tmp_path, 1)
     publish(tmp_path, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -211,6 +212,62 @@ def test_a_folder_that_may_not_be_listed_is_an_error(run: Path) -> None:
 def test_a_path_that_no_folder_can_have_is_an_error() -> None:
     with pytest.raises(CheckpointError, match="cannot be listed"):
         latest("x" * 5000)
+
+
+def without_a_shard(path: Path) -> None:
+    next(path.glob("*.safetensors")).unlink()
+
+
+def with_half_a_shard(path: Path) -> None:
+    shard = next(path.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+
+
+def with_an_empty_shard(path: Path) -> None:
+    os.truncate(next(path.glob("*.safetensors")), 0)
+
+
+def without_the_names_of_tables(path: Path) -> None:
+    (path / "tensorkey.json").unlink()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize(
+    "cut",
+    [without_a_shard, with_half_a_shard, with_an_empty_shard, without_the_names_of_tables],
+)
+def test_a_version_that_is_still_being_copied_is_passed_over(
+    tmp_path: Path, cut: Callable[[Path], None], listed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (1, 2):
+        write_checkpoint(tmp_path / f"v{number}", {}, {"w": torch.ones(3)})
+        os.utime(tmp_path / f"v{number}" / "index", (number, number))
+    if listed:
+        (tmp_path / "checkpoint").write_text("v1\nv2\n")
+    assert latest(tmp_path) == tmp_path / "v2"
+
+    cut(tmp_path / "v2")
+
+    assert latest(tmp_path) == tmp_path / "v1"
+    assert "v2 is passed over, not all of it is there" in caplog.text
+    cut(tmp_path / "v1")
+    with pytest.raises(CheckpointNotFoundError, match=r"no finished checkpoint here.*'v2'.*'v1'"):
+        latest(tmp_path)
+
+
+def test_a_model_of_which_a_shard_is_still_to_come_is_passed_over(tmp_path: Path) -> None:
+    names = {name: f"{name}.safetensors" for name in ("a", "b")}
+    for number in (1, 2):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        for name, file in names.items():
+            save_file({name: torch.ones(2)}, folder / file)
+        weights = folder / "model.safetensors.index.json"
+        weights.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        os.utime(weights, (number, number))
+    assert latest(tmp_path).name == "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "b.safetensors").unlink()
+    assert latest(tmp_path).name == "checkpoint-1"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.fp16.safetensors"])

@@ -58,7 +58,10 @@ class Copying:
     """
 
     def __init__(self) -> None:
-        self._files: Files | None = None
+        self.files: Files | None = None
+        """As they were before the last try."""
+
+        self._failed: Files | None = None
         self._error: Exception | None = None
         self._looks = 0
 
@@ -68,7 +71,8 @@ class Copying:
         Raises:
             Exception: What the last load raised, if they are as they were then: so would the next.
         """
-        if self._error is not None and self._files == files:
+        self.files = files
+        if self._error is not None and self._failed == files:
             self._looks += 1
             raise self._error
         self._looks = 0
@@ -78,7 +82,7 @@ class Copying:
         # Where no file says which shards there are, a missing one looks like a smaller model.
         partial = isinstance(error, PlanError) and not files.have_index
         if partial or (isinstance(error, CheckpointError) and not may_pass(error)):
-            self._files, self._error = files, error
+            self._failed, self._error = files, error
 
     def may_pass(self, error: BaseException) -> bool:
         """Say whether to look again after an error."""

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from asyncloader._runs import latest, name_order
+from asyncloader._runs import listed, name_order, newest_committed
 from asyncloader.checkpoint import INDEX, SIDECAR, TENSORKEY
 from asyncloader.errors import CheckpointNotFoundError
 
 __all__ = ["Candidate", "Files", "candidate", "files_of", "named", "newest"]
 
 _SAFETENSORS = ".safetensors"
-_READ = (_SAFETENSORS, _SAFETENSORS + ".index.json")
 _NAMES = frozenset((INDEX, TENSORKEY, SIDECAR))
 _LONG_AGO = 5.0
 """Seconds without a change after which a file is not being copied any more."""
@@ -33,20 +32,28 @@ class Candidate:
     identity: Identity
     """What changes when another one takes its place: its `index` is written anew."""
 
+    entry: Path | None = field(default=None, compare=False)
+    """Its name in its run folder, as a path; that may be a link to a folder elsewhere. `None` if it
+    is the source itself."""
+
     @property
     def name(self) -> str:
         """The name of its folder."""
         return self.path.name
 
     def is_older_than(self, other: Candidate) -> bool:
-        """Say whether another version of the same run folder was committed after this one."""
-        if self.path == other.path or self.path.parent != other.path.parent:
+        """Say whether another version of the same run folder came after this one. Blocks."""
+        mine, theirs = self.entry, other.entry
+        if mine is None or theirs is None or mine == theirs or mine.parent != theirs.parent:
             return False  # what took a version's place, or came with another folder, is meant
-        return self._age < other._age
+        names = list(listed(mine.parent))
+        if mine.name in names and theirs.name in names:
+            return names.index(mine.name) > names.index(theirs.name)
+        return (self._modified, name_order(mine.name)) < (other._modified, name_order(theirs.name))
 
     @property
-    def _age(self) -> tuple[int, list[str | int]]:
-        return max(modified for *_, modified in self.identity), name_order(self.name)
+    def _modified(self) -> int:
+        return max(modified for *_, modified in self.identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +83,12 @@ class Files:
 
 
 def files_of(path: Path) -> Files:
-    """Return the files that a load of a version may read; none where they cannot be listed."""
+    """Return the files that a load of a version may read, now or soon; none if there is no list."""
     identities: dict[str, tuple[int, ...]] = {}
     changed_at = 0.0
     for file in _listed(path):
-        if file.name in _NAMES or file.name.endswith(_READ):
+        # Shards under way, by other names, count: rsync's `.NAME.Xy12z9`, `NAME.part` of others.
+        if file.name in _NAMES or _SAFETENSORS in file.name:
             try:
                 found = file.stat()
             except OSError:  # removed meanwhile
@@ -106,7 +114,7 @@ def newest(source: Path) -> Candidate:
         CheckpointNotFoundError: If there is none.
         CheckpointError: If the folder cannot be listed.
     """
-    return _at(source) or candidate(latest(source))
+    return _at(source) or candidate(newest_committed(source))
 
 
 def candidate(path: Path) -> Candidate:
@@ -115,7 +123,7 @@ def candidate(path: Path) -> Candidate:
     Raises:
         CheckpointNotFoundError: If there is none.
     """
-    found = _at(path)
+    found = _at(path, path.parent.resolve() / path.name)
     if found is None:
         raise CheckpointNotFoundError(
             str(path), f"no committed checkpoint: it holds neither {INDEX!r} nor safetensors files"
@@ -129,10 +137,10 @@ def named(source: Path, version: str | os.PathLike[str]) -> Path:
     return source / path if len(path.parts) == 1 and not _marks(source) else path
 
 
-def _at(path: Path) -> Candidate | None:
+def _at(path: Path, entry: Path | None = None) -> Candidate | None:
     real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
     marks = _marks(real)
-    return Candidate(path=real, identity=marks) if marks else None
+    return Candidate(path=real, identity=marks, entry=entry) if marks else None
 
 
 def _marks(path: Path) -> Identity:

@@ -242,8 +242,10 @@ class Switch:
         """Return the newest version, unless it serves already or will not do."""
         found = await self._newest()
         serving = self._shelf.serving.candidate
+        if found is None or found == serving:
+            return None
         # If the folder of what serves was removed, the newest one is older; nobody asked for that.
-        if found is None or found == serving or found.is_older_than(serving):
+        if await self._on_thread(partial(found.is_older_than, serving)):
             return None
         # What was too large is looked at again once there is more room.
         if self._too_large == (found, self._shelf.needed):
@@ -302,21 +304,23 @@ class Switch:
                     held = await self._load_whole(new, number, copying, self._wanted)
         except RefusedError as refused:
             if refused.beside is None:
-                await self._give_up(new)
+                self._give_up(new, copying)
             else:
                 self._too_large = new, refused.beside
         except _SupersededError:
             raise
         except Exception as error:  # noqa: BLE001  # build() may raise anything
-            await self._give_up(new)
+            self._give_up(new, copying)
             self._tell_failure(new, error, tries.statistics["attempt_number"], None)
         if held is not None and self._wanted():
             self._swap(held)
         elif held is not None:
             self._drop(held)
 
-    async def _give_up(self, wanted: Candidate) -> None:
-        self._given_up.append((wanted, await self._files(wanted)))
+    def _give_up(self, wanted: Candidate, copying: Copying) -> None:
+        # As they were before the load: what has come since deserves a load of its own.
+        if copying.files is not None:
+            self._given_up.append((wanted, copying.files))
 
     def _failed(self, new: Candidate, tries: RetryCallState) -> None:
         error = tries.outcome.exception() if tries.outcome is not None else None

@@ -1,0 +1,65 @@
+"""What of a checkpoint is still to come, where its files are being copied. Blocks."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from .checkpoint import INDEX, MAX_NAMES, TENSORKEY, parse_catalog
+from .checkpoint._header import FIRST, PREFIX, header_length, parse_header
+from .checkpoint._safetensors import is_weight_map, parse_weight_map
+from .errors import CheckpointError, TruncatedShardError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["lack_of"]
+
+_SAFETENSORS = ".safetensors"
+
+
+def lack_of(mark: Path | None) -> str:
+    """Say which file is missing or short; nothing if none is. Whatever else is wrong a load says.
+
+    Args:
+        mark: The file that names the shards, or the only one; `None` if it is gone.
+    """
+    if mark is None:
+        return "it was removed"
+    try:
+        if mark.stat().st_size > MAX_NAMES and not mark.name.endswith(_SAFETENSORS):
+            return ""
+        for shard in sorted(_shards(mark)):
+            _check_length(mark.parent, shard, recis=mark.name == INDEX)
+        if mark.name == INDEX:
+            (mark.parent / TENSORKEY).stat()
+    except FileNotFoundError as error:
+        return f"{os.path.basename(error.filename)!r} is missing"  # noqa: PTH119  # text
+    except TruncatedShardError as error:
+        return str(error)
+    except (OSError, CheckpointError):
+        pass
+    return ""
+
+
+def _shards(mark: Path) -> set[str]:
+    if mark.name == INDEX:
+        catalog = parse_catalog(str(mark.parent), mark.read_bytes(), b"{}")
+        return set(catalog.tensors.shards.values())  # without TENSORKEY, tables are tensors, too
+    if is_weight_map(mark.name):
+        text = mark.read_bytes()
+        return set(parse_weight_map(str(mark.parent), text, mark.name).tensors.shards.values())
+    return {mark.name}
+
+
+def _check_length(folder: Path, shard: str, *, recis: bool) -> None:
+    """Raise if a shard is not as long as its header says."""
+    found = (folder / shard).stat()
+    if not stat.S_ISREG(found.st_mode):  # opening a FIFO would hang
+        return
+    with (folder / shard).open("rb") as file:
+        start = file.read(FIRST)
+        length = header_length(str(folder), shard, start, found.st_size)
+        file.seek(PREFIX)
+        parse_header(str(folder), shard, file.read(length), found.st_size, recis=recis)
