@@ -127,10 +127,12 @@ class WorkerPool(Executor):
         thread = threading.Thread(target=self._serve, name=name, daemon=True)
         try:
             self._start_thread(thread)
-        except RuntimeError:
-            if not self._threads:
+        except RuntimeError as error:
+            if self._threads:
+                return False
+            if threading.main_thread().is_alive():
                 raise
-            return False
+            raise RuntimeError(f"{error}: load or save before the program ends") from error
         finally:
             with self._lock:
                 self._starting -= 1

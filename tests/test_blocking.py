@@ -262,3 +262,60 @@ def test_too_few_descriptors_is_what_the_error_says_and_none_stays_open(checkpoi
     assert done.returncode == 0, done.stderr
     assert "Too many open files" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+LATE = """
+    import asyncio
+    import atexit
+    import os
+    import signal
+    import sys
+    import threading
+
+    import torch
+
+    from asyncloader import HashTable, Loader, Saver
+
+    where, folder = sys.argv[1:]
+    table = HashTable([2], name="t")
+    table.insert(torch.arange(100), torch.ones(100, 2))
+
+    def save_and_load(*_):
+        Saver(path=folder, hashtables={"t": table}, tensors={"w": torch.ones(3)}).save()
+        again, tensor = HashTable([2], name="t"), torch.zeros(3)
+        asyncio.run(Loader(folder, {"t": again}, {"w": tensor}).aload())
+        print(len(again), tensor.sum().item(), flush=True)
+
+    def after_the_main_thread():
+        threading.main_thread().join()
+        if where == "thread":
+            save_and_load()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if where == "atexit":
+        atexit.register(save_and_load)
+    else:
+        signal.signal(signal.SIGTERM, save_and_load)
+        threading.Thread(target=after_the_main_thread).start()
+"""
+
+
+@pytest.mark.parametrize("where", ["atexit", "thread", "signal"])
+def test_what_is_saved_while_the_program_ends_is_saved_or_an_error_says_why(
+    tmp_path: Path, where: str
+) -> None:
+    """`concurrent.futures` takes no more work then; threads can still be started, but by 3.12."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LATE), where, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    if "can't create new thread" in done.stderr:
+        assert sys.version_info[:2] == (3, 12)
+        assert "at interpreter shutdown: load or save before the program ends" in done.stderr
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert (done.stdout, done.stderr) == ("100 3.0\n", "")

@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 from asyncloader._allowance import processors
@@ -51,8 +50,8 @@ class Threads:
         self.kernel_count = min(processors(), _MOST_KERNELS)
         self._throttle = throttle
         self.readers = WorkerPool(reads, name="asyncloader-read", initializer=_step_back)
-        self._kernels = ThreadPoolExecutor(
-            self.kernel_count, thread_name_prefix="asyncloader-kernel", initializer=_step_back
+        self._kernels = WorkerPool(
+            self.kernel_count, name="asyncloader-kernel", initializer=_step_back
         )
         self.reads: Executor = self.readers
         self.kernels: Executor = self._kernels
@@ -70,8 +69,10 @@ class Threads:
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         try:
-            await _fill(self._kernels, self.kernel_count)
-            await settled(loop.run_in_executor(self._kernels, self.readers.start))
+            # Starting a thread means waiting until it runs. Done on the event loop, and while others
+            # keep the processors busy, sixteen held the loop up for 90 ms: the first starts them.
+            for pool in (self._kernels, self.readers):
+                await settled(loop.run_in_executor(self._kernels, pool.start))
         except BaseException:
             await self._close()
             raise
@@ -97,30 +98,6 @@ class Threads:
             self.readers.shutdown()
         finally:
             self._kernels.shutdown()
-
-
-async def _fill(pool: ThreadPoolExecutor, size: int) -> None:
-    """Start all threads of a pool.
-
-    Starting one means waiting until it runs. Done on the event loop, and while others keep the
-    processors busy, sixteen threads held the loop up for 90 ms; so the first starts the others.
-    """
-    together = threading.Barrier(size)  # or a thread that is idle already would do for the next
-
-    def wait() -> None:
-        with contextlib.suppress(threading.BrokenBarrierError):
-            together.wait()
-
-    def start_others() -> None:
-        try:
-            for _ in range(size - 1):
-                pool.submit(wait)
-        except BaseException:  # no more threads to be had: let those go that wait already
-            together.abort()
-            raise
-        wait()
-
-    await settled(asyncio.get_running_loop().run_in_executor(pool, start_others))
 
 
 def _step_back() -> None:
