@@ -197,11 +197,15 @@ class Saver:
             ValueError: If what there is to save cannot be told apart by its names, or this is one
                 of several ranks and no `save_id` was given where torch.distributed could not help.
         """
-        snapshots = [table.snapshot() for table in self._tables.values()]
+        snapshots: list[SavableSnapshot] | Exception
+        try:
+            snapshots = [table.snapshot() for table in self._tables.values()]
+        except Exception as error:  # noqa: BLE001  # raised once rank 0 knows of it
+            snapshots = error
         return self._asave(snapshots, partial(LocalFolder, self._path))
 
     async def _asave(
-        self, snapshots: list[SavableSnapshot], open_folder: Callable[[], Folder]
+        self, snapshots: list[SavableSnapshot] | Exception, open_folder: Callable[[], Folder]
     ) -> SaveReport:
         with contextlib.ExitStack() as stack:
             listener = self._progress
@@ -219,7 +223,10 @@ class Saver:
         return run_blocking(self.asave)
 
     async def _save(
-        self, snapshots: list[SavableSnapshot], meter: Meter, open_folder: Callable[[], Folder]
+        self,
+        snapshots: list[SavableSnapshot] | Exception,
+        meter: Meter,
+        open_folder: Callable[[], Folder],
     ) -> SaveReport:
         writers = min(self._parallel, max(self._max_inflight_bytes // CHUNK, 1))
         async with Threads(reads=writers) as threads:
@@ -269,10 +276,12 @@ class Saver:
         return report
 
     async def _planned(
-        self, snapshots: list[SavableSnapshot], threads: Threads, commit: Commit
+        self, snapshots: list[SavableSnapshot] | Exception, threads: Threads, commit: Commit
     ) -> tuple[Contents, tuple[ShardLayout, ...]]:
         """Return what to write; if that fails, rank 0 is told, and need not wait for this rank."""
         try:
+            if isinstance(snapshots, Exception):
+                raise snapshots
             return await self._plan(snapshots, threads)
         except BaseException as error:
             if self._rank:

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from asyncloader.table.snapshot import TableSnapshot
+
 IDS = [5, -1, 65536, 3, 2**63 - 1, -(2**63), 0, 65535]
 CONTENT = data(IDS, width=3, exp_avg=3)
 DESCRIPTION = "torch_rank_weights_embs_table_multi_shard.json"
@@ -794,6 +796,22 @@ def test_a_rank_that_fails_before_it_writes_tells_rank_0(tmp_path: Path) -> None
     with pytest.raises(LookupError, match="no such slot"):
         Saver(1, 2, path=tmp_path, filter_func=refuse, save_id="x").save()
     with pytest.raises(SaveError, match=r"rank 1 .*LookupError: no such slot"):
+        Saver(0, 2, path=tmp_path, tensors={"w": torch.ones(2)}, save_id="x", timeout=None).save()
+
+    assert not (tmp_path / "index").exists()
+
+
+class Failing(HashTable):
+    """A table whose rows have gone elsewhere."""
+
+    def snapshot(self) -> TableSnapshot:
+        raise LookupError("its rows are elsewhere")
+
+
+def test_a_rank_whose_table_gives_no_snapshot_tells_rank_0(tmp_path: Path) -> None:
+    with pytest.raises(LookupError, match="its rows are elsewhere"):
+        Saver(1, 2, path=tmp_path, hashtables={"t": Failing([2], name="t")}, save_id="x").save()
+    with pytest.raises(SaveError, match=r"rank 1 .*LookupError: its rows are elsewhere"):
         Saver(0, 2, path=tmp_path, tensors={"w": torch.ones(2)}, save_id="x", timeout=None).save()
 
     assert not (tmp_path / "index").exists()
