@@ -280,8 +280,6 @@ class Saver:
     ) -> tuple[Contents, tuple[ShardLayout, ...]]:
         """Return what to write; if that fails, rank 0 is told, and need not wait for this rank."""
         try:
-            if isinstance(snapshots, Exception):
-                raise snapshots
             return await self._plan(snapshots, threads)
         except BaseException as error:
             if self._rank:
@@ -299,8 +297,10 @@ class Saver:
         )
 
     async def _plan(
-        self, snapshots: list[SavableSnapshot], threads: Threads
+        self, snapshots: list[SavableSnapshot] | Exception, threads: Threads
     ) -> tuple[Contents, tuple[ShardLayout, ...]]:
+        if isinstance(snapshots, Exception):
+            raise snapshots
         contents = Contents()
 
         def gather() -> None:

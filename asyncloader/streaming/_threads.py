@@ -69,8 +69,8 @@ class Threads:
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         try:
-            # Starting a thread means waiting until it runs. Done on the event loop, and while others
-            # keep the processors busy, sixteen held the loop up for 90 ms: the first starts them.
+            # Starting a thread means waiting until it runs. Done on the event loop, and while
+            # others keep the processors busy, sixteen held it up for 90 ms: the first starts them.
             for pool in (self._kernels, self.readers):
                 await settled(loop.run_in_executor(self._kernels, pool.start))
         except BaseException:
