@@ -49,6 +49,37 @@ def test_the_training_script_takes_its_share(rank: int, ranks: int) -> None:
     assert share == pytest.approx(1 / ranks, abs=0.02)
 
 
+def test_a_training_that_is_resumed_as_the_page_says_goes_on_as_if_it_had_not_ended(
+    tmp_path: Path,
+) -> None:
+    page = (ROOT / "docs" / "saving.md").read_text()
+    section = page.partition("## The dense optimizer")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102  # what the page says
+
+    def start() -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.Tensor]:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1), torch.tensor(0)
+
+    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: torch.Tensor) -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.full((2, 4), float(step))).sum().backward()
+            optimizer.step()
+            step += 1
+
+    first, second = start(), start()
+    train(*first)
+    names["save"](tmp_path, *first)
+    names["resume"](tmp_path, *second)
+    assert second[2] == 3
+    train(*first)
+    train(*second)
+    pairs = zip(first[0].parameters(), second[0].parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_the_code_in_the_readme_runs_in_its_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
