@@ -52,8 +52,9 @@ def test_what_is_not_spoiled_loads_whole(kind: str, number: int) -> None:
     folder = StrictFolder(files)
     for name in folder.tensors:
         assert folder.tensor(name) is not None
-    loads.check_load(files, half=False)
-    loads.check_read(files)
+    assert loads.check_load(files, half=False)
+    assert loads.check_load(files, half=True)
+    assert loads.check_read(files)
     with loads.folder_of(files) as path:
         assert set(load_tensors(path)) == set(folder.tensors)
 

@@ -82,8 +82,8 @@ def load(data: bytes) -> None:
     check_load(_files(choices), half=half)
 
 
-def check_load(files: Mapping[str, bytes], *, half: bool) -> None:
-    """Load, and compare what came of it; `half` of the ids are asked for."""
+def check_load(files: Mapping[str, bytes], *, half: bool) -> bool:
+    """Load, maybe `half` of the ids; compare what came of it, and say whether anything did."""
     tables = {name: _table(name, half=half) for name in TABLES}
     held = {name: rows_in(table) for name, table in tables.items()}
     tensors = {name: _poisoned(*spec) for name, spec in TENSORS.items()}
@@ -93,10 +93,11 @@ def check_load(files: Mapping[str, bytes], *, half: bool) -> None:
         touched = _attempt(folder, tables, tensors)
     if touched is None:
         _compare(StrictFolder(files, verify=not half), tables, tensors, half=half)
-        return
+        return True
     assert {name: rows_in(table) for name, table in tables.items()} == held
     for name, tensor in tensors.items():
         assert name in touched or raw(tensor) == before[name], name
+    return False
 
 
 def _attempt(
@@ -179,8 +180,8 @@ def read(data: bytes) -> None:
     check_read(_files(choices))
 
 
-def check_read(files: Mapping[str, bytes]) -> None:
-    """Read, and compare."""
+def check_read(files: Mapping[str, bytes]) -> bool:
+    """Read, compare, and say whether anything was read."""
     with folder_of(files) as folder:
         path = folder
         if SINGLE in files and not {INDEX, SHARDED} & files.keys():
@@ -189,7 +190,7 @@ def check_read(files: Mapping[str, bytes]) -> None:
         with watched().within(folder):
             found = _tensors(path)
     if found is None:
-        return
+        return False
     strict = StrictFolder(files)
     assert list(found) == list(strict.tensors)
     for name, tensor in found.items():
@@ -201,6 +202,7 @@ def check_read(files: Mapping[str, bytes]) -> None:
         known = DTYPES.get(dtype) or getattr(torch, NEWER[dtype])
         assert (tensor.dtype, tuple(tensor.shape)) == (known, shape)
         assert flat_bytes(tensor).numpy().tobytes() == content
+    return True
 
 
 def _tensors(path: Path) -> dict[str, Tensor] | None:
