@@ -6,7 +6,6 @@ to less, in either of their two versions, and every group is held to what those 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -114,13 +113,15 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         path = paths.get("" if is_2 else controller)
         if path is None or not (is_2 or controller in options.split(",")):
             continue
+        ours, whole = PurePosixPath(path), PurePosixPath(top)
         folder = root / point.lstrip("/")
-        yield folder
-        # A container may see its own group alone, as the root: its path is of the machine's then.
-        with contextlib.suppress(ValueError):
-            for part in PurePosixPath(path).relative_to(top).parts:
+        if ours.is_relative_to(whole):
+            yield folder
+            for part in ours.relative_to(whole).parts:
                 folder /= part
                 yield folder
+        elif set(whole.parts[1:]) == {".."}:  # it is above the root that we are told of
+            yield folder
 
 
 def _number(file: Path) -> int | None:

@@ -33,24 +33,38 @@ def lack_of(mark: Path | None) -> str:
         for shard in sorted(_shards(mark)):
             _check_length(mark.parent, shard, recis=mark.name == INDEX)
         if mark.name == INDEX:
-            (mark.parent / TENSORKEY).stat()
+            _written(mark.parent / TENSORKEY)
     except FileNotFoundError as error:
         return f"{os.path.basename(error.filename)!r} is missing"  # noqa: PTH119  # text
     except TruncatedShardError as error:
         return str(error)
+    except _UnwrittenError as unwritten:
+        return f"{str(unwritten)!r} is not written yet"
     except (OSError, CheckpointError):
         pass
     return ""
 
 
+class _UnwrittenError(Exception):
+    """A file has its name and its length, maybe, and not yet its content."""
+
+
 def _shards(mark: Path) -> set[str]:
     if mark.name == INDEX:
-        catalog = parse_catalog(str(mark.parent), mark.read_bytes(), b"{}")
+        catalog = parse_catalog(str(mark.parent), _written(mark), b"{}")
         return set(catalog.tensors.shards.values())  # without TENSORKEY, tables are tensors, too
     if is_weight_map(mark.name):
-        text = mark.read_bytes()
-        return set(parse_weight_map(str(mark.parent), text, mark.name).tensors.shards.values())
+        catalog = parse_weight_map(str(mark.parent), _written(mark), mark.name)
+        return set(catalog.tensors.shards.values())
     return {mark.name}
+
+
+def _written(names: Path) -> bytes:
+    """Return the text of a JSON file, unless it is cut short: it ends where its braces do."""
+    text = names.read_bytes()
+    if not text or text.count(b"{") > text.count(b"}"):
+        raise _UnwrittenError(names.name)
+    return text
 
 
 def _check_length(folder: Path, shard: str, *, recis: bool) -> None:
@@ -60,6 +74,8 @@ def _check_length(folder: Path, shard: str, *, recis: bool) -> None:
         return
     with (folder / shard).open("rb") as file:
         start = file.read(FIRST)
+        if len(start) >= PREFIX and not any(start[:PREFIX]):  # its room was taken first
+            raise _UnwrittenError(shard)
         length = header_length(str(folder), shard, start, found.st_size)
         file.seek(PREFIX)
         parse_header(str(folder), shard, file.read(length), found.st_size, recis=recis)

@@ -14,11 +14,8 @@ import contextlib
 import ctypes
 import mmap
 import sys
-import threading
 import time
 import weakref
-from bisect import bisect_right
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +30,11 @@ BLOCK = 2 << 20
 
 # Smaller views are not worth a look; the read touches their pages itself.
 _WORTH_IT = 512 << 10
-# Of the time that touching takes, one part in so many is spent on trying the other kind.
+# Of the time that touching takes, one part in so many is spent on trying the other kind; less and
+# less as long as it is the dearer one, since each try splits a mapping, of which a process may have
+# 65,530.
 _LOOKS = 24
+_LEAST_LOOKS = 24 << 5
 # Huge pages also spare look-ups of addresses, so small ones have to be this much cheaper.
 _MARGIN = 1.25
 # The weight of the latest block in what a kind is thought to cost.
@@ -56,7 +56,8 @@ class PageChooser:
 
     def __init__(self) -> None:
         self._cost: dict[bool, float] = {}
-        self._since: float = 0.0
+        self._since = 0.0
+        self._looks = _LOOKS
 
     def __repr__(self) -> str:
         costs = ", ".join(
@@ -77,75 +78,28 @@ class PageChooser:
             if kind not in self._cost:
                 return kind
         preferred = self.prefers_huge
-        if self._since > self._cost[not preferred] * _LOOKS:
+        if self._since > self._cost[not preferred] * self._looks:
             self._since = 0.0
+            self._looks = min(self._looks * 2, _LEAST_LOOKS)
             return not preferred
         return preferred
 
     def note(self, *, huge: bool, seconds: float) -> None:
         """Take in what a block has cost, in seconds of processor time."""
+        preferred = self.prefers_huge
         before = self._cost.get(huge, seconds)
         self._cost[huge] = before + (seconds - before) * _LATEST
+        if self.prefers_huge != preferred:
+            self._looks = _LOOKS
         if huge == self.prefers_huge:
             self._since += seconds
 
 
-class _Fresh:
-    """A mapping whose blocks are touched, one after the other, by the threads that fill it.
+_untouched: dict[int, bool] = {}
+"""Blocks that `map_fresh` has mapped and nobody has touched, by address over `BLOCK`, and whether
+they have been advised to be huge pages. Every change is one call of a method, so that threads need
+no lock, and none is held where a process forks or memory is freed by the garbage collector."""
 
-    Args:
-        begin: Address of its first block, a multiple of `BLOCK`.
-        blocks: How many it has.
-        huge: The kind of pages that it has been advised to take.
-    """
-
-    __slots__ = ("_left", "begin", "end", "huge")
-
-    def __init__(self, begin: int, blocks: int, *, huge: bool) -> None:
-        self.begin = begin
-        self.end = begin + blocks * BLOCK
-        self.huge = huge
-        self._left = bytearray(b"\1" * blocks)
-
-    def close(self) -> None:
-        """Note that the memory is no more, and that its addresses may be those of other memory."""
-        self.end = self.begin
-
-    def claim(self, begin: int, end: int) -> list[int]:
-        """Return the addresses of the untouched blocks in a range. They count as touched then.
-
-        If two threads claim one block at the same time, it is touched twice, which does no harm.
-        """
-        first = (max(begin, self.begin) - self.begin) // BLOCK
-        last = -(-(min(end, self.end) - self.begin) // BLOCK)
-        claimed = [block for block in range(first, last) if self._left[block]]
-        for block in claimed:
-            self._left[block] = 0
-        return [self.begin + block * BLOCK for block in claimed]
-
-
-class _Registry:
-    """Finds fresh memory by its address."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: tuple[list[int], list[_Fresh]] = ([], [])
-
-    def add(self, fresh: _Fresh) -> None:
-        """Take in a mapping, and forget those that are no more."""
-        with self._lock:
-            alive = [one for one in self._known[1] if one.end > one.begin]
-            alive = sorted([*alive, fresh], key=attrgetter("begin"))
-            self._known = [one.begin for one in alive], alive
-
-    def find(self, address: int) -> _Fresh | None:
-        """Return the mapping that an address is in, if there is one."""
-        begins, known = self._known
-        at = bisect_right(begins, address) - 1
-        return known[at] if at >= 0 and address < known[at].end else None
-
-
-_registry = _Registry()
 _chooser = PageChooser()
 # By ctypes, which lets other threads run meanwhile; `mmap.madvise` does not.
 _madvise = ctypes.CDLL(None, use_errno=True).madvise if sys.platform == "linux" else None
@@ -178,10 +132,17 @@ def map_fresh(size: int) -> tuple[mmap.mmap, int]:
     address = np.frombuffer(memory, np.uint8).ctypes.data
     start = -address % BLOCK
     if _madvise is not None:
-        fresh = _Fresh(address + start, size // BLOCK, huge=huge)
-        weakref.finalize(memory, fresh.close).atexit = False
-        _registry.add(fresh)
+        first = (address + start) // BLOCK
+        blocks = range(first, first + size // BLOCK)
+        _untouched.update(dict.fromkeys(blocks, huge))
+        weakref.finalize(memory, _forget, blocks).atexit = False
     return memory, start
+
+
+def _forget(blocks: Iterable[int]) -> None:
+    """Note that memory is no more: its addresses may be those of other memory soon."""
+    for block in blocks:
+        _untouched.pop(block, None)
 
 
 def touch(views: Iterable[memoryview]) -> None:
@@ -193,15 +154,15 @@ def touch(views: Iterable[memoryview]) -> None:
         if view.nbytes < _WORTH_IT:
             continue
         begin = np.frombuffer(view, np.uint8).ctypes.data
-        fresh = _registry.find(begin)
-        if fresh is not None:
-            for address in fresh.claim(begin, begin + view.nbytes):
-                _touch(address, fresh)
+        for block in range(begin // BLOCK, -(-(begin + view.nbytes) // BLOCK)):
+            is_huge = _untouched.pop(block, None)
+            if is_huge is not None:
+                _touch(block * BLOCK, is_huge=is_huge)
 
 
-def _touch(address: int, fresh: _Fresh) -> None:
+def _touch(address: int, *, is_huge: bool) -> None:
     huge = _chooser.choose()
-    if huge != fresh.huge:
+    if huge != is_huge:
         _advise(address, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
     start = time.thread_time()
     if _advise(address, _MADV_POPULATE_WRITE):

@@ -89,6 +89,19 @@ def test_a_group_that_is_over_its_limit_has_nothing_left(tmp_path: Path) -> None
     assert free_memory(tree(tmp_path, V2.format(top="/"), "0::/", files)) == 0
 
 
+@pytest.mark.parametrize(("top", "counts"), [("/../other", False), ("/b", False), ("/..", True)])
+def test_of_other_mounts_those_of_groups_above_ours_count(
+    tmp_path: Path, top: str, counts: bool
+) -> None:
+    mounts = V2.format(top="/") + V2.format(top=top).replace("/sys/fs/cgroup", "/mnt/other")
+    root = tree(tmp_path, mounts, "0::/a", {})
+    (root / "mnt/other").mkdir(parents=True)
+    for name, text in {"memory.max": 9000, "memory.current": 9000, "cpu.max": "100 100"}.items():
+        (root / "mnt/other" / name).write_text(f"{text}\n")
+    assert free_memory(root) == (100 << 10 if counts else 1100 << 10)
+    assert processor_quota(root) == (1 if counts else None)
+
+
 @pytest.mark.parametrize("top", ["/", "/docker/7f"])
 def test_a_container_of_version_1_sees_its_group_in_either_way(top: str, tmp_path: Path) -> None:
     at = "docker/7f/" if top == "/" else ""

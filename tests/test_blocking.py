@@ -6,7 +6,10 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -262,6 +265,20 @@ def test_too_few_descriptors_is_what_the_error_says_and_none_stays_open(checkpoi
     assert done.returncode == 0, done.stderr
     assert "Too many open files" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+class NoThread(ThreadPoolExecutor):
+    def submit(self, *_: object, **__: object) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what is open in /proc")
+async def test_where_no_thread_is_to_be_had_nothing_stays_open() -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            run_blocking(partial(asyncio.sleep, 0), one_thread=NoThread)
+    assert set(Path("/proc/self/fd").iterdir()) == before
 
 
 LATE = """

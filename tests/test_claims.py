@@ -81,6 +81,27 @@ def test_loads_into_views_that_interleave_go_side_by_side(two: tuple[Path, Path]
     assert matrix.tolist() == [[1, 2]] * 4
 
 
+def test_loads_into_many_columns_of_one_matrix_go_side_by_side(tmp_path: Path) -> None:
+    """Each of one load's columns lies between two of the other's, and is compared with all."""
+    columns = [str(number) for number in range(60)]
+    write_checkpoint(tmp_path, {}, {name: torch.full((4,), float(name)) for name in columns})
+    matrix = torch.zeros(4, len(columns))
+    into = {name: matrix[:, int(name)] for name in columns}
+    even = Loader(tmp_path, tensors={name: into[name] for name in columns[::2]})
+    odd = Loader(tmp_path, tensors={name: into[name] for name in columns[1::2]})
+    clash = Loader(tmp_path, tensors={"7": into["8"]})
+
+    def meanwhile(_: object) -> None:
+        odd.load()
+        with pytest.raises(RuntimeError, match=r"tensors\['7'\] is being filled .*it is '8'"):
+            clash.load()
+
+    assert even.load().filled == 30
+    Loader(tmp_path, tensors={name: into[name] for name in columns[::2]}, progress=meanwhile).load()
+
+    assert matrix.eq(torch.arange(60.0)).all()
+
+
 def test_a_load_is_refused_if_another_one_came_first_since_it_began(
     two: tuple[Path, Path],
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import resource
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,11 +97,50 @@ def test_touching_changes_no_byte(offset: int) -> None:
     assert torch.equal(tensor, before)
 
 
-def test_memory_of_others_and_memory_that_is_no_more_is_left_alone() -> None:
-    for _ in range(3):  # addresses are given out again
-        tensor = zeros((4 * BLOCK,), torch.uint8)
-        del tensor
-        gc.collect()
-        other = np.full(4 * BLOCK, 7, np.uint8)
-        touch([other.data, memoryview(b""), memoryview(bytes(8))])
-        assert (other == 7).all()
+def faults_of(write: Callable[[], object]) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    write()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def small_pages(blocks: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, blocks * BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux touches pages on request")
+def test_memory_of_others_is_left_alone() -> None:
+    others = small_pages(4)
+
+    touch([memoryview(others), memoryview(b""), memoryview(bytes(8))])
+
+    assert faults_of(partial(others.write, bytes(4 * BLOCK))) >= 4 * BLOCK // mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux touches pages on request")
+def test_memory_that_is_no_more_is_forgotten_before_others_get_its_addresses() -> None:
+    tensor = zeros((4 * BLOCK,), torch.uint8)
+    address = tensor.data_ptr()
+    del tensor
+    gc.collect()
+    others = small_pages(5)  # as large as what was given back, which has room for alignment
+    begin = np.frombuffer(others, np.uint8).ctypes.data
+    if not begin <= address < begin + 5 * BLOCK:
+        pytest.skip("the kernel has given it another address")
+
+    touch([memoryview(others)])
+
+    assert faults_of(partial(others.write, bytes(5 * BLOCK))) >= 5 * BLOCK // mmap.PAGESIZE
+
+
+def test_the_longer_one_kind_is_the_dearer_one_the_less_often_it_is_tried() -> None:
+    """Each try splits a mapping, of which a process may have 65,530."""
+    chooser = PageChooser()
+    tried = 0
+    for _ in range(100_000):  # 200 GB
+        huge = chooser.choose()
+        tried += not huge
+        chooser.note(huge=huge, seconds=FAST)
+
+    assert 100 < tried < 300

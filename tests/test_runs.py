@@ -227,6 +227,21 @@ def with_an_empty_shard(path: Path) -> None:
     os.truncate(next(path.glob("*.safetensors")), 0)
 
 
+def with_a_shard_whose_room_was_taken(path: Path) -> None:
+    shard = next(path.glob("*.safetensors"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+
+
+def with_half_an_index(path: Path) -> None:
+    os.truncate(path / "index", (path / "index").stat().st_size // 2)
+    os.utime(path / "index", (9, 9))
+
+
+def with_an_empty_index(path: Path) -> None:
+    os.truncate(path / "index", 0)
+    os.utime(path / "index", (9, 9))
+
+
 def without_the_names_of_tables(path: Path) -> None:
     (path / "tensorkey.json").unlink()
 
@@ -234,7 +249,15 @@ def without_the_names_of_tables(path: Path) -> None:
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize(
     "cut",
-    [without_a_shard, with_half_a_shard, with_an_empty_shard, without_the_names_of_tables],
+    [
+        without_a_shard,
+        with_half_a_shard,
+        with_an_empty_shard,
+        with_a_shard_whose_room_was_taken,
+        with_half_an_index,
+        with_an_empty_index,
+        without_the_names_of_tables,
+    ],
 )
 def test_a_version_that_is_still_being_copied_is_passed_over(
     tmp_path: Path, cut: Callable[[Path], None], listed: bool, caplog: pytest.LogCaptureFixture

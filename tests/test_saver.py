@@ -815,3 +815,19 @@ def test_a_rank_whose_table_gives_no_snapshot_tells_rank_0(tmp_path: Path) -> No
         Saver(0, 2, path=tmp_path, tensors={"w": torch.ones(2)}, save_id="x", timeout=None).save()
 
     assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_another_rank_writes_nothing_into_a_folder_that_holds_something_else(
+    tmp_path: Path, fails: bool
+) -> None:
+    def chosen(blocks: list[WriteBlock]) -> list[WriteBlock]:
+        if fails:
+            raise LookupError("no such slot")
+        return blocks
+
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(LookupError if fails else SaveError):
+        Saver(1, 2, path=tmp_path, filter_func=chosen, save_id="x").save()
+
+    assert os.listdir(tmp_path) == ["notes.txt"]  # noqa: PTH208  # as text

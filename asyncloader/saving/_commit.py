@@ -67,7 +67,7 @@ class Commit:
         return f"{STAGING}{self.ranks}-{self.save_id}"
 
     def begin(self) -> None:
-        """Make room for this rank; as rank 0, make sure that the folder may become a checkpoint.
+        """Make room for this rank, once it is sure that the folder may become a checkpoint.
 
         Raises:
             SaveError: If it holds something else.
@@ -75,7 +75,7 @@ class Commit:
         self.folder.make("")
         if self.rank == 0:
             self._recover()
-            old_files(self.folder)
+        old_files(self.folder)
         self.folder.make(self.staging)
         for name in (_part_name(self.rank), _failure_name(self.rank)):
             with contextlib.suppress(FileNotFoundError):
@@ -248,7 +248,7 @@ class Commit:
 
     def refuse(self, reason: str) -> None:
         """Tell rank 0 that this rank, another one, has failed before it staged anything."""
-        with contextlib.suppress(OSError):  # why it failed counts more
+        with contextlib.suppress(OSError, SaveError):  # why it failed counts more
             self.begin()
             self.abandon([], reason)
 

@@ -8,11 +8,12 @@ import contextvars
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from concurrent.futures import Future
+    from concurrent.futures import Executor, Future
 
 __all__ = ["run_blocking"]
 
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 _PATIENCE = 0.1
 """Seconds between two looks at whether we are still wanted."""
+
+_ONE_THREAD = partial(ThreadPoolExecutor, 1, thread_name_prefix="asyncloader")
 
 _PIPES = 5
 """A loop, its signals and its wake-ups take 9 descriptors."""
@@ -76,11 +79,23 @@ class _Call(Generic[T]):
             self._task.cancel()
 
 
-def run_blocking(main: Callable[[], Coroutine[object, object, T]]) -> T:
+def run_blocking(
+    main: Callable[[], Coroutine[object, object, T]],
+    *,
+    one_thread: Callable[[], Executor] = _ONE_THREAD,
+) -> T:
     """Run `main()` to its end on a loop of its own and return its result, from any thread.
 
     Where a loop is running already, as in Jupyter, that loop is left alone (and blocked) while a
     private one does the work on a thread that lives for this call only.
+
+    Args:
+        main: Makes the coroutine.
+        one_thread: Makes that thread.
+
+    Raises:
+        RuntimeError: If there is no thread to be had; whatever `main` raises, too.
+        OSError: If there are too few descriptors for a loop.
     """
     call = _Call(main)
     loop = _new_event_loop()
@@ -91,8 +106,12 @@ def run_blocking(main: Callable[[], Coroutine[object, object, T]]) -> T:
 
     if not _loop_is_running():
         return serve()
-    with ThreadPoolExecutor(1, thread_name_prefix="asyncloader") as thread:
-        result = thread.submit(contextvars.copy_context().run, serve)
+    with one_thread() as thread:
+        try:
+            result = thread.submit(contextvars.copy_context().run, serve)
+        except RuntimeError:  # no thread is to be had
+            loop.close()
+            raise
         try:
             _wait_for(result)
             return result.result()

@@ -37,11 +37,16 @@ class _Ranges(NamedTuple):
     reach: NDArray[np.int64]
     """The largest end so far: a range begins anew where it lies below the next begin."""
 
-    def meeting(self, other: _Ranges) -> NDArray[np.bool_]:
-        """Say which of these ranges `other` has bytes in; interleaved views count."""
+    def meeting(self, other: _Ranges) -> Iterator[tuple[int, int]]:
+        """Yield the tensors whose ranges have bytes in common, one of ours and one of theirs.
+
+        Views that interleave, as the columns of a matrix do, count.
+        """
         before = np.searchsorted(other.begin, self.end)  # those that begin before each ends
         reach = np.concatenate([[np.int64(-1)], other.reach])
-        return reach[before] > self.begin
+        for at in np.flatnonzero(reach[before] > self.begin):
+            for there in np.flatnonzero(other.end[: before[at]] > self.begin[at]):
+                yield int(self.numbers[at]), int(other.numbers[there])
 
 
 class _Taken(NamedTuple):
@@ -62,12 +67,10 @@ class _Taken(NamedTuple):
             raise RuntimeError(_refusal(f"table {self.tables[table]!r}", other.location))
         for device in self.ranges.keys() & other.ranges.keys():
             mine, theirs = self.ranges[device], other.ranges[device]
-            near, far = mine.meeting(theirs), theirs.meeting(mine)
-            for number in mine.numbers[near].tolist():
-                for taken in theirs.numbers[far].tolist():
-                    if share(self.into.held[number], other.into.held[taken]):
-                        there = f"{other.location} (there it is {other.name(taken)!r})"
-                        raise RuntimeError(_refusal(f"tensors[{self.name(number)!r}]", there))
+            for number, taken in mine.meeting(theirs):
+                if share(self.into.held[number], other.into.held[taken]):
+                    there = f"{other.location} (there it is {other.name(taken)!r})"
+                    raise RuntimeError(_refusal(f"tensors[{self.name(number)!r}]", there))
 
     def name(self, number: int) -> str:
         """Return the name of a tensor."""
@@ -118,15 +121,21 @@ class Claim:
             RuntimeError: If another load fills some of it, or a read that was given up may.
         """
         numbers = {id(table): name for name, table in tables.items()}
+        for unsafe in into.unsafe(names):
+            raise RuntimeError(unsafe)
         mine = _Taken(location, into, dict(_by_device(into, names)), numbers)
+        # Compared outside of the lock, for which event loops wait: whoever comes later sees us.
         with _lock:
-            for unsafe in into.unsafe(names):
-                raise RuntimeError(unsafe)
-            for other in (*(one.taken for one in _claims), *self.ended):
-                if other is not None:
-                    mine.check(other)
+            others = (*(one.taken for one in _claims), *self.ended)
             self.taken = mine
             self.ended.clear()
+        try:
+            for other in others:
+                if other is not None:
+                    mine.check(other)
+        except BaseException:
+            self.taken = None
+            raise
 
 
 def _refusal(what: str, other: str) -> str:
