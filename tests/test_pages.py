@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyncloader._memory import zeros
+from asyncloader._memory import Spare, zeros
 from asyncloader._pages import BLOCK, PageChooser, touch
 
 if TYPE_CHECKING:
@@ -144,3 +144,81 @@ def test_the_longer_one_kind_is_the_dearer_one_the_less_often_it_is_tried() -> N
         chooser.note(huge=huge, seconds=FAST)
 
     assert 100 < tried < 300
+
+
+def yes() -> bool:
+    return True
+
+
+def addresses(tensors: list[torch.Tensor]) -> set[int]:
+    return {tensor.data_ptr() for tensor in tensors}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no private mappings")
+@pytest.mark.parametrize("wiped_before", [True, False])
+def test_memory_that_is_given_back_is_lent_again_and_reads_as_zero(wiped_before: bool) -> None:
+    spare = Spare(yes)
+    spare.allow("me", 64 * BLOCK)
+    sizes = [4 * BLOCK + 5, 9 * BLOCK]
+    first = [zeros((size,), torch.uint8, spare=spare) for size in sizes]
+    touch([first[1].numpy()[: 2 * BLOCK].data])
+    first[0].fill_(7)
+    first[1][:BLOCK] = 7  # touched
+    first[1][5 * BLOCK : 5 * BLOCK + 9] = 7  # by one who reads little
+    before = addresses(first)
+
+    first.clear()
+    if wiped_before:
+        spare.wipe()
+    second = [zeros((size + BLOCK // 4,), torch.uint8, spare=spare) for size in sizes]  # has grown
+
+    assert addresses(second) == before
+    assert not any(tensor.any() for tensor in second)
+    assert spare.nbytes == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no private mappings")
+def test_what_was_written_after_memory_was_lent_again_is_wiped_too() -> None:
+    spare = Spare(yes)
+    spare.allow("me", 64 * BLOCK)
+    for size in (8 * BLOCK, 5 * BLOCK, 8 * BLOCK):
+        tensor = zeros((size,), torch.uint8, spare=spare)
+        assert not tensor.any()
+        tensor.fill_(7)
+        del tensor
+
+
+def test_no_more_is_kept_than_is_allowed_and_what_came_last() -> None:
+    spare = Spare(yes)
+    spare.allow("me", 10 * BLOCK)
+    spare.allow("you", 10 * BLOCK)
+    for blocks in (3, 5, 6, 30):
+        zeros((blocks * BLOCK,), torch.uint8, spare=spare)
+
+    assert 10 * BLOCK <= spare.nbytes <= 20 * BLOCK  # of 5 and 6, without what aligns them
+    spare.forget("you")
+    assert 5 * BLOCK <= spare.nbytes <= 10 * BLOCK
+    spare.forget("me")
+    assert spare.nbytes == 0
+    zeros((4 * BLOCK,), torch.uint8, spare=spare)
+    assert spare.nbytes == 0
+
+
+def test_nothing_is_kept_where_fresh_memory_is_cheap() -> None:
+    spare = Spare(lambda: False)
+    spare.allow("me", 64 * BLOCK)
+
+    zeros((4 * BLOCK,), torch.uint8, spare=spare)
+
+    assert spare.nbytes == 0
+
+
+def test_memory_that_is_much_too_large_is_left_to_others() -> None:
+    spare = Spare(yes)
+    spare.allow("me", 64 * BLOCK)
+    zeros((20 * BLOCK,), torch.uint8, spare=spare)
+
+    small = zeros((4 * BLOCK,), torch.uint8, spare=spare)
+
+    assert spare.nbytes >= 20 * BLOCK
+    assert not small.any()
