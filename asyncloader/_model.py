@@ -10,14 +10,21 @@ from torch import Tensor, nn
 from .table import HashTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["targets"]
 
 _log = logging.getLogger(__name__)
 
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What `torch.compile`, FSDP and activation checkpointing call the module that they wrap."""
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",  # of torch.compile
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+}
+"""What torch's wrappers, by the names of their classes, call the module that they wrap. Importing
+the classes would take seconds."""
 
 
 def targets(model: nn.Module) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
@@ -68,31 +75,43 @@ def _tables(model: nn.Module) -> Iterator[tuple[str, HashTable]]:
 
 def _unwrapped(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take off names what wrappers of modules have put there."""
-    prefixes = sorted(_wrappers(model), key=len, reverse=True)  # from within
-    if not prefixes:
-        return tensors
     found: dict[str, Tensor] = {}
+    taken_off: set[str] = set()
     for name, tensor in tensors.items():
-        bare = name
-        for prefix in prefixes:
-            if bare.startswith(prefix):
-                outer = prefix[:-1].rpartition(".")[0]
-                bare = f"{outer}{'.' if outer else ''}{bare.removeprefix(prefix)}"
+        bare = ".".join(_bare(model, name.split("."), taken_off))
         if bare in found:
             raise ValueError(
                 f"two tensors are named {bare!r} once the wrapper of {name!r} is taken off: give "
                 "one of them another name"
             )
         found[bare] = tensor
-    if found.keys() != tensors.keys():
-        _log.info("names of tensors are those without wrappers: taken off were %s", prefixes)
+    if taken_off:
+        parts = sorted(taken_off)
+        _log.info("names of tensors are those without wrappers: taken off were %s", parts)
     return found
 
 
-def _wrappers(model: nn.Module) -> Iterator[str]:
-    """Yield what names begin with below each module that wraps another one."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    for path, module in model.named_modules(remove_duplicate=False):
-        for child, _ in module.named_children():
-            if child in _WRAPPED or (child == "module" and isinstance(module, parallel)):
-                yield f"{path}{'.' if path else ''}{child}."
+def _bare(module: nn.Module, parts: Sequence[str], taken_off: set[str]) -> Iterator[str]:
+    """Yield the parts of a name that wrappers have not put there, from `module` on."""
+    for at, part in enumerate(parts):
+        # Some wrappers take their own part off by a hook, so they are passed without one.
+        while part not in module._modules and (inner := _wrapped(module)):  # noqa: SLF001
+            module = module._modules[inner] or module  # noqa: SLF001
+        child = module._modules.get(part)  # noqa: SLF001  # wrappers show what is below as theirs
+        if child is None:
+            yield from parts[at:]
+            return
+        if part == _wrapped(module):
+            taken_off.add(f"{part}.")
+        else:
+            yield part
+        module = child
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """Return what a wrapper calls the module that it wraps; `None` if this is no wrapper."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch.") and kind.__name__ in _WRAPPERS:
+            child = _WRAPPERS[kind.__name__]
+            return child if module._modules.get(child) is not None else None  # noqa: SLF001
+    return None

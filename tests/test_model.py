@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from asyncloader import HashTable, Loader, PlanError, Saver, targets
 from tests.oracle import write_checkpoint
@@ -106,20 +108,19 @@ def test_what_is_no_model_is_refused() -> None:
 # --- wrapped models
 
 
-class Compiled(nn.Module):
-    """Wraps a module as `torch.compile` does, which takes seconds to import."""
+def of_torch(name: str, child: str) -> Callable[[nn.Module], nn.Module]:
+    """Make a wrapper as torch has one, without what takes seconds to import, or a process group."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = module
+    def wrap(self: nn.Module, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        setattr(self, child, module)
+
+    kind = type(name, (nn.Module,), {"__init__": wrap, "__module__": "torch.distributed"})
+    return cast("Callable[[nn.Module], nn.Module]", kind)
 
 
-class Sharded(nn.Module):
-    """Wraps a module as FSDP does."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._fsdp_wrapped_module = module
+Compiled = of_torch("OptimizedModule", "_orig_mod")
+Sharded = of_torch("FullyShardedDataParallel", "_fsdp_wrapped_module")
 
 
 def wrapped_within() -> nn.Module:
@@ -135,6 +136,13 @@ WRAPPED: dict[str, Callable[[], nn.Module]] = {
     "compiled and parallel": lambda: Compiled(nn.DataParallel(WRAPPED["bare"]())),
     "sharded": lambda: Sharded(WRAPPED["bare"]()),
     "within": wrapped_within,
+    # These take their own part of a name off, by a hook.
+    "compiled in checkpointed": lambda: nn.Sequential(
+        checkpoint_wrapper(Compiled(nn.Linear(2, 2))), nn.Linear(2, 2)
+    ),
+    "checkpointed in compiled": lambda: Compiled(
+        nn.Sequential(Compiled(checkpoint_wrapper(nn.Linear(2, 2))), nn.Linear(2, 2))
+    ),
 }
 
 
@@ -162,6 +170,42 @@ def test_that_names_of_wrappers_are_taken_off_is_said(caplog: pytest.LogCaptureF
     assert "without wrappers: taken off were ['module.']" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "saved", sorted(WRAPPED.keys() - {"within"})
+)  # its `module` may be anything
+@pytest.mark.parametrize("loaded", ["bare", "within"])
+def test_what_was_saved_under_the_names_of_a_wrapped_model_is_found(
+    tmp_path: Path, saved: str, loaded: str
+) -> None:
+    source, destination = WRAPPED[saved](), WRAPPED[loaded]()
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+
+    report = Loader(tmp_path, *targets(destination), strict=True).load()
+
+    for one, other in zip(source.parameters(), destination.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert report.unexpected == ()
+    renamed = [warning for warning in report.warnings if "names of a wrapped model" in warning]
+    assert len(renamed) == (source.state_dict().keys() != WRAPPED["bare"]().state_dict().keys())
+
+
+def test_a_name_that_two_wrapped_ones_have_is_missing(tmp_path: Path) -> None:
+    names = ["_orig_mod.a", "_fsdp_wrapped_module.a", "_orig_mod.b"]
+    write_checkpoint(tmp_path, {}, {name: torch.ones(1) for name in names})
+    report = Loader(tmp_path, tensors={"a": torch.zeros(1), "b": torch.zeros(1)}).load()
+    assert report.missing == ("a",)
+    assert set(report.unexpected) == set(names[:2])
+
+
+def test_what_is_called_as_in_a_wrapper_is_no_wrapper() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._orig_mod = nn.Linear(1, 1, bias=False)
+
+    assert list(targets(Own())[1]) == ["_orig_mod.weight"]
+
+
 def test_a_model_may_have_a_part_called_module() -> None:
     model = nn.ModuleDict({"module": nn.Linear(2, 2)})
     assert set(targets(model)[1]) == {"module.weight", "module.bias"}
@@ -170,7 +214,7 @@ def test_a_model_may_have_a_part_called_module() -> None:
 @pytest.mark.parametrize(
     ("there", "wanted", "says"),
     [
-        ("module.", "", "it is there as 'module.a.weight', as others are with 'module.'"),
+        ("net.", "", "it is there as 'net.a.weight', as others are with 'net.'"),
         ("", "module.", "it is there as 'a.weight', as others without 'module.'"),
     ],
 )
@@ -192,11 +236,8 @@ def test_names_that_differ_by_a_prefix_are_hinted_at(
 
 
 def test_a_tensor_of_each_wrapper_and_of_the_bare_name_are_told_apart() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-            self._orig_mod = nn.Linear(1, 1)
+    odd = Compiled(nn.Linear(1, 1))
+    odd.register_parameter("weight", nn.Parameter(torch.zeros(1)))
 
     with pytest.raises(ValueError, match="two tensors are named 'weight'"):
-        targets(Odd())
+        targets(odd)

@@ -22,6 +22,10 @@ __all__ = ["Choice", "PartChoice", "choose"]
 
 
 _SHOWN = 10
+# What `torch.compile`, FSDP and activation checkpointing put into the names of a `state_dict()`.
+_OF_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+# And what DistributedDataParallel puts before them all.
+_OF_PARALLEL = "module"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,7 @@ class Choice:
     missing: list[str] = field(default_factory=list)
     unexpected: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def shards(self) -> tuple[str, ...]:
         """Return the shards whose headers are needed."""
@@ -94,6 +99,8 @@ def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
     if by_own_name:
         _choose_by_own_name(choice)
         wanted: AbstractSet[str] = targets.tensors.names()
+        if choice.warnings:
+            wanted = {*wanted, *choice.tensors.values()}
     else:
         wanted = {s for name, of in info.items() if name not in targets.tables for s in of}
     choice.unexpected = tuple(_unexpected(catalog, info, targets, wanted))
@@ -111,6 +118,30 @@ def _choose_by_own_name(choice: Choice) -> None:
         choice.tensors = {name: name for name in names if name in there}
     if len(choice.tensors) < len(choice.targets.tensors):
         choice.lacking = {name: name for name in choice.targets.tensors if name not in there}
+        _choose_wrapped(choice)
+
+
+def _choose_wrapped(choice: Choice) -> None:
+    """Find tensors that were saved as a wrapped model has them, by the names of the bare one."""
+    kept = {
+        name: [part for part in name.split(".") if part not in _OF_WRAPPERS]
+        for name in choice.catalog.tensors.block_keys
+    }
+    # Who calls a part of a model `module` has it in some names: here nothing fits, and all have it.
+    if not choice.tensors and all(parts[0] == _OF_PARALLEL for parts in kept.values() if parts):
+        kept = {name: parts[1:] for name, parts in kept.items()}
+    bare: dict[str, list[str]] = {}
+    for name, parts in kept.items():
+        bare.setdefault(".".join(parts), []).append(name)
+    found = {name: bare[name][0] for name in choice.lacking if len(bare.get(name, ())) == 1}
+    if found:
+        name, source = next(iter(found.items()))
+        choice.tensors |= found
+        choice.lacking = {name: name for name in choice.lacking if name not in found}
+        choice.warnings.append(
+            f"{len(found)} tensors were saved under the names of a wrapped model: {name!r} is "
+            f"there as {source!r}, and so on"
+        )
 
 
 def _choose_tensor(choice: Choice, name: str, sources: Mapping[str, Sequence[str]]) -> None:

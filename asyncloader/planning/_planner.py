@@ -73,7 +73,7 @@ def plan_load(
         tables=tuple(builder.build() for builder in tables.values()),
         missing=missing,
         unexpected=choice.unexpected,
-        warnings=manifest.warnings,
+        warnings=(*manifest.warnings, *choice.warnings),
         casts=tuple(casts),
     )
 
