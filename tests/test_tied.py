@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from asyncloader import Live, Loader, PlanError, Saver, targets
 from tests.oracle import write_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -101,3 +102,53 @@ async def test_two_values_for_one_memory_are_a_warning_that_names_both(
     assert warning in caplog.text
     assert torch.equal(tied, other)
     assert torch.equal(same, one)
+
+
+def half_and_brain() -> dict[str, torch.Tensor]:
+    """Two blocks of the same bytes and of other values."""
+    half = torch.full((8,), 1.5, dtype=torch.float16)
+    return {"a": half, "b": half.view(torch.bfloat16).clone()}
+
+
+def one_in_two_dtypes() -> dict[str, torch.Tensor]:
+    return {"a": torch.ones(8), "b": torch.ones(8, dtype=torch.bfloat16)}
+
+
+def zeros_and_sevens() -> dict[str, torch.Tensor]:
+    zeros = torch.zeros(8, dtype=torch.bfloat16)
+    return {"a": zeros, "b": torch.full_like(zeros, 7)}
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize(
+    ("make", "differ"), [(one_in_two_dtypes, 0), (half_and_brain, 1), (zeros_and_sevens, 1)]
+)
+def test_values_that_are_converted_are_compared_as_they_are_then(
+    tmp_path: Path, make: Callable[[], dict[str, torch.Tensor]], *, differ: int, digests: bool
+) -> None:
+    if digests:
+        Saver(path=tmp_path / "saved", tensors=make()).save()
+    else:
+        write_checkpoint(tmp_path / "saved", {}, make())
+    tied = torch.zeros(8)
+
+    report = Loader(tmp_path / "saved", tensors={"a": tied, "b": tied}, cast="widen").load()
+
+    assert len(report.warnings) == differ
+    assert torch.equal(tied, make()["b"].float())
+
+
+@pytest.mark.parametrize("verify", ["auto", "off"])
+@pytest.mark.parametrize("values", [(1 + 2j, 1 + 2j), (1 + 2j, 1 - 2j)])
+def test_views_of_one_memory_are_compared_by_what_each_would_show(
+    tmp_path: Path, verify: Literal["auto", "off"], values: tuple[complex, complex]
+) -> None:
+    stored = {name: torch.full((3,), value) for name, value in zip("ab", values, strict=True)}
+    Saver(path=tmp_path / "saved", tensors=stored).save()
+    held = torch.zeros(3, dtype=torch.complex64)
+
+    into = {"a": held, "b": held.conj()}
+    report = Loader(tmp_path / "saved", tensors=into, verify=verify).load()
+
+    assert torch.equal(held.conj().resolve_conj(), stored["b"])
+    assert len(report.warnings) == (values[0] == values[1])

@@ -11,7 +11,7 @@ import torch
 from asyncloader._concurrency import for_each, run_jobs
 from asyncloader.storage import read_exactly
 
-from ._tensors import copy_elements
+from ._tensors import copy_elements, torch_dtype
 
 if TYPE_CHECKING:
     from asyncloader.checkpoint import Block
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ._threads import Threads
 
 __all__ = ["Comparison"]
+
+_STEP = 1 << 16
+"""Elements that are converted at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +56,7 @@ class Comparison:
         async def compare(load: TensorLoad) -> None:
             filler = self.plan.shared[load.name]
             block = self.plan.tensors.block(numbers[filler])
-            if not await self._same(load, block):
+            if not await self._same(load, filler, block):
                 warnings.append(
                     f"tensors {load.name!r} and {filler!r} are one memory, but the checkpoint has "
                     f"different values for them: it holds those of {filler!r} now"
@@ -62,34 +65,49 @@ class Comparison:
         await for_each(self.plan.again, compare, workers=self.parallel, name="asyncloader-compare")
         return sorted(warnings)
 
-    async def _same(self, load: TensorLoad, filler: Block) -> bool:
+    async def _same(self, load: TensorLoad, filler: str, filled: Block) -> bool:
+        """Say whether the memory would hold the same had `load` filled it, and not `filler`.
+
+        Args:
+            load: What was not loaded.
+            filler: The name under which the memory was filled.
+            filled: The block that filled it.
+        """
         block = load.block
-        if (block.shard, block.offset) == (filler.shard, filler.offset):
-            return True
-        if block.digests is not None and filler.digests is not None:
-            return block.digests == filler.digests
-        [number] = self.tensors.targets.numbers([load.name])
-        tensor = self.tensors.held[number]
-        if f"torch.{block.dtype.torch}" != str(tensor.dtype):
-            return True  # converted on its way: two roundings may differ where the values do not
-        step = max(self.chunk_bytes // tensor.itemsize, 1) * tensor.itemsize
+        tensor, other = map(self.tensors.held.__getitem__, self._numbers(load.name, filler))
+        views = [(one.is_conj(), one.is_neg()) for one in (tensor, other)]
+        if block.dtype == filled.dtype and views[0] == views[1]:
+            if (block.shard, block.offset) == (filled.shard, filled.offset):
+                return True
+            if block.digests is not None and filled.digests is not None:
+                return block.digests == filled.digests
+        dtype = torch_dtype(block.dtype)
+        step = max(self.chunk_bytes // dtype.itemsize, 1) * dtype.itemsize
         for begin in range(0, block.nbytes, step):
             length = min(step, block.nbytes - begin)
             async with self.budget.reserve(length):
                 buffer = self.staging.take(length)
-                values = buffer[:length]
-                view = values.numpy().data
+                view = buffer[:length].numpy().data
                 await read_exactly(self.storage, block.shard, block.offset + begin, [view])
-                look = partial(_holds, tensor, begin // tensor.itemsize, values)
+                values = torch.frombuffer(view, dtype=dtype)
+                look = partial(_holds, tensor, begin // dtype.itemsize, values)
                 [same] = await run_jobs(self.threads.kernels, [look])
+                del view, values, look
                 self.staging.give(buffer)
             if not same:
                 return False
         return True
 
+    def _numbers(self, *names: str) -> list[int]:
+        return self.tensors.targets.numbers(names)
+
 
 def _holds(tensor: torch.Tensor, start: int, values: torch.Tensor) -> bool:
-    """Say whether a tensor's elements from `start` on have these bytes, uint8 `[n]`."""
-    held = torch.empty(values.nbytes // tensor.itemsize, dtype=tensor.dtype)
-    copy_elements(tensor, start, held)
-    return torch.equal(held.view(torch.uint8), values)
+    """Say whether a tensor's elements from `start` on are these once converted, `[n]`."""
+    for at in range(0, len(values), _STEP):
+        wanted = values[at : at + _STEP].to(tensor.dtype)
+        held = torch.empty_like(wanted)
+        copy_elements(tensor, start + at, held)
+        if not torch.equal(held.view(torch.uint8), wanted.view(torch.uint8)):
+            return False
+    return True
