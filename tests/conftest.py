@@ -53,6 +53,7 @@ def no_blocking_calls_on_the_loop() -> Iterator[None]:
         # The last threads of a load are idle when they are joined; somebody has to.
         allowed.can_block_in("asyncloader/streaming/_threads.py", {"_close"})
         allowed.can_block_in("asyncloader/serving/_switch.py", {"_wind_up"})
+        allowed.can_block_in("coverage/collector.py", {"lock_data"})
         yield
 
 
