@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import Cast, HashTable, Loader, PlanError, Saver, Slice, gen_slice
+from asyncloader.checkpoint import BY_TORCH
 from tests.checkpoints import run
 from tests.live import Events, live, publish
 from tests.oracle import TableData, edit_header, rows_of, write_checkpoint
@@ -29,13 +30,12 @@ if TYPE_CHECKING:
     from asyncloader.planning import LoadInfo
 
 
-FLOATS = (
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
+FLOATS = tuple(
+    getattr(torch, name)
+    for name in BY_TORCH
+    if name.startswith(("float", "bfloat"))
+    and name != "float4_e2m1fn_x2"  # two values to an element, which torch itself cannot convert
+    and hasattr(torch, name)
 )
 INTEGERS = (
     torch.int8,

@@ -19,6 +19,9 @@ Casting = Literal["widen", "any"]
 _WIDER = {
     "float8_e4m3fn": {"float16", "bfloat16", "float32", "float64"},
     "float8_e5m2": {"float16", "bfloat16", "float32", "float64"},
+    "float8_e4m3fnuz": {"float16", "bfloat16", "float32", "float64"},
+    "float8_e5m2fnuz": {"float16", "bfloat16", "float32", "float64"},
+    "float8_e8m0fnu": {"bfloat16", "float32", "float64"},  # powers of two, from -127 to 127
     "float16": {"float32", "float64"},
     "bfloat16": {"float32", "float64"},
     "float32": {"float64"},

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from .description import DESCRIPTION, describe
 from .shard import Block, Rows, shard_entries, write_shard
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+_NEWER = {
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
 _SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+_SPELLING |= {
+    getattr(torch, called): name for name, called in _NEWER.items() if hasattr(torch, called)
+}
 
 
 def shard_name(number: int, total: int) -> str:
