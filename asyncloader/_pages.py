@@ -16,6 +16,7 @@ import mmap
 import sys
 import time
 import weakref
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,15 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["BLOCK", "PageChooser", "fresh_memory_is_dear", "map_fresh", "touch", "wipe"]
+__all__ = [
+    "BLOCK",
+    "PageChooser",
+    "fresh_memory_is_dear",
+    "is_read_only",
+    "map_fresh",
+    "touch",
+    "wipe",
+]
 
 BLOCK = 2 << 20
 """A huge page, in bytes; memory is touched in such blocks, and aligned to them."""
@@ -176,6 +185,18 @@ def wipe(memory: mmap.mmap, start: int, size: int) -> None:
             array[at : at + BLOCK] = 0
 
 
+def is_read_only(address: int) -> bool:
+    """Say whether an address cannot be written to, where the kernel tells; it is touched then."""
+    start = address & ~(mmap.PAGESIZE - 1)
+    return not _advise(start, _MADV_POPULATE_WRITE, 1) and _can_populate()
+
+
+@cache
+def _can_populate() -> bool:
+    own = np.zeros(1, np.uint8)
+    return _advise(own.ctypes.data & ~(mmap.PAGESIZE - 1), _MADV_POPULATE_WRITE, 1)
+
+
 def touch(views: Iterable[memoryview]) -> None:
     """Touch what of some views was never touched, on the thread that is about to fill them.
 
@@ -200,9 +221,9 @@ def _touch(address: int, *, is_huge: bool) -> None:
         _chooser.note(huge=huge, seconds=time.thread_time() - start)
 
 
-def _advise(address: int, advice: int | None) -> bool:
+def _advise(address: int, advice: int | None, size: int = BLOCK) -> bool:
     """Tell the kernel about a block; return whether it knows that advice, and has taken it."""
     if _madvise is None or advice is None:
         return False
-    done: int = _madvise(ctypes.c_void_p(address), ctypes.c_size_t(BLOCK), advice)
+    done: int = _madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
     return done == 0

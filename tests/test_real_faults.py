@@ -11,12 +11,14 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ from asyncloader import (
     CheckpointReader,
     HashTable,
     Loader,
+    ReadError,
     SaveError,
     Saver,
     load_tensors,
@@ -463,3 +466,25 @@ def within_a_load(path: Path) -> list[str]:
 def test_a_forked_process_loads_and_so_does_its_parent(found: Found, when: str, count: int) -> None:
     assert not any(found[around_forks][when])
     assert len(found[around_forks][when]) >= count
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_cannot_be_written_to_is_an_error_that_says_so(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Where values are converted, a copy into it would end the process."""
+    np.zeros(4, np.float32).tofile(tmp_path / "mapped")
+    mapped = np.memmap(tmp_path / "mapped", np.float32, "r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, which comes once a process
+        tensor = torch.from_numpy(mapped)
+    write_checkpoint(tmp_path / "c", {}, {"w": torch.ones(4, dtype=dtype)})
+
+    with pytest.raises((ValueError, ReadError), match=r"cannot be written to.*clone"):
+        Loader(tmp_path / "c", tensors={"w": tensor}, cast="widen").load()
+
+    assert not tensor.any()
+    copy = tensor.clone()
+    Loader(tmp_path / "c", tensors={"w": copy}, cast="widen").load()
+    assert copy.eq(1).all()

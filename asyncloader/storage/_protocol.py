@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
@@ -162,6 +163,12 @@ class ByteRange:
 
 def read_error(name: str, offset: int, length: int, error: OSError) -> ReadError:
     """Return what to raise, from `error`, where a storage failed to deliver a byte range."""
+    if error.errno == errno.EFAULT:
+        problem = (
+            "the memory that it was to fill cannot be written to: a file that is mapped read-only, "
+            "say; load into a copy (`tensor.clone()`)"
+        )
+        return ReadError(name, offset, length, problem)
     kind = ReadStalledError if isinstance(error, StalledError) else ReadError
     return kind(name, offset, length, _in_words(error))
 

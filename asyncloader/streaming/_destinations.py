@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from asyncloader._pages import is_read_only
 from asyncloader.checkpoint import BY_TORCH
 from asyncloader.planning import TensorTargets
 from asyncloader.storage import lost_memory
@@ -91,6 +92,25 @@ class Destinations:
                 f"tensors[{list(self.tensors)[odd]!r}] {what}: its storage may not be exchanged, "
                 "resized or empty during a load"
             )
+
+    def check_writable(self, staged: NDArray[np.int64]) -> None:
+        """Make sure that tensors to which values are copied can be written to.
+
+        Into others the kernel writes, which says so; a copy would end the process.
+
+        Args:
+            staged: int64 `[n]`, numbers of tensors.
+
+        Raises:
+            ValueError: If one cannot.
+        """
+        for number in staged.tolist():
+            filled = self.held[number].is_cpu and self.end[number] > self.begin[number]
+            if filled and is_read_only(int(self.begin[number])):
+                raise ValueError(
+                    f"tensors[{list(self.tensors)[number]!r}] cannot be written to, as a file that "
+                    "is mapped read-only: load into a copy (`tensor.clone()`)"
+                )
 
     def span(self) -> tuple[memoryview, int]:
         """Return one view that spans the memory of all plain tensors, and where it begins.

@@ -129,6 +129,7 @@ class Sinks:
         plain = into.plain[chosen] & ~loads.cast
         begin = into.begin[chosen]
         into.check_memory(chosen)
+        into.check_writable(chosen[~plain])
         if ((into.end[chosen] - begin != loads.nbytes) & plain).any():
             raise RuntimeError("blocks were planned for tensors of another size")
         self._span = span
