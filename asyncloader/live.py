@@ -128,7 +128,6 @@ class Live:
             poll=poll,
             retry_pause=retry_pause,
             stall_timeout=options.get("stall_timeout", STALL_TIMEOUT),
-            verifies=options.get("verify") != "off",
         )
 
     def __repr__(self) -> str:
@@ -182,7 +181,7 @@ class Live:
             loading=None if loading is None else loading.name,
             progress=self._loader.progress,
             problem=self._teller.problem,
-            trouble=self._switch.trouble,
+            trouble=self._teller.trouble,
             nbytes=sum(version.nbytes for version in versions),
         )
 
