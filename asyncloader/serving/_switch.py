@@ -10,23 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from asyncloader._concurrency import raising_first, run_jobs, settled
-from asyncloader._patience import Patience, StalledError
-from asyncloader._workers import WorkerPool
+from asyncloader._concurrency import raising_first, settled
 from asyncloader.errors import CheckpointChangedError, CheckpointError
 
 from ._events import LoadCancelled, LoadFailed, RolledBack, Swapped
 from ._freeing import Freeing
 from ._loading import RefusedError
+from ._looking import Looks
 from ._rest import Rest
 from ._retry import Copying, retrying
 from ._shelf import Held
-from ._source import candidate, named, newest
 from ._state import LiveVersion
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
 
     from tenacity import RetryCallState
@@ -46,7 +43,7 @@ T = TypeVar("T")
 _THREADS = 2
 _REMEMBERED = 100
 _LOOK = 1.0
-"""Seconds between two looks at files that may be written to; `poll`, if that is less."""
+"""Seconds for which files have to stay as they are; `poll`, if that is less."""
 
 _COPIED = "was written to while it was being loaded"
 _OVERTAKEN = "was still being written to when another command came, which took its place"
@@ -95,7 +92,8 @@ class Switch:
         self._catching_up: set[asyncio.Task[Any]] = set()
         self._waiting: set[asyncio.Task[Any]] = set()  # to load on purpose, for a copy to end
         self._loading: set[asyncio.Task[Any]] = set()  # on purpose
-        self._commands = 0
+        self._orders = 0
+        self._commands = 0  # that change the version, or wait for their turn
         self._resumed = 0
         self._given_up: deque[tuple[Path, Files]] = deque(maxlen=_REMEMBERED)
         self._too_large: tuple[Path, Files, int] | None = None
@@ -126,16 +124,15 @@ class Switch:
         self._opened = True
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(_THREADS, "asyncloader-live")
-        self._looks = WorkerPool(1, name="asyncloader-look", initializer=int)
-        self._patience = Patience(self._stall_timeout, replace=self._replace_look)
+        self._looks = Looks(self._source, stall_timeout=self._stall_timeout, executor=self._pool)
         self._freeing = Freeing(self._pool, self._teller.tell)
         self._shelf.let_go = self._freeing.let_go
         self._loader.start(self._pool, self._freeing)
         async with self._changing:  # or commands would load beside it
             try:
-                await run_jobs(self._pool, [self._looks.start])
-                look = partial(self._on_thread, partial(newest, self._source))
-                self._swap(await self._load_once(await self._rest.reached(look)))
+                await self._looks.start()
+                first = await self._rest.reached(self._looks.newest)
+                self._swap(await self._load_once(first))
             except BaseException:
                 await settled(asyncio.ensure_future(self._wind_up()))
                 raise
@@ -159,15 +156,14 @@ class Switch:
         self._closing = True
         self._shelf.close()
         await self._freeing.wait()
-        # A command may still look at a disk that gives no answer: it will be given up.
-        self._looks.shutdown(wait=self._patience.is_idle)
+        self._looks.close()
         self._pool.shutdown()  # its threads are idle
 
     async def rollback(self) -> LiveVersion:
         """Go back to the version that served before, and stay there."""
         self._must_be_open()
         held = self._shelf.find(self._before())  # before a load is given up for nothing
-        _cancel(self._waiting)
+        self._order()
         if held is not None and not self._commands:
             # Whoever follows sees that it is not wanted any more, however long it takes to stop.
             self._stop_following()
@@ -182,15 +178,15 @@ class Switch:
     async def load(self, version: str) -> LiveVersion:
         """Let a version serve that was chosen on purpose, and stay there."""
         self._must_be_open()
-        path = await self._on_thread(partial(named, self._source, version))
-        look = partial(self._on_thread, partial(candidate, path))
+        path = await self._looks.named(version)
+        look = partial(self._looks.at, path)
         wanted: Candidate | None = await look()  # before a load is given up for nothing
         self._must_be_open()
-        _cancel(self._waiting)
+        order = self._order()
         if wanted is not None and self._shelf.find(wanted) is None:
             wanted = await self._attempted(self._rest.reached(look), self._waiting)
         self._must_be_open()
-        if wanted is None:
+        if wanted is None or order != self._orders:
             raise CheckpointError(str(path), _OVERTAKEN)
         async with self._on_purpose():
             return await self._bring(wanted)
@@ -198,7 +194,7 @@ class Switch:
     def resume(self) -> None:
         """Follow again."""
         self._must_be_open()
-        _cancel(self._waiting)
+        self._order()
         self._given_up.clear()
         self._resumed += 1
         self._following.set()
@@ -236,7 +232,7 @@ class Switch:
     async def _newest(self) -> Candidate | None:
         """Return the newest version; `None` where nobody knows."""
         try:
-            found = await self._on_thread(partial(newest, self._source))
+            found = await self._looks.newest()
         except CheckpointError as error:
             self._teller.note(_SOURCE, str(error))  # a run folder that is gone is so for a while
             return None
@@ -251,8 +247,7 @@ class Switch:
         if found is None or not found.brings_news_to(serving):
             self._teller.note(_OLDER, "")
             return None
-        served = self._shelf.served
-        older = await self._on_thread(partial(found.is_older_than, serving, served))
+        older = await self._looks.is_older(found, serving, self._shelf.served)
         self._teller.note(_OLDER, _older(found, serving) if older else "")
         # What was too large is looked at again once there is more room.
         if older or self._too_large == (found.path, found.files, self._shelf.needed):
@@ -275,7 +270,7 @@ class Switch:
         """Load a version of which no file changes meanwhile."""
 
         async def confirm() -> None:
-            found = await self._on_thread(partial(candidate, wanted.path))
+            found = await self._looks.at(wanted.path)
             if found.files != wanted.files:
                 raise CheckpointChangedError(str(wanted.path), _COPIED)
 
@@ -335,6 +330,12 @@ class Switch:
 
     # On purpose
 
+    def _order(self) -> int:
+        """Take the place of a command that waits for a copy to end; return our number."""
+        self._orders += 1
+        _cancel(self._waiting)
+        return self._orders
+
     @contextlib.asynccontextmanager
     async def _on_purpose(self) -> AsyncIterator[None]:
         """Have nobody else change the version, and nobody follow afterwards if it went well."""
@@ -382,7 +383,7 @@ class Switch:
 
     async def _still_there(self, wanted: Candidate) -> Candidate:
         """Return a version as it is now: what has not changed since it served is at rest."""
-        found = await self._on_thread(partial(candidate, wanted.path))
+        found = await self._looks.at(wanted.path)
         if found.brings_news_to(wanted):
             raise CheckpointChangedError(
                 str(wanted.path),
@@ -460,26 +461,6 @@ class Switch:
             self._teller.tell(RolledBack(version=version, location=location, previous=previous))
         else:
             self._teller.tell(Swapped(version=version, location=location, previous=previous))
-
-    async def _on_thread(self, job: Callable[[], T]) -> T:
-        """Return what a job results in that looks at files.
-
-        Raises:
-            CheckpointError: If it got no answer.
-        """
-        try:
-            return await self._patience.run(self._looks, job)
-        except StalledError as error:
-            raise CheckpointError(str(self._source), f"cannot be looked at: {error}") from error
-        except RuntimeError:
-            if self._closing:  # meanwhile, and there is no thread any more
-                self._must_be_open()
-            raise
-
-    def _replace_look(self, thread: threading.Thread) -> None:
-        if self._looks.strike_off(thread):
-            with contextlib.suppress(RuntimeError):  # shut down: nobody begins another look
-                self._pool.submit(self._looks.start)
 
 
 def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
