@@ -47,17 +47,20 @@ class Rest:
         Args:
             look: Returns it as it is now; `None` where nobody knows. What it raises ends the wait.
         """
-        wait, seen = object(), None
+        wait = object()
+        seen: Candidate | None = None
         try:
             while True:
                 began = self._clock()
                 found = await look()
-                left = self._seconds if found is None else self._left(found, began)
-                if found is not None and not left:
-                    return found
-                if found is not None and seen is not None and found.files != seen.files:
-                    self._note(wait, _waits(found, seen))
-                seen = found or seen
+                left = self._seconds
+                if found is not None:
+                    left = self._left(found, began)
+                    if not left:
+                        return found
+                    if seen is not None and seen.path == found.path and seen.files != found.files:
+                        self._note(wait, _waits(found, seen))
+                    seen = found
                 await asyncio.sleep(left)
         finally:
             self._note(wait, "")

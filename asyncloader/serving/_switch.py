@@ -180,10 +180,11 @@ class Switch:
         self._must_be_open()
         path = await self._looks.named(version)
         look = partial(self._looks.at, path)
-        wanted: Candidate | None = await look()  # before a load is given up for nothing
+        found = await look()  # before a load is given up for nothing
         self._must_be_open()
         order = self._order()
-        if wanted is not None and self._shelf.find(wanted) is None:
+        wanted: Candidate | None = found
+        if self._shelf.find(found) is None:
             wanted = await self._attempted(self._rest.reached(look), self._waiting)
         self._must_be_open()
         if wanted is None or order != self._orders:
