@@ -129,6 +129,30 @@ async def test_what_comes_after_a_copy_has_stalled_is_taken_in(tmp_path: Path) -
         assert serving(it) == 1
 
 
+async def test_a_version_that_is_loaded_again_serves_though_the_mixture_is_still_used(
+    tmp_path: Path,
+) -> None:
+    publish(tmp_path, 1)
+    path = publish(tmp_path, 2)
+    shard = next(path.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    shutil.copy(publish(tmp_path / "..", 9) / shard.name, shard)
+    events = Events()
+    async with live(tmp_path, events) as it, asyncio.timeout(SOON):
+        with it.use() as mixture:
+            await it.load("v1")
+            with it.use():
+                shard.write_bytes(whole)
+                await it.resume()
+                await events.until(Swapped, previous="v1")
+                assert serving(it) == 2
+                assert [one.version for one in it.versions] == ["v2", "v1", "v2"]
+            assert mixture.version == "v2"
+        await looked(it)
+        assert serving(it) == 2
+        assert [one.version for one in it.versions] == ["v2"]
+
+
 async def test_files_that_are_removed_from_what_serves_are_no_news(tmp_path: Path) -> None:
     files = {name: tmp_path / "v2" / f"{name}.safetensors" for name in ("a", "b")}
     files["a"].parent.mkdir()

@@ -165,10 +165,13 @@ class Shelf:
         self._dismiss(gone)
 
     def _take_surplus(self) -> list[Held]:
-        # Of a version that was loaded again, since more of its files had come, the last one counts.
-        latest = list({held.candidate: held for held in self._held}.values())
-        staying = latest[max(len(latest) - self._keep, 0) :]
-        gone = [held for held in self._held if held not in staying and not held.users]
+        staying: dict[Candidate, Held] = {}
+        for held in reversed(self._held):
+            # Of a version that was loaded again, since more of its files had come, one will do.
+            if len(staying) < self._keep:
+                staying.setdefault(held.candidate, held)
+        kept = staying.values()
+        gone = [held for held in self._held if held not in kept and not held.users]
         for held in gone:
             self._held.remove(held)
         return gone
