@@ -45,7 +45,8 @@ class Live:
             rows = model.tables["item_emb"].lookup(ids)
     ```
 
-    Entering loads the first version, and raises if there is none, or it cannot be loaded. Leaving
+    Entering loads the first version, and raises if there is none, or it cannot be loaded. While
+    that is still being written to, entering waits, and `state.trouble` says so. Leaving
     cancels what is under way, waits for its threads, and gives all memory back but what `use()`
     blocks still pin.
     `use`, `current`, `state` and `versions` may be asked from any thread; everything else belongs
@@ -128,7 +129,6 @@ class Live:
             poll=poll,
             retry_pause=retry_pause,
             stall_timeout=options.get("stall_timeout", STALL_TIMEOUT),
-            verifies=options.get("verify") != "off",
         )
 
     def __repr__(self) -> str:
@@ -182,7 +182,7 @@ class Live:
             loading=None if loading is None else loading.name,
             progress=self._loader.progress,
             problem=self._teller.problem,
-            trouble=self._switch.trouble,
+            trouble=self._teller.trouble,
             nbytes=sum(version.nbytes for version in versions),
         )
 
@@ -190,8 +190,8 @@ class Live:
         """Go back to the version that served before, and stay there until `resume()`.
 
         At once if it is still in memory (`keep`); otherwise it is loaded again from its folder,
-        while the present one serves. A load that following has begun is given up. Called again, it
-        goes further back.
+        while the present one serves. A load that following has begun is given up, and so is a
+        `load()` that still waits for a copy to end. Called again, it goes further back.
 
         Returns:
             The version that serves now.
@@ -207,6 +207,9 @@ class Live:
     async def load(self, version: str | os.PathLike[str]) -> LiveVersion:
         """Let a version serve that was chosen on purpose, and stay there until `resume()`.
 
+        While it is still being written to, this waits, and `state.trouble` says so; the next
+        command ends that.
+
         Args:
             version: The name of a sub-folder of the run folder, or the path of a checkpoint: any
                 path, so check what comes from outside.
@@ -216,6 +219,7 @@ class Live:
 
         Raises:
             CheckpointNotFoundError: If there is no such checkpoint.
+            CheckpointError: If another command came while it was still being written to.
             Exception: What loading it, or `check`, raised. Nothing has changed then.
         """
         name = checked_path(version, "version")

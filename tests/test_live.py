@@ -360,6 +360,43 @@ async def test_a_version_that_the_list_has_last_is_the_newest_whatever_its_time(
         assert serving(it) == 3
 
 
+async def test_what_the_list_has_last_is_new_unless_it_served_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever its time: `rsync -t` keeps that of a trainer whose clock is behind."""
+    publish(tmp_path, 1)
+    names = tmp_path / "checkpoint"
+    names.write_text("v1\n")
+    events = Events()
+    async with live(tmp_path, events) as it, asyncio.timeout(20):
+        publish(tmp_path, 2)
+        names.write_text("v1\nv2\n")
+        await events.until(Swapped, version="v2")
+        names.write_text("v1\n")  # the operator takes the newest one off the list
+        while not state(it).trouble:  # noqa: ASYNC110  # nobody tells us
+            await asyncio.sleep(0)
+        assert f"{tmp_path / 'v1'}: is the newest version that is there" in state(it).trouble
+        assert serving(it) == 2
+        publish(tmp_path, 3, when=1.5)
+        names.write_text("v1\nv3\n")
+        await events.until(Swapped, version="v3")
+        assert not state(it).trouble
+    assert caplog.text.count("is the newest version that is there") == 1
+
+
+async def test_a_version_that_is_listed_again_is_in_nobodys_way(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    second = publish(tmp_path, 2)
+    async with live(tmp_path) as it, asyncio.timeout(20):
+        second.rename(tmp_path / ".v2")
+        while not state(it).trouble:  # noqa: ASYNC110  # nobody tells us
+            await asyncio.sleep(0)
+        (tmp_path / ".v2").rename(second)
+        while state(it).trouble:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert serving(it) == 2
+
+
 async def test_an_older_version_never_serves_unasked_where_versions_are_links(
     tmp_path: Path,
 ) -> None:

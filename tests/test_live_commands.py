@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import threading
@@ -15,6 +16,7 @@ import torch
 
 from asyncloader import (
     CheckpointError,
+    CheckpointNotFoundError,
     LoadCancelled,
     LoadFailed,
     LoadStarted,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from asyncloader import Model
+    from asyncloader import Live, Model
 
 pytestmark = pytest.mark.both_loops
 
@@ -366,3 +368,93 @@ async def test_a_name_that_is_wrong_gives_no_load_up(tmp_path: Path) -> None:
             await it.load("v7")
         check.open.set()
         await events.until(Swapped, version="v2")
+
+
+class Remembers:
+    """Builds, and knows which tables are still in memory."""
+
+    def __init__(self) -> None:
+        self._tables: list[weakref.ref[object]] = []
+
+    def __call__(self) -> object:
+        tables, tensors = build()
+        self._tables.append(weakref.ref(tables["user"]))
+        return tables, tensors
+
+    def alive(self) -> list[bool]:
+        gc.collect()
+        return [table() is not None for table in self._tables]
+
+
+async def test_a_version_that_was_given_up_at_its_last_look_gives_its_memory_back(
+    tmp_path: Path,
+) -> None:
+    publish(tmp_path, 1)
+    events, remembers = Events(), Remembers()
+    loop = asyncio.get_running_loop()
+
+    async def check(model: Model) -> None:
+        if version_in(model) == 3:
+            loop.call_soon(go_back)  # the check is over then, and a thread looks at the files
+
+    def go_back() -> None:
+        with contextlib.suppress(StopIteration):  # at once: what it goes back to is in memory
+            it.rollback().send(None)
+
+    async with live(tmp_path, events, remembers, keep=2, check=check) as it:
+        publish(tmp_path, 2)
+        await events.until(Swapped, version="v2")
+        publish(tmp_path, 3)
+        async with asyncio.timeout(SOON):
+            await events.until(LoadCancelled, version="v3")
+        await looked_without_following(it)
+        assert serving(it) == 1
+        assert remembers.alive() == [True, True, False]
+
+
+async def looked_without_following(it: Live) -> None:
+    """Have whoever was cancelled come to an end."""
+    for _ in range(50):
+        await asyncio.sleep(0.001)
+    assert not state(it).following
+
+
+async def test_a_version_whose_last_look_fails_gives_its_memory_back(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    events, remembers = Events(), Remembers()
+
+    def check(model: Model) -> None:
+        if version_in(model) == 2:
+            (tmp_path / "v2").rename(tmp_path / ".gone")
+
+    async with live(tmp_path, events, remembers, check=check, retry_pause=3600) as it:
+        publish(tmp_path, 2)
+        failed = await events.until(LoadFailed, version="v2")
+        assert isinstance(failed.error, CheckpointNotFoundError)
+        await looked(it)
+        assert remembers.alive() == [True, False]
+        assert serving(it) == 1
+
+
+async def test_building_that_cancels_itself_fails_once(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    events = Events()
+    calls = 0
+
+    async def builds() -> object:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise asyncio.CancelledError
+        return build()
+
+    async with live(tmp_path, events, builds) as it, asyncio.timeout(SOON):
+        publish(tmp_path, 2)
+        failed = await events.until(LoadFailed, version="v2")
+        assert failed.retry_in is None
+        assert state(it).problem is failed
+        with pytest.raises(RuntimeError, match=r"build\(\) was cancelled by something of its own"):
+            await it.load("v2")
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+        assert calls == 3

@@ -21,7 +21,7 @@ from ._room import row_bytes, tensor_bytes
 from ._shelf import Held
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from concurrent.futures import Executor
     from pathlib import Path
 
@@ -97,8 +97,15 @@ class VersionLoader:
         self._executor = executor
         self._freeing = freeing
 
-    async def load(self, wanted: Candidate, attempt: int) -> Held:
+    async def load(
+        self, wanted: Candidate, attempt: int, confirm: Callable[[], Awaitable[object]]
+    ) -> Held:
         """Return a version that may serve; its memory is given back if that fails.
+
+        Args:
+            wanted: The version.
+            attempt: 1 for the first try.
+            confirm: Awaited at last; raises if it has become another one meanwhile.
 
         Raises:
             RefusedError: If it shall not serve.
@@ -110,7 +117,7 @@ class VersionLoader:
         model = None
         try:
             model = await self._built(wanted)
-            return await self._fill(model, wanted)
+            return await self._fill(model, wanted, confirm)
         except BaseException as error:
             _clear_frames(error)  # they know the model
             if model is not None:
@@ -125,6 +132,10 @@ class VersionLoader:
     async def _built(self, wanted: Candidate) -> Model:
         try:
             built = await self._call(self._build)
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            raise RuntimeError("build() was cancelled by something of its own") from error
         except Exception as error:
             error.add_note("raised by build()")
             raise
@@ -147,7 +158,9 @@ class VersionLoader:
                     "make new ones each time"
                 )
 
-    async def _fill(self, model: Model, wanted: Candidate) -> Held:
+    async def _fill(
+        self, model: Model, wanted: Candidate, confirm: Callable[[], Awaitable[object]]
+    ) -> Held:
         predicted: list[int] = []
         options = self._options
         if not self._shelf.held:  # nobody is served yet whom a load could be in the way of
@@ -162,6 +175,7 @@ class VersionLoader:
             )
         )
         await self._pass_check(model, wanted)
+        await confirm()
         return held
 
     def _prepare(
@@ -203,8 +217,7 @@ class VersionLoader:
         try:
             verdict = await self._call(partial(self._check, model))
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if _is_cancelled():
                 raise
             reason = "check was cancelled by something of its own"
             self._tell_refused(wanted, reason)
@@ -236,6 +249,12 @@ class VersionLoader:
         listener = self._options.get("progress")
         if callable(listener):
             listener(progress)
+
+
+def _is_cancelled() -> bool:
+    """Say whether somebody has cancelled this task, or a user's code raised that by itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def passed(verdict: object) -> bool:

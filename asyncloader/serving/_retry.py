@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from asyncloader.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from tenacity import RetryCallState
 
@@ -58,31 +59,29 @@ class Copying:
     """
 
     def __init__(self) -> None:
-        self.files: Files | None = None
-        """As they were before the last try."""
-
         self._failed: Files | None = None
         self._error: Exception | None = None
         self._looks = 0
 
-    def check(self, files: Files) -> None:
-        """Note how the files are now.
+    @contextlib.contextmanager
+    def of(self, files: Files) -> Iterator[None]:
+        """Note what the load of these files raises, within the block.
 
         Raises:
             Exception: What the last load raised, if they are as they were then: so would the next.
         """
-        self.files = files
         if self._error is not None and self._failed == files:
             self._looks += 1
             raise self._error
         self._looks = 0
-
-    def note(self, files: Files, error: Exception) -> None:
-        """Note what the load of these files has raised."""
-        # Where no file says which shards there are, a missing one looks like a smaller model.
-        partial = isinstance(error, PlanError) and not files.have_index
-        if partial or (isinstance(error, CheckpointError) and not may_pass(error)):
-            self._failed, self._error = files, error
+        try:
+            yield
+        except Exception as error:
+            # Where no file says which shards there are, a missing one looks like a smaller model.
+            partial = isinstance(error, PlanError) and not files.have_index
+            if partial or (isinstance(error, CheckpointError) and not may_pass(error)):
+                self._failed, self._error = files, error
+            raise
 
     def may_pass(self, error: BaseException) -> bool:
         """Say whether to look again after an error."""

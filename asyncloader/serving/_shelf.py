@@ -98,9 +98,16 @@ class Shelf:
         with self._lock:
             return self._served[-2] if len(self._served) > 1 else None
 
+    @property
+    def served(self) -> tuple[Candidate, ...]:
+        """The versions that served lately, the last one serves; not those that were left."""
+        with self._lock:
+            return tuple(self._served)
+
     def find(self, candidate: Candidate) -> Held | None:
-        """Return a version if it is in memory."""
-        return next((held for held in self.held if held.candidate == candidate), None)
+        """Return a version if it is in memory as it would be loaded now."""
+        held = reversed(self.held)
+        return next((one for one in held if not candidate.brings_news_to(one.candidate)), None)
 
     def pin(self) -> Held:
         """Return the version that serves; it stays until it is unpinned.
@@ -133,8 +140,9 @@ class Shelf:
             self._held.append(held)
             if back:
                 self._served.pop()
-            else:
-                self._served.append(held.candidate)
+            if self._served and self._served[-1] == held.candidate:  # gone back to, or loaded again
+                self._served.pop()
+            self._served.append(held.candidate)
             self._serving = held
             gone = self._take_surplus()
         self._dismiss(gone)
@@ -157,8 +165,13 @@ class Shelf:
         self._dismiss(gone)
 
     def _take_surplus(self) -> list[Held]:
-        surplus = self._held[: max(len(self._held) - self._keep, 0)]
-        gone = [held for held in surplus if not held.users]
+        staying: dict[Candidate, Held] = {}
+        for held in reversed(self._held):
+            # Of a version that was loaded again, since more of its files had come, one will do.
+            if len(staying) < self._keep:
+                staying.setdefault(held.candidate, held)
+        kept = staying.values()
+        gone = [held for held in self._held if held not in kept and not held.users]
         for held in gone:
             self._held.remove(held)
         return gone

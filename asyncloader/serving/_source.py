@@ -3,34 +3,73 @@
 from __future__ import annotations
 
 import os
-import time
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from asyncloader._runs import listed, name_order, newest_committed
 from asyncloader.checkpoint import INDEX, SIDECAR, TENSORKEY
 from asyncloader.errors import CheckpointNotFoundError
 
-__all__ = ["Candidate", "Files", "candidate", "files_of", "named", "newest"]
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+__all__ = ["Candidate", "Files", "candidate", "named", "newest"]
 
 _SAFETENSORS = ".safetensors"
+_WEIGHT_MAP = f"{_SAFETENSORS}.index.json"
 _NAMES = frozenset((INDEX, TENSORKEY, SIDECAR))
-_LONG_AGO = 5.0
-"""Seconds without a change after which a file is not being copied any more."""
 
-Identity: TypeAlias = tuple[tuple[int, ...], ...]
+Identity: TypeAlias = tuple[int, ...]
+"""Device, inode, size, time of the last change of the bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of a version, as one look found them: those that a load reads, now or soon."""
+
+    identities: dict[str, Identity]
+    """By name: what changes when a file is written to, or another one takes its place."""
+
+    @property
+    def have_index(self) -> bool:
+        """Whether a file says which shards there are."""
+        return INDEX in self.identities
+
+    @property
+    def marks(self) -> tuple[Identity, ...]:
+        """What says that a version is committed: `index`, or all files that hold tensors."""
+        if self.have_index:
+            return (self.identities[INDEX],)
+        found = sorted(self.identities.items())
+        return tuple(one for name, one in found if name.endswith(_SAFETENSORS))
+
+    def bring_news_to(self, before: Files) -> bool:
+        """Say whether a file that a load reads has come since, or has changed.
+
+        That some are gone is no news.
+        """
+        now = {name: one for name, one in self.identities.items() if not _is_under_way(name)}
+        return not now.items() <= before.identities.items()
+
+    def changed_since(self, before: Files) -> list[str]:
+        """Return the names of those that have come, gone or changed."""
+        return sorted({name for name, _ in self.identities.items() ^ before.identities.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A committed checkpoint."""
+    """A committed checkpoint, as one look found it. Two are equal if they are the same version."""
 
     path: Path
     """Where it was found, links resolved: where it is still, though a link leads elsewhere now."""
 
-    identity: Identity
+    identity: tuple[Identity, ...]
     """What changes when another one takes its place: its `index` is written anew."""
+
+    files: Files = field(compare=False)
+    """Of one version they may change: `index` comes before the shards."""
 
     entry: Path | None = field(default=None, compare=False)
     """Its name in its run folder, as a path; that may be a link to a folder elsewhere. `None` if it
@@ -41,70 +80,28 @@ class Candidate:
         """The name of its folder."""
         return self.path.name
 
-    def is_older_than(self, other: Candidate) -> bool:
-        """Say whether another version of the same run folder came after this one. Blocks."""
+    def brings_news_to(self, before: Candidate) -> bool:
+        """Say whether a load would find anything else than it did before."""
+        return self.path != before.path or self.files.bring_news_to(before.files)
+
+    def is_older_than(self, other: Candidate, served: Collection[Candidate]) -> bool:
+        """Say whether another version of the same run folder came after this one. Blocks.
+
+        What the list names last is new, whatever its time, unless it is among those that `served`.
+        """
         mine, theirs = self.entry, other.entry
         if mine is None or theirs is None or mine == theirs or mine.parent != theirs.parent:
             return False  # what took a version's place, or came with another folder, is meant
         names = list(listed(mine.parent))
         if mine.name in names and theirs.name in names:
             return names.index(mine.name) > names.index(theirs.name)
+        if names[:1] == [mine.name] and self not in served:
+            return False
         return (self._modified, name_order(mine.name)) < (other._modified, name_order(theirs.name))
 
     @property
     def _modified(self) -> int:
         return max(modified for *_, modified in self.identity)
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """What tells the files of a version from those that take their place."""
-
-    identities: dict[str, tuple[int, ...]]
-    """By name: device, inode, size, time of the last change of the bytes."""
-
-    changed_at: float = field(compare=False)
-    """When the last of them was written to, renamed or linked, in seconds since 1970."""
-
-    @property
-    def are_at_rest(self) -> bool:
-        """Whether none of them has changed for some seconds, by this machine's clock."""
-        return time.time() - self.changed_at > _LONG_AGO
-
-    @property
-    def have_digests(self) -> bool:
-        """Whether a file says which bytes belong together, so that no mixture can be loaded."""
-        return SIDECAR in self.identities
-
-    @property
-    def have_index(self) -> bool:
-        """Whether a file says which shards there are."""
-        return INDEX in self.identities
-
-
-def files_of(path: Path) -> Files:
-    """Return the files that a load of a version may read, now or soon; none if there is no list."""
-    identities: dict[str, tuple[int, ...]] = {}
-    changed_at = 0.0
-    for file in _listed(path):
-        # Shards under way, by other names, count: rsync's `.NAME.Xy12z9`, `NAME.part` of others.
-        if file.name in _NAMES or _SAFETENSORS in file.name:
-            try:
-                found = file.stat()
-            except OSError:  # removed meanwhile
-                continue
-            identities[file.name] = _identity(found)
-            changed_at = max(changed_at, found.st_ctime)
-    return Files(identities, changed_at)
-
-
-def _listed(path: Path) -> list[Path]:
-    if os.path.isfile(path):  # noqa: PTH113  # Path's own raises for odd names
-        return [path]
-    try:
-        return list(path.iterdir())
-    except OSError:
-        return []
 
 
 def newest(source: Path) -> Candidate:
@@ -134,34 +131,44 @@ def candidate(path: Path) -> Candidate:
 def named(source: Path, version: str | os.PathLike[str]) -> Path:
     """Return where a version is: a sub-folder of a run folder, or any other path."""
     path = Path(version)
-    return source / path if len(path.parts) == 1 and not _marks(source) else path
+    return source / path if len(path.parts) == 1 and _at(source) is None else path
 
 
 def _at(path: Path, entry: Path | None = None) -> Candidate | None:
     real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    marks = _marks(real)
-    return Candidate(path=real, identity=marks, entry=entry) if marks else None
+    files = _files_of(real)
+    own = files.identities.get(real.name)  # if it is a file, and no folder
+    marks = files.marks if own is None else (own,)
+    return Candidate(path=real, identity=marks, files=files, entry=entry) if marks else None
 
 
-def _marks(path: Path) -> Identity:
-    """Return the identities of the files that make a folder a checkpoint; none if it is not one."""
-    for one in (path / INDEX, path):
-        if os.path.isfile(one):  # noqa: PTH113  # Path's own raises for odd names
-            return _identities([one])
+def _files_of(path: Path) -> Files:
+    identities: dict[str, Identity] = {}
+    for file in _listed(path):
+        try:
+            found = file.stat()
+        except OSError:  # removed meanwhile
+            continue
+        if stat.S_ISREG(found.st_mode):
+            identities[file.name] = _identity(found)
+    return Files(identities)
+
+
+def _listed(path: Path) -> list[Path]:
+    if os.path.isfile(path):  # noqa: PTH113  # Path's own raises for odd names
+        if not path.name.endswith(_WEIGHT_MAP):
+            return [path]
+        path = path.parent  # where its shards are
     try:
-        files = [one for one in path.iterdir() if one.name.endswith(_SAFETENSORS)]
+        # Shards under way, by other names, count: rsync's `.NAME.Xy12z9`, `NAME.part` of others.
+        return [file for file in path.iterdir() if file.name in _NAMES or _SAFETENSORS in file.name]
     except OSError:
-        return ()
-    return _identities(sorted(files))
+        return []
 
 
-def _identities(files: list[Path]) -> Identity:
-    try:
-        found = [file.stat() for file in files]
-    except OSError:  # removed meanwhile
-        return ()
-    return tuple(map(_identity, found))
+def _is_under_way(name: str) -> bool:
+    return _SAFETENSORS in name and not name.endswith((_SAFETENSORS, _WEIGHT_MAP))
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
+def _identity(found: os.stat_result) -> Identity:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -71,7 +71,8 @@ class LiveState(AsDict):
     """What kept the newest version from serving, until one serves."""
 
     trouble: str = ""
-    """What is wrong with the source, such as a run folder that is gone; empty if nothing is."""
+    """What is in the way: a run folder that is gone, a version that is still being written to, or
+    one that is older than what serves and is the newest that is left; empty if nothing is."""
 
     nbytes: int
     """Memory of all versions, in bytes."""

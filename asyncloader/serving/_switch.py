@@ -10,22 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from asyncloader._concurrency import raising_first, run_jobs, settled
-from asyncloader._patience import Patience, StalledError
-from asyncloader._workers import WorkerPool
+from asyncloader._concurrency import raising_first, settled
 from asyncloader.errors import CheckpointChangedError, CheckpointError
 
 from ._events import LoadCancelled, LoadFailed, RolledBack, Swapped
 from ._freeing import Freeing
 from ._loading import RefusedError
+from ._looking import Looks
+from ._rest import Rest
 from ._retry import Copying, retrying
 from ._shelf import Held
-from ._source import candidate, files_of, named, newest
 from ._state import LiveVersion
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
 
     from tenacity import RetryCallState
@@ -45,13 +43,15 @@ T = TypeVar("T")
 _THREADS = 2
 _REMEMBERED = 100
 _LOOK = 1.0
-"""Seconds between two looks at files that may be written to; `poll`, if that is less."""
+"""Seconds for which files have to stay as they are; `poll`, if that is less."""
 
-_COPIED = "was written to while it was being loaded; it is loaded anew once it stands still"
+_COPIED = "was written to while it was being loaded"
+_OVERTAKEN = "was still being written to when another command came, which took its place"
+_SOURCE, _OLDER = "source", "older"
 
 
 class _SupersededError(Exception):
-    """There is a newer version than the one that is tried again, or nobody wants one."""
+    """There is a newer version than the one that is tried, or nobody wants one."""
 
 
 class Switch:
@@ -60,7 +60,8 @@ class Switch:
     Whoever changes the version holds a lock. What follows is cancelled by commands, which would
     otherwise wait for a load, or for the pause before the next try; whether it is still wanted it
     looks up before it swaps, as a cancellation can get lost: a task group that is failing forgets
-    it. `Live` documents arguments and commands.
+    it. Who loads on purpose waits for the end of a copy before it takes the lock, and the next
+    command ends that wait. `Live` documents arguments and commands.
     """
 
     def __init__(
@@ -73,9 +74,7 @@ class Switch:
         poll: float,
         retry_pause: float,
         stall_timeout: float | None,
-        verifies: bool,
     ) -> None:
-        self._verifies = verifies
         self._source = source
         self._shelf = shelf
         self._loader = loader
@@ -89,13 +88,15 @@ class Switch:
         self._following.set()
         self._poke = asyncio.Event()
         self._changing = asyncio.Lock()
-        self._attempts: set[asyncio.Task[Any]] = set()
-        self._catching_up: asyncio.Task[Any] | None = None
-        self._commands = 0
+        self._rest = Rest(min(poll, _LOOK), note=teller.note)
+        self._catching_up: set[asyncio.Task[Any]] = set()
+        self._waiting: set[asyncio.Task[Any]] = set()  # to load on purpose, for a copy to end
+        self._loading: set[asyncio.Task[Any]] = set()  # on purpose
+        self._orders = 0
+        self._commands = 0  # that change the version, or wait for their turn
         self._resumed = 0
-        self._given_up: deque[tuple[Candidate, Files]] = deque(maxlen=_REMEMBERED)
-        self._too_large: tuple[Candidate, int] | None = None
-        self._trouble = ""
+        self._given_up: deque[tuple[Path, Files]] = deque(maxlen=_REMEMBERED)
+        self._too_large: tuple[Path, Files, int] | None = None
 
     def __repr__(self) -> str:
         return f"<Switch {self.description}>"
@@ -105,11 +106,6 @@ class Switch:
         """Its source, and whether it is open."""
         state = "left" if self._closing else "open" if self._opened else "not entered"
         return f"{str(self._source)!r}: {state}"
-
-    @property
-    def trouble(self) -> str:
-        """What keeps us from looking at the source; nothing if nothing does."""
-        return self._trouble
 
     @property
     def following(self) -> bool:
@@ -128,15 +124,14 @@ class Switch:
         self._opened = True
         self._loop = asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(_THREADS, "asyncloader-live")
-        self._looks = WorkerPool(1, name="asyncloader-look", initializer=int)
-        self._patience = Patience(self._stall_timeout, replace=self._replace_look)
+        self._looks = Looks(self._source, stall_timeout=self._stall_timeout, executor=self._pool)
         self._freeing = Freeing(self._pool, self._teller.tell)
         self._shelf.let_go = self._freeing.let_go
         self._loader.start(self._pool, self._freeing)
         async with self._changing:  # or commands would load beside it
             try:
-                await run_jobs(self._pool, [self._looks.start])
-                first = await self._on_thread(partial(newest, self._source))
+                await self._looks.start()
+                first = await self._rest.reached(self._looks.newest)
                 self._swap(await self._load_once(first))
             except BaseException:
                 await settled(asyncio.ensure_future(self._wind_up()))
@@ -150,8 +145,7 @@ class Switch:
 
     async def _stop(self) -> None:
         self._follower.cancel()
-        for attempt in self._attempts:
-            attempt.cancel()
+        _cancel(self._waiting | self._loading)
         for event in (self._following, self._poke):  # if that gets lost
             event.set()
         await asyncio.wait([self._follower])
@@ -162,14 +156,14 @@ class Switch:
         self._closing = True
         self._shelf.close()
         await self._freeing.wait()
-        # A command may still look at a disk that gives no answer: it will be given up.
-        self._looks.shutdown(wait=self._patience.is_idle)
+        self._looks.close()
         self._pool.shutdown()  # its threads are idle
 
     async def rollback(self) -> LiveVersion:
         """Go back to the version that served before, and stay there."""
         self._must_be_open()
         held = self._shelf.find(self._before())  # before a load is given up for nothing
+        self._order()
         if held is not None and not self._commands:
             # Whoever follows sees that it is not wanted any more, however long it takes to stop.
             self._stop_following()
@@ -178,20 +172,30 @@ class Switch:
         async with self._on_purpose():
             before = self._before()
             if self._shelf.find(before) is None:
-                await self._still_there(before)
+                before = await self._still_there(before)
             return await self._bring(before, back=True)
 
     async def load(self, version: str) -> LiveVersion:
         """Let a version serve that was chosen on purpose, and stay there."""
         self._must_be_open()
-        path = await self._on_thread(partial(named, self._source, version))
-        wanted = await self._on_thread(partial(candidate, path))
+        path = await self._looks.named(version)
+        look = partial(self._looks.at, path)
+        found = await look()  # before a load is given up for nothing
+        self._must_be_open()
+        order = self._order()
+        wanted: Candidate | None = found
+        if self._shelf.find(found) is None:
+            wanted = await self._attempted(self._rest.reached(look), self._waiting)
+        self._must_be_open()
+        if wanted is None or order != self._orders:
+            raise CheckpointError(str(path), _OVERTAKEN)
         async with self._on_purpose():
             return await self._bring(wanted)
 
     def resume(self) -> None:
         """Follow again."""
         self._must_be_open()
+        self._order()
         self._given_up.clear()
         self._resumed += 1
         self._following.set()
@@ -205,7 +209,7 @@ class Switch:
         while not self._closing:  # a cancellation can get lost in a load that is failing
             await self._following.wait()
             try:
-                await self._attempted(self._catch_up(), follows=True)
+                await self._attempted(self._catch_up(), self._catching_up)
             except Exception:  # noqa: BLE001  # whatever it was, what serves goes on serving
                 _log.exception("%s: following stumbled, and goes on", self._source)
             await self._pause(self._poll)
@@ -229,64 +233,49 @@ class Switch:
     async def _newest(self) -> Candidate | None:
         """Return the newest version; `None` where nobody knows."""
         try:
-            found = await self._on_thread(partial(newest, self._source))
+            found = await self._looks.newest()
         except CheckpointError as error:
-            if str(error) != self._trouble:  # a run folder that is gone is gone for a while
-                self._trouble = str(error)
-                _log.warning("%s", error)
+            self._teller.note(_SOURCE, str(error))  # a run folder that is gone is so for a while
             return None
-        self._trouble = ""
+        self._teller.note(_SOURCE, "")
         return found
 
     async def _news(self) -> Candidate | None:
         """Return the newest version, unless it serves already or will not do."""
         found = await self._newest()
         serving = self._shelf.serving.candidate
-        if found is None or found == serving:
+        # Of what serves, files may be removed. Where some have come, it was being copied.
+        if found is None or not found.brings_news_to(serving):
+            self._teller.note(_OLDER, "")
             return None
-        # If the folder of what serves was removed, the newest one is older; nobody asked for that.
-        if await self._on_thread(partial(found.is_older_than, serving)):
-            return None
+        older = await self._looks.is_older(found, serving, self._shelf.served)
+        self._teller.note(_OLDER, _older(found, serving) if older else "")
         # What was too large is looked at again once there is more room.
-        if self._too_large == (found, self._shelf.needed):
+        if older or self._too_large == (found.path, found.files, self._shelf.needed):
             return None
         # What was given up is looked at again once its files have changed.
-        return None if (found, await self._files(found)) in self._given_up else found
+        return None if (found.path, found.files) in self._given_up else found
 
-    async def _files(self, wanted: Candidate) -> Files:
-        return await self._on_thread(partial(files_of, wanted.path))
-
-    async def _files_at_rest(self, wanted: Candidate, still_wanted: Callable[[], bool]) -> Files:
-        """Return the files of a version once nothing seems to be writing to them.
+    async def _still_newest(self, tried: Candidate) -> Candidate | None:
+        """Return what is tried as it is now; `None` where nobody knows.
 
         Raises:
             _SupersededError: If it is not wanted any more.
         """
-        files = await self._files(wanted)
-        while not (files.are_at_rest or (files.have_digests and self._verifies)):
-            await self._pause(min(self._poll, _LOOK))
-            before, files = files, await self._files(wanted)
-            if files == before:
-                break
-            if not still_wanted():
-                raise _SupersededError
-        return files
+        found = await self._newest()
+        if not self._wanted() or (found is not None and found != tried):
+            raise _SupersededError
+        return found
 
-    async def _load_whole(
-        self, wanted: Candidate, attempt: int, copying: Copying, still_wanted: Callable[[], bool]
-    ) -> Held:
+    async def _load(self, wanted: Candidate, attempt: int) -> Held:
         """Load a version of which no file changes meanwhile."""
-        files = await self._files_at_rest(wanted, still_wanted)
-        copying.check(files)
-        try:
-            held = await self._loader.load(wanted, attempt)
-        except Exception as error:
-            copying.note(files, error)
-            raise
-        if await self._files(wanted) != files:
-            self._drop(held)
-            raise CheckpointChangedError(str(wanted.path), _COPIED)
-        return held
+
+        async def confirm() -> None:
+            found = await self._looks.at(wanted.path)
+            if found.files != wanted.files:
+                raise CheckpointChangedError(str(wanted.path), _COPIED)
+
+        return await self._loader.load(wanted, attempt, confirm)
 
     async def _take_in(self, new: Candidate) -> None:
         """Load a version and let it serve, however often that has to be tried."""
@@ -300,27 +289,23 @@ class Switch:
         try:
             async for attempt in tries:
                 with attempt:
-                    number = attempt.retry_state.attempt_number
-                    held = await self._load_whole(new, number, copying, self._wanted)
+                    new = await self._rest.reached(partial(self._still_newest, new))
+                    with copying.of(new.files):
+                        held = await self._load(new, attempt.retry_state.attempt_number)
         except RefusedError as refused:
             if refused.beside is None:
-                self._give_up(new, copying)
+                self._given_up.append((new.path, new.files))
             else:
-                self._too_large = new, refused.beside
+                self._too_large = new.path, new.files, refused.beside
         except _SupersededError:
             raise
         except Exception as error:  # noqa: BLE001  # build() may raise anything
-            self._give_up(new, copying)
+            self._given_up.append((new.path, new.files))
             self._tell_failure(new, error, tries.statistics["attempt_number"], None)
         if held is not None and self._wanted():
             self._swap(held)
         elif held is not None:
             self._drop(held)
-
-    def _give_up(self, wanted: Candidate, copying: Copying) -> None:
-        # As they were before the load: what has come since deserves a load of its own.
-        if copying.files is not None:
-            self._given_up.append((wanted, copying.files))
 
     def _failed(self, new: Candidate, tries: RetryCallState) -> None:
         error = tries.outcome.exception() if tries.outcome is not None else None
@@ -333,9 +318,7 @@ class Switch:
         until = clock() + seconds
         while (left := until - clock()) > 0:
             await self._pause(min(left, self._poll))
-            found = await self._newest()
-            if not self._wanted() or (found is not None and found != tried):
-                raise _SupersededError
+            await self._still_newest(tried)
 
     async def _pause(self, seconds: float) -> None:
         """Wait, unless there is something to do."""
@@ -347,6 +330,12 @@ class Switch:
         self._poke.clear()
 
     # On purpose
+
+    def _order(self) -> int:
+        """Take the place of a command that waits for a copy to end; return our number."""
+        self._orders += 1
+        _cancel(self._waiting)
+        return self._orders
 
     @contextlib.asynccontextmanager
     async def _on_purpose(self) -> AsyncIterator[None]:
@@ -374,8 +363,7 @@ class Switch:
             _log.info("%s: follows no more, until resume()", self._source)
         self._following.clear()
         self._poke.set()  # in a pause, too
-        if self._catching_up is not None:
-            self._catching_up.cancel()
+        _cancel(self._catching_up)
 
     def _before(self) -> Candidate:
         before = self._shelf.before
@@ -385,21 +373,25 @@ class Switch:
 
     async def _bring(self, wanted: Candidate, *, back: bool = False) -> LiveVersion:
         self._must_be_open()
-        held = self._shelf.find(wanted) or await self._attempted(self._load_once(wanted))
+        held = self._shelf.find(wanted) or await self._attempted(
+            self._load_once(wanted), self._loading
+        )
         if held is None:
             raise RuntimeError(f"{self.description}: left meanwhile")
         if held is not self._shelf.serving:
             self._swap(held, back=back)
         return LiveVersion.of(held, serving=True)
 
-    async def _still_there(self, wanted: Candidate) -> None:
-        found = await self._on_thread(partial(candidate, wanted.path))
-        if found != wanted:
+    async def _still_there(self, wanted: Candidate) -> Candidate:
+        """Return a version as it is now: what has not changed since it served is at rest."""
+        found = await self._looks.at(wanted.path)
+        if found.brings_news_to(wanted):
             raise CheckpointChangedError(
                 str(wanted.path),
                 "another checkpoint has taken the place of the one that served before; "
                 "load(version) takes what is there now",
             )
+        return found
 
     def _must_be_open(self) -> None:
         if self._opened and asyncio.get_running_loop() is not self._loop:
@@ -412,17 +404,17 @@ class Switch:
 
     # Loading
 
-    async def _attempted(self, work: Coroutine[Any, Any, T], *, follows: bool = False) -> T | None:
+    async def _attempted(
+        self, work: Coroutine[Any, Any, T], among: set[asyncio.Task[Any]]
+    ) -> T | None:
         """Await what others may cancel without cancelling us; `None` if they did."""
         task: asyncio.Task[T] | None = None
         try:
             with raising_first():
                 async with asyncio.TaskGroup() as group:
                     task = group.create_task(work, name="asyncloader-live-load")
-                    self._attempts.add(task)
-                    task.add_done_callback(self._attempts.discard)
-                    if follows:
-                        self._catching_up = task
+                    among.add(task)
+                    task.add_done_callback(among.discard)
         except asyncio.CancelledError:
             # Cancelled when it had just been loaded: nobody takes it.
             if task is not None and not task.cancelled() and task.exception() is None:
@@ -440,9 +432,7 @@ class Switch:
     async def _load_once(self, wanted: Candidate) -> Held:
         """Load a version that somebody waits for, who hears of what goes wrong."""
         try:
-            return await self._load_whole(wanted, 1, Copying(), lambda: not self._closing)
-        except _SupersededError:
-            raise RuntimeError(f"{self.description}: left meanwhile") from None
+            return await self._load(wanted, 1)
         except RefusedError as refused:
             raise CheckpointError(str(wanted.path), refused.reason) from refused.__cause__
         except Exception as error:
@@ -467,27 +457,20 @@ class Switch:
         version, location = held.candidate.name, str(held.candidate.path)
         previous = self._shelf.held[-1].candidate.name if self._shelf.held else None
         self._shelf.put(held, back=back)
+        self._teller.note(_OLDER, "")
         if back and previous is not None:
             self._teller.tell(RolledBack(version=version, location=location, previous=previous))
         else:
             self._teller.tell(Swapped(version=version, location=location, previous=previous))
 
-    async def _on_thread(self, job: Callable[[], T]) -> T:
-        """Return what a job results in that looks at files.
 
-        Raises:
-            CheckpointError: If it got no answer.
-        """
-        try:
-            return await self._patience.run(self._looks, job)
-        except StalledError as error:
-            raise CheckpointError(str(self._source), f"cannot be looked at: {error}") from error
-        except RuntimeError:
-            if self._closing:  # meanwhile, and there is no thread any more
-                self._must_be_open()
-            raise
+def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
 
-    def _replace_look(self, thread: threading.Thread) -> None:
-        if self._looks.strike_off(thread):
-            with contextlib.suppress(RuntimeError):  # shut down: nobody begins another look
-                self._pool.submit(self._looks.start)
+
+def _older(found: Candidate, serving: Candidate) -> str:
+    return (
+        f"{found.path}: is the newest version that is there, and older than {serving.name!r}, "
+        "which goes on serving; load(version) takes it"
+    )

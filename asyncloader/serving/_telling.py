@@ -31,6 +31,22 @@ class Teller:
         self.problem: LoadFailed | VersionRefused | None = None
         """What kept the newest version from serving, until one serves."""
 
+        self._troubles: dict[object, str] = {}
+
+    @property
+    def trouble(self) -> str:
+        """What is in the way now; nothing if nothing is."""
+        return "; ".join(dict.fromkeys(self._troubles.copy().values()))
+
+    def note(self, about: object, trouble: str) -> None:
+        """Note what is in the way, and log it when that begins; an empty text says it is over."""
+        if trouble and about not in self._troubles:
+            _log.warning("%s", trouble)
+        if trouble:
+            self._troubles[about] = trouble
+        else:
+            self._troubles.pop(about, None)
+
     def tell(self, event: Event) -> None:
         """Say that something has happened."""
         level = logging.INFO
