@@ -72,7 +72,9 @@ class Live:
         max_memory: Bytes that all versions in memory, the one to be loaded, and the reads under way
             may take together, as predicted from its plan; versions that nobody uses give way first.
             One that would not fit is refused before it is read. What `build` itself touches comes
-            before that: make tensors with `torch.empty`.
+            before that: make tensors with `torch.empty`. Where fresh memory is dear to touch, as in
+            some virtual machines, the memory of tables that were let go is kept for the next
+            version: at most as much as one takes, and as `max_memory` leaves.
         retry_pause: Seconds after which a load is tried again whose fault may pass (storage, no
             memory, replaced meanwhile); twice as long before each next try, a minute at most. A
             newer version is taken at once.

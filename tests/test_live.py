@@ -35,6 +35,7 @@ from asyncloader import (
     TruncatedShardError,
     VersionRefused,
 )
+from asyncloader._memory import SPARE
 from tests.live import Events, build, damage, live, looked, publish, serving, state, version_in
 from tests.support import nothing_left_behind
 
@@ -1025,3 +1026,16 @@ async def test_a_report_as_text_does_not_walk_all_tensors(tmp_path: Path) -> Non
 
     assert report.filled == 1
     assert "1 tensors" in str(replace(report, tensors=Closed(report.tensors)))
+
+
+async def test_memory_is_kept_for_the_next_version_as_long_as_it_is_followed(
+    tmp_path: Path,
+) -> None:
+    """Where fresh memory is dear; how much is in `docs/serving.md`."""
+    publish(tmp_path, 1)
+    async with live(tmp_path) as it:
+        assert not repr(SPARE).endswith(" of 0>")
+        assert it.state.versions[0].nbytes <= int(repr(SPARE).split()[-1][:-1])
+    assert repr(SPARE).endswith("<Spare: 0 bytes of 0>")
+    async with live(tmp_path, max_memory=1 << 30, keep=1):
+        assert 0 < int(repr(SPARE).split()[-1][:-1]) < 1 << 30

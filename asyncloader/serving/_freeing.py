@@ -7,6 +7,8 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
+from asyncloader._memory import SPARE
+
 from ._events import Freed
 
 if TYPE_CHECKING:
@@ -49,9 +51,9 @@ class Freeing:
 
     def free(self, model: Model, held: Held | None) -> None:
         """Give back what a model takes; `held` if it had served, or could have."""
-        contents = [model.take_contents()]
+        contents: list[object] = [model.take_contents()]
         try:
-            freeing = self._loop.run_in_executor(self._executor, contents.clear)
+            freeing = self._loop.run_in_executor(self._executor, _give_back, contents)
         except RuntimeError:  # the service is over: it was pinned until now
             contents.clear()
             self._freed(held)
@@ -69,3 +71,8 @@ class Freeing:
         """Wait until all is given back."""
         while self._under_way:
             await asyncio.wait(self._under_way)
+
+
+def _give_back(contents: list[object]) -> None:
+    contents.clear()
+    SPARE.wipe()  # what of it is kept for the next version

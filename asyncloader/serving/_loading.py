@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asyncloader._concurrency import run_jobs
+from asyncloader._memory import SPARE
 from asyncloader._session import INFLIGHT_BYTES
 from asyncloader._sizes import size_text
 from asyncloader.loader import Loader
@@ -96,6 +97,11 @@ class VersionLoader:
         """Get what lives as long as the service does."""
         self._executor = executor
         self._freeing = freeing
+        SPARE.allow(self, 0)
+
+    def stop(self) -> None:
+        """Let go of the memory that is kept for the next version."""
+        SPARE.forget(self)
 
     async def load(
         self, wanted: Candidate, attempt: int, confirm: Callable[[], Awaitable[object]]
@@ -174,6 +180,7 @@ class VersionLoader:
                 version=wanted.name, location=str(wanted.path), report=report, nbytes=held.nbytes
             )
         )
+        self._keep_spare(held.nbytes)
         await self._pass_check(model, wanted)
         await confirm()
         return held
@@ -209,6 +216,13 @@ class VersionLoader:
         while self._shelf.nbytes + nbytes + inflight > most and self._shelf.spare():
             pass
         return nbytes
+
+    def _keep_spare(self, nbytes: int) -> None:
+        """Have the memory of a version kept for the next one, as far as there is room."""
+        spare = nbytes + nbytes // 4  # tables reserve more than they fill
+        if self._max_memory is not None:
+            spare = min(spare, max(self._max_memory - self._shelf.keep * nbytes, 0))
+        SPARE.allow(self, spare)
 
     async def _pass_check(self, model: Model, wanted: Candidate) -> None:
         if self._check is None:
@@ -246,6 +260,7 @@ class VersionLoader:
 
     def _note_progress(self, progress: Progress) -> None:
         self.progress = progress
+        SPARE.allow(self, 0)  # all memory is reserved: what has not been taken will never fit
         listener = self._options.get("progress")
         if callable(listener):
             listener(progress)

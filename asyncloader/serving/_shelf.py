@@ -45,7 +45,7 @@ class Shelf:
     thread made it go."""
 
     def __init__(self, *, keep: int) -> None:
-        self._keep = keep
+        self.keep = keep
         self._lock = threading.Lock()
         self._held: list[Held] = []  # in the order in which they last began to serve
         self._serving: Held | None = None
@@ -160,7 +160,7 @@ class Shelf:
     def close(self) -> None:
         """Let all versions go as soon as nobody uses them. Nobody gets one any more."""
         with self._lock:
-            self._serving, self._closed, self._keep = None, True, 0
+            self._serving, self._closed, self.keep = None, True, 0
             gone = self._take_surplus()
         self._dismiss(gone)
 
@@ -168,7 +168,7 @@ class Shelf:
         staying: dict[Candidate, Held] = {}
         for held in reversed(self._held):
             # Of a version that was loaded again, since more of its files had come, one will do.
-            if len(staying) < self._keep:
+            if len(staying) < self.keep:
                 staying.setdefault(held.candidate, held)
         kept = staying.values()
         gone = [held for held in self._held if held not in kept and not held.users]

@@ -156,6 +156,7 @@ class Switch:
         self._closing = True
         self._shelf.close()
         await self._freeing.wait()
+        self._loader.stop()
         self._looks.close()
         self._pool.shutdown()  # its threads are idle
 
