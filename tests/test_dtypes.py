@@ -36,9 +36,22 @@ def written(path: Path, dtype: str, shape: list[int], nbytes: int) -> Path:
         "w": {"dtype": "F32", "shape": [4], "data_offsets": [nbytes, nbytes + 16]},
     }
     text = json.dumps(header).encode()
-    content = len(text).to_bytes(8, "little") + text + bytes(nbytes) + W.numpy().tobytes()
-    path.write_bytes(content)
+    odd = bytes(range(1, nbytes + 1))
+    path.write_bytes(len(text).to_bytes(8, "little") + text + odd + W.numpy().tobytes())
     return path
+
+
+def blocks(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Return dtype, shape and bytes of what a file holds."""
+    content = path.read_bytes()
+    data = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:data])
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        found[name] = (entry["dtype"], entry["shape"], content[data + begin : data + end])
+    return found
 
 
 @pytest.mark.parametrize(("dtype", "shape", "nbytes"), UNKNOWN.values(), ids=UNKNOWN)
@@ -77,6 +90,39 @@ def test_an_unknown_dtype_is_listed_by_name_and_size(
     assert f"is {dtype}, which torch does not have" in capsys.readouterr().out
     assert run(["show", str(path), "odd"]) == 2
     assert f"is {dtype}, which torch" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder"])
+@pytest.mark.parametrize(("dtype", "shape", "nbytes"), UNKNOWN.values(), ids=UNKNOWN)
+def test_a_plain_file_gets_the_bytes_of_an_unknown_dtype_beside_all_others(
+    tmp_path: Path, dtype: str, shape: list[int], nbytes: int, kind: str
+) -> None:
+    path = written(tmp_path / "x.safetensors", dtype, shape, nbytes)
+    source = path if kind == "a file" else tmp_path
+    if kind == "a folder":
+        save_file({"v": -W}, tmp_path / "v.safetensors")
+        weight_map = {"odd": path.name, "v": "v.safetensors", "w": path.name}
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
+    to = tmp_path.parent / f"{tmp_path.name}.safetensors"
+    assert run(["convert", str(source), str(to)]) == 0
+    want = blocks(path) | (blocks(tmp_path / "v.safetensors") if kind == "a folder" else {})
+    assert blocks(to) == want
+    assert run(["verify", str(to)]) == 0
+
+
+def test_neighbours_survive_whatever_stands_last(tmp_path: Path) -> None:
+    header = {
+        "new": {"dtype": "X7", "shape": [16], "data_offsets": [16, 24]},
+        "w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        "none": {"dtype": "F6_E3M2", "shape": [0], "data_offsets": [24, 24]},
+    }
+    text = json.dumps(header).encode()
+    path, to = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + W.numpy().tobytes() + b"\x11" * 8)
+    assert run(["convert", str(path), str(to)]) == 0
+    assert blocks(to) == blocks(path)
 
 
 @pytest.mark.parametrize("dtype", NEWER.values(), ids=NEWER)

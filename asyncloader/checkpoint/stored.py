@@ -39,6 +39,11 @@ class Stored:
             raise ValueError(f"{self.name!r} is a scalar, it has no rows")
         return self.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all blocks take on disk."""
+        return sum(block.nbytes for block in self.blocks)
+
     def window(self, begin: int, end: int) -> Stored:
         """Return the rows `[begin, end)`.
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from asyncloader.checkpoint import Catalog, Manifest, Slice, Verify
     from asyncloader.checkpoint.stored import Stored
 
-__all__ = ["EMBEDDING", "ID", "LIMITS", "allocate", "nbytes_of", "shards_of", "stored_slot"]
+__all__ = ["EMBEDDING", "ID", "LIMITS", "allocate", "shards_of", "stored_slot"]
 
 EMBEDDING = "embedding"
 ID = "id"
@@ -91,11 +91,6 @@ async def allocate(
     return made
 
 
-def nbytes_of(stored: Stored) -> int:
-    """Return the bytes of all elements, whether torch has such or not."""
-    return sum(block.nbytes for block in stored.blocks)
-
-
 def shards_of(catalog: Catalog) -> list[str]:
     """Return the names of all shard files, sorted."""
     parts = (part for slots in catalog.tables.values() for slot in slots.values() for part in slot)
@@ -136,13 +131,13 @@ class _Maker:
         """Return about how much memory all of it takes once it is filled."""
         catalog = self.manifest.catalog
         tensors = (stored_tensor(self.manifest, name) for name in catalog.tensors)
-        nbytes = sum(nbytes_of(self._cast(stored)) for stored in tensors)
+        nbytes = sum(self._cast(stored).nbytes for stored in tensors)
         for table, parts in catalog.tables.items():
             part = self.slice_of(next(iter(parts.values()))[0].slice.size)
             share = (part.end - part.begin) / part.size
             taken = [slot for slot in parts if slot in {ID, EMBEDDING} or self.take(table, slot)]
             slots = (stored_slot(self.manifest, table, slot) for slot in taken)
-            rows = sum(nbytes_of(self._cast(stored)) for stored in slots)
+            rows = sum(self._cast(stored).nbytes for stored in slots)
             nbytes += int(rows * share)
         return nbytes
 

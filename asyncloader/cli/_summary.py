@@ -9,7 +9,7 @@ from asyncloader.checkpoint import INDEX, SIDECAR
 from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.errors import CheckpointError
 
-from ._allocate import ID, nbytes_of, shards_of, stored_slot
+from ._allocate import ID, shards_of, stored_slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -197,13 +197,13 @@ def _slot(name: str, stored: Stored) -> SlotSummary:
         dtype=stored.dtype.torch,
         shape=stored.shape[1:],
         rows=stored.shape[0] if stored.shape else 0,
-        bytes=nbytes_of(stored),
+        bytes=stored.nbytes,
     )
 
 
 def _tensor(stored: Stored) -> TensorSummary:
     return TensorSummary(
-        name=stored.name, dtype=stored.dtype.torch, shape=stored.shape, bytes=nbytes_of(stored)
+        name=stored.name, dtype=stored.dtype.torch, shape=stored.shape, bytes=stored.nbytes
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,16 @@ class Contents:
     ) -> None:
         # str(): a name may be a subclass of it, which JSON does not take.
         name, table = f"{child}@{slot}", str(child)
-        block = WriteBlock(name=name, table=table, slice=part, dtype=dtype, shape=shape)
-        self.blocks.append(block)
+        self.blocks.append(
+            WriteBlock(
+                name=name,
+                table=table,
+                slice=part,
+                dtype=dtype,
+                shape=shape,
+                nbytes=math.prod(shape) * dtype.itemsize,
+            )
+        )
 
     def add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Add dense tensors.
@@ -67,9 +76,16 @@ class Contents:
         """
         for name, tensor in tensors.items():
             dtype = dtype_of(f"tensors[{name!r}]", tensor.dtype)
-            shape = tuple(tensor.shape)
-            block = WriteBlock(name=name, table=None, slice=None, dtype=dtype, shape=shape)
-            self.blocks.append(block)
+            self.blocks.append(
+                WriteBlock(
+                    name=name,
+                    table=None,
+                    slice=None,
+                    dtype=dtype,
+                    shape=tuple(tensor.shape),
+                    nbytes=tensor.numel() * tensor.itemsize,
+                )
+            )
         self._tensors |= tensors
 
     def keep(self, blocks: Sequence[WriteBlock]) -> None:

@@ -18,7 +18,7 @@ from ._copying import Copy, Copying
 from ._recognition import METADATA, describe_tables, key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from asyncloader._session import Session
@@ -62,12 +62,36 @@ def lay_out_file(file: str, source: Source) -> tuple[ShardLayout, list[Copy]]:
                 f"{other!r} and {one.name!r} would both stand under {key!r}; a plain file has no "
                 "other name for them"
             )
-        block = WriteBlock(name=key, table=None, slice=None, dtype=one.dtype, shape=one.shape)
+        block = WriteBlock(
+            name=key,
+            table=None,
+            slice=None,
+            dtype=one.dtype,
+            shape=one.shape,
+            nbytes=one.nbytes,
+        )
         blocks[key] = block
         stored[block] = one
     layout = lay_out_shard(file, 0, blocks, _metadata(source))
     places = ((placed.offset, stored[placed.block]) for placed in layout.blocks)
-    return layout, [copy for at, one in places for copy in _copies(at, one)]
+    copies = [copy for at, one in places for copy in _copies(at, one)]
+    _check_tiles(layout, copies)
+    return layout, copies
+
+
+def _check_tiles(layout: ShardLayout, copies: Sequence[Copy]) -> None:
+    """Make sure that copies fill the file, and that none writes over its neighbour.
+
+    Raises:
+        RuntimeError: If not.
+    """
+    end = len(layout.head)
+    for block, at in copies:
+        if at != end:
+            raise RuntimeError(f"{block.key!r} would be written to {at}, but {end} is free")
+        end += block.nbytes
+    if end != layout.size:
+        raise RuntimeError(f"{end} bytes would be written to a file of {layout.size}")
 
 
 def _copies(at: int, stored: Stored) -> Iterator[Copy]:

@@ -118,7 +118,7 @@ def _check_ranks(source: Source, ranks: int) -> None:
 
 def _check_memory(source: Source, ranks: int) -> None:
     part = sum(table.ids.rows * row_bytes(table.slots) for table in source.tables) // ranks
-    dense = sum(block.nbytes for stored in source.tensors for block in stored.blocks)
+    dense = sum(stored.nbytes for stored in source.tensors)
     what = f"the part of one of {ranks} ranks (with more --shards it is smaller)"
     check_room(what, part + dense, free_memory())
 

@@ -44,7 +44,7 @@ class StoredTable:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
-        return sum(block.nbytes for one in (self.ids, *self.slots.values()) for block in one.blocks)
+        return sum(one.nbytes for one in (self.ids, *self.slots.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class Source:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
-        dense = sum(block.nbytes for one in self.tensors for block in one.blocks)
+        dense = sum(stored.nbytes for stored in self.tensors)
         return dense + sum(table.nbytes for table in self.tables)
 
 
