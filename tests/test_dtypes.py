@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from asyncloader import CheckpointError, CheckpointReader, Loader, PlanError, load_tensors
 from asyncloader.cli._app import run
+from tests.checkpoints import flip
 from tests.support import raw
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ NEWER = {
 }
 
 
-def written(path: Path, dtype: str, shape: list[int], nbytes: int) -> Path:
-    """Write a file of `w` and of one tensor `odd`."""
+def written(path: Path, dtype: str, shape: list[int], nbytes: int, *, last: bytes = b"") -> Path:
+    """Write a file of `w` and of one tensor `odd`, whose bytes count up, but for the last."""
     header = {
         "odd": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]},
         "w": {"dtype": "F32", "shape": [4], "data_offsets": [nbytes, nbytes + 16]},
     }
     text = json.dumps(header).encode()
-    odd = bytes(range(1, nbytes + 1))
+    odd = bytes(number % 256 for number in range(1, nbytes + 1))
     path.write_bytes(len(text).to_bytes(8, "little") + text + odd + W.numpy().tobytes())
     return path
 
@@ -88,8 +89,99 @@ def test_an_unknown_dtype_is_listed_by_name_and_size(
     assert (w["dtype"], w["bytes"]) == ("float32", 16)
     assert run(["verify", str(path), "--json"]) == 0
     assert f"is {dtype}, which torch does not have" in capsys.readouterr().out
-    assert run(["show", str(path), "odd"]) == 2
-    assert f"is {dtype}, which torch" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("odd", "rows"),
+    [
+        (
+            ("I128", [2], 32),
+            [["0x100f0e0d0c0b0a090807060504030201"], ["0x201f1e1d1c1b1a191817161514131211"]],
+        ),
+        (("X7", [2, 2], 4), [["0x01", "0x02"], ["0x03", "0x04"]]),
+        (("F4", [2, 4], 4), [["0x01", "0x02"], ["0x03", "0x04"]]),
+        (("X7", [], 2), [["0x0201"]]),
+        (("F6_E2M3", [4], 3), []),
+        (("X7", [4], 3), []),
+        (("X7", [0], 3), []),
+        (("X7", [4], 0), []),
+    ],
+)
+def test_what_has_no_numbers_is_shown_as_bits(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    odd: tuple[str, list[int], int],
+    rows: list[list[str]],
+) -> None:
+    path = written(tmp_path / "x.safetensors", *odd)
+    assert run(["show", str(path), "odd", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["values"] for row in found["rows"]] == rows
+    assert (found["statistics"], found["bytes"]) == (None, odd[2])
+    assert run(["show", str(path), "odd"]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for row in rows for text in row)
+
+
+@pytest.mark.parametrize(
+    "odd", [*UNKNOWN.values(), ("F4", [2, 4], 4), ("X7", [2, 5], 7), ("X7", [1], 1000)]
+)
+def test_what_has_no_numbers_is_compared_bit_for_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], odd: tuple[str, list[int], int]
+) -> None:
+    a = written(tmp_path / "a.safetensors", *odd)
+    b = written(tmp_path / "b.safetensors", *odd)
+    assert run(["diff", str(a), str(b)]) == 0
+    flip(b, -17)  # the last byte before `w`
+    capsys.readouterr()
+    assert run(["diff", str(a), str(b)]) == 1
+    assert "no numbers" in capsys.readouterr().out
+    assert run(["diff", str(a), str(b), "--json"]) == 1
+    found, w = json.loads(capsys.readouterr().out)["tensors"]
+    assert found["change"] == {"different": 1, "largest": None, "infinite": 0, "nans": 0}
+    assert w["change"]["different"] == 0
+
+
+@pytest.mark.parametrize("sizes", [(8, 7), (0, 8), (4, 8)])
+def test_one_unknown_dtype_may_take_other_bytes_for_the_same_shape(
+    tmp_path: Path, sizes: tuple[int, int]
+) -> None:
+    a, b = (written(tmp_path / f"{n}.safetensors", "X7", [4], n) for n in sizes)
+    assert run(["diff", str(a), str(b)]) == 1
+    assert run(["diff", str(a), str(a)]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "shape", "nbytes"), UNKNOWN.values(), ids=UNKNOWN)
+def test_load_leaves_out_what_torch_cannot_hold_and_names_it(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+    shape: list[int],
+    nbytes: int,
+) -> None:
+    path = written(tmp_path / "x.safetensors", dtype, shape, nbytes)
+    assert run(["load", str(path), "--cast", "float64", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert report["tensors"] == {"w": "copied"}
+    assert report["warnings"] == [f"'odd' is {dtype}, which torch lacks: left out"]
+    assert run(["load", str(path)]) == 0
+    assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("dtype", "shape", "nbytes"), UNKNOWN.values(), ids=UNKNOWN)
+def test_a_folder_is_not_written_without_what_torch_cannot_hold(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+    shape: list[int],
+    nbytes: int,
+) -> None:
+    path = written(tmp_path / "x.safetensors", dtype, shape, nbytes)
+    assert run(["convert", str(path), str(tmp_path / "to")]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"'odd' ({dtype})" in err
+    assert "that ends in .safetensors" in err
+    assert not (tmp_path / "to").exists()
 
 
 @pytest.mark.parametrize("kind", ["a file", "a folder"])

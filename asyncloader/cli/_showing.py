@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from asyncloader._reading import has_numbers
 from asyncloader.checkpoint.stored import stored_tensor
 
 from ._allocate import ID, stored_slot
@@ -48,7 +49,7 @@ class ShownTensor:
     """The free text of the headers of its files, `__metadata__`, by file."""
 
     statistics: Statistics | None
-    """`None` if it is complex."""
+    """`None` if it is complex, or of a dtype without numbers."""
 
     rows: tuple[Row, ...]
     """The first ones."""
@@ -79,7 +80,7 @@ async def show_tensor(
         tell: Hears of progress.
 
     Raises:
-        CheckpointError: If it is unreadable, or torch has no such dtype.
+        CheckpointError: If it is unreadable.
         ReadError: If the storage failed.
     """
     if target.table is None or target.slot is None:
@@ -137,7 +138,8 @@ async def _shown(
     ids: Sequence[int],
     advance: Callable[[int], object],
 ) -> ShownTensor:
-    moments = await in_windows(session, stored, measure, advance=advance)
+    known = has_numbers(stored.dtype)
+    moments = await in_windows(session, stored, measure, advance=advance) if known else [None]
     found = [one for one in moments if one is not None]
     return ShownTensor(
         location=session.location,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
-from asyncloader._reading import torch_dtype
+from asyncloader._reading import has_dtype, torch_dtype
+from asyncloader._sizes import listed
 from asyncloader.checkpoint import gen_slice
 from asyncloader.cli._filling import fill, make_table, row_bytes
 from asyncloader.cli._room import check_room, free_memory
@@ -80,6 +81,7 @@ async def write_folder(
         MemoryError: If one rank's part does not fit into memory.
     """
     _check_names(source)
+    _check_dtypes(source)
     _check_ranks(source, ranks)
     await run_jobs(session.threads.reads, [partial(_check_memory, source, ranks)])
     writer = _Writer(
@@ -104,6 +106,21 @@ def _check_names(source: Source) -> None:
         if table.name in tensors:
             problem = f"both a tensor and a table are called {table.name!r}, which cannot be saved"
             raise CheckpointError(source.manifest.location, problem)
+
+
+def _check_dtypes(source: Source) -> None:
+    slots = [stored for table in source.tables for stored in table.slots.values()]
+    lacking = tuple(
+        f"{one.name!r} ({one.dtype.name})"
+        for one in (*slots, *source.tensors)
+        if not has_dtype(one.dtype)
+    )
+    if lacking:
+        problem = (
+            f"torch lacks the dtype of {listed(lacking)}, and a folder is written from torch's "
+            "tensors; a destination that ends in .safetensors gets the bytes as they are"
+        )
+        raise CheckpointError(source.manifest.location, problem)
 
 
 def _check_ranks(source: Source, ranks: int) -> None:

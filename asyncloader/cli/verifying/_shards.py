@@ -162,9 +162,9 @@ def check_layout(shard: Shard, findings: Findings, *, recis: bool) -> None:
 
 
 def _note_strange_dtypes(blocks: Blocks, findings: Findings) -> None:
-    if all(dtype.itemsize for dtype, _ in blocks.types):
+    if all(dtype.itemsize is not None for dtype, _ in blocks.types):
         return
     for block in blocks.values():
-        if not block.dtype.itemsize:
+        if block.dtype.itemsize is None:
             text = f"is {block.dtype.name}, which torch does not have, so it cannot be loaded"
             findings.note(text, file=block.shard, name=block.key)
