@@ -31,6 +31,7 @@ from asyncloader.cli.converting._file import write_file
 from asyncloader.cli.converting._source import read_source
 from asyncloader.cli.verifying import averify
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, run, save
+from tests.oracle import Block as RawBlock
 from tests.oracle import (
     TableData,
     dense_block,
@@ -43,6 +44,7 @@ from tests.oracle import (
     truncate,
     write_checkpoint,
     write_ranks,
+    write_shard,
 )
 from tests.steps import Steps
 from tests.support import data, debug_off, nothing_left_behind
@@ -222,6 +224,33 @@ async def test_what_holds_an_id_twice_is_no_table_and_loses_no_row(tmp_path: Pat
     assert tensors["pos.id"].tolist() == [0, 0, 1]
     assert torch.equal(tensors["pos.embedding"], NO_TABLES["pos.embedding"])
     assert tables["t"].ids.tolist() == [7, 8]
+
+
+async def test_from_plain_file_to_plain_file_nothing_is_taken_for_a_table(tmp_path: Path) -> None:
+    save_file(NO_TABLES, tmp_path / "a.safetensors")
+    done = await convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert (done.tables, set(done.tensors)) == ((), set(NO_TABLES))
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert "asyncloader" not in file.metadata()
+        assert all(torch.equal(file.get_tensor(key), NO_TABLES[key]) for key in NO_TABLES)
+    done = await convert(tmp_path / "b.safetensors", tmp_path / "c")
+    assert [table.name for table in done.tables] == ["t"]
+
+
+async def test_ids_of_what_may_be_a_table_have_to_fit_into_memory(tmp_path: Path) -> None:
+    rows = 1 << 39
+    blocks = [
+        RawBlock(key="t.id", dtype="I64", shape=(rows,), data=b""),
+        RawBlock(key="t.embedding", dtype="F32", shape=(rows, 0), data=b""),
+    ]
+    path, nbytes = tmp_path / "a.safetensors", 8 * rows
+    offsets = {"t.id": (0, nbytes), "t.embedding": (nbytes, nbytes)}
+    write_shard(path, blocks, data_offsets=offsets)
+    with path.open("ab") as shard:
+        shard.truncate(path.stat().st_size + nbytes)
+    with pytest.raises(MemoryError, match=r"'t\.id'.* takes 4\.40 TB, .* are free"):
+        await convert(path, tmp_path / "b")
+    assert names_below(tmp_path) == ["a.safetensors"]
 
 
 @pytest.mark.parametrize(("tables", "found"), [((), []), (("t",), ["t"])])

@@ -131,7 +131,7 @@ async def aconvert(
         target = await session.on_disk(check)
         if target.is_file and options.shards is not None:
             raise SaveError(destination, "is one file: --shards is for folders")
-        content = await read_source(session, options.slots, options.tables)
+        content = await read_source(session, options.slots, options.tables, to_file=target.is_file)
         try:
             await run_jobs(reads, [target.begin])
             written = await _write(session, content, target, options, progress)

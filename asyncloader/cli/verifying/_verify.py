@@ -13,12 +13,13 @@ from asyncloader._memory import zeros
 from asyncloader._session import open_session
 from asyncloader.checkpoint import INDEX
 from asyncloader.checkpoint._safetensors import catalog_of_file
+from asyncloader.cli._duplicates import count_duplicates
 from asyncloader.cli._room import check_room, free_memory
 from asyncloader.streaming import Meter
 
 from ._bytes import Inspector, Watched, memories
 from ._findings import Findings, Verification
-from ._ids import check_part, count_duplicates
+from ._ids import check_part
 from ._names import read_names
 from ._shards import check_layout, read_shards
 from ._sidecars import check_parts, with_digests
