@@ -253,6 +253,33 @@ async def test_ids_of_what_may_be_a_table_have_to_fit_into_memory(tmp_path: Path
     assert names_below(tmp_path) == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+async def test_a_safetensors_file_may_be_called_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
+) -> None:
+    path, to = tmp_path / "a" / "index", tmp_path / "b"
+    path.parent.mkdir()
+    save_file(NO_TABLES | {"w": torch.ones(2).to(dtype)}, path)
+    assert command(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "safetensors file"
+    assert command(["verify", str(path)]) == 0
+    assert "safetensors file" in capsys.readouterr().out
+    done = await convert(path, to)
+    assert [table.name for table in done.tables] == ["t"]
+
+
+async def test_a_safetensors_file_called_index_obeys_safetensors_rules(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    header = {
+        "w": {"dtype": "bool", "shape": [1], "data_offsets": [0, 1]}
+    }  # which only RecIS writes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\1")
+    with pytest.raises(CheckpointError, match="unknown dtype 'bool'"):
+        await convert(path, tmp_path / "b.safetensors")
+    assert command(["verify", str(path)]) == 1
+
+
 @pytest.mark.parametrize(("tables", "found"), [((), []), (("t",), ["t"])])
 async def test_which_tensors_are_tables_can_be_said(
     tmp_path: Path, tables: tuple[str, ...], found: list[str]

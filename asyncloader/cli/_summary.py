@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader.checkpoint import INDEX, SIDECAR
+from asyncloader.checkpoint import SIDECAR
 from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.errors import CheckpointError
 
@@ -168,7 +168,7 @@ def _tensors(manifest: Manifest) -> tuple[tuple[TensorSummary, ...], list[str]]:
 def _kind(catalog: Catalog, file: str | None) -> Kind:
     if file is not None and file == catalog.source and catalog.header is not None:
         return "safetensors file"
-    return "RecIS checkpoint" if catalog.source == INDEX else "Hugging Face folder"
+    return "RecIS checkpoint" if catalog.recis else "Hugging Face folder"
 
 
 def _digests(catalog: Catalog) -> Digests:

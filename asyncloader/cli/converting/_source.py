@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
 from asyncloader._reading import read_stored
-from asyncloader.checkpoint import INDEX, Manifest
+from asyncloader.checkpoint import Manifest
 from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.cli._allocate import shards_of, stored_slot
 from asyncloader.cli._duplicates import count_duplicates
@@ -90,7 +90,7 @@ async def read_source(
     manifest = await session.manifest(catalog, shards_of(catalog))
     metadata = {} if catalog.header is None else catalog.header.metadata
 
-    is_told = catalog.source == INDEX or METADATA in metadata
+    is_told = catalog.recis or METADATA in metadata
     if tables is not None and is_told:
         problem = "says itself which of its tensors are tables: leave --tables out"
         raise CheckpointError(manifest.location, problem)
@@ -98,7 +98,7 @@ async def read_source(
     rows = {} if as_it_is else await _tables_of_names(session, manifest, tables)
 
     def describe() -> Source:
-        known = manifest if catalog.source == INDEX else recognized(manifest, metadata, rows)
+        known = manifest if catalog.recis else recognized(manifest, metadata, rows)
         return _describe(_with_slots(known, slots), metadata)
 
     [source] = await run_jobs(session.threads.kernels, [describe])

@@ -11,7 +11,6 @@ import torch
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
 from asyncloader._session import open_session
-from asyncloader.checkpoint import INDEX
 from asyncloader.checkpoint._safetensors import catalog_of_file
 from asyncloader.cli._duplicates import count_duplicates
 from asyncloader.cli._room import check_room, free_memory
@@ -100,13 +99,15 @@ class _Check:
 
     async def read_headers(self) -> None:
         names = self.names
-        self.shards = await read_shards(self.session, names.shards, names.source, self.findings)
+        self.shards = await read_shards(
+            self.session, names.shards, names.source, self.findings, recis=names.recis
+        )
         await run_jobs(self.session.threads.kernels, [self._check_structure])
 
     def _check_structure(self) -> None:
         names, findings = self.names, self.findings
         for shard in self.shards.values():
-            check_layout(shard, findings, recis=names.source == INDEX)
+            check_layout(shard, findings, recis=names.recis)
         if names.sidecar is None:
             findings.note("no digests: bytes cannot be verified, only the structure")
         else:
