@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import json
 import os
 import shutil
@@ -46,6 +48,7 @@ from tests.oracle import (
     write_ranks,
     write_shard,
 )
+from tests.processes import apart
 from tests.steps import Steps
 from tests.support import data, debug_off, nothing_left_behind
 
@@ -539,6 +542,43 @@ async def test_a_replaced_checkpoint_survives_a_conversion_that_fails(tmp_path: 
     with pytest.raises(CheckpointError, match="are not those that were written"):
         await convert(source, old, overwrite=True)
     assert {name: (old / name).read_bytes() for name in names_below(old)} == want
+
+
+def drop_privileges() -> None:
+    """Let modes of files count for root, too: in this thread, and in those that it starts."""
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    capabilities = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, capabilities) == 0
+    for kind in range(3):
+        capabilities[kind] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, capabilities) == 0
+
+
+def failure_without_privileges(source: str, destination: str) -> str:
+    """Convert, and return what the error says."""
+    drop_privileges()
+    options = Options(shards=None, slots=None, parallel=2, overwrite=True)
+    with pytest.raises(SaveError) as caught:
+        asyncio.run(aconvert(source, destination, options, limits=LIMITS))
+    return str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_file_that_is_in_its_place_is_written_even_if_that_cannot_be_synced(
+    tmp_path: Path,
+) -> None:
+    source, folder = tmp_path / "a.safetensors", tmp_path / "b"
+    save_file({"w": torch.ones(4)}, source)
+    folder.mkdir()
+    save_file({"w": torch.zeros(4)}, folder / "w.safetensors")
+    folder.chmod(0o300)  # names can be changed, but it cannot be opened, to be synced
+    said = apart(failure_without_privileges, str(source), str(folder / "w.safetensors"))
+    folder.chmod(0o700)
+    assert "is written, but may not outlive a power loss: " in said
+    assert names_below(folder) == ["w.safetensors"]
+    with safe_open(folder / "w.safetensors", "pt") as file:
+        assert file.get_tensor("w").tolist() == [1] * 4
 
 
 async def test_where_nothing_can_be_written_the_error_says_so(tmp_path: Path) -> None:

@@ -127,7 +127,9 @@ async def write_file(
     overwrite: bool,
     progress: Callable[[Progress], object] | None,
 ) -> Written:
-    """Write the file beside its place, sync it, and move it there; if that fails, leave nothing.
+    """Write the file beside its place, sync it, and move it there.
+
+    If it fails, or is cancelled, before the move, nothing is left. Afterwards the file is written.
 
     Args:
         session: The source.
@@ -141,7 +143,7 @@ async def write_file(
         ValueError: If two things would have the same name there.
         CheckpointError: If bytes are not those that were written, or a file is another one by now.
         ReadError: If the source failed.
-        SaveError: If the file could not be written.
+        SaveError: If the file could not be written; or it was, but may not outlive a power loss.
     """
     folder = LocalFolder(path.parent)
     draft = f".{fresh_save_id()}.safetensors.tmp"
@@ -159,8 +161,12 @@ async def write_file(
     def publish() -> None:
         if not overwrite and path.exists():  # it was not, when we began
             raise SaveError(str(path), "has come into being meanwhile; nothing was replaced")
-        folder.move(draft, path.name)
-        folder.sync("")
+        folder.move(draft, path.name)  # whatever fails from here on, the file is written
+        try:
+            folder.sync("")
+        except OSError as error:
+            problem = f"is written, but may not outlive a power loss: {error}"
+            raise SaveError(str(path), problem) from error
 
     def give_up() -> None:
         with contextlib.suppress(OSError):
