@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._session import Session
+    from .checkpoint import DType
     from .checkpoint.stored import Stored
     from .streaming import Destinations
 
-__all__ = ["read_stored", "torch_dtype"]
+__all__ = ["has_dtype", "has_numbers", "read_stored", "torch_dtype"]
 
 
 async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, Tensor]:
@@ -60,6 +61,16 @@ async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, T
         raise
     execution.commit()
     return tensors
+
+
+def has_dtype(dtype: DType) -> bool:
+    """Say whether this version of torch has a dtype."""
+    return isinstance(getattr(torch, dtype.torch, None), torch.dtype)
+
+
+def has_numbers(dtype: DType) -> bool:
+    """Say whether torch knows the numbers of a dtype: not where one element of its own is two."""
+    return dtype.is_number and has_dtype(dtype)
 
 
 def torch_dtype(location: str, stored: Stored) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import json
 import os
 import shutil
@@ -31,6 +33,7 @@ from asyncloader.cli.converting._file import write_file
 from asyncloader.cli.converting._source import read_source
 from asyncloader.cli.verifying import averify
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, run, save
+from tests.oracle import Block as RawBlock
 from tests.oracle import (
     TableData,
     dense_block,
@@ -43,7 +46,9 @@ from tests.oracle import (
     truncate,
     write_checkpoint,
     write_ranks,
+    write_shard,
 )
+from tests.processes import apart
 from tests.steps import Steps
 from tests.support import data, debug_off, nothing_left_behind
 
@@ -222,6 +227,60 @@ async def test_what_holds_an_id_twice_is_no_table_and_loses_no_row(tmp_path: Pat
     assert tensors["pos.id"].tolist() == [0, 0, 1]
     assert torch.equal(tensors["pos.embedding"], NO_TABLES["pos.embedding"])
     assert tables["t"].ids.tolist() == [7, 8]
+
+
+async def test_from_plain_file_to_plain_file_nothing_is_taken_for_a_table(tmp_path: Path) -> None:
+    save_file(NO_TABLES, tmp_path / "a.safetensors")
+    done = await convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert (done.tables, set(done.tensors)) == ((), set(NO_TABLES))
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert "asyncloader" not in file.metadata()
+        assert all(torch.equal(file.get_tensor(key), NO_TABLES[key]) for key in NO_TABLES)
+    done = await convert(tmp_path / "b.safetensors", tmp_path / "c")
+    assert [table.name for table in done.tables] == ["t"]
+
+
+async def test_ids_of_what_may_be_a_table_have_to_fit_into_memory(tmp_path: Path) -> None:
+    rows = 1 << 39
+    blocks = [
+        RawBlock(key="t.id", dtype="I64", shape=(rows,), data=b""),
+        RawBlock(key="t.embedding", dtype="F32", shape=(rows, 0), data=b""),
+    ]
+    path, nbytes = tmp_path / "a.safetensors", 8 * rows
+    offsets = {"t.id": (0, nbytes), "t.embedding": (nbytes, nbytes)}
+    write_shard(path, blocks, data_offsets=offsets)
+    with path.open("ab") as shard:
+        shard.truncate(path.stat().st_size + nbytes)
+    with pytest.raises(MemoryError, match=r"'t\.id'.* takes 4\.40 TB, .* are free"):
+        await convert(path, tmp_path / "b")
+    assert names_below(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+async def test_a_safetensors_file_may_be_called_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
+) -> None:
+    path, to = tmp_path / "a" / "index", tmp_path / "b"
+    path.parent.mkdir()
+    save_file(NO_TABLES | {"w": torch.ones(2).to(dtype)}, path)
+    assert command(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "safetensors file"
+    assert command(["verify", str(path)]) == 0
+    assert "safetensors file" in capsys.readouterr().out
+    done = await convert(path, to)
+    assert [table.name for table in done.tables] == ["t"]
+
+
+async def test_a_safetensors_file_called_index_obeys_safetensors_rules(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    header = {
+        "w": {"dtype": "bool", "shape": [1], "data_offsets": [0, 1]}
+    }  # which only RecIS writes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\1")
+    with pytest.raises(CheckpointError, match="unknown dtype 'bool'"):
+        await convert(path, tmp_path / "b.safetensors")
+    assert command(["verify", str(path)]) == 1
 
 
 @pytest.mark.parametrize(("tables", "found"), [((), []), (("t",), ["t"])])
@@ -483,6 +542,43 @@ async def test_a_replaced_checkpoint_survives_a_conversion_that_fails(tmp_path: 
     with pytest.raises(CheckpointError, match="are not those that were written"):
         await convert(source, old, overwrite=True)
     assert {name: (old / name).read_bytes() for name in names_below(old)} == want
+
+
+def drop_privileges() -> None:
+    """Let modes of files count for root, too: in this thread, and in those that it starts."""
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    capabilities = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, capabilities) == 0
+    for kind in range(3):
+        capabilities[kind] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, capabilities) == 0
+
+
+def failure_without_privileges(source: str, destination: str) -> str:
+    """Convert, and return what the error says."""
+    drop_privileges()
+    options = Options(shards=None, slots=None, parallel=2, overwrite=True)
+    with pytest.raises(SaveError) as caught:
+        asyncio.run(aconvert(source, destination, options, limits=LIMITS))
+    return str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_file_that_is_in_its_place_is_written_even_if_that_cannot_be_synced(
+    tmp_path: Path,
+) -> None:
+    source, folder = tmp_path / "a.safetensors", tmp_path / "b"
+    save_file({"w": torch.ones(4)}, source)
+    folder.mkdir()
+    save_file({"w": torch.zeros(4)}, folder / "w.safetensors")
+    folder.chmod(0o300)  # names can be changed, but it cannot be opened, to be synced
+    said = apart(failure_without_privileges, str(source), str(folder / "w.safetensors"))
+    folder.chmod(0o700)
+    assert "is written, but may not outlive a power loss: " in said
+    assert names_below(folder) == ["w.safetensors"]
+    with safe_open(folder / "w.safetensors", "pt") as file:
+        assert file.get_tensor("w").tolist() == [1] * 4
 
 
 async def test_where_nothing_can_be_written_the_error_says_so(tmp_path: Path) -> None:

@@ -368,3 +368,14 @@ def test_the_process_says_by_its_exit_code_whether_they_differ(pair: tuple[str, 
     assert run("diff", a, a)[0] == 0
     code, out, err = run("diff", a, b + "c")
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_changes_that_doubles_would_round_are_text_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, number in (("a", 0), ("b", 2**53 + 1)):
+        save_file({"w": torch.tensor([number])}, tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    assert command(["diff", *paths, "--json"]) == 1
+    [tensor] = json.loads(capsys.readouterr().out)["tensors"]
+    assert tensor["change"]["largest_text"] == str(2**53 + 1)

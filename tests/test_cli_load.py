@@ -149,10 +149,10 @@ def test_what_does_not_fit_into_memory_is_refused() -> None:
         check_room("x", 2000, 1000)
 
 
-def huge(path: Path) -> Path:
+def huge(path: Path, dtype: str = "U8", itemsize: int = 1) -> Path:
     """Make a file that is larger than any memory, on paper."""
     nbytes = 1 << 42
-    block = RawBlock(key="w", dtype="U8", shape=(nbytes,), data=b"")
+    block = RawBlock(key="w", dtype=dtype, shape=(nbytes // itemsize,), data=b"")
     file = path / "huge.safetensors"
     write_shard(file, [block], data_offsets={"w": (0, nbytes)})
     with file.open("ab") as shard:
@@ -167,6 +167,23 @@ def test_more_than_memory_is_one_line_and_exit_code_2(
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert re.match(r"asyncloader: not enough memory: .*huge.* takes 4\.40 TB, .* are free", err)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "itemsize", "cast", "size"),
+    [("BF16", 2, "float64", "17.59 TB"), ("F64", 8, "bfloat16", "1.10 TB")],
+)
+def test_what_a_cast_makes_of_it_has_to_fit(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    dtype: str,
+    itemsize: int,
+    *,
+    cast: str,
+    size: str,
+) -> None:
+    assert run_here(["load", str(huge(tmp_path, dtype, itemsize)), "--cast", cast]) == 2
+    assert f"takes {size}" in capfd.readouterr().err
 
 
 # The trace.

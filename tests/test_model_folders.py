@@ -75,6 +75,19 @@ def test_the_plain_one_comes_before_variants_and_several_variants_are_named(tmp_
     assert torch.equal(load_tensors(tmp_path)["w"], W)
 
 
+def test_a_weight_map_of_one_variant_does_not_win_over_the_file_of_another(tmp_path: Path) -> None:
+    index = sharded(tmp_path, "model.bf16", "model.safetensors.index.bf16.json")
+    assert load_tensors(tmp_path).keys() == {"w", "v"}
+    save_file({"w": V}, tmp_path / "model.bf16.safetensors")  # the same variant as one file
+    assert load_tensors(tmp_path).keys() == {"w", "v"}
+    save_file({"w": V}, tmp_path / "model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match=rf"'{index.name}', 'model\.fp16\.safetensors'"):
+        load_tensors(tmp_path)
+    assert run(["verify", str(tmp_path)]) == 2
+    save_file({"w": -W}, tmp_path / "model.safetensors")
+    assert torch.equal(load_tensors(tmp_path)["w"], -W)
+
+
 @pytest.mark.parametrize("kind", ["a folder", "a text", "json"])
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
 def test_something_else_may_be_called_index_beside_the_model(

@@ -36,13 +36,18 @@ class DType:
     torch: str
     """As torch spells it, without the `torch.`: `float32`; or as the header, if torch has none."""
 
-    itemsize: int
-    """Bytes that one of torch's elements takes; 0 if torch has no such type."""
+    itemsize: int | None
+    """Bytes that one of torch's elements takes; `None` if torch has no such type."""
 
     @property
-    def bits(self) -> int:
-        """Bits that one of the header's elements takes; 0 if that is not known."""
-        return _BITS.get(self.name, 8 * self.itemsize)
+    def bits(self) -> int | None:
+        """Bits that one of the header's elements takes; `None` if that is not known."""
+        return _BITS.get(self.name, None if self.itemsize is None else 8 * self.itemsize)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether one of torch's elements is one of the header's: no number is known else."""
+        return self.itemsize is not None and self.bits == 8 * self.itemsize
 
     def __str__(self) -> str:
         return self.torch
@@ -88,7 +93,7 @@ def dtype_called(name: str, known: Mapping[str, DType]) -> DType | None:
     A type that is not known keeps no other tensor from being read.
     """
     found = known.get(name)
-    return DType(name, name, 0) if found is None and _NAME.fullmatch(name) else found
+    return DType(name, name, None) if found is None and _NAME.fullmatch(name) else found
 
 
 def torch_type(dtype: DType, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...]]:
@@ -99,7 +104,7 @@ def torch_type(dtype: DType, shape: tuple[int, ...]) -> tuple[DType, tuple[int, 
     if dtype.name != _F4:
         return dtype, shape
     if not shape or shape[-1] % 2:
-        return DType(_F4, _F4, 0), shape
+        return DType(_F4, _F4, None), shape
     return dtype, (*shape[:-1], shape[-1] // 2)
 
 
@@ -109,7 +114,7 @@ def header_shape(dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         ValueError: If no header can have it.
     """
-    if dtype.name != _F4 or not dtype.itemsize:
+    if dtype.name != _F4 or dtype.itemsize is None:
         return shape
     if not shape:
         raise ValueError(f"a scalar of {dtype} is no {_F4}, of which two are one element: reshape")

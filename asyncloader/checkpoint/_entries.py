@@ -117,7 +117,7 @@ def _blocks(
     bounds = np.fromiter(chain.from_iterable(ranges), np.int64, 2 * len(ranges)).reshape(-1, 2)
     if any(_is_immense(shape, dtype.bits) for dtype, shape in known):
         raise _OddError
-    sizes = (_nbytes(shape, dtype.bits) if dtype.bits else -1 for dtype, shape in known)
+    sizes = (-1 if (bits := dtype.bits) is None else _nbytes(shape, bits) for dtype, shape in known)
     of_kind = np.array(kinds, np.int64)
     taken = np.fromiter(sizes, np.int64, len(known))[of_kind]
     nbytes = bounds[:, 1] - bounds[:, 0]
@@ -201,10 +201,10 @@ def _field_problem(entry: object, dtypes: Mapping[str, DType]) -> str | None:
 def _size_problem(entry: Any, dtypes: Mapping[str, DType]) -> str | None:  # noqa: ANN401  # sound
     name, shape, (begin, end) = _FIELDS(entry)
     dtype = dtype_called(name, dtypes)
-    bits = 0 if dtype is None else dtype.bits
+    bits = None if dtype is None else dtype.bits
     if _is_immense(shape, bits):
         return f"shape {shown(shape)} is beyond what 64 bits can count"
-    if bits and (taken := _nbytes(shape, bits)) != end - begin:
+    if bits is not None and (taken := _nbytes(shape, bits)) != end - begin:
         return (
             f"data_offsets {[begin, end]} hold {end - begin} bytes, but {name} of "
             f"shape {shown(shape)} takes {taken}; the file is corrupt "
@@ -219,9 +219,9 @@ def _are_sizes(values: object, limit: int = _INT64_MAX) -> bool:
     return all(type(value) is int and 0 <= value <= limit for value in values)
 
 
-def _is_immense(shape: Sequence[int], bits: int) -> bool:
+def _is_immense(shape: Sequence[int], bits: int | None) -> bool:
     """Say whether strides overflow, in torch or elsewhere, though the bytes do not show it."""
-    if bits and 0 not in shape:
+    if bits is not None and 0 not in shape:
         return False
     return _product((size for size in shape if size), 1) > _INT64_MAX
 

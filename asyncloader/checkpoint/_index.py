@@ -121,6 +121,9 @@ class Catalog:
     header: ShardHeader | None = None
     """That of `source`, if it is the one shard that there is."""
 
+    recis: bool = False
+    """Whether it is in RecIS's format, whatever `source` is called."""
+
 
 def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | bytearray) -> Catalog:
     """Read both files.
@@ -143,6 +146,7 @@ def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | by
             table: {slot: _in_order(parts) for slot, parts in slots.items()}
             for table, slots in tables.items()
         },
+        recis=True,
     )
 
 

@@ -56,7 +56,7 @@ class Manifest:
         blocks = self.headers[place.shard].blocks
         found = blocks.get(place.key)
         source = self.catalog.source
-        if found is None and source == INDEX and "/part_" in place.key:
+        if found is None and self.catalog.recis and "/part_" in place.key:
             # RecIS's saver indexes `x/part_0^ ` but writes `x/part_0`.
             found = blocks.get(place.key.removesuffix("^ "))
         if found is None:
@@ -162,7 +162,7 @@ async def read_header(
             text += await read_text(storage, shard, PREFIX + len(text), length - len(text))
         except ValueError as error:
             raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
-        parse = partial(_parse, where, shard, text, size, digests, recis=catalog.source == INDEX)
+        parse = partial(_parse, where, shard, text, size, digests, recis=catalog.recis)
         if len(text) <= _FIRST_READ:  # done before a thread could have begun
             return parse()
         [header] = await run_jobs(executor, [undisturbed(parse)])

@@ -36,7 +36,11 @@ SINGLE = "model.safetensors"
 # without a variant before those with one.
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
 _INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
-_MODEL = re.compile(rf"({'|'.join(_STEMS)})(\.[^.]+)?\.safetensors(\.index(\.[^.]+)?\.json)?")
+# A shard, `model.fp16-00001-of-00002.safetensors`, is no variant.
+_VARIANT = r"(\.(?![^.]+-\d+-of-\d+\.)[^.]+)?"
+_MODEL = re.compile(
+    rf"(?P<stem>{'|'.join(_STEMS)}){_VARIANT}\.safetensors(?:\.index{_VARIANT}\.json)?"
+)
 _NAMED = 8
 
 
@@ -53,21 +57,19 @@ def model_in(location: str, names: Iterable[str]) -> str | None:
     """
     found = [match for match in map(_MODEL.fullmatch, sorted(names)) if match is not None]
     for stem in _STEMS:
-        own = [match for match in found if match[1] == stem]
-        for plain in (True, False):
-            of_kind = [one[0] for one in own if (one[0] in _plain(stem)) is plain]
-            maps = [name for name in of_kind if is_weight_map(name)]
-            files = maps or of_kind
-            if len(files) > 1:
-                problem = f"holds several variants, {', '.join(map(repr, files))}: give one's path"
-                raise CheckpointError(location, problem)
-            if files:
-                return files[0]
+        variants: dict[str, list[str]] = {}
+        for match in found:
+            if match["stem"] == stem:
+                variants.setdefault((match[2] or "") + (match[3] or ""), []).append(match[0])
+        plain = variants.get("")
+        equal = variants.values() if plain is None else [plain]
+        files = [file for own in equal for file in list(filter(is_weight_map, own)) or own]
+        if len(files) > 1:
+            problem = f"holds several variants, {', '.join(map(repr, files))}: give one's path"
+            raise CheckpointError(location, problem)
+        if files:
+            return files[0]
     return None
-
-
-def _plain(stem: str) -> tuple[str, str]:
-    return f"{stem}.safetensors.index.json", f"{stem}.safetensors"
 
 
 def in_words(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,17 @@ class Stored:
         if not self.shape:
             raise ValueError(f"{self.name!r} is a scalar, it has no rows")
         return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all blocks take on disk."""
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes in memory, of its dtype; of one that torch lacks those on disk."""
+        itemsize = self.dtype.itemsize
+        return self.nbytes if itemsize is None else math.prod(self.shape) * itemsize
 
     def window(self, begin: int, end: int) -> Stored:
         """Return the rows `[begin, end)`.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
-from asyncloader._reading import torch_dtype
+from asyncloader._reading import has_dtype, torch_dtype
 from asyncloader._session import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Access, Limits, open_session
 from asyncloader.checkpoint import BY_TORCH, Places, gen_slice
 from asyncloader.checkpoint.stored import stored_tensor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from asyncloader.checkpoint import Catalog, Manifest, Slice, Verify
     from asyncloader.checkpoint.stored import Stored
 
-__all__ = ["EMBEDDING", "ID", "LIMITS", "allocate", "nbytes_of", "shards_of", "stored_slot"]
+__all__ = ["EMBEDDING", "ID", "LIMITS", "allocate", "shards_of", "stored_slot"]
 
 EMBEDDING = "embedding"
 ID = "id"
@@ -37,7 +37,7 @@ LIMITS = Limits(parallel=PARALLEL, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=I
 _whole = partial(gen_slice, 0, 1)
 
 
-def nobody(seconds: float) -> None:
+def nobody(*news: object) -> None:
     """Tell nobody."""
 
 
@@ -56,6 +56,7 @@ async def allocate(
     access: Access | None = None,
     kernels: Callable[[float], object] = nobody,
     floats: str | None = None,
+    lacking: Callable[[str, str], object] = nobody,
 ) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     """Read names and headers, and return empty tables and zero tensors that take all of it.
 
@@ -73,10 +74,12 @@ async def allocate(
         kernels: Told how many seconds it took to load the compiled kernels, or to compile them,
             if there are tables; on a thread.
         floats: The dtype to make all floats of, as torch spells it; each of its own by default.
+        lacking: Told of each tensor that is left out, as torch has no such dtype, and of the dtype;
+            on a thread.
 
     Raises:
         CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself; if a table
-            has no embeddings or no ids; if torch has no such dtype.
+            has no embeddings or no ids; if torch does not have the dtype of one of its slots.
         ReadError: If the storage failed.
         MemoryError: If there is no room.
     """
@@ -85,15 +88,10 @@ async def allocate(
     ) as session:
         catalog = await session.catalog()
         manifest = await session.manifest(catalog, shards_of(catalog))
-        make = _Maker(manifest, slice_of, take, kernels, floats).make
+        make = _Maker(manifest, slice_of, take, kernels, floats, lacking).make
         # Off the loop: the first table imports, or even compiles, the kernels.
         [made] = await run_jobs(session.threads.kernels, [make])
     return made
-
-
-def nbytes_of(stored: Stored) -> int:
-    """Return the bytes of all elements, whether torch has such or not."""
-    return sum(block.nbytes for block in stored.blocks)
 
 
 def shards_of(catalog: Catalog) -> list[str]:
@@ -120,29 +118,37 @@ class _Maker:
     take: Callable[[str, str], bool]
     kernels: Callable[[float], object]
     floats: str | None
+    lacking: Callable[[str, str], object]
 
     def make(self) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
         manifest = self.manifest
-        check_room(manifest.location, self._nbytes(), free_memory())
+        tensors = list(self._tensors())
+        check_room(manifest.location, self._nbytes(tensors), free_memory())
         if manifest.catalog.tables:
             begin = time.perf_counter()
             HashTable([1])  # the first one imports them
             self.kernels(time.perf_counter() - begin)
         tables = {name: self._table(name) for name in manifest.catalog.tables}
-        stored = (self._cast(stored_tensor(manifest, name)) for name in manifest.catalog.tensors)
-        return tables, {one.name: self._tensor(one) for one in stored}
+        return tables, {one.name: self._tensor(one) for one in tensors}
 
-    def _nbytes(self) -> int:
+    def _tensors(self) -> Iterator[Stored]:
+        """Yield those that torch can hold."""
+        for name in self.manifest.catalog.tensors:
+            stored = stored_tensor(self.manifest, name)
+            if has_dtype(stored.dtype):
+                yield self._cast(stored)
+            else:
+                self.lacking(name, stored.dtype.name)
+
+    def _nbytes(self, tensors: Sequence[Stored]) -> int:
         """Return about how much memory all of it takes once it is filled."""
-        catalog = self.manifest.catalog
-        tensors = (stored_tensor(self.manifest, name) for name in catalog.tensors)
-        nbytes = sum(nbytes_of(self._cast(stored)) for stored in tensors)
-        for table, parts in catalog.tables.items():
+        nbytes = sum(stored.memory for stored in tensors)
+        for table, parts in self.manifest.catalog.tables.items():
             part = self.slice_of(next(iter(parts.values()))[0].slice.size)
             share = (part.end - part.begin) / part.size
             taken = [slot for slot in parts if slot in {ID, EMBEDDING} or self.take(table, slot)]
             slots = (stored_slot(self.manifest, table, slot) for slot in taken)
-            rows = sum(nbytes_of(self._cast(stored)) for stored in slots)
+            rows = sum(self._cast(stored).memory for stored in slots)
             nbytes += int(rows * share)
         return nbytes
 

@@ -15,7 +15,7 @@ from asyncloader import __version__
 from . import _convert, _diff, _inspect, _load, _show, _verify
 from ._failures import EXPECTED, message_of
 from ._options import examples
-from ._output import complain, prepare, print_json
+from ._output import PIPE_CLOSED, complain, drop_output, prepare, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,6 +93,8 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(error, message_of(error), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
+    except SystemExit:  # typer's own, where nobody reads what it prints
+        return PIPE_CLOSED
     except Exception as error:  # noqa: BLE001  # whatever it is, 1 would be an answer
         # What is wrong with the arguments. Its class has moved between typer's releases.
         describe = getattr(error, "format_message", None)
@@ -106,7 +108,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def _fail(error: Exception, message: str, *, as_json: bool) -> int:
     """Say what went wrong, on stderr, and where programs read, too; return the exit code."""
-    complain(message)
-    if as_json:
-        print_json({"error": {"type": type(error).__name__, "message": message}})
+    try:
+        complain(message)
+        if as_json:
+            print_json({"error": {"type": type(error).__name__, "message": message}})
+    except typer.Exit as gone:
+        return gone.exit_code
+    except OSError:  # such as a disk that is full: the code says that it failed
+        drop_output()
     return _FAILED

@@ -34,8 +34,8 @@ EPILOG = examples(
     ("asyncloader convert ctr.safetensors back", "and back again"),
     ("asyncloader convert runs/ctr/1200 small --slots embedding", "without the optimizer's state"),
     ("asyncloader convert runs/ctr/1200 wide --shards 16", "as 16 ranks would have saved it"),
-    codes="Exit codes: 0, done; 2, it failed: then nothing was written, and what was there is "
-    "there still.",
+    codes="Exit codes: 0, done; 2, it failed: unless the message says that the file is written, "
+    "nothing was, and what was there is there still.",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from ._options import JsonFlag, LinksFlag, examples
 from ._output import print_json, show
 from ._progress import progress_bar
 from ._stages import telling
+from ._values import with_texts
 from .diffing import BUDGET, adiff
 
 __all__ = ["EPILOG", "diff"]
@@ -59,7 +61,7 @@ def diff(
         run = partial(adiff, a, b, limits=LIMITS, budget=BUDGET, progress=listen, access=access)
         found = run_blocking(run)
     if json:
-        print_json(found)
+        print_json(with_texts(asdict(found)))
     else:
         show(difference_view(found, everything=all_))
     if not found.equal:

@@ -147,7 +147,7 @@ def _change(change: Change) -> str:
     texts = [] if change.largest is None else [number_text(change.largest)]
     texts += [f"{count(change.infinite)} infinite"] if change.infinite else []
     texts += [f"{count(change.nans)} NaN"] if change.nans else []
-    return ", ".join(texts)
+    return ", ".join(texts) or "no numbers"
 
 
 def _more(number: int, most: int | None, what: str) -> list[RenderableType]:

@@ -53,9 +53,9 @@ class Filled:
 
 
 def row_bytes(slots: Mapping[str, Stored]) -> int:
-    """Return about how many bytes a table takes an id."""
+    """Return about how many bytes a table takes an id; of dtypes that torch has."""
     return _ID_BYTES + sum(
-        math.prod(stored.shape[1:]) * stored.dtype.itemsize for stored in slots.values()
+        math.prod(stored.shape[1:]) * (stored.dtype.itemsize or 0) for stored in slots.values()
     )
 
 

@@ -201,6 +201,7 @@ async def load_all(
     """
     tell(0, 0, "preparing")
     compiled: list[float] = []
+    lacking: dict[str, str] = {}
     begin = time.perf_counter()
     tables, tensors = await allocate(
         path,
@@ -209,6 +210,7 @@ async def load_all(
         access=Access(follow_symlinks=follow_symlinks),
         kernels=compiled.append,
         floats=floats,
+        lacking=lacking.__setitem__,
     )
     prepared = time.perf_counter() - begin
 
@@ -230,6 +232,10 @@ async def load_all(
         cast=None if floats is None else "any",
     )
     report = await loader.aload()
+    left_out = (
+        f"{name!r} is {dtype}, which torch lacks: left out" for name, dtype in lacking.items()
+    )
+    report = replace(report, warnings=(*report.warnings, *left_out))
     return Loaded(
         report=report,
         kernels_seconds=sum(compiled),

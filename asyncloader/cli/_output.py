@@ -19,7 +19,16 @@ from ._names import escaped
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["complain", "console", "count", "prepare", "print_json", "show"]
+__all__ = [
+    "PIPE_CLOSED",
+    "complain",
+    "console",
+    "count",
+    "drop_output",
+    "prepare",
+    "print_json",
+    "show",
+]
 
 PIPE_CLOSED = 141
 """Exit code when nobody reads on, that of a program which the signal has ended."""
@@ -101,9 +110,14 @@ def _as_dict(value: object) -> object:
     raise TypeError(f"{type(value)} is nothing that JSON has")
 
 
+def drop_output() -> None:
+    """Drop what stdout could not take, and all that follows: at exit it would fail again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def _give_up() -> None:
     """End quietly: whoever read our output has gone."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # or closing it at exit would fail again
-    os.close(nowhere)
+    drop_output()
     raise typer.Exit(PIPE_CLOSED)

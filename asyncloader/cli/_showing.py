@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from asyncloader._reading import has_numbers
 from asyncloader.checkpoint.stored import stored_tensor
 
-from ._allocate import ID, nbytes_of, stored_slot
+from ._allocate import ID, stored_slot
 from ._finding import check_ids
 from ._statistics import combine, measure
 from ._summary import metadata_of
@@ -48,7 +49,7 @@ class ShownTensor:
     """The free text of the headers of its files, `__metadata__`, by file."""
 
     statistics: Statistics | None
-    """`None` if it is complex."""
+    """`None` if it is complex, or of a dtype without numbers."""
 
     rows: tuple[Row, ...]
     """The first ones."""
@@ -79,7 +80,7 @@ async def show_tensor(
         tell: Hears of progress.
 
     Raises:
-        CheckpointError: If it is unreadable, or torch has no such dtype.
+        CheckpointError: If it is unreadable.
         ReadError: If the storage failed.
     """
     if target.table is None or target.slot is None:
@@ -90,7 +91,7 @@ async def show_tensor(
         manifest = await _manifest_of(session, catalog, target.table)
         stored = stored_slot(manifest, target.table, target.slot)
         ids = await _first_ids(session, manifest, target.table, rows)
-    advance = _teller(tell, nbytes_of(stored))
+    advance = _teller(tell, stored.nbytes)
     kind: Literal["tensor", "slot"] = "tensor" if target.table is None else "slot"
     tell_of = advance(stored.name)
     return await _shown(session, manifest, stored, kind, rows=rows, ids=ids, advance=tell_of)
@@ -100,7 +101,7 @@ async def show_table(session: Session, catalog: Catalog, table: str, *, tell: Te
     """Read all of a table, and say what its slots are like; raises what `show_tensor` does."""
     manifest = await _manifest_of(session, catalog, table)
     stored = {slot: stored_slot(manifest, table, slot) for slot in catalog.tables[table]}
-    nbytes = sum(map(nbytes_of, stored.values()))
+    nbytes = sum(one.nbytes for one in stored.values())
     advance = _teller(tell, nbytes)
     shown = [
         await _shown(session, manifest, one, "slot", rows=0, ids=(), advance=advance(one.name))
@@ -137,7 +138,8 @@ async def _shown(
     ids: Sequence[int],
     advance: Callable[[int], object],
 ) -> ShownTensor:
-    moments = await in_windows(session, stored, measure, advance=advance)
+    known = has_numbers(stored.dtype)
+    moments = await in_windows(session, stored, measure, advance=advance) if known else [None]
     found = [one for one in moments if one is not None]
     return ShownTensor(
         location=session.location,
@@ -145,7 +147,7 @@ async def _shown(
         kind=kind,
         dtype=stored.dtype.torch,
         shape=stored.shape,
-        bytes=nbytes_of(stored),
+        bytes=stored.nbytes,
         parts=len(stored.blocks),
         metadata=metadata_of(manifest, sorted({block.shard for block in stored.blocks})),
         statistics=combine(found) if len(found) == len(moments) else None,

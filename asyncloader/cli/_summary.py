@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader.checkpoint import INDEX, SIDECAR
+from asyncloader.checkpoint import SIDECAR
 from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.errors import CheckpointError
 
-from ._allocate import ID, nbytes_of, shards_of, stored_slot
+from ._allocate import ID, shards_of, stored_slot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -168,7 +168,7 @@ def _tensors(manifest: Manifest) -> tuple[tuple[TensorSummary, ...], list[str]]:
 def _kind(catalog: Catalog, file: str | None) -> Kind:
     if file is not None and file == catalog.source and catalog.header is not None:
         return "safetensors file"
-    return "RecIS checkpoint" if catalog.source == INDEX else "Hugging Face folder"
+    return "RecIS checkpoint" if catalog.recis else "Hugging Face folder"
 
 
 def _digests(catalog: Catalog) -> Digests:
@@ -197,13 +197,13 @@ def _slot(name: str, stored: Stored) -> SlotSummary:
         dtype=stored.dtype.torch,
         shape=stored.shape[1:],
         rows=stored.shape[0] if stored.shape else 0,
-        bytes=nbytes_of(stored),
+        bytes=stored.nbytes,
     )
 
 
 def _tensor(stored: Stored) -> TensorSummary:
     return TensorSummary(
-        name=stored.name, dtype=stored.dtype.torch, shape=stored.shape, bytes=nbytes_of(stored)
+        name=stored.name, dtype=stored.dtype.torch, shape=stored.shape, bytes=stored.nbytes
     )
 
 

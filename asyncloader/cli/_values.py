@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from ._windows import read_elements
+from asyncloader._reading import has_numbers
+
+from ._windows import flat, read_elements
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Row", "Value", "read_row", "read_rows", "values_of", "with_texts"]
 
 Value: TypeAlias = "bool | int | float | str"
-"""A number; where JSON has none (NaN, infinities, complex numbers) its text."""
+"""A number; where JSON has none (NaN, infinities, complex numbers, raw bits) its text."""
 
 _MOST = 4096
 """Values of one row."""
@@ -47,7 +49,7 @@ class Row:
 async def read_rows(
     session: Session, stored: Stored, rows: int, *, ids: Sequence[int]
 ) -> tuple[Row, ...]:
-    """Read the first rows, of each no more than some thousand values.
+    """Read the first rows, of each no more than some thousand values; none of what is no bytes.
 
     Args:
         session: The checkpoint.
@@ -56,15 +58,17 @@ async def read_rows(
         ids: Of the rows, as far as they have any.
 
     Raises:
-        CheckpointError: If torch has no such dtype.
         ReadError: If the storage failed.
     """
+    if flat(stored).rows != math.prod(stored.shape):
+        return ()
     count = min(rows, stored.shape[0]) if stored.shape else 1
     width = math.prod(stored.shape[1:])
     taken = min(width, _MOST)
+    texts = values_of if has_numbers(stored.dtype) else bits_of
     if taken == width:
         whole = await read_elements(session, stored, 0, count * width)
-        found = list(whole.view(count, width))
+        found = list(whole.view(count, width, *whole.shape[1:]))
     else:
         begins = range(0, count * width, width)
         found = [await read_elements(session, stored, at, at + taken) for at in begins]
@@ -72,7 +76,7 @@ async def read_rows(
         Row(
             number=number,
             id=ids[number] if number < len(ids) else None,
-            values=values_of(row),
+            values=texts(row),
             omitted=width - taken,
         )
         for number, row in enumerate(found)
@@ -83,8 +87,11 @@ async def read_row(session: Session, stored: Stored, *, id_: int, number: int) -
     """Read the row of an id, its first few thousand values; raises what `read_rows` does."""
     width = math.prod(stored.shape[1:])
     taken = min(width, _MOST)
+    if flat(stored).rows != math.prod(stored.shape):
+        return Row(number=number, id=id_, values=(), omitted=width)
+    texts = values_of if has_numbers(stored.dtype) else bits_of
     values = await read_elements(session, stored, number * width, number * width + taken)
-    return Row(number=number, id=id_, values=values_of(values), omitted=width - taken)
+    return Row(number=number, id=id_, values=texts(values), omitted=width - taken)
 
 
 def values_of(tensor: Tensor) -> tuple[Value, ...]:
@@ -94,6 +101,14 @@ def values_of(tensor: Tensor) -> tuple[Value, ...]:
         flat = flat.double()  # not every small dtype has a `tolist`
     values: Iterable[bool | float | complex] = flat.tolist()
     return tuple(_value(value) for value in values)
+
+
+def bits_of(elements: Tensor) -> tuple[Value, ...]:
+    """Return elements, `[n, size]` bytes, as texts of their bits: `0x…`, the last byte first."""
+    size = elements.shape[1]
+    return tuple(
+        f"0x{int.from_bytes(bytes(one), 'little'):0{2 * size}x}" for one in elements.tolist()
+    )
 
 
 def with_texts(value: object) -> object:

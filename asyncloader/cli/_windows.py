@@ -8,7 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from asyncloader._concurrency import for_each, run_jobs
-from asyncloader._reading import read_stored
+from asyncloader._reading import has_numbers, read_stored
+from asyncloader.checkpoint import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader._session import Session
-    from asyncloader.checkpoint import Block
     from asyncloader.checkpoint.stored import Stored
 
 __all__ = ["WINDOW", "flat", "in_windows", "read_elements"]
@@ -27,23 +27,35 @@ WINDOW = 2 << 20
 """Elements in one piece."""
 
 _AT_A_TIME = 4
+# Bytes of an element; what claims more is none that anybody knows.
+_WIDEST = 64
 
 
 def flat(stored: Stored) -> Stored:
-    """Return the elements as rows of one each: the rows of some tensors are large."""
-    blocks = tuple(replace(block, shape=(_elements(block),)) for block in stored.blocks)
-    return replace(stored, shape=(sum(map(_elements, blocks)),), blocks=blocks)
+    """Return the elements as rows of one each: the rows of some tensors are large.
 
-
-def _elements(block: Block) -> int:
-    return math.prod(block.shape)
+    Of a dtype without numbers they are `[n, size]` bytes; where an element takes no whole number of
+    bytes, each byte is one.
+    """
+    size = max(stored.nbytes // max(math.prod(stored.shape), 1), 1)
+    if size > _WIDEST or any(
+        block.nbytes != size * math.prod(block.shape) for block in stored.blocks
+    ):
+        size = 1
+    dtype, inner = stored.dtype, tuple[int, ...]()
+    if not has_numbers(dtype):
+        dtype, inner = DTYPES["U8"], (size,)
+    blocks = tuple(
+        replace(block, dtype=dtype, shape=(block.nbytes // size, *inner)) for block in stored.blocks
+    )
+    rows = sum(block.rows for block in blocks)
+    return replace(stored, dtype=dtype, shape=(rows, *inner), blocks=blocks)
 
 
 async def read_elements(session: Session, stored: Stored, begin: int, end: int) -> Tensor:
-    """Read the elements `[begin, end)`, counted over all rows, in one dimension.
+    """Read the elements `[begin, end)`, counted over all rows, in one dimension; see `flat`.
 
     Raises:
-        CheckpointError: If torch has no such dtype.
         ReadError: If the storage failed.
     """
     window = flat(stored).window(begin, end)
@@ -68,17 +80,16 @@ async def in_windows(
         advance: Gets the bytes of each window that is done.
 
     Raises:
-        CheckpointError: If torch has no such dtype.
         ReadError: If the storage failed.
     """
-    total = math.prod(stored.shape)
+    total = flat(stored).rows
     results: dict[int, T] = {}
 
     async def do(begin: int) -> None:
         end = min(begin + window, total)
         values = await read_elements(session, stored, begin, end)
         [results[begin]] = await run_jobs(session.threads.kernels, [partial(work, values)])
-        advance((end - begin) * stored.dtype.itemsize)
+        advance(values.nbytes)
 
     await for_each(range(0, total, window), do, workers=_AT_A_TIME, name="asyncloader-window")
     return [results[begin] for begin in sorted(results)]

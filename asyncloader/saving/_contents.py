@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from asyncloader.checkpoint import BY_TORCH, DTYPES, SUB_SLICES, PartRows
+import torch
+
+from asyncloader.checkpoint import BY_TORCH, SUB_SLICES, PartRows
 from asyncloader.planning import ID
 
 from ._layout import WriteBlock
@@ -14,8 +17,6 @@ from ._writing import CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import torch
 
     from asyncloader.checkpoint import DType, Slice
     from asyncloader.table import SavableSnapshot
@@ -46,18 +47,25 @@ class Contents:
         """
         for child, count in snapshot.counts().items():
             self._orders[str(child)] = RowOrder(snapshot, child)
-            self._add(child, ID, snapshot.slice, DTYPES["I64"], (count,))
+            self._add(child, ID, snapshot.slice, torch.int64, (count,))
             for slot in snapshot.slots.values():
-                dtype = dtype_of(f"slot {slot.name!r} of table {child!r}", slot.dtype)
-                self._add(child, slot.name, snapshot.slice, dtype, (count, *slot.shape))
+                self._add(child, slot.name, snapshot.slice, slot.dtype, (count, *slot.shape))
 
     def _add(
-        self, child: str, slot: str, part: Slice, dtype: DType, shape: tuple[int, ...]
+        self, child: str, slot: str, part: Slice, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> None:
         # str(): a name may be a subclass of it, which JSON does not take.
         name, table = f"{child}@{slot}", str(child)
-        block = WriteBlock(name=name, table=table, slice=part, dtype=dtype, shape=shape)
-        self.blocks.append(block)
+        self.blocks.append(
+            WriteBlock(
+                name=name,
+                table=table,
+                slice=part,
+                dtype=dtype_of(f"slot {slot!r} of table {child!r}", dtype),
+                shape=shape,
+                nbytes=math.prod(shape) * dtype.itemsize,
+            )
+        )
 
     def add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Add dense tensors.
@@ -67,9 +75,16 @@ class Contents:
         """
         for name, tensor in tensors.items():
             dtype = dtype_of(f"tensors[{name!r}]", tensor.dtype)
-            shape = tuple(tensor.shape)
-            block = WriteBlock(name=name, table=None, slice=None, dtype=dtype, shape=shape)
-            self.blocks.append(block)
+            self.blocks.append(
+                WriteBlock(
+                    name=name,
+                    table=None,
+                    slice=None,
+                    dtype=dtype,
+                    shape=tuple(tensor.shape),
+                    nbytes=tensor.numel() * tensor.itemsize,
+                )
+            )
         self._tensors |= tensors
 
     def keep(self, blocks: Sequence[WriteBlock]) -> None:

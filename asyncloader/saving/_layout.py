@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +48,9 @@ class WriteBlock:
     dtype: DType
     shape: tuple[int, ...]
 
+    nbytes: int
+    """Bytes of its elements."""
+
     def tensor_name(self) -> str:
         """Return the name."""
         return self.name
@@ -61,11 +63,6 @@ class WriteBlock:
     def slot(self) -> str:
         """The slot; of a dense tensor nothing."""
         return "" if self.table is None else self.name[len(self.table) + len(_AT) :]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,7 @@ class Sinks:
         self._others.append((sink, block))
         if not block.nbytes:
             return None
-        grain = block.dtype.itemsize if isinstance(sink, StagedSink | IdSink) else 1
+        grain = torch_dtype(block.dtype).itemsize if isinstance(sink, StagedSink | IdSink) else 1
         if block.digests is not None:  # whatever is read can be compared then
             grain = DIGEST_CHUNK
         return Extent(block.shard, block.offset, block.nbytes, number, 0, grain)
@@ -170,7 +170,7 @@ class Sinks:
         loads = self._loads
         grain = np.ones(len(loads), np.int64)
         for number in self._staged:
-            grain[number] = loads.block(number).dtype.itemsize
+            grain[number] = torch_dtype(loads.block(number).dtype).itemsize
         grain[loads.digested] = DIGEST_CHUNK
         filled = np.flatnonzero(loads.nbytes)
         return Extents(

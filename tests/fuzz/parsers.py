@@ -123,7 +123,7 @@ async def _header(content: bytes, *, is_recis: bool) -> ShardHeader:
         Bytes(content),
         "file",
         executor=None,  # type: ignore[arg-type]  # nothing is handed to it
-        catalog=Catalog(Places({}, {}), {}, source),
+        catalog=Catalog(Places({}, {}), {}, source, recis=is_recis),
         turns=asyncio.Lock(),
     )
 

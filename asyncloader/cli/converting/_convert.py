@@ -102,7 +102,11 @@ async def aconvert(
     progress: Callable[[Progress], object] | None = None,
     access: Access | None = None,
 ) -> Conversion:
-    """Convert; if that fails, or is cancelled, leave nothing behind, and what was there as it was.
+    """Convert.
+
+    If that fails, or is cancelled, before the file, or the folder's `index`, is moved into its
+    place, nothing is left behind, and what was there is as it was. After a file's move it is
+    written: an error says so then.
 
     Args:
         source: A RecIS folder, a safetensors file, or a folder of Hugging Face's.
@@ -117,7 +121,8 @@ async def aconvert(
         CheckpointError: If the source is missing, unreadable, or contradicts itself.
         PlanError: If it does not fit together.
         ReadError: If it could not be read.
-        SaveError: If the destination must not be written, or could not be.
+        SaveError: If the destination must not be written, or could not be; or a file was, but may
+            not outlive a power loss.
         ValueError: If names cannot be told apart there.
     """
     start = time.perf_counter()
@@ -131,7 +136,7 @@ async def aconvert(
         target = await session.on_disk(check)
         if target.is_file and options.shards is not None:
             raise SaveError(destination, "is one file: --shards is for folders")
-        content = await read_source(session, options.slots, options.tables)
+        content = await read_source(session, options.slots, options.tables, to_file=target.is_file)
         try:
             await run_jobs(reads, [target.begin])
             written = await _write(session, content, target, options, progress)

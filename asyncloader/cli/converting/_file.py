@@ -18,7 +18,7 @@ from ._copying import Copy, Copying
 from ._recognition import METADATA, describe_tables, key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from asyncloader._session import Session
@@ -62,12 +62,36 @@ def lay_out_file(file: str, source: Source) -> tuple[ShardLayout, list[Copy]]:
                 f"{other!r} and {one.name!r} would both stand under {key!r}; a plain file has no "
                 "other name for them"
             )
-        block = WriteBlock(name=key, table=None, slice=None, dtype=one.dtype, shape=one.shape)
+        block = WriteBlock(
+            name=key,
+            table=None,
+            slice=None,
+            dtype=one.dtype,
+            shape=one.shape,
+            nbytes=one.nbytes,
+        )
         blocks[key] = block
         stored[block] = one
     layout = lay_out_shard(file, 0, blocks, _metadata(source))
     places = ((placed.offset, stored[placed.block]) for placed in layout.blocks)
-    return layout, [copy for at, one in places for copy in _copies(at, one)]
+    copies = [copy for at, one in places for copy in _copies(at, one)]
+    _check_tiles(layout, copies)
+    return layout, copies
+
+
+def _check_tiles(layout: ShardLayout, copies: Sequence[Copy]) -> None:
+    """Make sure that copies fill the file, and that none writes over its neighbour.
+
+    Raises:
+        RuntimeError: If not.
+    """
+    end = len(layout.head)
+    for block, at in copies:
+        if at != end:
+            raise RuntimeError(f"{block.key!r} would be written to {at}, but {end} is free")
+        end += block.nbytes
+    if end != layout.size:
+        raise RuntimeError(f"{end} bytes would be written to a file of {layout.size}")
 
 
 def _copies(at: int, stored: Stored) -> Iterator[Copy]:
@@ -103,7 +127,9 @@ async def write_file(
     overwrite: bool,
     progress: Callable[[Progress], object] | None,
 ) -> Written:
-    """Write the file beside its place, sync it, and move it there; if that fails, leave nothing.
+    """Write the file beside its place, sync it, and move it there.
+
+    If it fails, or is cancelled, before the move, nothing is left. Afterwards the file is written.
 
     Args:
         session: The source.
@@ -117,7 +143,7 @@ async def write_file(
         ValueError: If two things would have the same name there.
         CheckpointError: If bytes are not those that were written, or a file is another one by now.
         ReadError: If the source failed.
-        SaveError: If the file could not be written.
+        SaveError: If the file could not be written; or it was, but may not outlive a power loss.
     """
     folder = LocalFolder(path.parent)
     draft = f".{fresh_save_id()}.safetensors.tmp"
@@ -135,8 +161,12 @@ async def write_file(
     def publish() -> None:
         if not overwrite and path.exists():  # it was not, when we began
             raise SaveError(str(path), "has come into being meanwhile; nothing was replaced")
-        folder.move(draft, path.name)
-        folder.sync("")
+        folder.move(draft, path.name)  # whatever fails from here on, the file is written
+        try:
+            folder.sync("")
+        except OSError as error:
+            problem = f"is written, but may not outlive a power loss: {error}"
+            raise SaveError(str(path), problem) from error
 
     def give_up() -> None:
         with contextlib.suppress(OSError):

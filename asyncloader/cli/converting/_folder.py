@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
-from asyncloader._reading import torch_dtype
+from asyncloader._reading import has_dtype, torch_dtype
+from asyncloader._sizes import listed
 from asyncloader.checkpoint import gen_slice
 from asyncloader.cli._filling import fill, make_table, row_bytes
 from asyncloader.cli._room import check_room, free_memory
@@ -80,6 +81,7 @@ async def write_folder(
         MemoryError: If one rank's part does not fit into memory.
     """
     _check_names(source)
+    _check_dtypes(source)
     _check_ranks(source, ranks)
     await run_jobs(session.threads.reads, [partial(_check_memory, source, ranks)])
     writer = _Writer(
@@ -106,6 +108,21 @@ def _check_names(source: Source) -> None:
             raise CheckpointError(source.manifest.location, problem)
 
 
+def _check_dtypes(source: Source) -> None:
+    slots = [stored for table in source.tables for stored in table.slots.values()]
+    lacking = tuple(
+        f"{one.name!r} ({one.dtype.name})"
+        for one in (*slots, *source.tensors)
+        if not has_dtype(one.dtype)
+    )
+    if lacking:
+        problem = (
+            f"torch lacks the dtype of {listed(lacking)}, and a folder is written from torch's "
+            "tensors; a destination that ends in .safetensors gets the bytes as they are"
+        )
+        raise CheckpointError(source.manifest.location, problem)
+
+
 def _check_ranks(source: Source, ranks: int) -> None:
     for table in source.tables:
         if ranks > table.slice_size:
@@ -118,7 +135,7 @@ def _check_ranks(source: Source, ranks: int) -> None:
 
 def _check_memory(source: Source, ranks: int) -> None:
     part = sum(table.ids.rows * row_bytes(table.slots) for table in source.tables) // ranks
-    dense = sum(block.nbytes for stored in source.tensors for block in stored.blocks)
+    dense = sum(stored.nbytes for stored in source.tensors)
     what = f"the part of one of {ranks} ranks (with more --shards it is smaller)"
     check_room(what, part + dense, free_memory())
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from asyncloader._concurrency import run_jobs
 from asyncloader._reading import read_stored
-from asyncloader.checkpoint import INDEX, Manifest
+from asyncloader.checkpoint import Manifest
 from asyncloader.checkpoint.stored import stored_tensor
 from asyncloader.cli._allocate import shards_of, stored_slot
+from asyncloader.cli._duplicates import count_duplicates
+from asyncloader.cli._room import check_room, free_memory
 from asyncloader.errors import CheckpointError
 from asyncloader.planning import ID
 
@@ -44,7 +44,7 @@ class StoredTable:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
-        return sum(block.nbytes for one in (self.ids, *self.slots.values()) for block in one.blocks)
+        return sum(one.nbytes for one in (self.ids, *self.slots.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +61,16 @@ class Source:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
-        dense = sum(block.nbytes for one in self.tensors for block in one.blocks)
+        dense = sum(stored.nbytes for stored in self.tensors)
         return dense + sum(table.nbytes for table in self.tables)
 
 
 async def read_source(
-    session: Session, slots: Collection[str] | None, tables: Collection[str] | None = None
+    session: Session,
+    slots: Collection[str] | None,
+    tables: Collection[str] | None = None,
+    *,
+    to_file: bool = False,
 ) -> Source:
     """Read what a checkpoint holds.
 
@@ -74,8 +78,10 @@ async def read_source(
         session: It.
         slots: The slots to keep besides the ids; all if `None`.
         tables: What of plain files are tables; if `None`, what looks like one and has each id once.
+        to_file: Whether it becomes a plain file, where what looks like a table may stay as it is.
 
     Raises:
+        MemoryError: If the ids of what looks like a table do not fit.
         CheckpointError: If it is missing, unreadable, or contradicts itself; if no table has one of
             the slots.
         ReadError: If the storage failed.
@@ -84,14 +90,15 @@ async def read_source(
     manifest = await session.manifest(catalog, shards_of(catalog))
     metadata = {} if catalog.header is None else catalog.header.metadata
 
-    is_told = catalog.source == INDEX or METADATA in metadata
+    is_told = catalog.recis or METADATA in metadata
     if tables is not None and is_told:
         problem = "says itself which of its tensors are tables: leave --tables out"
         raise CheckpointError(manifest.location, problem)
-    rows = {} if is_told else await _tables_of_names(session, manifest, tables)
+    as_it_is = is_told or (to_file and slots is None and tables is None)
+    rows = {} if as_it_is else await _tables_of_names(session, manifest, tables)
 
     def describe() -> Source:
-        known = manifest if catalog.source == INDEX else recognized(manifest, metadata, rows)
+        known = manifest if catalog.recis else recognized(manifest, metadata, rows)
         return _describe(_with_slots(known, slots), metadata)
 
     [source] = await run_jobs(session.threads.kernels, [describe])
@@ -105,6 +112,7 @@ async def _tables_of_names(
 
     Raises:
         CheckpointError: If one that is wanted is none.
+        MemoryError: If the ids of one do not fit.
     """
     likely = likely_tables(manifest)
     unknown = sorted(set(wanted or ()) - likely.keys())
@@ -118,9 +126,13 @@ async def _tables_of_names(
     found = {}
     for name in likely if wanted is None else wanted:
         key = key_of(name, ID)
-        ids = (await read_stored(session, [stored_tensor(manifest, key)]))[key].numpy()
-        [unique] = await run_jobs(session.threads.kernels, [partial(np.unique, ids)])
-        again = len(ids) - len(unique)
+        stored = stored_tensor(manifest, key)
+        [free] = await run_jobs(session.threads.reads, [free_memory])
+        check_room(
+            f"{session.location}: {key!r}, to see whether an id stands twice,", stored.nbytes, free
+        )
+        ids = (await read_stored(session, [stored]))[key].numpy()
+        [(again, _)] = await run_jobs(session.threads.kernels, [partial(count_duplicates, ids)])
         if not again:
             found[name] = likely[name]
         elif wanted is not None:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from asyncloader._reading import has_numbers
+from asyncloader.checkpoint import BY_TORCH
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Change", "combined", "compare"]
+__all__ = ["Change", "combined", "compare", "compare_bits"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +29,7 @@ class Change:
 
     largest: float | None
     """Absolute change among those whose change is a finite number; exact for integers. `None` if
-    there are none."""
+    there are none, as with dtypes that torch knows no numbers of."""
 
     infinite: int
     """Elements whose change is infinite."""
@@ -60,12 +63,20 @@ def compare(one: Tensor, other: Tensor) -> tuple[Change, NDArray[np.int64]]:
     where = np.flatnonzero(left != right)
     if not len(where):
         return NONE, where
+    if not has_numbers(BY_TORCH[str(one.dtype).removeprefix("torch.")]):
+        return Change(different=len(where), largest=None, infinite=0, nans=0), where
     a, b = left[where], right[where]
     if one.dtype == torch.bool:
         return Change(different=len(where), largest=1, infinite=0, nans=0), where
     if not one.dtype.is_floating_point and not one.dtype.is_complex:
         return _integers(a, b, signed=one.dtype.is_signed), where
     return _numbers(_wide(a, one.dtype), _wide(b, one.dtype), where)
+
+
+def compare_bits(one: Tensor, other: Tensor) -> Change:
+    """Compare elements without numbers, `[n, size]` bytes."""
+    different = int((one != other).any(dim=1).count_nonzero())
+    return Change(different=different, largest=None, infinite=0, nans=0)
 
 
 def _bits(tensor: Tensor) -> NDArray[np.unsignedinteger]:

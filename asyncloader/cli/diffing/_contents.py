@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from asyncloader.checkpoint import Manifest
     from asyncloader.checkpoint.stored import Stored
 
-__all__ = ["Content", "StoredTable", "nbytes_of", "only_in", "read_content", "row_kind"]
+__all__ = ["Content", "StoredTable", "only_in", "read_content", "row_kind"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +95,3 @@ def only_in(one: Content, other: Content) -> Names:
 def row_kind(stored: Stored) -> Kind:
     """Return the kind of a slot's rows."""
     return Kind(dtype=stored.dtype.torch, shape=stored.shape[1:])
-
-
-def nbytes_of(stored: Stored) -> int:
-    """Return the bytes of all blocks."""
-    return sum(block.nbytes for block in stored.blocks)

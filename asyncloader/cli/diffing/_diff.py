@@ -9,7 +9,7 @@ from asyncloader._session import open_session
 from asyncloader.cli._stages import Stages
 from asyncloader.streaming import Meter
 
-from ._contents import Content, nbytes_of, only_in, read_content
+from ._contents import Content, only_in, read_content
 from ._difference import Difference
 from ._tables import compare_table
 from ._tensors import compare_tensors
@@ -90,7 +90,7 @@ def _common(a: Content, b: Content) -> Iterator[int]:
     for one, other in ((a, b), (b, a)):
         for name, table in one.tables.items():
             if name in other.tables:
-                yield nbytes_of(table.ids)
+                yield table.ids.nbytes
                 both = table.slots.keys() & other.tables[name].slots.keys()
-                yield from (nbytes_of(table.slots[slot]) for slot in both)
-        yield from (nbytes_of(s) for name, s in one.tensors.items() if name in other.tensors)
+                yield from (table.slots[slot].nbytes for slot in both)
+        yield from (s.nbytes for name, s in one.tensors.items() if name in other.tensors)

@@ -46,7 +46,7 @@ class TensorDifference:
     b: Kind
 
     elements: int
-    """That were compared; none if the kinds differ."""
+    """That were compared; none if the kinds differ. Bytes, where an element is no whole ones."""
 
     change: Change
 

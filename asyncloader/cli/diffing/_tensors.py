@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._concurrency import for_each, run_jobs
-from asyncloader._reading import read_stored
+from asyncloader._reading import has_numbers, read_stored
 from asyncloader.cli._windows import flat
 
-from ._comparison import Change, combined, compare
+from ._comparison import Change, combined, compare, compare_bits
 from ._difference import Kind, TensorDifference
 
 if TYPE_CHECKING:
@@ -50,16 +49,21 @@ async def compare_tensors(
         meter: Is told of what was read.
 
     Raises:
-        CheckpointError: If bytes are not those that were written, or torch has no such dtype.
+        CheckpointError: If bytes are not those that were written.
         ReadError: If the storage failed.
     """
     both = [name for name in a.tensors if name in b.tensors]
-    alike = [a.tensors[name] for name in both if _kind(a.tensors[name]) == _kind(b.tensors[name])]
+    alike = [
+        a.tensors[name]
+        for name in both
+        if _kind(a.tensors[name]) == _kind(b.tensors[name])
+        and a.tensors[name].nbytes == b.tensors[name].nbytes
+    ]
     changes: dict[str, list[Change]] = {name: [] for name in both}
 
     async def work(batch: Sequence[_Window]) -> None:
         ours, theirs = await _read(a, batch), await _read(b, batch)
-        job = partial(_compare_all, ours, theirs)
+        job = partial(_compare_all, a, ours, theirs)
         [found] = await run_jobs(a.session.threads.kernels, [job])
         for name, change in found:
             changes[name].append(change)
@@ -76,7 +80,8 @@ def _batches(tensors: Iterable[Stored], most: int) -> Iterator[list[_Window]]:
     batch: list[_Window] = []
     room = most
     for stored in tensors:
-        itemsize, total = max(stored.dtype.itemsize, 1), math.prod(stored.shape)
+        total = flat(stored).rows
+        itemsize = max(stored.nbytes // max(total, 1), 1)
         step = max(most // itemsize, 1)
         for begin in range(0, total, step):
             window = _Window(stored.name, begin, min(begin + step, total))
@@ -99,9 +104,17 @@ async def _read(content: Content, batch: Sequence[_Window]) -> dict[str, Tensor]
 
 
 def _compare_all(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+    a: Content, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
 ) -> list[tuple[str, Change]]:
-    return [(name, compare(tensor, theirs[name])[0]) for name, tensor in ours.items()]
+    return [
+        (
+            name,
+            compare(tensor, theirs[name])[0]
+            if has_numbers(a.tensors[name].dtype)
+            else compare_bits(tensor, theirs[name]),
+        )
+        for name, tensor in ours.items()
+    ]
 
 
 def _kind(stored: Stored) -> Kind:
@@ -110,10 +123,9 @@ def _kind(stored: Stored) -> Kind:
 
 def _difference(one: Stored, other: Stored, change: Change) -> TensorDifference:
     same = _kind(one) == _kind(other)
+    elements = max(flat(one).rows, flat(other).rows) if same else 0
+    if elements and one.nbytes != other.nbytes:  # of a dtype that nobody knows
+        change = Change(different=elements, largest=None, infinite=0, nans=0)
     return TensorDifference(
-        name=one.name,
-        a=_kind(one),
-        b=_kind(other),
-        elements=math.prod(one.shape) if same else 0,
-        change=change,
+        name=one.name, a=_kind(one), b=_kind(other), elements=elements, change=change
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ._findings import Findings
 
-__all__ = ["check_part", "count_duplicates"]
+__all__ = ["check_part"]
 
 # Ids looked at together: what that takes besides them is a few MB.
 _WINDOW = 1 << 18
@@ -100,20 +100,6 @@ def _check_order(part: _Part, block: Block, told: PartRows, findings: Findings) 
             file=block.shard,
             name=block.key,
         )
-
-
-def count_duplicates(ids: NDArray[np.int64]) -> tuple[int, int]:
-    """Sort ids where they stand; return how many came before, and one of them (or 0)."""
-    ids.sort()
-    count = example = 0
-    for start in range(0, len(ids) - 1, _WINDOW):
-        window = ids[start : start + _WINDOW + 1]
-        same = window[1:] == window[:-1]
-        found = int(np.count_nonzero(same))
-        if found and not count:
-            example = int(window[int(np.argmax(same))])
-        count += found
-    return count, example
 
 
 def _windows(ids: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

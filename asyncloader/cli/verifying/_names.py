@@ -38,6 +38,7 @@ __all__ = ["Names", "read_names"]
 # As much as a load reads; it reads no description.
 _MOST = {INDEX: MAX_NAMES, TENSORKEY: MAX_NAMES, SIDECAR: MAX_SIDECAR}
 _MOST[DESCRIPTION] = 1 << 30
+_RECIS = "RecIS checkpoint"
 _SHARD = re.compile(r".+\.safetensors")
 
 
@@ -61,6 +62,11 @@ class Names:
 
     others: int
     """Files besides the shards that were read."""
+
+    @property
+    def recis(self) -> bool:
+        """Whether it is in RecIS's format."""
+        return self.kind == _RECIS
 
 
 async def read_names(session: Session, findings: Findings) -> Names:
@@ -148,7 +154,7 @@ async def _recis(session: Session, there: frozenset[str], findings: Findings) ->
     if sifted.parsed:
         _note_strangers(there - shards, INDEX, findings)
     return Names(
-        kind="RecIS checkpoint",
+        kind=_RECIS,
         source=INDEX,
         catalog=sifted.parsed,
         refused=frozenset(error.key for error in sifted.errors if error.key is not None),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from asyncloader._concurrency import for_each, run_jobs
-from asyncloader.checkpoint import INDEX, Blocks, ShardHeader, digest_of
+from asyncloader.checkpoint import Blocks, ShardHeader, digest_of
 from asyncloader.checkpoint._header import FIRST, PREFIX, check_covered, header_length, parse_header
 from asyncloader.errors import CheckpointError, ReadError
 from asyncloader.storage import read_exactly, read_text
@@ -46,7 +46,7 @@ class Shard:
 
 
 async def read_shards(
-    session: Session, files: Iterable[str], source: str, findings: Findings
+    session: Session, files: Iterable[str], source: str, findings: Findings, *, recis: bool
 ) -> dict[str, Shard]:
     """Read headers, and tell of those that are no good.
 
@@ -55,6 +55,7 @@ async def read_shards(
         files: Which.
         source: The file that names them.
         findings: Receives what is wrong.
+        recis: Whether they are RecIS's.
 
     Returns:
         What could be read, by file.
@@ -63,7 +64,7 @@ async def read_shards(
 
     async def read(file: str) -> None:
         try:
-            shards[file] = await _read(session, file, findings, recis=source == INDEX)
+            shards[file] = await _read(session, file, findings, recis=recis)
         except CheckpointError as error:
             findings.error(error)
         except ReadError as error:
@@ -162,9 +163,9 @@ def check_layout(shard: Shard, findings: Findings, *, recis: bool) -> None:
 
 
 def _note_strange_dtypes(blocks: Blocks, findings: Findings) -> None:
-    if all(dtype.itemsize for dtype, _ in blocks.types):
+    if all(dtype.itemsize is not None for dtype, _ in blocks.types):
         return
     for block in blocks.values():
-        if not block.dtype.itemsize:
+        if block.dtype.itemsize is None:
             text = f"is {block.dtype.name}, which torch does not have, so it cannot be loaded"
             findings.note(text, file=block.shard, name=block.key)

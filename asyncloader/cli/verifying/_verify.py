@@ -11,14 +11,14 @@ import torch
 from asyncloader._concurrency import run_jobs
 from asyncloader._memory import zeros
 from asyncloader._session import open_session
-from asyncloader.checkpoint import INDEX
 from asyncloader.checkpoint._safetensors import catalog_of_file
+from asyncloader.cli._duplicates import count_duplicates
 from asyncloader.cli._room import check_room, free_memory
 from asyncloader.streaming import Meter
 
 from ._bytes import Inspector, Watched, memories
 from ._findings import Findings, Verification
-from ._ids import check_part, count_duplicates
+from ._ids import check_part
 from ._names import read_names
 from ._shards import check_layout, read_shards
 from ._sidecars import check_parts, with_digests
@@ -99,13 +99,15 @@ class _Check:
 
     async def read_headers(self) -> None:
         names = self.names
-        self.shards = await read_shards(self.session, names.shards, names.source, self.findings)
+        self.shards = await read_shards(
+            self.session, names.shards, names.source, self.findings, recis=names.recis
+        )
         await run_jobs(self.session.threads.kernels, [self._check_structure])
 
     def _check_structure(self) -> None:
         names, findings = self.names, self.findings
         for shard in self.shards.values():
-            check_layout(shard, findings, recis=names.source == INDEX)
+            check_layout(shard, findings, recis=names.recis)
         if names.sidecar is None:
             findings.note("no digests: bytes cannot be verified, only the structure")
         else:
