@@ -281,6 +281,47 @@ async def test_where_no_thread_is_to_be_had_nothing_stays_open() -> None:
     assert set(Path("/proc/self/fd").iterdir()) == before
 
 
+MEANWHILE = """
+    import faulthandler
+    import os
+    import signal
+    import sys
+
+    import torch
+
+    from asyncloader import Saver
+
+    faulthandler.dump_traceback_later(60, exit=True)
+    folder, tensors = sys.argv[1], {"w": torch.zeros(1000)}
+
+    def save_and_exit(*_):
+        print("saved", Saver.to(f"{folder}/last", {}, tensors).save().committed, flush=True)
+        sys.exit(7)
+
+    def interrupt(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, save_and_exit)
+    Saver.to(f"{folder}/first", {}, tensors, progress=interrupt).save()
+    while True:  # until the handler has run
+        pass
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to catch")
+def test_a_signals_handler_may_save_and_exit_while_a_save_goes_on(tmp_path: Path) -> None:
+    """It came in at any point of the loop that was saving, which never ended then."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEANWHILE), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (7, "saved True\n"), done.stderr
+    assert (tmp_path / "last" / "index").exists()
+
+
 LATE = """
     import asyncio
     import atexit

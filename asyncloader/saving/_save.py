@@ -80,7 +80,10 @@ class Save:
         """Let nobody else commit to this folder meanwhile."""
         self.means.folder.make("")
         if self.commit.rank == 0 and not held.enter_context(self.means.folder.hold()):
-            problem = "somebody else is saving to this folder right now"
+            problem = (
+                "somebody else is saving to this folder right now, or this process itself (the handler "
+                "of a signal, say, that saves during a save): save into another folder, or later"
+            )
             raise SaveError(self.means.folder.location, problem)
 
     async def _write_and_commit(self) -> None:

@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import contextvars
 import os
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
+from concurrent.futures import wait
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from asyncloader._workers import WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -22,7 +26,7 @@ T = TypeVar("T")
 _PATIENCE = 0.1
 """Seconds between two looks at whether we are still wanted."""
 
-_ONE_THREAD = partial(ThreadPoolExecutor, 1, thread_name_prefix="asyncloader")
+_ONE_THREAD = partial(WorkerPool, 1, name="asyncloader", initializer=int)
 
 _PIPES = 5
 """A loop, its signals and its wake-ups take 9 descriptors."""
@@ -59,22 +63,34 @@ def _check_descriptors() -> None:
 
 
 class _Call(Generic[T]):
-    """A coroutine that another thread can stop, from before it begins to after it ends."""
+    """A coroutine on a loop of its own; any thread can stop it, before it begins, too."""
 
     def __init__(self, main: Callable[[], Coroutine[object, object, T]]) -> None:
         self._main = main
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[object] | None = None
         self._stopped = False
 
-    async def run(self) -> T:
+    def serve(self) -> T:
+        """Run it to its end."""
+        with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+            self._loop = runner.get_loop()
+            return runner.run(self._run())
+
+    async def _run(self) -> T:
         self._task = asyncio.current_task()
         if self._stopped:
             raise asyncio.CancelledError
         return await self._main()
 
     def stop(self) -> None:
-        """Cancel it; called on its loop."""
+        """Have it cancelled; called on another thread."""
         self._stopped = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # closed: it has come to its end
+                self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
@@ -87,7 +103,9 @@ def run_blocking(
     """Run `main()` to its end on a loop of its own and return its result, from any thread.
 
     Where a loop is running already, as in Jupyter, that loop is left alone (and blocked) while a
-    private one does the work on a thread that lives for this call only.
+    private one does the work on a thread that lives for this call only. Likewise where a signal's
+    handler may come in between: it may do anything, such as to save, and would hold up, or end, a
+    loop at any point.
 
     Args:
         main: Makes the coroutine.
@@ -98,27 +116,24 @@ def run_blocking(
         OSError: If there are too few descriptors for a loop.
     """
     call = _Call(main)
-    loop = _new_event_loop()
-
-    def serve() -> T:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            return runner.run(call.run())
-
-    if not _loop_is_running():
-        return serve()
+    if not _loop_is_running() and not _handlers_may_run():
+        return call.serve()
     with one_thread() as thread:
-        try:
-            result = thread.submit(contextvars.copy_context().run, serve)
-        except RuntimeError:  # no thread is to be had
-            loop.close()
-            raise
+        result = thread.submit(contextvars.copy_context().run, call.serve)
         try:
             _wait_for(result)
             return result.result()
         except BaseException:  # Ctrl-C: stop the load, and let the thread wind up
-            with contextlib.suppress(RuntimeError):  # closed: the load itself has failed
-                loop.call_soon_threadsafe(call.stop)
+            call.stop()
             raise
+
+
+def _handlers_may_run() -> bool:
+    """Say whether this thread may have to run the handler of a signal, but for plain Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    handlers = map(signal.getsignal, signal.valid_signals())
+    return any(callable(one) and one is not signal.default_int_handler for one in handlers)
 
 
 def _wait_for(result: Future[T]) -> None:
@@ -126,7 +141,7 @@ def _wait_for(result: Future[T]) -> None:
 
     `asyncio.run` answers Ctrl-C by cancelling its task; one that never awaits would not notice.
     """
-    task = asyncio.current_task()
+    task = asyncio.current_task() if _loop_is_running() else None
     requests = task.cancelling() if task else 0
     while not wait([result], timeout=_PATIENCE).done:
         if task and task.cancelling() > requests:
