@@ -64,8 +64,11 @@ def as_dict(mapping: Mapping[str, T] | None, name: str) -> dict[str, T]:
     Raises:
         TypeError: If it is something else.
     """
-    if mapping is not None and not isinstance(mapping, Mapping):
-        raise TypeError(f"{name} maps names to values, got {type(mapping)}")
+    given: object = mapping
+    if given is not None and not isinstance(given, Mapping):
+        is_module = hasattr(given, "state_dict")
+        hint = "; of a module, targets(module) gives both" if is_module else ""
+        raise TypeError(f"{name} maps names to values, got {type(given)}{hint}")
     return dict(mapping or {})
 
 

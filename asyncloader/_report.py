@@ -72,7 +72,8 @@ class LoadReport(AsDict):
         rows = sum(table.rows for table in self.tables.values())
         text = (
             f"{self.location}: {size_text(self.bytes_read)} in {self.seconds:.2f} s "
-            f"({self.gigabytes_per_second:.2f} GB/s), {self.filled} tensors, "
+            f"({self.gigabytes_per_second:.2f} GB/s), "
+            f"{self.filled} tensor{'s' * (self.filled != 1)}, "
             f"{rows:,} rows of {len(self.tables)} table{'s' * (len(self.tables) != 1)}"
         )
         if self.bytes_verified:

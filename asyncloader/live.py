@@ -202,7 +202,8 @@ class Live:
             LookupError: If none served before.
             CheckpointNotFoundError: If it is neither in memory nor on the disk any more.
             CheckpointChangedError: If its folder holds another checkpoint by now.
-            Exception: What loading it, or `check`, raised. Nothing has changed then.
+            CheckpointError: If `check` refused it, or raised, which is the cause then.
+            Exception: What loading it raised. Nothing has changed in any of these cases.
         """
         return await self._switch.rollback()
 
@@ -221,8 +222,9 @@ class Live:
 
         Raises:
             CheckpointNotFoundError: If there is no such checkpoint.
-            CheckpointError: If another command came while it was still being written to.
-            Exception: What loading it, or `check`, raised. Nothing has changed then.
+            CheckpointError: If another command came while it was still being written to; if `check`
+                refused it, or raised, which is the cause then.
+            Exception: What loading it raised. Nothing has changed in any of these cases.
         """
         name = checked_path(version, "version")
         if not name:

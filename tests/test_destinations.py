@@ -364,3 +364,21 @@ async def test_a_table_on_a_gpu_gets_its_rows(tmp_path: Path, mine: tuple[int, i
     here = torch.tensor([wanted.accepts(id_) for id_ in content.ids.tolist()])
     expected = content.slots["embedding"] * here[:, None]
     assert flat_bytes(found).equal(flat_bytes(expected))
+
+
+def test_what_is_passed_in_the_wrong_place_is_an_error_that_says_where_it_goes() -> None:
+    with pytest.raises(TypeError, match="dense tensors are passed as tensors="):
+        Loader("somewhere", {"w": torch.ones(1)})  # type: ignore[dict-item]  # the very thing
+    with pytest.raises(TypeError, match="of a module, targets"):
+        Loader("somewhere", tensors=torch.nn.Linear(1, 1))  # type: ignore[arg-type]  # likewise
+    with pytest.raises(TypeError, match=r"pass torch.tensor\(3\)"):
+        Loader("somewhere", tensors={"step": 3})  # type: ignore[dict-item]  # likewise
+    with pytest.raises(TypeError, match="make it flat"):
+        Loader("somewhere", tensors={"state": {}})  # type: ignore[dict-item]  # likewise
+
+
+def test_a_table_that_nobody_has_named_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    Loader("somewhere", {"item_emb": HashTable([2], name="item_emb"), "hashtable": HashTable([2])})
+    assert not caplog.messages
+    Loader("somewhere", {"item_emb": HashTable([2])})
+    assert "hashtables['item_emb'] is called 'hashtable' on disk" in caplog.text

@@ -70,9 +70,9 @@ def can_cast(source: DType, target: DType, casting: Casting | None) -> bool:
 def cast_hint(source: DType, target: DType) -> str:
     """Return the end of a sentence that says dtypes differ: how to have them converted."""
     if can_cast(source, target, "widen"):
-        return '; Loader(..., cast="widen") converts it, and loses no value'
+        return '; cast="widen" converts it, and loses no value'
     if can_cast(source, target, "any"):
-        return '; Loader(..., cast="any") converts it as Tensor.to() does, and may lose values'
+        return '; cast="any" converts it as Tensor.to() does: it rounds, and may lose values'
     return "; cast= converts only floats to floats, and integers to integers"
 
 

@@ -81,8 +81,8 @@ class Save:
         self.means.folder.make("")
         if self.commit.rank == 0 and not held.enter_context(self.means.folder.hold()):
             problem = (
-                "somebody else is saving to this folder right now, or this process itself (the handler "
-                "of a signal, say, that saves during a save): save into another folder, or later"
+                "somebody else is saving to this folder right now, or this process itself (a "
+                "handler of a signal, say): save into another folder, or later"
             )
             raise SaveError(self.means.folder.location, problem)
 

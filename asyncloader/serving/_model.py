@@ -79,11 +79,11 @@ class Model:
         """What `build` returned, if that was a module.
 
         Raises:
-            TypeError: If it was not.
+            AttributeError: If it was not.
         """
         module = self._held[2]
         if module is None:
-            raise TypeError("build() returned tables and tensors, not a torch.nn.Module")
+            raise AttributeError("build() returned tables and tensors, not a torch.nn.Module")
         return module
 
     @property

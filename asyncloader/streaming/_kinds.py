@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch.nn.parameter import is_lazy
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["check_tensors"]
 
@@ -35,7 +33,8 @@ def check_tensors(tensors: Mapping[str, object], *, able: Literal["filled", "sav
     given: list[torch.Tensor] = []
     for name, tensor in tensors.items():
         if type(name) is not str or not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"tensors maps names to torch tensors, got {name!r}: {type(tensor)}")
+            wrong = f"tensors maps names to torch tensors, got {name!r}: {type(tensor)}"
+            raise TypeError(wrong + _remedy(tensor))
         given.append(tensor)
     if _are_plain(given):
         return
@@ -45,6 +44,14 @@ def check_tensors(tensors: Mapping[str, object], *, able: Literal["filled", "sav
             raise ValueError(
                 f"tensors[{name!r}] {problem}; only plain strided tensors can be {able}"
             )
+
+
+def _remedy(value: object) -> str:
+    if isinstance(value, bool | int | float):
+        return f"; pass torch.tensor({value!r})"
+    if isinstance(value, Mapping):
+        return "; make it flat, with a name for each tensor"
+    return ""
 
 
 def _are_plain(tensors: list[torch.Tensor]) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from asyncloader.checkpoint import BY_TORCH
 from asyncloader.planning import RowType, TableTarget
@@ -13,6 +16,11 @@ if TYPE_CHECKING:
     from asyncloader.table import LoadableTable, SavableTable
 
 __all__ = ["check_tables", "describe_tables"]
+
+_log = logging.getLogger("asyncloader")
+
+_UNNAMED = "hashtable"
+"""What RecIS, and we, call a table that nobody has named."""
 
 
 def check_tables(
@@ -35,7 +43,14 @@ def check_tables(
     owners: dict[str, str] = {}
     for name, table in tables.items():
         if type(name) is not str or not hasattr(table, able):
-            raise TypeError(f"hashtables maps names to HashTables, got {name!r}: {type(table)}")
+            hint = "; dense tensors are passed as tensors=" if isinstance(table, Tensor) else ""
+            problem = f"hashtables maps names to HashTables, got {name!r}: {type(table)}"
+            raise TypeError(problem + hint)
+        if list(table.children) == [_UNNAMED] != [name]:
+            _log.warning(
+                "hashtables[%r] is called %r on disk, the name of the table itself: make it with "
+                "HashTable(..., name=%r)", name, _UNNAMED, name,
+            )  # fmt: skip
         for child in table.children:
             if child in tensors:
                 raise ValueError(f"both a tensor and a table (hashtables[{name!r}]) are {child!r}")
