@@ -32,6 +32,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.ma  # Numba does at the first call of a kernel, which is within a load
 from numba import njit
 
 from ._compiling import Compiler, KernelCache
