@@ -37,7 +37,7 @@ class HashTable(torch.nn.Module):
     number of threads, also while the table is being loaded into or changed: they see the table
     before or after, never in between. Changes come one at a time; each builds the next version
     beside the present one, so `insert` copies the id index (2 ms per million ids that the
-    table holds) and `delete` builds it anew (50 ms): hand them many ids at once.
+    table holds) and `delete` builds it anew (80 ms): hand them many ids at once.
 
     A coalesced table is a merger of several children. In memory its ids are *encoded*: the lower 52
     bits are the id, the upper 12 the child's number. `child=` names the child whose plain ids are
