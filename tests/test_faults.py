@@ -38,6 +38,7 @@ from asyncloader import (
 )
 from asyncloader.streaming import ByteBudget
 from tests.oracle import (
+    DTYPES,
     edit_header,
     edit_json,
     shard_header,
@@ -217,16 +218,14 @@ def as_stored(folder: Path) -> bool:
     except (Refused, ValueError):
         return False
     rows = {"id": CONTENT.ids, **CONTENT.slots}
-    return (
-        claim == (0, 65536, 65536)
-        and {name: block and block[2] for name, block in tensors.items()} == contents(STORED)
-        and {slot: block[2] for slot, block in slots.items()} == contents(rows)
-        and all(slots[slot][1] == tuple(values.shape) for slot, values in rows.items())
-    )
+    return claim == (0, 65536, 65536) and tensors == blocks(STORED) and slots == blocks(rows)
 
 
-def contents(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    return {name: raw(tensor)[2] for name, tensor in tensors.items()}
+def blocks(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Return what the strict reader finds of tensors that are stored as they are."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    stored = {name: raw(tensor) for name, tensor in tensors.items()}
+    return {name: (names[dtype], *block) for name, (dtype, *block) in stored.items()}
 
 
 def loads_or_fails(destination: Destination, outcome: AsyncLoaderError | LoadReport) -> bool:
