@@ -225,7 +225,9 @@ def blocks(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...
     """Return what the strict reader finds of tensors that are stored as they are."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     stored = {name: raw(tensor) for name, tensor in tensors.items()}
-    return {name: (names[dtype], *block) for name, (dtype, *block) in stored.items()}
+    return {
+        name: (names[dtype], shape, content) for name, (dtype, shape, content) in stored.items()
+    }
 
 
 def loads_or_fails(destination: Destination, outcome: AsyncLoaderError | LoadReport) -> bool:
