@@ -5,50 +5,53 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ._model import targets
-from ._report import LoadReport
-from .checkpoint import Slice, gen_slice
-from .errors import (
-    AsyncLoaderError,
-    CheckpointChangedError,
-    CheckpointError,
-    CheckpointNotFoundError,
-    LoadTimeoutError,
-    PlanError,
-    ReadError,
-    ReadStalledError,
-    SaveError,
-    SaveTimeoutError,
-    TruncatedShardError,
-)
-from .loader import Loader
-from .planning import Cast, LoadPlan
-from .runtime import Runtime
-from .streaming import LoopLag, Progress, Span
-from .table import HashTable, Slot, UpdateCounts
-
 if TYPE_CHECKING:
-    from ._load_tensors import aload_tensors, load_tensors
-    from ._runs import latest
-    from ._save_report import SaveReport
-    from .live import Live
-    from .reader import CheckpointReader
-    from .saver import Saver
-    from .saving import WriteBlock
-    from .serving import (
+    from ._checkpoint.slices import Slice, gen_slice
+    from ._loading.own_tensors import aload_tensors, load_tensors
+    from ._loading.progress import Progress
+    from ._loading.report import LoadReport
+    from ._loading.runtime import Runtime
+    from ._loading.trace import Span
+    from ._planning.casts import Cast
+    from ._planning.plan import LoadPlan
+    from ._saving.layout import WriteBlock
+    from ._saving.report import SaveReport
+    from ._serving.events import (
         Event,
         Freed,
-        LiveState,
-        LiveVersion,
         LoadCancelled,
         LoadFailed,
         LoadFinished,
         LoadStarted,
-        Model,
         RolledBack,
         Swapped,
         VersionRefused,
     )
+    from ._serving.model import Model
+    from ._serving.state import LiveState, LiveVersion
+    from ._table.hashtable import HashTable
+    from ._table.protocol import UpdateCounts
+    from ._table.slots import Slot
+    from ._threads.lag import LoopLag
+    from .errors import (
+        AsyncLoaderError,
+        CheckpointChangedError,
+        CheckpointError,
+        CheckpointNotFoundError,
+        LoadTimeoutError,
+        PlanError,
+        ReadError,
+        ReadStalledError,
+        SaveError,
+        SaveTimeoutError,
+        TruncatedShardError,
+    )
+    from .live import Live
+    from .loader import Loader
+    from .model import targets
+    from .reader import CheckpointReader
+    from .runs import latest
+    from .saver import Saver
 
 __version__ = "0.1.0"
 
@@ -101,38 +104,50 @@ __all__ = [
     "targets",
 ]
 
-# Imported when they are asked for: who only loads does without, and every class counts.
-_LATER = {
-    "Live": "live",
-    "Event": "serving",
-    "Freed": "serving",
-    "LiveState": "serving",
-    "LiveVersion": "serving",
-    "LoadCancelled": "serving",
-    "LoadFailed": "serving",
-    "LoadFinished": "serving",
-    "LoadStarted": "serving",
-    "Model": "serving",
-    "RolledBack": "serving",
-    "Swapped": "serving",
-    "VersionRefused": "serving",
-    "CheckpointReader": "reader",
-    "SaveReport": "_save_report",
-    "Saver": "saver",
-    "WriteBlock": "saving",
-    "aload_tensors": "_load_tensors",
-    "latest": "_runs",
-    "load_tensors": "_load_tensors",
+# Imported when somebody asks for them: torch takes seconds, and many commands do without.
+_MODULES = {
+    "_checkpoint.slices": "Slice gen_slice",
+    "_loading.own_tensors": "aload_tensors load_tensors",
+    "_loading.progress": "Progress",
+    "_loading.report": "LoadReport",
+    "_loading.runtime": "Runtime",
+    "_loading.trace": "Span",
+    "_planning.casts": "Cast",
+    "_planning.plan": "LoadPlan",
+    "_saving.layout": "WriteBlock",
+    "_saving.report": "SaveReport",
+    "_serving.events": (
+        "Event Freed LoadCancelled LoadFailed LoadFinished "
+        "LoadStarted RolledBack Swapped VersionRefused"
+    ),
+    "_serving.model": "Model",
+    "_serving.state": "LiveState LiveVersion",
+    "_table.hashtable": "HashTable",
+    "_table.protocol": "UpdateCounts",
+    "_table.slots": "Slot",
+    "_threads.lag": "LoopLag",
+    "errors": (
+        "AsyncLoaderError CheckpointChangedError CheckpointError CheckpointNotFoundError "
+        "LoadTimeoutError PlanError ReadError ReadStalledError "
+        "SaveError SaveTimeoutError TruncatedShardError"
+    ),
+    "live": "Live",
+    "loader": "Loader",
+    "model": "targets",
+    "reader": "CheckpointReader",
+    "runs": "latest",
+    "saver": "Saver",
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _LATER:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    value: object = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_MODULE_OF})

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from ._arguments import as_dict, check_callable, checked_path
-from ._session import STALL_TIMEOUT
-from .serving import (
-    LiveState,
-    LiveVersion,
-    Shelf,
-    Switch,
-    Teller,
-    VersionLoader,
-    check_options,
-)
+from ._loading.session import STALL_TIMEOUT
+from ._serving.loading import VersionLoader, check_options
+from ._serving.shelf import Shelf
+from ._serving.state import LiveState, LiveVersion
+from ._serving.switch import Switch
+from ._serving.telling import Teller
 
 if TYPE_CHECKING:
     import os
@@ -24,8 +20,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from .serving import Event, Model
-    from .table import HashTable
+    from ._serving.events import Event
+    from ._serving.model import Model
+    from ._table.hashtable import HashTable
 
 __all__ = ["Live"]
 

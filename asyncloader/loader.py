@@ -18,11 +18,13 @@ from ._arguments import (
     checked_path,
     checked_switch,
 )
-from ._collector import undisturbed
-from ._concurrency import run_jobs
-from ._progress_bar import progress_bar
-from ._report import LoadReport
-from ._resources import (
+from ._loading.claims import Claim
+from ._loading.destinations import describe_tensors
+from ._loading.execution import Execution
+from ._loading.progress import Meter
+from ._loading.progress_bar import progress_bar
+from ._loading.report import LoadReport
+from ._loading.resources import (
     CHUNK_BYTES,
     INFLIGHT_BYTES,
     PACED_CHUNK_BYTES,
@@ -30,30 +32,21 @@ from ._resources import (
     Contract,
     Limits,
 )
-from ._session import STALL_TIMEOUT, Access, checked_verify, open_session
+from ._loading.runtime import Runtime
+from ._loading.session import STALL_TIMEOUT, Access, checked_verify, open_session
+from ._loading.tables import check_tables, describe_tables
+from ._loading.trace import Tracer
+from ._planning.casts import checked_cast
+from ._planning.choice import choose
+from ._planning.hints import RENAME, did_you_mean
+from ._planning.load_info import checked_load_info, default_load_info
+from ._planning.planner import plan_load
+from ._planning.targets import Targets
+from ._table.protocol import UpdateCounts
+from ._threads.blocking import run_blocking
+from ._threads.collector import undisturbed
+from ._threads.jobs import run_jobs
 from .errors import AsyncLoaderError
-from .planning import (
-    RENAME,
-    Targets,
-    checked_cast,
-    checked_load_info,
-    choose,
-    default_load_info,
-    did_you_mean,
-    plan_load,
-)
-from .runtime import Runtime
-from .streaming import (
-    Claim,
-    Execution,
-    Meter,
-    Tracer,
-    check_tables,
-    describe_tables,
-    describe_tensors,
-    run_blocking,
-)
-from .table import UpdateCounts
 
 if TYPE_CHECKING:
     import os
@@ -61,11 +54,15 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ._session import Session
-    from .checkpoint import Verify
-    from .planning import Casting, LoadInfo, LoadPlan
-    from .streaming import Destinations, Progress, Span
-    from .table import LoadableTable
+    from ._checkpoint.catalog import Verify
+    from ._loading.destinations import Destinations
+    from ._loading.progress import Progress
+    from ._loading.session import Session
+    from ._loading.trace import Span
+    from ._planning.casts import Casting
+    from ._planning.load_info import LoadInfo
+    from ._planning.plan import LoadPlan
+    from ._table.protocol import LoadableTable
 
 __all__ = ["Loader", "identity"]
 

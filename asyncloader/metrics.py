@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from .serving import (
+from ._serving.events import (
     Freed,
     LoadCancelled,
     LoadFailed,
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from ._report import LoadReport
-    from .serving import Event, LiveState, LiveVersion
-    from .streaming import LoopLag
+    from ._loading.report import LoadReport
+    from ._serving.events import Event
+    from ._serving.state import LiveState, LiveVersion
+    from ._threads.lag import LoopLag
 
 __all__ = ["Metrics"]
 

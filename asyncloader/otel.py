@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .serving import (
+from ._serving.events import (
     LoadCancelled,
     LoadFailed,
     LoadFinished,
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span as OpenSpan
     from opentelemetry.trace import Tracer
 
-    from .serving import Event
-    from .streaming import Span
+    from ._loading.trace import Span
+    from ._serving.events import Event
 
 __all__ = ["LiveSpans", "trace_to"]
 

@@ -9,28 +9,21 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from ._arguments import check_timeout, checked_path, checked_switch
-from ._concurrency import run_jobs
-from ._contents import Contents
-from ._reading import read_stored, torch_dtype
-from ._session import (
-    CHUNK_BYTES,
-    INFLIGHT_BYTES,
-    PARALLEL,
-    STALL_TIMEOUT,
-    Access,
-    Limits,
-    checked_verify,
-)
-from ._sessions import Sessions
-from .checkpoint.stored import stored_names
-from .streaming import run_blocking
+from ._checkpoint.stored import stored_names
+from ._loading.contents import Contents
+from ._loading.reading import read_stored, torch_dtype
+from ._loading.resources import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits
+from ._loading.session import STALL_TIMEOUT, Access, checked_verify
+from ._loading.sessions import Sessions
+from ._threads.blocking import run_blocking
+from ._threads.jobs import run_jobs
 
 if TYPE_CHECKING:
     import os
 
     from torch import Tensor
 
-    from .checkpoint import Verify
+    from ._checkpoint.catalog import Verify
 
 __all__ = ["CheckpointReader"]
 

@@ -12,41 +12,31 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from ._arguments import as_dict, check_callable, check_progress, check_timeout, checked_path
-from ._concurrency import run_jobs
-from ._progress_bar import progress_bar
-from ._save_report import SaveReport
-from .saving import (
-    CHUNK,
-    Agreed,
-    Commit,
-    Contents,
-    Means,
-    Save,
-    WriteBlock,
-    checked_blocks,
-    checked_save_id,
-    fresh_save_id,
-    lay_out,
-    shared_save_id,
-)
-from .storage.folder import LocalFolder
-from .streaming import (
-    ByteBudget,
-    Meter,
-    StagingPool,
-    Threads,
-    check_tables,
-    check_tensors,
-    run_blocking,
-)
+from ._loading.kinds import check_tensors
+from ._loading.progress import Meter
+from ._loading.progress_bar import progress_bar
+from ._loading.staging import StagingPool
+from ._loading.tables import check_tables
+from ._saving.commit import Commit
+from ._saving.contents import Contents
+from ._saving.layout import WriteBlock, checked_blocks, lay_out
+from ._saving.report import SaveReport
+from ._saving.save import Save
+from ._saving.save_id import Agreed, checked_save_id, fresh_save_id, shared_save_id
+from ._saving.writing import CHUNK, Means
+from ._storage.folder import LocalFolder
+from ._threads.blocking import run_blocking
+from ._threads.budget import ByteBudget
+from ._threads.jobs import run_jobs
+from ._threads.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from .saving import ShardLayout
-    from .storage.folder import Folder
-    from .streaming import Progress
-    from .table import SavableSnapshot, SavableTable
+    from ._loading.progress import Progress
+    from ._saving.layout import ShardLayout
+    from ._storage.folder import Folder
+    from ._table.protocol import SavableSnapshot, SavableTable
 
 __all__ = ["Saver", "every_block"]
 

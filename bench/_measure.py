@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from asyncloader._memory import zeros
+from asyncloader._memory.allocation import zeros
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

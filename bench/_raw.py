@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from asyncloader._memory import zeros
+from asyncloader._memory.allocation import zeros
 from bench._measure import Contender
 
 if TYPE_CHECKING:

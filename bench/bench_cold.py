@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyncloader._memory import zeros
+from asyncloader._memory.allocation import zeros
 from bench import _dense
 from bench._cache import cached, evict
 from bench._measure import Contender, interleave

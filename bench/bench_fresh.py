@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from asyncloader import load_tensors
-from asyncloader._memory import zeros
+from asyncloader._memory.allocation import zeros
 from bench import _dense
 from bench._measure import Contender, interleave
 from bench._peers import PEERS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from asyncloader._memory import zeros
+from asyncloader._memory.allocation import zeros
 from bench._cases import TABLE, TableCase, rows_at, table_loader
 from bench._measure import Contender, interleave, named
 from bench._results import Goal, Results, Speed

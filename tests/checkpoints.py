@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from asyncloader import Saver, gen_slice
-from asyncloader._session import Limits
+from asyncloader._loading.resources import Limits
 from tests.oracle import TableData, flat_bytes, rows_of
 from tests.support import data, table_for
 

@@ -49,10 +49,10 @@ def no_blocking_calls_on_the_loop() -> Iterator[None]:
     with blockbuster_ctx("asyncloader") as blockbuster:
         # load() inside a running loop blocks that loop by definition.
         allowed = blockbuster.functions["threading.Lock.acquire"]
-        allowed.can_block_in("asyncloader/streaming/_blocking.py", {"run_blocking"})
+        allowed.can_block_in("asyncloader/_threads/blocking.py", {"run_blocking"})
         # The last threads of a load are idle when they are joined; somebody has to.
-        allowed.can_block_in("asyncloader/streaming/_threads.py", {"_close"})
-        allowed.can_block_in("asyncloader/serving/_switch.py", {"_wind_up"})
+        allowed.can_block_in("asyncloader/_threads/threads.py", {"_close"})
+        allowed.can_block_in("asyncloader/_serving/switch.py", {"_wind_up"})
         allowed.can_block_in("coverage/collector.py", {"lock_data"})
         yield
 

@@ -12,7 +12,7 @@ from tests.storages import Through
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from asyncloader.storage import ReadInto
+    from asyncloader._storage.protocol import ReadInto
 
 __all__ = ["Fault", "FaultyStorage", "Stuck", "flips_a_bit", "raises"]
 

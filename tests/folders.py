@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from asyncloader import HashTable, Saver
-from asyncloader.storage.folder import LocalFolder
+from asyncloader._storage.folder import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader import SaveReport
-    from asyncloader.storage.folder import WritableFile
+    from asyncloader._storage.folder import WritableFile
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from asyncloader.storage import ReadInto, ThreadedStorage
+    from asyncloader._storage.protocol import ReadInto, ThreadedStorage
 
 __all__ = ["Through"]
 

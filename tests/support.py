@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from asyncloader import HashTable, Slice
-from asyncloader.checkpoint import read_catalog, read_manifest
-from asyncloader.planning import Targets, choose, default_load_info, plan_load
-from asyncloader.streaming import (
-    ByteBudget,
-    Execution,
-    Meter,
-    Threads,
-    Tracer,
-    Verifier,
-    describe_tables,
-    describe_tensors,
-)
+from asyncloader._checkpoint.catalog import read_catalog
+from asyncloader._checkpoint.manifest import read_manifest
+from asyncloader._loading.destinations import describe_tensors
+from asyncloader._loading.execution import Execution
+from asyncloader._loading.progress import Meter
+from asyncloader._loading.tables import describe_tables
+from asyncloader._loading.trace import Tracer
+from asyncloader._loading.verification import Verifier
+from asyncloader._planning.choice import choose
+from asyncloader._planning.load_info import default_load_info
+from asyncloader._planning.planner import plan_load
+from asyncloader._planning.targets import Targets
+from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.threads import Threads
 from tests.oracle import TableData, flat_bytes, rows_of
 
 if TYPE_CHECKING:
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader import UpdateCounts
-    from asyncloader.planning import LoadInfo, LoadPlan, TensorTargets
-    from asyncloader.storage import Storage
+    from asyncloader._planning.load_info import LoadInfo
+    from asyncloader._planning.plan import LoadPlan
+    from asyncloader._planning.targets import TensorTargets
+    from asyncloader._storage.protocol import Storage
 
 FDS = Path("/proc/self/fd")
 POISON = 0xA5

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asyncloader._allowance import address_space, free_memory, processor_quota, processors
+from asyncloader._memory.allowance import address_space, free_memory, processor_quota, processors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,7 +141,7 @@ def test_the_limit_on_address_space_counts(tmp_path: Path) -> None:
 LIMITED = """
 import resource
 from pathlib import Path
-from asyncloader._allowance import address_space
+from asyncloader._memory.allowance import address_space
 page = resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (1 << 45, resource.getrlimit(resource.RLIMIT_AS)[1]))
 used = int(Path("/proc/self/statm").read_text().split()[0]) * page

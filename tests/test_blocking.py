@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from asyncloader import CheckpointNotFoundError, Loader, Progress
-from asyncloader.streaming import run_blocking
+from asyncloader._threads.blocking import run_blocking
 from tests.oracle import write_checkpoint
 from tests.support import data, table_for, unchanged
 

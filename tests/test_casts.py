@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import Cast, HashTable, Loader, PlanError, Saver, Slice, gen_slice
-from asyncloader.checkpoint import BY_TORCH
+from asyncloader._checkpoint.dtypes import BY_TORCH
 from tests.checkpoints import run
 from tests.live import Events, live, publish
 from tests.oracle import TableData, edit_header, rows_of, write_checkpoint
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader.planning import LoadInfo
+    from asyncloader._planning.load_info import LoadInfo
 
 
 FLOATS = tuple(

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import CheckpointError, Slice, TruncatedShardError, gen_slice
-from asyncloader.checkpoint import Place
-from asyncloader.checkpoint._header import check_covered, header_length, parse_header
-from asyncloader.checkpoint._index import parse_catalog
+from asyncloader._checkpoint.header import check_covered, header_length, parse_header
+from asyncloader._checkpoint.index import Place, parse_catalog
 
 SLICES = st.integers(1, 40).flatmap(
     lambda size: st.tuples(st.integers(0, size), st.integers(0, size)).map(

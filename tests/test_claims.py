@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from asyncloader import Loader, LoadPlan, LoadReport
-from asyncloader._patience import Patience
-from asyncloader.storage import LocalStorage, lost_memory
+from asyncloader._storage.local import LocalStorage
+from asyncloader._threads.lost import lost_memory
+from asyncloader._threads.patience import Patience
 from tests.oracle import write_checkpoint
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ from asyncloader import (
     Progress,
     SaveError,
 )
-from asyncloader._session import open_session
+from asyncloader._loading.session import open_session
+from asyncloader._tools.converting.convert import Conversion, Options, aconvert
+from asyncloader._tools.converting.file import write_file
+from asyncloader._tools.converting.source import read_source
+from asyncloader._tools.verifying.verify import averify
 from asyncloader.cli._app import run as command
-from asyncloader.cli.converting import Conversion, Options, aconvert
-from asyncloader.cli.converting._file import write_file
-from asyncloader.cli.converting._source import read_source
-from asyncloader.cli.verifying import averify
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, run, save
 from tests.oracle import Block as RawBlock
 from tests.oracle import (

@@ -13,9 +13,9 @@ import torch
 import uvloop
 
 from asyncloader import CheckpointChangedError, ReadStalledError
-from asyncloader._session import Access
-from asyncloader.cli.converting import Conversion, Options, aconvert
-from asyncloader.cli.verifying import averify
+from asyncloader._loading.session import Access
+from asyncloader._tools.converting.convert import Conversion, Options, aconvert
+from asyncloader._tools.verifying.verify import averify
 from tests.checkpoints import LIMITS, everything
 from tests.hanging_disk import NotMountableError, hanging_disk
 from tests.oracle import read_checkpoint, shard_holding, write_checkpoint

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, CheckpointNotFoundError, Progress
+from asyncloader._tools.diffing.comparison import Change, combined, compare
+from asyncloader._tools.diffing.diff import adiff
+from asyncloader._tools.diffing.difference import Difference, Kind, Names
 from asyncloader.cli._app import run as command
-from asyncloader.cli.diffing import Change, Difference, Kind, Names, adiff
-from asyncloader.cli.diffing._comparison import combined, compare
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
 from tests.oracle import (
     TableData,

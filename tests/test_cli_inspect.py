@@ -18,13 +18,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointNotFoundError, __version__
+from asyncloader._tools.folders import RunSummary, VersionSummary
+from asyncloader._tools.summary import CheckpointSummary, TableSummary, TensorSummary
 from asyncloader.cli._app import run as run_here
-from asyncloader.cli._folders import RunSummary, VersionSummary
 from asyncloader.cli._inspect import look_into
 from asyncloader.cli._inspect_view import checkpoint_view, run_view
 from asyncloader.cli._names import escaped, middle_cut, shown
 from asyncloader.cli._output import print_json
-from asyncloader.cli._summary import CheckpointSummary, TableSummary, TensorSummary
 from tests.checkpoints import GENUINE, save
 from tests.oracle import (
     dense_block,

@@ -21,13 +21,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, Loader, gen_slice
-from asyncloader.cli._allocate import allocate
+from asyncloader._loading.trace import Span
+from asyncloader._tools.allocation import allocate
+from asyncloader._tools.room import check_room
 from asyncloader.cli._app import run as run_here
 from asyncloader.cli._load import load_all
 from asyncloader.cli._progress import progress_bar, silent
-from asyncloader.cli._room import check_room
 from asyncloader.cli._trace_file import trace_of
-from asyncloader.streaming import Span
 from tests.checkpoints import GENUINE, LIMITS, save
 from tests.oracle import (
     DTYPES,
@@ -44,10 +44,10 @@ from tests.support import data, nothing_left_behind, raw, rows_in
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from asyncloader.checkpoint import Verify
+    from asyncloader._checkpoint.catalog import Verify
+    from asyncloader._loading.trace import Step
+    from asyncloader._tools.stages import Tell
     from asyncloader.cli._load import Loaded
-    from asyncloader.cli._progress import Tell
-    from asyncloader.streaming._trace import Step
 
 
 async def check(path: Path) -> None:

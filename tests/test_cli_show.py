@@ -19,18 +19,18 @@ from rich.cells import cell_len
 from rich.console import Console
 from safetensors.torch import save_file
 
-from asyncloader._session import open_session
-from asyncloader.checkpoint.stored import stored_tensor
+from asyncloader._checkpoint.stored import stored_tensor
+from asyncloader._loading.session import open_session
+from asyncloader._tools.finding import FoundId
+from asyncloader._tools.numbers import Numbers, number_text
+from asyncloader._tools.showing import ShownTable, ShownTensor
+from asyncloader._tools.statistics import Statistics, combine, measure
+from asyncloader._tools.values import values_of
+from asyncloader._tools.windows import in_windows
 from asyncloader.cli._app import run as run_here
-from asyncloader.cli._finding import FoundId
-from asyncloader.cli._numbers import Numbers, number_text
 from asyncloader.cli._progress import silent
 from asyncloader.cli._show import look_at, look_for
 from asyncloader.cli._show_view import id_view, table_view, tensor_view
-from asyncloader.cli._showing import ShownTable, ShownTensor
-from asyncloader.cli._statistics import Statistics, combine, measure
-from asyncloader.cli._values import values_of
-from asyncloader.cli._windows import in_windows
 from tests.checkpoints import GENUINE, LIMITS
 from tests.oracle import (
     DTYPES,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from torch import Tensor
 
-    from asyncloader.cli._values import Value
+    from asyncloader._tools.values import Value
 
 NAN, INF = math.nan, math.inf
 

@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, CheckpointNotFoundError, Progress
-from asyncloader._session import Limits, Session
+from asyncloader._loading.progress import Meter
+from asyncloader._loading.resources import Limits
+from asyncloader._loading.session import Session
+from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.threads import Threads
+from asyncloader._tools.verifying.sifting import sift
+from asyncloader._tools.verifying.verify import averify, verify_session
 from asyncloader.cli._app import run as command
-from asyncloader.cli.verifying import Verification, averify
-from asyncloader.cli.verifying._sifting import sift
-from asyncloader.cli.verifying._verify import verify_session
-from asyncloader.streaming import ByteBudget, Meter, Threads
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
 from tests.oracle import (
     TableData,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from asyncloader._tools.verifying.findings import Verification
     from tests.oracle import Block
 
 NO_DIGESTS = "no digests: bytes cannot be verified, only the structure"
@@ -594,7 +597,7 @@ async def test_rows_that_are_not_sorted_as_the_sidecar_says_are_found(tmp_path: 
     content[offset : offset + 16] = content[offset + 8 : offset + 16] + content[offset : offset + 8]
     shard.write_bytes(content)
     block = bytes(content[offset : offset + length])
-    from asyncloader.checkpoint import digest_of  # noqa: PLC0415
+    from asyncloader._checkpoint.sidecar import digest_of  # noqa: PLC0415
 
     edit_json(
         path / "asyncloader.json",

@@ -16,12 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import CheckpointError, Loader
-from asyncloader._collector import undisturbed
-from asyncloader.checkpoint import DTYPES, Catalog, Places
-from asyncloader.checkpoint._entries import _problem
-from asyncloader.checkpoint._header import parse_header
-from asyncloader.planning import Targets, TensorTargets, choose, default_load_info
-from asyncloader.streaming import describe_tensors
+from asyncloader._checkpoint.dtypes import DTYPES
+from asyncloader._checkpoint.entries import _problem
+from asyncloader._checkpoint.header import parse_header
+from asyncloader._checkpoint.index import Catalog, Places
+from asyncloader._loading.destinations import describe_tensors
+from asyncloader._planning.choice import choose
+from asyncloader._planning.load_info import default_load_info
+from asyncloader._planning.targets import Targets, TensorTargets
+from asyncloader._threads.collector import undisturbed
 from tests.oracle import write_checkpoint
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from asyncloader import Span
-    from asyncloader.planning import LoadInfo
+    from asyncloader._planning.load_info import LoadInfo
 
 sizes = st.one_of(st.integers(0, 3), st.sampled_from([-1, True, 1.0, "1", None, 2**62, 2**63]))
 ranges = st.one_of(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asyncloader.table._compiling import Compiler
+from asyncloader._table.compiling import Compiler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +68,7 @@ def test_a_cache_that_fails_costs_time_and_is_told_once(
 
 DAMAGE = """
 import logging, pathlib, sys
-from asyncloader.table._compiling import Compiler, KernelCache
+from asyncloader._table.compiling import Compiler, KernelCache
 from kernel import plus_one
 
 class Told(logging.Handler):

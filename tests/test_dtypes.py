@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from asyncloader import CheckpointError, CheckpointReader, Loader, PlanError, load_tensors
-from asyncloader.cli._app import run
+from asyncloader.cli import run
 from tests.checkpoints import flip
 from tests.support import raw
 

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import CheckpointError, Loader, Slice, TruncatedShardError
-from asyncloader.checkpoint import Catalog, Places, ShardHeader
-from asyncloader.checkpoint._json import BadJsonError, has_negative_zero, parse_object
-from asyncloader.checkpoint._manifest import read_manifest
-from asyncloader.streaming import Threads
+from asyncloader._checkpoint.index import Catalog, Places
+from asyncloader._checkpoint.manifest import read_manifest
+from asyncloader._checkpoint.strict_json import BadJsonError, has_negative_zero, parse_object
+from asyncloader._threads.threads import Threads
 from tests.checkpoints import save
 from tests.fuzz.drafts import INDEX, SHARDED, SIDECAR, TENSORKEY
 from tests.fuzz.trees import Members, rendered
@@ -30,6 +30,8 @@ from tests.support import MemoryStorage, data, poison, unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from asyncloader._checkpoint.header import ShardHeader
 
 MIB = 1 << 20
 HEADER = "model-000000-of-000001.safetensors"

@@ -27,9 +27,9 @@ from asyncloader import (
     latest,
     load_tensors,
 )
-from asyncloader._runs import versions
-from asyncloader.cli._allocate import LIMITS
-from asyncloader.cli.verifying import averify
+from asyncloader._tools.allocation import LIMITS
+from asyncloader._tools.verifying.verify import averify
+from asyncloader.runs import versions
 from tests.hostile import untouched
 from tests.oracle import edit_json, write_checkpoint
 from tests.support import nothing_left_behind

@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import Slice
-from asyncloader.table import _claims, _kernels, _words
-from asyncloader.table._index import NOBODY, IdIndex, scratch
+from asyncloader._table import claims as _claims
+from asyncloader._table import kernels as _kernels
+from asyncloader._table import words as _words
+from asyncloader._table.index import NOBODY, IdIndex, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, TruncatedShardError, load_tensors
-from asyncloader.checkpoint import MAX_HEADER
-from asyncloader.cli._app import run
+from asyncloader._checkpoint.header import MAX_HEADER
+from asyncloader.cli import run
 from tests.support import nothing_left_behind
 
 if TYPE_CHECKING:

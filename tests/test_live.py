@@ -35,7 +35,7 @@ from asyncloader import (
     TruncatedShardError,
     VersionRefused,
 )
-from asyncloader._memory import SPARE
+from asyncloader._memory.allocation import SPARE
 from tests.live import Events, build, damage, live, looked, publish, serving, state, version_in
 from tests.support import nothing_left_behind
 

@@ -23,8 +23,8 @@ from asyncloader import (
     Swapped,
     VersionRefused,
 )
-from asyncloader._concurrency import raising_first
-from asyncloader.serving import may_pass
+from asyncloader._serving.retry import may_pass
+from asyncloader._threads.jobs import raising_first
 from tests.live import Events, build, live, looked, publish, serving, state, version_in
 from tests.support import nothing_left_behind
 

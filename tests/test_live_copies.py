@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, Live, LoadStarted, Saver, Swapped
-from asyncloader.serving._rest import Rest
-from asyncloader.serving._source import candidate
+from asyncloader._serving.rest import Rest
+from asyncloader._serving.source import candidate
 from tests.live import Events, build, live, looked, publish, serving, state
 from tests.support import nothing_left_behind
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from asyncloader.serving._source import Candidate
+    from asyncloader._serving.source import Candidate
 
 pytestmark = pytest.mark.both_loops
 

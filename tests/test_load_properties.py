@@ -16,15 +16,13 @@ from hypothesis import strategies as st
 
 from asyncloader import HashTable, Loader, LoadPlan, LoadReport, UpdateCounts, gen_slice
 from asyncloader import Slice as TableSlice
-from asyncloader.streaming import (
-    ByteBudget,
-    Execution,
-    Meter,
-    Threads,
-    Tracer,
-    Verifier,
-    describe_tensors,
-)
+from asyncloader._loading.destinations import describe_tensors
+from asyncloader._loading.execution import Execution
+from asyncloader._loading.progress import Meter
+from asyncloader._loading.trace import Tracer
+from asyncloader._loading.verification import Verifier
+from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.threads import Threads
 from tests.oracle import (
     DTYPES,
     Block,

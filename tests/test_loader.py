@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from asyncloader import HashTable, Loader, LoadReport, PlanError, Progress, Runtime
-from asyncloader.streaming import Meter
+from asyncloader._loading.progress import Meter
 from tests.faulty import FaultyStorage, Stuck
 from tests.oracle import write_checkpoint
 from tests.support import (
@@ -32,7 +32,7 @@ from tests.support import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from asyncloader.planning import LoadInfo
+    from asyncloader._planning.load_info import LoadInfo
     from tests.faulty import Read
 
 pytestmark = pytest.mark.both_loops

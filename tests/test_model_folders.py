@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, CheckpointNotFoundError, load_tensors
-from asyncloader.cli._app import run
+from asyncloader.cli import run
 
 if TYPE_CHECKING:
     from pathlib import Path

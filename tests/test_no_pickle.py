@@ -88,7 +88,7 @@ def _is_of_this_program(call: ast.Call) -> bool:
 
 
 FOLDER = Path(asyncloader.__file__).parent
-ALLOWED = {"table/_compiling.py": ["pickle as pickle"]}
+ALLOWED = {"_table/compiling.py": ["pickle as pickle"]}
 """Numba's cache of machine code: our own code, from a folder that only this user writes to."""
 
 

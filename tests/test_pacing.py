@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from asyncloader import Loader
-from asyncloader._throttle import Throttle, ThrottledExecutor
-from asyncloader.storage._pace import ReadPace, Seen
-from asyncloader.streaming import LagWatch
+from asyncloader._threads.lag import LagWatch
+from asyncloader._threads.pace import ReadPace, Seen
+from asyncloader._threads.throttle import Throttle, ThrottledExecutor
 from tests.live import build, publish
 from tests.support import nothing_left_behind
 

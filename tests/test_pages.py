@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from asyncloader._memory import Spare, zeros
-from asyncloader._pages import BLOCK, PageChooser, touch
+from asyncloader._memory.allocation import Spare, zeros
+from asyncloader._memory.pages import BLOCK, PageChooser, touch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

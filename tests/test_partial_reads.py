@@ -16,9 +16,12 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from asyncloader import CheckpointError, HashTable, Loader, ReadError, Saver, Slice, gen_slice
-from asyncloader.checkpoint import DIGEST_CHUNK, DTYPES, Block, PartRows
-from asyncloader.streaming import ByteBudget, Verifier
-from asyncloader.streaming._filling import Filling, row_groups
+from asyncloader._checkpoint.blocks import Block
+from asyncloader._checkpoint.dtypes import DTYPES
+from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, PartRows
+from asyncloader._loading.filling import Filling, row_groups
+from asyncloader._loading.verification import Verifier
+from asyncloader._threads.budget import ByteBudget
 from tests.oracle import TableData, edit_json, shard_holding, write_checkpoint
 from tests.support import MemoryStorage, Run, data, rows_in, rows_on_disk, table_for, unchanged
 from tests.test_load_properties import some_ids
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from asyncloader import LoadReport
-    from asyncloader.storage import ReadInto
+    from asyncloader._storage.protocol import ReadInto
 
 T = TypeVar("T")
 SUB_SLICES = 256

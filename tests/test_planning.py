@@ -7,37 +7,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import PlanError, Slice, gen_slice
-from asyncloader.checkpoint import (
-    DTYPES,
-    Block,
-    Blocks,
-    Catalog,
-    Manifest,
-    Part,
-    Place,
-    Places,
-    ShardHeader,
-)
-from asyncloader.planning import (
-    GAP,
-    Extent,
-    Extents,
-    LoadPlan,
-    RowType,
-    TableTarget,
-    Targets,
-    TensorTarget,
-    TensorTargets,
-    checked_load_info,
-    choose,
-    plan_load,
-    plan_reads,
-)
+from asyncloader._checkpoint.blocks import Block, Blocks
+from asyncloader._checkpoint.dtypes import DTYPES
+from asyncloader._checkpoint.header import ShardHeader
+from asyncloader._checkpoint.index import Catalog, Part, Place, Places
+from asyncloader._checkpoint.manifest import Manifest
+from asyncloader._planning.choice import choose
+from asyncloader._planning.load_info import checked_load_info
+from asyncloader._planning.planner import plan_load
+from asyncloader._planning.reads import GAP, Extent, Extents, plan_reads
+from asyncloader._planning.targets import RowType, TableTarget, Targets, TensorTarget, TensorTargets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from asyncloader.planning import LoadInfo
+    from asyncloader._planning.load_info import LoadInfo
+    from asyncloader._planning.plan import LoadPlan
 
 F32 = RowType(shape=(2,), dtype=DTYPES["F32"])
 

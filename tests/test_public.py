@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def public_modules() -> list[str]:
 
 def offered_names(path: Path) -> set[str]:
     """Return what a module defines and, if it is a package's own, what it lifts out of others."""
-    lifts = path.name == "__init__.py"
+    lifts = path.name in {"__init__.py", "protocols.py"}
     names = set[str]()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         match node:
@@ -61,9 +62,15 @@ def test_all_lists_every_public_name_of_a_module_and_no_other(name: str) -> None
     assert offered - set(listed) == set(), "there, not listed"
 
 
-def test_importing_the_package_does_not_import_numba() -> None:
-    """Only those who make a table should wait for numba."""
-    code = "import sys, asyncloader; sys.exit('numba' in sys.modules)"
+def test_the_public_names_are_those_that_are_listed() -> None:
+    """A change of what users can import is a decision: change `data/public.json` with it."""
+    listed = json.loads((Path(__file__).parent / "data" / "public.json").read_bytes())
+    assert {name: sorted(importlib.import_module(name).__all__) for name in listed} == listed
+
+
+@pytest.mark.parametrize("heavy", ["torch", "numba", "numpy"])
+def test_importing_the_package_imports_nothing_that_takes_seconds(heavy: str) -> None:
+    code = f"import sys, asyncloader; sys.exit({heavy!r} in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -32,10 +32,10 @@ from asyncloader import (
     Saver,
     load_tensors,
 )
-from asyncloader._allowance import processors
-from asyncloader.cli._allocate import LIMITS
-from asyncloader.cli.verifying import averify
-from asyncloader.serving._room import row_bytes
+from asyncloader._memory.allowance import processors
+from asyncloader._serving.room import row_bytes
+from asyncloader._tools.allocation import LIMITS
+from asyncloader._tools.verifying.verify import averify
 from tests.folders import content
 from tests.mounts import make_read_only, resize, small_disk, used
 from tests.oracle import TableData, write_checkpoint

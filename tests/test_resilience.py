@@ -30,7 +30,7 @@ from asyncloader import (
     Runtime,
     Saver,
 )
-from asyncloader.storage import RetryingStorage
+from asyncloader._storage.retrying import RetryingStorage
 from tests.faulty import FaultyStorage, Stuck, flips_a_bit, raises
 from tests.oracle import write_checkpoint
 from tests.support import (
@@ -49,7 +49,7 @@ from tests.support import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from asyncloader.storage import ThreadedStorage
+    from asyncloader._storage.protocol import ThreadedStorage
     from tests.faulty import Read
 
 pytestmark = pytest.mark.both_loops

@@ -19,7 +19,7 @@ from asyncloader import (
     latest,
     load_tensors,
 )
-from asyncloader._runs import Version, versions
+from asyncloader.runs import Version, versions
 from tests.oracle import write_checkpoint
 
 if TYPE_CHECKING:

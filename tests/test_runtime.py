@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from asyncloader.storage import ThreadedStorage
+    from asyncloader._storage.protocol import ThreadedStorage
     from tests.faulty import Read
 
 pytestmark = pytest.mark.both_loops

@@ -23,7 +23,7 @@ from asyncloader import (
     latest,
     load_tensors,
 )
-from asyncloader.checkpoint._safetensors import SHARDED, parse_weight_map
+from asyncloader._checkpoint.safetensors import SHARDED, parse_weight_map
 from tests.oracle import truncate, write_checkpoint
 from tests.support import data, nothing_left_behind, raw, table_for, unchanged
 

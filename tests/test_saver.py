@@ -27,8 +27,8 @@ from asyncloader import (
     gen_slice,
     load_tensors,
 )
-from asyncloader.saving._part import check_sizes
-from asyncloader.storage.folder import LocalFolder
+from asyncloader._saving.part import check_sizes
+from asyncloader._storage.folder import LocalFolder
 from tests.folders import WatchedFolder, content, save_into
 from tests.oracle import (
     TableData,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader.table.snapshot import TableSnapshot
+    from asyncloader._table.snapshot import TableSnapshot
 
 IDS = [5, -1, 65536, 3, 2**63 - 1, -(2**63), 0, 65535]
 CONTENT = data(IDS, width=3, exp_avg=3)

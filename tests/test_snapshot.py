@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
-from asyncloader.table.snapshot import order_of, sort_keys
+from asyncloader._table.snapshot import order_of, sort_keys
 
 ids = st_np.arrays(
     np.int64,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from asyncloader import Loader, Runtime
-from asyncloader._allowance import processors
+from asyncloader._memory.allowance import processors
 from tests.oracle import write_checkpoint
 from tests.processes import apart
 from tests.soak import soak

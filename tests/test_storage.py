@@ -19,26 +19,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import ReadError
-from asyncloader._concurrency import run_jobs
-from asyncloader.storage import (
-    Descriptors,
-    LocalStorage,
-    ThreadedStorage,
-    fill,
-    read_exactly,
-    read_small,
-    read_text,
-)
-from asyncloader.storage._direct import DirectReader
-from asyncloader.storage._pace import Ran, ReadPace, Seen
-from asyncloader.storage._preadv import preadv
+from asyncloader._storage.descriptors import Descriptors
+from asyncloader._storage.direct import DirectReader
+from asyncloader._storage.local import LocalStorage
+from asyncloader._storage.preadv import preadv
+from asyncloader._storage.protocol import ThreadedStorage, fill, read_exactly, read_small, read_text
+from asyncloader._threads.jobs import run_jobs
+from asyncloader._threads.pace import Ran, ReadPace, Seen
 from tests.support import open_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
-    from asyncloader.storage import ReadInto
+    from asyncloader._storage.protocol import ReadInto
 
 pytestmark = pytest.mark.both_loops
 

@@ -10,14 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asyncloader.storage import (
-    LocalStorage,
-    RetryingStorage,
-    ThreadedRetryingStorage,
-    ThreadedStorage,
-    fill,
-    read_exactly,
-)
+from asyncloader._storage.local import LocalStorage
+from asyncloader._storage.protocol import ThreadedStorage, fill, read_exactly
+from asyncloader._storage.retrying import RetryingStorage, ThreadedRetryingStorage
 from tests.faulty import FaultyStorage, raises
 from tests.support import MemoryStorage, open_files
 
@@ -25,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from asyncloader.storage import ReadInto, Storage
+    from asyncloader._storage.protocol import ReadInto, Storage
     from tests.faulty import Read
 
 pytestmark = pytest.mark.both_loops

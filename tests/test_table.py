@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader.table import Initializer
-    from asyncloader.table._update import TableUpdate
+    from asyncloader._table.slots import Initializer
+    from asyncloader._table.update import TableUpdate
 
 EXTREMES = [-(2**63), 2**63 - 1, -1, 0, 1, 2**52, -(2**52), 65536]
 NAN_BITS = 0x7FC0_1234

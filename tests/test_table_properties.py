@@ -24,7 +24,7 @@ from tests.oracle import ModelTable, encode_id, flat_bytes, rows_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from asyncloader.table._update import TableUpdate
+    from asyncloader._table.update import TableUpdate
 
 EXTREMES = [-(2**63), 2**63 - 1, -1, 2**52, 2**52 - 1]
 SLOTS = {

@@ -23,9 +23,9 @@ from asyncloader import (
     gen_slice,
     load_tensors,
 )
-from asyncloader.checkpoint import parse_sidecar
-from asyncloader.storage import LocalStorage
-from asyncloader.streaming import Threads
+from asyncloader._checkpoint.sidecar import parse_sidecar
+from asyncloader._storage.local import LocalStorage
+from asyncloader._threads.threads import Threads
 from tests.oracle import TableData, edit_json, shard_header, write_checkpoint
 from tests.support import Run, data, rows_in, rows_on_disk, table_for, unchanged
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 
-from asyncloader._patience import Errand, Patience, Pulse, StalledError
-from asyncloader._workers import WorkerPool
+from asyncloader._threads.patience import Errand, Patience, Pulse, StalledError
+from asyncloader._threads.pool import WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from asyncloader._session import Access
-from asyncloader._sizes import size_text
-from asyncloader.streaming import run_blocking
+from asyncloader._loading.session import Access
+from asyncloader._memory.sizes import size_text
+from asyncloader._threads.blocking import run_blocking
+from asyncloader._tools.allocation import LIMITS
+from asyncloader._tools.converting.convert import Conversion, ConvertedTable, Options, aconvert
+from asyncloader._tools.stages import telling
+from asyncloader.cli._progress import progress_bar
 
-from ._allocate import LIMITS
 from ._inspect_view import facts, plural
 from ._names import escaped, shown
 from ._options import JsonFlag, LinksFlag, examples
 from ._output import count, print_json, show
-from ._progress import progress_bar
-from ._stages import telling
-from .converting import Conversion, ConvertedTable, Options, aconvert
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

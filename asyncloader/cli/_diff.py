@@ -8,17 +8,17 @@ from typing import Annotated
 
 import typer
 
-from asyncloader._session import Access
-from asyncloader.streaming import run_blocking
+from asyncloader._loading.session import Access
+from asyncloader._threads.blocking import run_blocking
+from asyncloader._tools.allocation import LIMITS
+from asyncloader._tools.diffing.diff import BUDGET, adiff
+from asyncloader._tools.stages import telling
+from asyncloader._tools.values import with_texts
+from asyncloader.cli._progress import progress_bar
 
-from ._allocate import LIMITS
 from ._diff_view import difference_view
 from ._options import JsonFlag, LinksFlag, examples
 from ._output import print_json, show
-from ._progress import progress_bar
-from ._stages import telling
-from ._values import with_texts
-from .diffing import BUDGET, adiff
 
 __all__ = ["EPILOG", "diff"]
 

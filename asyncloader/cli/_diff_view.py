@@ -10,9 +10,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from asyncloader._tools.numbers import number_text
+
 from ._inspect_view import grid_of_numbers, indented, plural, shape_text
 from ._names import Name, escaped
-from ._numbers import number_text
 from ._output import count
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from .diffing import (
-        Change,
+    from asyncloader._tools.diffing.comparison import Change
+    from asyncloader._tools.diffing.difference import (
         Difference,
         Kind,
         Names,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from asyncloader._runs import is_run_folder, latest
 from asyncloader.errors import AsyncLoaderError, CheckpointNotFoundError
+from asyncloader.runs import is_run_folder, latest
 
 __all__ = ["EXPECTED", "message_of"]
 

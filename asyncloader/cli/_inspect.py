@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from asyncloader._concurrency import run_jobs
-from asyncloader._session import Access, open_session
+from asyncloader._loading.session import Access, open_session
+from asyncloader._threads.blocking import run_blocking
+from asyncloader._threads.jobs import run_jobs
+from asyncloader._tools.allocation import LIMITS, shards_of
+from asyncloader._tools.folders import RunSummary, run_folder, saves_in, unfinished
+from asyncloader._tools.summary import CheckpointSummary, summarize
 from asyncloader.errors import CheckpointNotFoundError
-from asyncloader.streaming import run_blocking
 
-from ._allocate import LIMITS, shards_of
-from ._folders import RunSummary, run_folder, saves_in, unfinished
 from ._inspect_view import checkpoint_view, run_view
 from ._options import JsonFlag, LinksFlag, PathArgument, examples
 from ._output import print_json, show
-from ._summary import CheckpointSummary, summarize
 
 __all__ = ["EPILOG", "inspect", "look_into"]
 

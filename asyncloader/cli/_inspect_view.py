@@ -12,9 +12,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from asyncloader._sizes import size_text
+from asyncloader._memory.sizes import size_text
+from asyncloader._tools.allocation import ID
 
-from ._allocate import ID
 from ._names import Name, escaped
 from ._output import count
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from ._folders import RunSummary, VersionSummary
-    from ._summary import CheckpointSummary, TableSummary, TensorSummary
+    from asyncloader._tools.folders import RunSummary, VersionSummary
+    from asyncloader._tools.summary import CheckpointSummary, TableSummary, TensorSummary
 
 __all__ = [
     "checkpoint_view",

@@ -14,22 +14,16 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from asyncloader._session import (
-    CHUNK_BYTES,
-    INFLIGHT_BYTES,
-    PARALLEL,
-    Access,
-    Limits,
-    checked_verify,
-)
+from asyncloader._loading.resources import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits
+from asyncloader._loading.session import Access, checked_verify
+from asyncloader._threads.blocking import run_blocking
+from asyncloader._tools.allocation import allocate
+from asyncloader.cli._progress import progress_bar
 from asyncloader.loader import Loader
-from asyncloader.streaming import run_blocking
 
-from ._allocate import allocate
 from ._names import escaped, shown
 from ._options import DirectFlag, JsonFlag, LinksFlag, PathArgument, examples
 from ._output import print_json, show
-from ._progress import progress_bar
 from ._trace_file import write_trace
 
 if TYPE_CHECKING:
@@ -37,11 +31,11 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from asyncloader._report import LoadReport
-    from asyncloader.checkpoint import Verify
-    from asyncloader.streaming import Progress, Span
-
-    from ._progress import Tell
+    from asyncloader._checkpoint.catalog import Verify
+    from asyncloader._loading.progress import Progress
+    from asyncloader._loading.report import LoadReport
+    from asyncloader._loading.trace import Span
+    from asyncloader._tools.stages import Tell
 
 __all__ = ["EPILOG", "Loaded", "load", "load_all"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from rich import progress
 
@@ -13,14 +13,13 @@ from ._names import middle_cut, shown
 from ._output import console
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from rich.console import Console
 
-__all__ = ["Tell", "progress_bar", "silent"]
+    from asyncloader._tools.stages import Tell
 
-Tell: TypeAlias = "Callable[[int, int, str], object]"
-"""Takes bytes done, bytes in all (0 if nobody knows), and the name of what they belong to."""
+__all__ = ["progress_bar", "silent"]
 
 _MOMENT = 0.3
 _NAME = 24

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asyncloader._session import Access, open_session
-from asyncloader.streaming import run_blocking
+from asyncloader._loading.session import Access, open_session
+from asyncloader._threads.blocking import run_blocking
+from asyncloader._tools.allocation import LIMITS
+from asyncloader._tools.finding import FoundId, find_id
+from asyncloader._tools.lookup import find_table, find_target
+from asyncloader._tools.showing import ShownTable, ShownTensor, show_table, show_tensor
+from asyncloader._tools.values import with_texts
+from asyncloader.cli._progress import progress_bar
 
-from ._allocate import LIMITS
-from ._finding import FoundId, find_id
-from ._lookup import find_table, find_target
 from ._names import shown
 from ._options import JsonFlag, LinksFlag, PathArgument, examples
 from ._output import complain, print_json, show
-from ._progress import progress_bar
 from ._show_view import id_view, table_view, tensor_view
-from ._showing import ShownTable, ShownTensor, show_table, show_tensor
-from ._values import with_texts
 
 if TYPE_CHECKING:
-    from ._progress import Tell
+    from asyncloader._tools.stages import Tell
 
 __all__ = ["EPILOG", "look_at", "look_for", "show_one"]
 

@@ -8,20 +8,20 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from asyncloader._sizes import size_text
+from asyncloader._memory.sizes import size_text
+from asyncloader._tools.allocation import ID
+from asyncloader._tools.numbers import Numbers, number_text
 
-from ._allocate import ID
 from ._inspect_view import facts, grid_of_numbers, indented, metadata_lines, plural, shape_text
 from ._names import Name, shown
-from ._numbers import Numbers, number_text
 from ._output import count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ._finding import FoundId
-    from ._showing import ShownTable, ShownTensor
-    from ._statistics import Statistics
+    from asyncloader._tools.finding import FoundId
+    from asyncloader._tools.showing import ShownTable, ShownTensor
+    from asyncloader._tools.statistics import Statistics
 
 __all__ = ["id_view", "table_view", "tensor_view"]
 

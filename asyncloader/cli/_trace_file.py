@@ -14,7 +14,7 @@ import orjson
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncloader.streaming import Span
+    from asyncloader._loading.trace import Span
 
 __all__ = ["trace_of", "write_trace"]
 

@@ -10,18 +10,19 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from asyncloader._session import Access
-from asyncloader._sizes import size_text
-from asyncloader.streaming import run_blocking
+from asyncloader._loading.session import Access
+from asyncloader._memory.sizes import size_text
+from asyncloader._threads.blocking import run_blocking
+from asyncloader._tools.allocation import LIMITS
+from asyncloader._tools.stages import telling
+from asyncloader._tools.verifying.findings import Finding, Verification
+from asyncloader._tools.verifying.verify import averify
+from asyncloader.cli._progress import progress_bar
 
-from ._allocate import LIMITS
 from ._inspect_view import facts, plural
 from ._names import escaped, shown
 from ._options import DirectFlag, JsonFlag, LinksFlag, PathArgument, examples
 from ._output import count, print_json, show
-from ._progress import progress_bar
-from ._stages import telling
-from .verifying import Finding, Verification, averify
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -36,7 +36,7 @@ OPTIONS = [
 ]
 
 
-INSTRUMENTED = ["asyncloader.checkpoint", "asyncloader.planning"]
+INSTRUMENTED = ["asyncloader._checkpoint", "asyncloader._planning"]
 
 
 def target_of(name: str) -> Callable[[bytes], None]:

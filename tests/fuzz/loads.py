@@ -21,7 +21,7 @@ from asyncloader import (
     latest,
     load_tensors,
 )
-from asyncloader._runs import versions
+from asyncloader.runs import versions
 from tests.oracle import DTYPES, ModelTable, Part, flat_bytes
 from tests.oracle import Slice as Claim
 from tests.oracle.strict import StrictFolder

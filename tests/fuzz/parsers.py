@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError, deserialize
 
 from asyncloader import CheckpointError
-from asyncloader.checkpoint import INDEX, SIDECAR, TENSORKEY, Catalog, Places
-from asyncloader.checkpoint._catalog import parse_recis
-from asyncloader.checkpoint._dtypes import header_shape
-from asyncloader.checkpoint._manifest import read_header
-from asyncloader.checkpoint._safetensors import SHARDED, parse_weight_map
-from asyncloader.storage import read_small
+from asyncloader._checkpoint.catalog import parse_recis
+from asyncloader._checkpoint.dtypes import header_shape
+from asyncloader._checkpoint.files import INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.index import Catalog, Places
+from asyncloader._checkpoint.manifest import read_header
+from asyncloader._checkpoint.safetensors import SHARDED, parse_weight_map
+from asyncloader._storage.protocol import read_small
 from tests.oracle.strict import (
     BITS,
     Refused,
@@ -31,7 +32,7 @@ from .trees import Members
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from asyncloader.checkpoint import ShardHeader
+    from asyncloader._checkpoint.header import ShardHeader
 
 __all__ = ["TARGETS", "header", "names", "weight_map"]
 

@@ -1,0 +1,1 @@
+"""What a checkpoint is: names, slices, dtypes, shard headers."""

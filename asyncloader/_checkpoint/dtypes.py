@@ -1,0 +1,112 @@
+"""The element types of a safetensors file, without torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+_F4 = "F4"
+# Of element types that torch has no dtype for, or none of that size.
+_BITS = {_F4: 4, "F6_E2M3": 6, "F6_E3M2": 6}
+# Torch's own names are in lower case, so no unknown type is taken for one of them.
+_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One element type."""
+
+    name: str
+    """As the shard header spells it: `F32`."""
+
+    torch: str
+    """As torch spells it, without the `torch.`: `float32`; or as the header, if torch has none."""
+
+    itemsize: int | None
+    """Bytes that one of torch's elements takes; `None` if torch has no such type."""
+
+    @property
+    def bits(self) -> int | None:
+        """Bits that one of the header's elements takes; `None` if that is not known."""
+        return _BITS.get(self.name, None if self.itemsize is None else 8 * self.itemsize)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether one of torch's elements is one of the header's: no number is known else."""
+        return self.itemsize is not None and self.bits == 8 * self.itemsize
+
+    def __str__(self) -> str:
+        return self.torch
+
+
+# https://github.com/huggingface/safetensors, `Dtype`; RecIS writes the first ten.
+_KNOWN = (
+    DType("BOOL", "bool", 1),
+    DType("I8", "int8", 1),
+    DType("U8", "uint8", 1),
+    DType("I16", "int16", 2),
+    DType("I32", "int32", 4),
+    DType("I64", "int64", 8),
+    DType("F16", "float16", 2),
+    DType("BF16", "bfloat16", 2),
+    DType("F32", "float32", 4),
+    DType("F64", "float64", 8),
+    DType("U16", "uint16", 2),
+    DType("U32", "uint32", 4),
+    DType("U64", "uint64", 8),
+    DType("F8_E4M3", "float8_e4m3fn", 1),
+    DType("F8_E5M2", "float8_e5m2", 1),
+    DType("C64", "complex64", 8),
+    DType("F8_E8M0", "float8_e8m0fnu", 1),
+    DType("F8_E4M3FNUZ", "float8_e4m3fnuz", 1),
+    DType("F8_E5M2FNUZ", "float8_e5m2fnuz", 1),
+    DType(_F4, "float4_e2m1fn_x2", 1),
+)
+
+DTYPES = {dtype.name: dtype for dtype in _KNOWN}
+"""By the header's spelling."""
+
+RECIS_DTYPES = DTYPES | {"bool": _KNOWN[0]}
+"""Likewise; RecIS's own saver writes `bool` in lower case, which safetensors refuses."""
+
+BY_TORCH = {dtype.torch: dtype for dtype in _KNOWN}
+"""By torch's name."""
+
+
+def dtype_called(name: str, known: Mapping[str, DType]) -> DType | None:
+    """Return the element type that a header names, or `None` if that can be no name of one.
+
+    A type that is not known keeps no other tensor from being read.
+    """
+    found = known.get(name)
+    return DType(name, name, None) if found is None and _NAME.fullmatch(name) else found
+
+
+def torch_type(dtype: DType, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...]]:
+    """Return the dtype and shape that torch has for those of a header.
+
+    Two `F4` are one element of torch's, along the last dimension. Where that is odd torch has none.
+    """
+    if dtype.name != _F4:
+        return dtype, shape
+    if not shape or shape[-1] % 2:
+        return DType(_F4, _F4, None), shape
+    return dtype, (*shape[:-1], shape[-1] // 2)
+
+
+def header_shape(dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a header has for a tensor: what `torch_type` takes.
+
+    Raises:
+        ValueError: If no header can have it.
+    """
+    if dtype.name != _F4 or dtype.itemsize is None:
+        return shape
+    if not shape:
+        raise ValueError(f"a scalar of {dtype} is no {_F4}, of which two are one element: reshape")
+    return (*shape[:-1], 2 * shape[-1])

@@ -1,0 +1,197 @@
+"""Reads the headers of chosen shards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from asyncloader._storage.protocol import opening_error, read_exactly, read_text
+from asyncloader._threads.collector import undisturbed
+from asyncloader._threads.jobs import for_each, run_jobs
+from asyncloader.errors import CheckpointChangedError, CheckpointError
+
+from .files import INDEX, SIDECAR
+from .header import FIRST, PREFIX, ShardHeader, check_covered, header_length, parse_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from concurrent.futures import Executor
+
+    from asyncloader._storage.protocol import Storage
+
+    from .blocks import Block
+    from .index import Catalog, Place
+    from .sidecar import ShardDigests, Sidecar
+
+
+# Most headers fit, and one read is half the time of two.
+_FIRST_READ = 16 << 10
+# Objects take ten times the room of their text, and of several texts that are parsed on threads no
+# two at a time: Python makes objects on one thread only. So large ones take turns.
+_LARGE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A checkpoint's names, and the blocks of those shards whose headers were read."""
+
+    location: str
+    catalog: Catalog
+    headers: Mapping[str, ShardHeader]
+
+    def block(self, place: Place) -> Block:
+        """Return the block at a place whose header was read.
+
+        Raises:
+            CheckpointError: If the shard does not have it.
+        """
+        blocks = self.headers[place.shard].blocks
+        found = blocks.get(place.key)
+        source = self.catalog.source
+        if found is None and self.catalog.recis and "/part_" in place.key:
+            # RecIS's saver indexes `x/part_0^ ` but writes `x/part_0`.
+            found = blocks.get(place.key.removesuffix("^ "))
+        if found is None:
+            problem = (
+                f"{source} says that it stands here, but the header does not have it; "
+                "copy both files again"
+            )
+            raise CheckpointError(self.location, problem, place.shard, place.key)
+        return found
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is odd but does no harm."""
+        surplus = (
+            f"{header.shard}: {header.surplus} bytes after the last block, ignored"
+            for _, header in sorted(self.headers.items())
+            if header.surplus
+        )
+        return (*self.catalog.warnings, *surplus)
+
+
+async def read_manifest(
+    storage: Storage,
+    catalog: Catalog,
+    shards: Iterable[str],
+    *,
+    parallel: int,
+    executor: Executor,
+) -> Manifest:
+    """Read the headers of `shards`, `parallel` at a time; parse them on threads.
+
+    Whoever replaces a checkpoint takes its `index` away first and puts the new one there last. So
+    where `index` is still the one that was read, once all shards are open, they belong to it.
+
+    Raises:
+        CheckpointChangedError: If it was replaced meanwhile.
+        CheckpointError: For the first shard, in the order of names, that is no good; the others
+            are notes on it.
+        ReadError: If the storage failed.
+    """
+    headers: dict[str, ShardHeader] = {}
+    failures: dict[str, CheckpointError] = {}
+    turns = asyncio.Lock()
+
+    async def read(shard: str) -> None:
+        if catalog.header is not None and catalog.header.shard == shard:
+            headers[shard] = catalog.header
+            return
+        try:
+            headers[shard] = await read_header(
+                storage, shard, executor=executor, catalog=catalog, turns=turns
+            )
+        except CheckpointError as error:
+            failures[shard] = error
+
+    await for_each(shards, read, workers=parallel, name="asyncloader-header")
+    await check_unchanged(storage, catalog.source)  # first: it explains the failures
+    if failures:
+        first, *others = (failures[shard] for shard in sorted(failures))
+        for other in others:
+            first.add_note(f"also: {other}")
+        raise first
+    return Manifest(storage.location, catalog, headers)
+
+
+async def check_unchanged(storage: Storage, source: str) -> None:
+    """Look whether the file that names everything is still the one that was read.
+
+    Raises:
+        CheckpointChangedError: If it is not.
+        CheckpointError: If it cannot be looked at.
+    """
+    try:
+        changed = await storage.changed([source])
+    except OSError as error:
+        raise opening_error(storage.location, source, error) from error
+    if changed:
+        problem = (
+            "was replaced, or removed, while the checkpoint was being read; read it again, with a "
+            "new CheckpointReader if you use one"
+        )
+        raise CheckpointChangedError(storage.location, problem, source)
+
+
+async def read_header(
+    storage: Storage, shard: str, *, executor: Executor, catalog: Catalog, turns: asyncio.Lock
+) -> ShardHeader:
+    """Read one header; a large one when it is its turn.
+
+    Raises:
+        CheckpointError: If the shard is no good.
+        ReadError: If the storage failed.
+    """
+    where = storage.location
+    digests = None if catalog.sidecar is None else _digests_of(where, shard, catalog.sidecar)
+    size = await _size_of(storage, shard, catalog)
+    start = bytearray(min(_FIRST_READ, size))
+    await read_exactly(storage, shard, 0, [memoryview(start)])
+    length = header_length(where, shard, bytes(start[:FIRST]), size)
+    async with turns if length > _LARGE else contextlib.nullcontext():
+        text = start[PREFIX : PREFIX + length]
+        try:
+            text += await read_text(storage, shard, PREFIX + len(text), length - len(text))
+        except ValueError as error:
+            raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
+        parse = partial(_parse, where, shard, text, size, digests, recis=catalog.recis)
+        if len(text) <= _FIRST_READ:  # done before a thread could have begun
+            return parse()
+        [header] = await run_jobs(executor, [undisturbed(parse)])
+        return header
+
+
+def _parse(
+    where: str,
+    shard: str,
+    text: bytearray,
+    size: int,
+    digests: ShardDigests | None,
+    *,
+    recis: bool,
+) -> ShardHeader:
+    header = parse_header(where, shard, text, size, recis=recis, digests=digests)
+    check_covered(where, header, surplus=recis)
+    return header
+
+
+async def _size_of(storage: Storage, shard: str, catalog: Catalog) -> int:
+    where = storage.location
+    try:
+        return await storage.size(shard)
+    except FileNotFoundError as error:
+        named = f"the file is missing, but {catalog.source} names it"
+        problem = f"{named}; copy it, or take another checkpoint"
+        raise CheckpointError(where, problem, shard) from error
+    except OSError as error:
+        raise opening_error(where, shard, error) from error
+
+
+def _digests_of(where: str, shard: str, sidecar: Sidecar) -> ShardDigests:
+    digests = sidecar.shards.get(shard)
+    if digests is None:
+        raise CheckpointError(where, f"{INDEX} names it, but {SIDECAR} has no digests of it", shard)
+    return digests

@@ -1,0 +1,93 @@
+"""Reads what plain safetensors files say of themselves: one file, or a folder of Hugging Face's.
+
+The key in a file's header is the tensor's name, as it stands. Of several files `SHARDED` says which
+tensor stands in which: `{"metadata": {...}, "weight_map": {tensor: file}}`.
+"""
+
+from __future__ import annotations
+
+import re
+from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
+from typing import TYPE_CHECKING
+
+from asyncloader.errors import CheckpointError
+
+from .index import Catalog, Places, is_file_name, json_object, members_of_objects
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .header import ShardHeader
+
+
+SHARDED = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# By what their libraries call them: transformers, diffusers, peft. The first one found counts; one
+# without a variant before those with one.
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
+_INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
+# A shard, `model.fp16-00001-of-00002.safetensors`, is no variant.
+_VARIANT = r"(\.(?![^.]+-\d+-of-\d+\.)[^.]+)?"
+_MODEL = re.compile(
+    rf"(?P<stem>{'|'.join(_STEMS)}){_VARIANT}\.safetensors(?:\.index{_VARIANT}\.json)?"
+)
+_NAMED = 8
+
+
+def is_weight_map(name: str) -> bool:
+    """Say whether a file is called like one that says which tensor stands in which file."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def model_in(location: str, names: Iterable[str]) -> str | None:
+    """Return which file of a folder says what its model is: a weight map, or the only file.
+
+    Raises:
+        CheckpointError: If several variants of a model are equally good.
+    """
+    found = [match for match in map(_MODEL.fullmatch, sorted(names)) if match is not None]
+    for stem in _STEMS:
+        variants: dict[str, list[str]] = {}
+        for match in found:
+            if match["stem"] == stem:
+                variants.setdefault((match[2] or "") + (match[3] or ""), []).append(match[0])
+        plain = variants.get("")
+        equal = variants.values() if plain is None else [plain]
+        files = [file for own in equal for file in list(filter(is_weight_map, own)) or own]
+        if len(files) > 1:
+            problem = f"holds several variants, {', '.join(map(repr, files))}: give one's path"
+            raise CheckpointError(location, problem)
+        if files:
+            return files[0]
+    return None
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Say what a folder holds."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, sorted(names)[:_NAMED])) + more if names else "nothing"
+
+
+def catalog_of_file(header: ShardHeader) -> Catalog:
+    """Return the names in one file's header."""
+    keys = {key: key for key in header.blocks}
+    return Catalog(Places(keys, dict.fromkeys(keys, header.shard)), {}, header.shard, header=header)
+
+
+def parse_weight_map(location: str, text: bytes | bytearray, name: str = SHARDED) -> Catalog:
+    """Read the text of `SHARDED`, or of another file of its kind.
+
+    Raises:
+        CheckpointError: If it is not what it should be.
+    """
+    value = json_object(location, name, text, members_of_objects)
+    weight_map = value.get("weight_map")
+    if not isinstance(weight_map, dict):
+        problem = f"its weight_map is {shown(weight_map)}, not an object {{tensor: file}}"
+        raise CheckpointError(location, problem, name)
+    for key, shard in weight_map.items():
+        if not isinstance(shard, str) or not is_file_name(shard):
+            problem = f"its file {shown(shard)} is not a plain file name"
+            raise CheckpointError(location, problem, name, key)
+    return Catalog(Places({key: key for key in weight_map}, weight_map), {}, name)

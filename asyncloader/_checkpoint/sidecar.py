@@ -1,0 +1,288 @@
+"""The sidecar `asyncloader.json`: digests of all bytes, and where the rows of sub-slices begin.
+
+RecIS neither writes nor reads it. A checkpoint without one is as good as ever, only that nobody
+can say whether its bytes are still those that were written.
+
+    {"format": 1, "digest": "xxh3-128", "chunk_bytes": 8388608,
+     "files":  {"index": digest, "tensorkey.json": digest},
+     "shards": {file: {"header": digest, "blocks": {key: [digest of each chunk]}}},
+     "parts":  {table: [{"slice": "begin@end@size", "rows": n, "offsets": [257 row numbers]}]}}
+
+A block's chunks are counted from its own first byte; the last one may be shorter. A header's digest
+is that of the shard's bytes before its data. Rows of a part are sorted by their slice position, and
+`offsets[i]` is the first row whose position is not below that of the part's sub-slice i of 256.
+
+The digest of `index` ties the sidecar to the checkpoint: when another program has written a new one
+into the same folder and left the sidecar of the old one behind, it is known for what it is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, field
+from itertools import chain
+from reprlib import repr as shown  # shortens
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from asyncloader.errors import CheckpointError
+
+from .files import INDEX, SIDECAR
+from .slices import Slice
+from .strict_json import BadJsonError, parse_object
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+DIGEST_CHUNK = 8 << 20
+"""Bytes that one digest is of."""
+
+SUB_SLICES = 256
+_FORMAT = 1
+_ALGORITHM = "xxh3-128"
+_HEX = 32
+
+
+def digest_of(data: bytes | bytearray | memoryview) -> str:
+    """Return the digest of bytes, 32 hexadecimal digits. Holds no GIL while it computes."""
+    import xxhash  # noqa: PLC0415  # not every checkpoint has digests
+
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def chunk_count(nbytes: int) -> int:
+    """Return how many chunks a block has."""
+    return -(-nbytes // DIGEST_CHUNK)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDigests:
+    """The digests of one shard."""
+
+    header: str
+    """Of the bytes before the data."""
+
+    blocks: Mapping[str, tuple[str, ...]]
+    """By key, of each chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartRows:
+    """How the rows of one part are spread over its slice."""
+
+    slice: Slice
+    rows: int
+    offsets: tuple[int, ...]
+    """First row of each of 256 equal sub-slices, and the number of rows."""
+
+    def among(self, wanted: Slice) -> range:
+        """Return the rows of the sub-slices that `wanted`, of the same size, meets.
+
+        The first sub-slice's are also what the part may hold of ids below its slice, the last one's
+        what it may hold beyond: that is how rows are sorted.
+        """
+        begin, share = self.slice.begin, self.slice.end - self.slice.begin
+        cuts = [begin + share * number // SUB_SLICES for number in range(1, SUB_SLICES)]
+        first = bisect_right(cuts, wanted.begin) if wanted.begin > begin else 0
+        last = bisect_left(cuts, wanted.end) + 1 if wanted.end < self.slice.end else SUB_SLICES
+        return range(self.offsets[first], self.offsets[last])
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """All that the sidecar says."""
+
+    files: Mapping[str, str]
+    """Digests of `index`, `tensorkey.json` and the description."""
+
+    shards: Mapping[str, ShardDigests]
+    parts: Mapping[str, tuple[PartRows, ...]] = field(default_factory=dict)
+    """By table."""
+
+    unread: object = None
+    """The same as JSON has it, where nobody has asked for all of it."""
+
+    def spread(self, location: str, table: str, slice_: Slice) -> PartRows | None:
+        """Read how the rows of one part are spread, if that is known.
+
+        Raises:
+            CheckpointError: If that is damaged.
+        """
+        try:
+            for entry in _list(_object(self.unread).get(table, [])):
+                if _object(entry).get("slice") == str(slice_):
+                    return part_of_json(entry)
+        except (KeyError, ValueError) as error:
+            raise _bad(location, f"damaged: {error}") from error
+        return None
+
+
+def render_sidecar(sidecar: Sidecar) -> bytes:
+    """Return the text of the file."""
+    value = {
+        "format": _FORMAT,
+        "digest": _ALGORITHM,
+        "chunk_bytes": DIGEST_CHUNK,
+        "files": sidecar.files,
+        "shards": shards_as_json(sidecar.shards),
+        "parts": {
+            table: [part_as_json(part) for part in rows] for table, rows in sidecar.parts.items()
+        },
+    }
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+def parse_sidecar(location: str, text: bytes | bytearray, *, parts: bool) -> Sidecar | None:
+    """Read the file; return `None` if it is of a format that is not known here.
+
+    Args:
+        location: The checkpoint, for messages.
+        text: Of the file.
+        parts: Whether to look at how rows are spread, too, which takes longer than all else.
+
+    Raises:
+        CheckpointError: If it is not what it should be.
+    """
+    try:
+        value = parse_object(text, _members).value
+    except BadJsonError as error:
+        raise _bad(location, str(error), error.key) from error
+    if type(value.get("format")) is not int:
+        raise _bad(location, "lacks the number of its format")
+    if value["format"] != _FORMAT:
+        return None
+    said = value.get("digest"), value.get("chunk_bytes")
+    # A number is written as it is: 8388608.0 is equal, and says that something else has written it.
+    if said != (_ALGORITHM, DIGEST_CHUNK) or type(said[1]) is not int:
+        wanted = f"those of its format {_ALGORITHM!r} of {DIGEST_CHUNK} bytes"
+        raise _bad(location, f"damaged: its digests are {shown(said)}, {wanted}")
+    try:
+        return Sidecar(
+            files={name: _digest(text) for name, text in _object(value["files"]).items()},
+            shards=shards_of_json(value["shards"]),
+            parts=_parts(value["parts"]) if parts else {},
+            unread=None if parts else value["parts"],
+        )
+    except (KeyError, ValueError) as error:
+        raise _bad(location, f"damaged: {error}") from error
+
+
+def whole_chunks(begin: int, end: int, nbytes: int) -> range:
+    """Return the numbers of the chunks that lie whole within bytes `[begin, end)` of a block."""
+    last = chunk_count(nbytes) if end >= nbytes else end // DIGEST_CHUNK
+    return range(-(-begin // DIGEST_CHUNK), last)
+
+
+def chunks_around(begin: int, end: int, nbytes: int) -> tuple[int, int]:
+    """Return the smallest range of whole chunks around bytes `[begin, end)` of a block."""
+    first, last = begin // DIGEST_CHUNK, chunk_count(end)
+    return first * DIGEST_CHUNK, min(last * DIGEST_CHUNK, nbytes)
+
+
+def check_files(location: str, sidecar: Sidecar, texts: Mapping[str, bytes | bytearray]) -> bool:
+    """Say whether the sidecar was written with this `index`.
+
+    Args:
+        location: The checkpoint, for messages.
+        sidecar: What it says.
+        texts: The files that it has digests of, by name.
+
+    Raises:
+        CheckpointError: If it was, but a file is not what was written with it.
+    """
+    found = {name: digest_of(text) for name, text in texts.items()}
+    if sidecar.files.get(INDEX) != found[INDEX] and not texts[INDEX].endswith(b"\n"):
+        return False  # RecIS wrote it: a damaged one of ours would still end like this
+    for name, digest in found.items():
+        if sidecar.files.get(name) != digest:
+            problem = (
+                f"is not what was written: {SIDECAR} has the digest {sidecar.files.get(name)}, "
+                f"it has {digest}; copy it again"
+            )
+            raise CheckpointError(location, problem, name)
+    return True
+
+
+def _bad(location: str, problem: str, key: str | None = None) -> CheckpointError:
+    problem += "; copy it again. With verify='off' the checkpoint can be loaded unverified"
+    return CheckpointError(location, problem, SIDECAR, key)
+
+
+def _members(value: Mapping[str, object]) -> int:
+    """Count the members of objects, down to the digests of a block and to the parts of a table."""
+    outer = _objects(value.values())
+    entries = [entry for one in outer for entry in one.values()]
+    lists = chain.from_iterable(entry for entry in entries if isinstance(entry, list))
+    inner = _objects(chain(entries, lists))
+    blocks = _objects(field for one in inner for field in one.values())
+    return len(value) + sum(map(len, chain(outer, inner, blocks)))
+
+
+def _objects(values: Iterable[object]) -> list[dict[str, object]]:
+    return [one for one in values if isinstance(one, dict)]
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{shown(value)} is not an object")  # noqa: TRY004  # it is data
+    return value
+
+
+def _list(value: object) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{shown(value)} is not a list")  # noqa: TRY004  # it is data
+    return value
+
+
+def _digest(value: object) -> str:
+    if not isinstance(value, str) or len(value) != _HEX:
+        raise ValueError(f"{shown(value)} is not a digest")
+    return value
+
+
+def shards_as_json(shards: Mapping[str, ShardDigests]) -> dict[str, Any]:
+    """Return digests as JSON has them."""
+    return {
+        shard: {"header": digests.header, "blocks": digests.blocks}
+        for shard, digests in shards.items()
+    }
+
+
+def shards_of_json(value: object) -> dict[str, ShardDigests]:
+    """Read what `shards_as_json` returned; raise `KeyError` or `ValueError` if it is not that."""
+    return {shard: _shard(entry) for shard, entry in _object(value).items()}
+
+
+def part_as_json(part: PartRows) -> dict[str, Any]:
+    """Return how rows are spread as JSON has it."""
+    return {"slice": str(part.slice), "rows": part.rows, "offsets": part.offsets}
+
+
+def _parts(value: object) -> dict[str, tuple[PartRows, ...]]:
+    return {
+        table: tuple(part_of_json(entry) for entry in _list(entries))
+        for table, entries in _object(value).items()
+    }
+
+
+def _shard(value: object) -> ShardDigests:
+    entry = _object(value)
+    blocks = {
+        key: tuple(_digest(one) for one in _list(digests))
+        for key, digests in _object(entry["blocks"]).items()
+    }
+    return ShardDigests(_digest(entry["header"]), blocks)
+
+
+def part_of_json(value: object) -> PartRows:
+    """Read what `part_as_json` returned; raise `KeyError` or `ValueError` if it is not that."""
+    entry = _object(value)
+    rows, offsets, text = entry["rows"], _list(entry["offsets"]), entry["slice"]
+    if not isinstance(text, str) or type(rows) is not int:
+        raise ValueError(f"{shown(entry)} is not a part")
+    ascending = all(type(one) is int for one in offsets) and list(offsets) == sorted(offsets)
+    if not ascending or len(offsets) != SUB_SLICES + 1 or (offsets[0], offsets[-1]) != (0, rows):
+        raise ValueError(f"offsets {shown(offsets)} are not those of {SUB_SLICES} sub-slices")
+    return PartRows(Slice.parse(text), rows, tuple(offsets))

@@ -1,0 +1,205 @@
+"""Reads the JSON of files that nobody vouches for. Text in, an object out, or why not.
+
+Stricter than the parser it stands on: of a key that stands twice in one object orjson keeps the
+last, other readers the first, so what one of them has checked another may not have loaded. And
+bounded: objects take up to 30 times the room of their text, so how much they can take is computed
+from the text before any is made.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import orjson
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+
+Text: TypeAlias = bytes | bytearray | memoryview
+
+MAX_NAMES = 128 << 20
+"""Bytes of a file of names: two million lines of `index`."""
+
+MAX_SIDECAR = 256 << 20
+"""Bytes of the sidecar, which says a hundred of each block, and two thousand of each part."""
+
+# What an object, a list and a member take, with its key, while orjson parses: measured. Numbers and
+# text take no more than 22 times their length.
+_OBJECT, _LIST, _MEMBER = 232, 88, 112
+# What they may take in all: as much for a byte as in a header of tensors whose names are short, and
+# room for small files on top.
+_ROOM_PER_BYTE = 16
+_ROOM = 32 << 20
+_SMALL = 1 << 20
+_STEP = 1 << 16  # stays in a processor's cache
+_QUOTE = ord('"')
+# By character.
+_BEFORE_NUMBER = np.isin(np.arange(256), list(b":,[ \t\n\r"))
+_IN_NUMBER = np.isin(np.arange(256), list(b".eE0123456789"))
+
+
+class BadJsonError(ValueError):
+    """The text is not what it should be.
+
+    Attributes:
+        key: The one to blame, if there is one.
+    """
+
+    def __init__(self, problem: str, key: str | None = None) -> None:
+        super().__init__(problem, key)
+        self.problem = problem
+        self.key = key
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """An object."""
+
+    value: dict[str, Any]
+
+    as_expected: bool
+    """Whether it has no more members than were expected, provided it has as many."""
+
+
+def parse_object(text: Text, expected: Callable[[dict[str, Any]], int]) -> Parsed:
+    """Read an object of which no key stands twice, nor in any object within.
+
+    Args:
+        text: UTF-8.
+        expected: Says how many members there are in it and in the objects within, if it is as it
+            should be: no more than there are. Where it says too many, a key may stand twice.
+
+    Raises:
+        BadJsonError: If it is not JSON, no object, has a key twice, or would take too much memory.
+    """
+    array = np.frombuffer(text, np.uint8)
+    colons = _count(array, ":")
+    _check_room(text, colons)
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise BadJsonError(f"is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadJsonError("is not a JSON object")
+    count = expected(value)
+    if count == colons or count == _count_members(array):
+        return Parsed(value, as_expected=True)
+    if _count_outside(text)[":"] != _members_of(value):
+        raise _doubled(text)
+    return Parsed(value, as_expected=False)
+
+
+def has_negative_zero(text: Text) -> bool:
+    """Say whether a number of it is `-0`, which is a float to some readers and 0 to others."""
+    array = np.frombuffer(text, np.uint8)
+    if not _count(array, "-"):
+        return False
+    if not len(_negative_zeros(array)):
+        return False  # as in `layer-0`
+    array = np.frombuffer(_unescaped(text), np.uint8)
+    quotes = np.flatnonzero(array == _QUOTE)
+    return bool((np.searchsorted(quotes, _negative_zeros(array)) % 2 == 0).any())
+
+
+def _negative_zeros(array: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return where `-0` stands as a number would; before a number is something, and behind it."""
+    at: NDArray[np.int64] = np.flatnonzero(array[1:-2] == ord("-")) + 1
+    at = at[array[at + 1] == ord("0")]
+    return at[_BEFORE_NUMBER[array[at - 1]] & ~_IN_NUMBER[array[at + 2]]]
+
+
+def _unescaped(text: Text) -> bytes:
+    """Return the text without what is escaped in it, so that quotes begin and end strings."""
+    return bytes(text).replace(b"\\\\", b"").replace(b'\\"', b"")
+
+
+def _count_outside(text: Text) -> dict[str, int]:
+    """Count brackets and colons outside of strings."""
+    array, inside = np.frombuffer(_unescaped(text), np.uint8), 0
+    counts = dict.fromkeys("{[:", 0)
+    for step in range(0, len(array), _STEP):
+        block = array[step : step + _STEP]
+        parity = np.bitwise_xor.accumulate((block == _QUOTE).view(np.uint8)) ^ inside
+        inside = int(parity[-1])
+        outside = block[parity == 0]
+        for sign in counts:
+            counts[sign] += int(np.count_nonzero(outside == ord(sign)))
+    return counts
+
+
+def _count(array: NDArray[np.uint8], character: str) -> int:
+    code, steps = ord(character), range(0, len(array), _STEP)
+    return sum(int(np.count_nonzero(array[step : step + _STEP] == code)) for step in steps)
+
+
+def _count_members(array: NDArray[np.uint8]) -> int:
+    """Count colons as they stand behind keys: names like `kernel:0` have others."""
+    at = np.flatnonzero(array[1:] == ord(":"))
+    before = array[at]
+    return int(np.count_nonzero((before == _QUOTE) | (before <= ord(" "))))
+
+
+def _members_of(value: object) -> int:
+    """Count the members of all objects."""
+    count, left = 0, [value]
+    while left:
+        here = left.pop()
+        if isinstance(here, dict):
+            count += len(here)
+            left += [one for one in here.values() if isinstance(one, dict | list)]
+        elif isinstance(here, list):
+            left += [one for one in here if isinstance(one, dict | list)]
+    return count
+
+
+def _check_room(text: Text, colons: int) -> None:
+    if len(text) <= _SMALL:
+        return
+    most = _ROOM + _ROOM_PER_BYTE * len(text)
+    array = np.frombuffer(text, np.uint8)
+    counts = {"{": _count(array, "{"), "[": _count(array, "["), ":": colons}
+    if _room_of(counts) <= most or _room_of(_count_outside(text)) <= most:
+        return  # a name may be full of brackets
+    raise BadJsonError(
+        f"is {len(text)} bytes that are mostly brackets: as objects they would take more than "
+        f"{most} bytes"
+    )
+
+
+def _room_of(counts: Mapping[str, int]) -> int:
+    """Return how much memory so many objects, lists and members may take."""
+    return _OBJECT * counts["{"] + _LIST * counts["["] + _MEMBER * counts[":"]
+
+
+class _DoubledError(Exception):
+    """Carries a key."""
+
+
+def _doubled(text: Text) -> BadJsonError:
+    """Find a key that stands twice in one object."""
+    try:
+        json.loads(str(text, "utf-8"), object_pairs_hook=_look, parse_int=len, parse_float=len)
+    except _DoubledError as error:
+        key = str(error)
+        return BadJsonError(f"has the key {key[:200]!r} twice in one object", key)
+    except RecursionError:
+        pass
+    return BadJsonError("has a key twice in one object")
+
+
+def _look(pairs: list[tuple[str, object]]) -> None:
+    """Raise if a key comes again; the values are of no interest."""
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise _DoubledError(key)
+        seen.add(key)

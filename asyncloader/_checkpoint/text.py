@@ -1,0 +1,114 @@
+"""Writes what `_index` and `_header` read: the names and texts of a checkpoint's files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from .dtypes import header_shape
+from .header import PREFIX
+from .index import DENSE_SUFFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .dtypes import DType
+    from .slices import Slice
+
+
+_ALIGNMENT = 8
+
+
+def shard_name(number: int, total: int) -> str:
+    """Return the file name of shard `number` out of `total`."""
+    return f"model-{number:06d}-of-{total:06d}.safetensors"
+
+
+def dense_key(name: str) -> str:
+    """Return the key of a dense tensor."""
+    return name + DENSE_SUFFIX
+
+
+def sparse_key(table: str, slot: str, rank: int, ranks: int) -> str:
+    """Return the key of one rank's part of a slot; the ids are the slot `id`."""
+    return f"{table}@{slot}".replace("@", ".", 1) + f"/part_{rank}_{ranks}"
+
+
+def sparse_name(table: str, slot: str, part: Slice) -> str:
+    """Return the block name of one rank's part of a slot, as `tensorkey.json` has it."""
+    return f"{table}@{slot}^{part}"
+
+
+def render_header(
+    entries: Mapping[str, tuple[DType, tuple[int, ...], int, int]],
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return the beginning of a shard, up to its first data byte.
+
+    Padded to a multiple of 8 by 1 to 8 spaces, as RecIS does.
+
+    Args:
+        entries: Key → dtype, shape, first byte and end of its bytes within the data.
+        metadata: Free text that safetensors allows in a header; RecIS writes none.
+
+    Raises:
+        ValueError: If a tensor's shape can stand in no header.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for key, (dtype, shape, begin, end) in entries.items():
+        stored = header_shape(dtype, shape)
+        header[key] = {"dtype": dtype.name, "shape": stored, "data_offsets": (begin, end)}
+    text = orjson.dumps(header)
+    text += b" " * (_ALIGNMENT - len(text) % _ALIGNMENT)
+    return len(text).to_bytes(PREFIX, "little") + text
+
+
+def render_index(files: Mapping[str, int], blocks: Mapping[str, int]) -> bytes:
+    """Return the text of `index`: shard file → number, and key → number of its shard.
+
+    It ends in a newline, which RecIS never writes: a sidecar of ours that an `index` of RecIS has
+    outlived is known by that (see `_sidecar`), even where all names are the same.
+    """
+    index = {"block_index": blocks, "file_index": files}
+    return orjson.dumps(index, option=orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
+
+
+def render_json(value: Mapping[str, object]) -> bytes:
+    """Return JSON for people."""
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2)
+
+
+def describe_tensor(key: str, dtype: DType, shape: tuple[int, ...]) -> dict[str, object]:
+    """Return what `DESCRIPTION` says of a dense tensor."""
+    facts = {"name": key, "dtype": dtype.torch, "shape": shape}
+    return {**facts, "dense": True, "dimension": 0, "is_hashmap": False}
+
+
+def describe_embedding(
+    key: str, dtype: DType, shape: tuple[int, ...], *, ids: str
+) -> dict[str, object]:
+    """Return what `DESCRIPTION` says of a table's embeddings; `ids` is the key of their ids."""
+    return {
+        "name": key,
+        "dtype": dtype.torch,
+        "shape": shape,
+        "dense": False,
+        "dimension": shape[1] if len(shape) > 1 else 0,
+        "is_hashmap": True,
+        "hashmap_key": ids,
+        "hashmap_key_dtype": "int64",
+        "hashmap_value": key,
+    }
+
+
+def describe_slot(
+    dtype: DType, shape: tuple[int, ...], *, begin: int, end: int
+) -> dict[str, object]:
+    """Return what `DESCRIPTION` says of ids and other slots: their entry in the header."""
+    return {
+        "dense": False,
+        "dtype": dtype.name,
+        "shape": shape,
+        "data_offsets": (begin, end),
+    }

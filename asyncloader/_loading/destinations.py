@@ -1,0 +1,206 @@
+"""What dense tensors can take, where their memory lies, and who shares it with whom.
+
+Asked column by column: 100,000 tensors are asked in a few dozen milliseconds, one question after
+the other, and in half a second, one tensor after the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from asyncloader._checkpoint.dtypes import BY_TORCH
+from asyncloader._memory.pages import is_read_only
+from asyncloader._planning.targets import TensorTargets
+from asyncloader._threads.lost import lost_memory
+
+from .kinds import check_tensors
+from .overlaps import extent, overlaps, overlaps_itself
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from asyncloader._checkpoint.blocks import BlockType
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Destinations:
+    """Dense tensors as they were when they were described. Holds on to their memory."""
+
+    tensors: Mapping[str, torch.Tensor]
+    held: Sequence[torch.Tensor]
+    """Each of them, detached: the same memory, whatever becomes of the tensor."""
+
+    targets: TensorTargets
+    plain: NDArray[np.bool_]
+    """Whether a file's bytes can go there as they lie."""
+
+    begin: NDArray[np.int64]
+    """Address of the first byte."""
+
+    end: NDArray[np.int64]
+    """One past the last."""
+
+    def overlaps(self, names: Collection[str]) -> list[str]:
+        """Name the pairs of tensors that are neither apart nor the same, a sentence each."""
+        chosen = self.targets.numbers(names)
+        filled = np.array(chosen, np.int64)
+        filled = filled[self.end[filled] > self.begin[filled]]
+        order = filled[np.argsort(self.begin[filled])]
+        if not (self.begin[order[1:]] < self.end[order[:-1]]).any():
+            return []  # nearly always; on several devices addresses may be alike by chance
+        return overlaps({name: self.held[at] for name, at in zip(names, chosen, strict=True)})
+
+    def unsafe(self, names: Collection[str]) -> list[str]:
+        """Name the tensors that a thread may still write to which was given up, a sentence each."""
+        lost = lost_memory()
+        if not lost:
+            return []
+        chosen = self.targets.numbers(names)
+        return [
+            f"tensors[{name!r}] may still be written to by a read that was given up (a "
+            "ReadStalledError): load into a new tensor"
+            for name, at in zip(names, chosen, strict=True)
+            if any(self.begin[at] < end and begin < self.end[at] for begin, end in lost)
+        ]
+
+    def check_memory(self, chosen: NDArray[np.int64]) -> None:
+        """Make sure that tensors lie where they lay when they were described.
+
+        Args:
+            chosen: int64 `[n]`, numbers of tensors.
+
+        Raises:
+            RuntimeError: If one lies elsewhere, or nowhere.
+        """
+        given = list(self.tensors.values())
+        now = np.array([given[number].data_ptr() for number in chosen.tolist()], np.int64)
+        filled = self.end[chosen] > self.begin[chosen]
+        for odd in chosen[filled & ((now != self.begin[chosen]) | (now == 0))][:1].tolist():
+            what = "got other memory while it was being loaded" if self.begin[odd] else "has none"
+            raise RuntimeError(
+                f"tensors[{list(self.tensors)[odd]!r}] {what}: its storage may not be exchanged, "
+                "resized or empty during a load"
+            )
+
+    def check_writable(self, staged: NDArray[np.int64]) -> None:
+        """Make sure that tensors to which values are copied can be written to.
+
+        Into others the kernel writes, which says so; a copy would end the process.
+
+        Args:
+            staged: int64 `[n]`, numbers of tensors.
+
+        Raises:
+            ValueError: If one cannot.
+        """
+        for number in staged.tolist():
+            filled = self.held[number].is_cpu and self.end[number] > self.begin[number]
+            if filled and is_read_only(int(self.begin[number])):
+                raise ValueError(
+                    f"tensors[{list(self.tensors)[number]!r}] cannot be written to, as a file that "
+                    "is mapped read-only: load into a copy (`tensor.clone()`)"
+                )
+
+    def span(self) -> tuple[memoryview, int]:
+        """Return one view that spans the memory of all plain tensors, and where it begins.
+
+        There may be anything between them, or nothing: only slices of it may be used, and those
+        only where a tensor lies. A slice costs a tenth of what a view made for each tensor does,
+        and keeps all of them alive.
+
+        Not by way of `numpy()`: that forbids a tensor's storage, for good, to be resized. Whoever
+        resizes it while the memory is in use takes it away: `Loader` says so.
+        """
+        used = self.plain & (self.end > self.begin) & (self.begin > 0)
+        if not used.any():
+            return memoryview(b""), 0
+        base = int(self.begin[used].min())
+        memory = (ctypes.c_ubyte * (int(self.end[used].max()) - base)).from_address(base)
+        memory._tensors = self.held  # type: ignore[attr-defined]  # as long as any slice  # noqa: SLF001
+        return memoryview(memory).cast("B"), base
+
+
+def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
+    """Say what each tensor can take, and where.
+
+    Raises:
+        TypeError: If one is no tensor.
+        ValueError: If one cannot be written to element by element.
+    """
+    check_tensors(tensors, able="filled")
+    given = list(tensors.values())
+    dtypes = list(map(attrgetter("dtype"), given))
+    if not {_dtype_name(dtype) for dtype in set(dtypes)} <= BY_TORCH.keys():
+        for name, dtype in zip(tensors, dtypes, strict=True):
+            if _dtype_name(dtype) not in BY_TORCH:
+                raise ValueError(f"tensors[{name!r}] is {dtype}, which no checkpoint can hold")
+    held = list(map(torch.Tensor.detach, given))
+    types: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
+    shapes = map(attrgetter("shape"), held)
+    kinds = np.array(
+        [types.setdefault(one, len(types)) for one in zip(dtypes, shapes, strict=True)], np.int64
+    )
+    sizes = np.array([dtype.itemsize * math.prod(shape) for dtype, shape in types], np.int64)
+    contiguous = _flags(map(torch.Tensor.is_contiguous, held))
+    begin = np.array(list(map(torch.Tensor.data_ptr, held)), np.int64)
+    end = begin + (sizes[kinds] if len(kinds) else kinds)
+    for number in np.flatnonzero(~contiguous & (end > begin)).tolist():
+        if overlaps_itself(held[number]):
+            raise ValueError(
+                f"tensors[{list(tensors)[number]!r}] is expanded, or overlaps itself: several of "
+                "its elements are one place in memory; pass a clone() of it"
+            )
+        end[number] = begin[number] + extent(held[number])
+    turned = _flags(map(torch.Tensor.is_neg, held))
+    if any(dtype.is_complex for dtype, _ in types):
+        turned |= _flags(map(torch.Tensor.is_conj, held))
+    known: list[BlockType] = [
+        (BY_TORCH[_dtype_name(dtype)], tuple(shape)) for dtype, shape in types
+    ]
+    return Destinations(
+        tensors=tensors,
+        held=held,
+        targets=TensorTargets(
+            tensors, known, kinds, _memory(list(tensors), held, dtypes, begin[end > begin])
+        ),
+        plain=contiguous & ~turned & _flags(map(attrgetter("is_cpu"), held)),
+        begin=begin,
+        end=end,
+    )
+
+
+def _flags(answers: Iterable[bool]) -> NDArray[np.bool_]:
+    return np.array(list(answers), np.bool_)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _memory(
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    dtypes: Sequence[torch.dtype],
+    addresses: NDArray[np.int64],
+) -> list[int] | None:
+    """Return a number for each memory; `None` if all are different."""
+    ordered = np.sort(addresses)  # `np.unique` imports `numpy.ma`, which takes 50 ms or more
+    if not (ordered[1:] == ordered[:-1]).any():
+        return None
+    groups: dict[object, int] = {}
+    numbers = []
+    for name, tensor, dtype in zip(names, tensors, dtypes, strict=True):
+        shape = tuple(tensor.shape)
+        steps = tuple(step for step, size in zip(tensor.stride(), shape, strict=True) if size > 1)
+        same = (tensor.device, tensor.data_ptr(), dtype, shape, steps) if tensor.numel() else name
+        numbers.append(groups.setdefault(same, len(groups)))
+    return numbers

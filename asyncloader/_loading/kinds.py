@@ -1,0 +1,102 @@
+"""Which tensors have plain memory, and what to do about the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Literal
+
+import torch
+from torch.nn.parameter import is_lazy
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+_SPARSE = {
+    "filled": "fill a dense one (`to_dense()`), and convert that afterwards",
+    "saved": "pass its `to_dense()`, or its indices and values under names of their own",
+}
+_QUANTIZED = {
+    "filled": "fill a float tensor, and quantize that afterwards",
+    "saved": "pass its `dequantize()`, or its `int_repr()`, scale and zero point",
+}
+
+
+def check_tensors(tensors: Mapping[str, object], *, able: Literal["filled", "saved"]) -> None:
+    """Refuse what is no tensor, and tensors without memory that can be read or written as it lies.
+
+    Raises:
+        TypeError: If one is no tensor, or a name is no text.
+        ValueError: If one has no plain memory; it says what to pass in its place.
+    """
+    given: list[torch.Tensor] = []
+    for name, tensor in tensors.items():
+        if type(name) is not str or not isinstance(tensor, torch.Tensor):
+            wrong = f"tensors maps names to torch tensors, got {name!r}: {type(tensor)}"
+            raise TypeError(wrong + _remedy(tensor))
+        given.append(tensor)
+    if _are_plain(given):
+        return
+    for name, tensor in zip(tensors, given, strict=True):
+        problem = _problem(tensor, able)
+        if problem:
+            raise ValueError(
+                f"tensors[{name!r}] {problem}; only plain strided tensors can be {able}"
+            )
+
+
+def _remedy(value: object) -> str:
+    if isinstance(value, bool | int | float):
+        return f"; pass torch.tensor({value!r})"
+    if isinstance(value, Mapping):
+        return "; make it flat, with a name for each tensor"
+    return ""
+
+
+def _are_plain(tensors: list[torch.Tensor]) -> bool:
+    """Say whether all are beyond doubt; asked of all at once, as most always are."""
+    return (
+        set(map(type, tensors)) <= _PLAIN
+        and set(map(attrgetter("layout"), tensors)) <= {torch.strided}
+        and not any(map(attrgetter("is_meta"), tensors))
+        and not any(map(attrgetter("is_quantized"), tensors))
+        and not any(map(attrgetter("is_nested"), tensors))
+        and all(map(_has_memory, tensors))
+    )
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        if not tensor.data_ptr():  # empty, or let go of for now; or there never was any
+            tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _problem(  # noqa: PLR0911  # one for each kind
+    tensor: torch.Tensor, able: Literal["filled", "saved"]
+) -> str | None:
+    """Say why a tensor cannot be filled or saved, and what to do; `None` if it can."""
+    if is_lazy(tensor):
+        return "is not initialized yet: run its module once, with some batch, and then pass it"
+    if any(kind.__name__ == "FakeTensor" for kind in type(tensor).__mro__):
+        return "is a fake tensor, which has no values: make it outside of FakeTensorMode"
+    if hasattr(tensor, "to_local"):
+        return f"is a {type(tensor).__name__}, spread over processes: pass its `.to_local()`"
+    if tensor.is_meta:
+        return (
+            "is on the meta device and has no memory: give its module some first, "
+            "`module.to_empty(device='cpu')`, and then pass its tensors"
+        )
+    if tensor.is_nested:
+        return "is nested: pass its `.values()`"
+    if tensor.layout != torch.strided:
+        return f"is laid out as {tensor.layout}: {_SPARSE[able]}"
+    if tensor.is_quantized:
+        return f"is quantized: {_QUANTIZED[able]}"
+    if not _has_memory(tensor):
+        return (
+            f"is a {type(tensor).__name__} without memory of its own, a wrapper, or one that "
+            "`torch.func` or `functionalize` made: pass the plain tensors that it stands for"
+        )
+    return None

@@ -1,0 +1,169 @@
+"""What a load did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from asyncloader._as_dict import AsDict
+from asyncloader._memory.sizes import listed, size_text
+from asyncloader._table.protocol import UpdateCounts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from rich.console import RenderableType
+
+    from asyncloader._planning.casts import Cast
+    from asyncloader._threads.lag import LoopLag
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport(AsDict):
+    """What a load did. `str` is one line; `rich.print` shows a table."""
+
+    location: str
+    bytes_read: int
+    """From storage; headers, index, and what was only compared not counted."""
+
+    bytes_wanted: int
+    """Those of `bytes_read` that somebody asked for; what is read along with them is not."""
+
+    bytes_verified: int
+    """Those of `bytes_wanted` that were compared with the digests that were written with them, and
+    found to be the same. 0 if there are no digests, or nobody wanted them compared."""
+
+    reads: int
+    seconds: float
+    tables: Mapping[str, UpdateCounts]
+    """By the table's name."""
+
+    tensors: Mapping[str, str]
+    """By name: `loaded`, `copied` (by way of staging memory), `shared with …` (tied: its memory
+    was filled under that name), `missing`, or `not asked for` (left out by `filter_func`)."""
+
+    filled: int
+    """How many of them are `loaded` or `copied`."""
+
+    missing: tuple[str, ...]
+    """Asked for, not in the checkpoint: `tensor`, `table`, or `table@slot`. Destinations keep what
+    they held."""
+
+    unexpected: tuple[str, ...]
+    """In the checkpoint, asked for by nobody."""
+
+    warnings: tuple[str, ...]
+    """What is odd about the checkpoint but did no harm."""
+
+    casts: tuple[Cast, ...] = ()
+    """What was converted to another dtype on its way; see `Loader`'s `cast`."""
+
+    retries: int = 0
+    """How often something was read again that the storage had failed at. More than a few are a
+    disk or a network to look after."""
+
+    lag: LoopLag | None = None
+    """How late the event loop was, and what the load did about it; `None` unless it was asked to
+    see to that (`max_loop_lag`, `pressure`)."""
+
+    def __str__(self) -> str:
+        rows = sum(table.rows for table in self.tables.values())
+        text = (
+            f"{self.location}: {size_text(self.bytes_read)} in {self.seconds:.2f} s "
+            f"({self.gigabytes_per_second:.2f} GB/s), "
+            f"{self.filled} tensor{'s' * (self.filled != 1)}, "
+            f"{rows:,} rows of {len(self.tables)} table{'s' * (len(self.tables) != 1)}"
+        )
+        if self.bytes_verified:
+            text += f", {self.verified}"
+        if self.missing:
+            text += f", {len(self.missing)} missing"
+        if self.unexpected:
+            text += f", {len(self.unexpected)} unexpected"
+        if self.casts:
+            text += f", {len(self.casts)} cast"
+        if self.retries:
+            text += f", {self.retries} retried"
+        if self.lag is not None:
+            text += f", {self.lag}"
+        return text
+
+    @property
+    def verified(self) -> str:
+        """How much of it was verified, in words."""
+        if not self.bytes_verified:
+            return "not verified"
+        if self.bytes_verified == self.bytes_wanted:
+            return "all verified"
+        part = f"{size_text(self.bytes_verified)} of {size_text(self.bytes_wanted)}"
+        return f"{part} verified"
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes read, in 10⁹ a second."""
+        return self.bytes_read / max(self.seconds, 1e-9) / 1e9
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group  # noqa: PLC0415  # only who looks at it pays for it
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        head = Table.grid(padding=(0, 2))
+        head.add_column(style="dim")
+        head.add_row("checkpoint", Text(self.location))
+        surplus = self.bytes_read - self.bytes_wanted
+        also = f", {size_text(surplus)} of it only to join reads" if surplus else ""
+        head.add_row("read", f"{size_text(self.bytes_read)} in {self.reads:,} reads{also}")
+        rate = f"{self.gigabytes_per_second:.2f} GB/s"
+        head.add_row("digests", self.verified)
+        head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
+        if self.retries:
+            times = "once" if self.retries == 1 else f"{self.retries:,} times"
+            head.add_row("storage", Text(f"failed and was tried again {times}", style="yellow"))
+        if self.lag is not None:
+            head.add_row("event loop", str(self.lag))
+        tally = _tally(self.tensors.values())
+        if tally:
+            counts = ", ".join(f"{count:,} {what}" for what, count in tally.items())
+            head.add_row("tensors", counts)
+        notes = [
+            Text(f"{title}: {listed(names)}", style="yellow")
+            for title, names in (
+                ("missing", self.missing),
+                ("unexpected", self.unexpected),
+                ("warning", self.warnings),
+                ("cast", tuple(map(str, self.casts))),
+            )
+            if names
+        ]
+        if notes:
+            notes.insert(0, Text())
+        return Group(head, *(["", self._rich_tables()] if self.tables else []), *notes)
+
+    def _rich_tables(self) -> RenderableType:
+        from rich import box  # noqa: PLC0415
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        several = len(self.tables) > 1
+        rows = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, show_footer=several)
+        rows.add_column("table", footer=f"{len(self.tables)} tables")
+        fields = []
+        for field in UpdateCounts.__slots__:
+            total = sum(getattr(table, field) for table in self.tables.values())
+            odd = field in {"duplicates", "dropped"}
+            if total or field in {"rows", "new"}:  # the others are news only if there are any
+                style = "yellow" if odd else None
+                rows.add_column(field, footer=f"{total:,}", justify="right", style=style)
+                fields.append(field)
+        for name, table in sorted(self.tables.items()):
+            rows.add_row(Text(name), *(f"{getattr(table, field):,}" for field in fields))
+        return rows
+
+
+def _tally(values: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:
+        kind = "shared" if value.startswith("shared") else value
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts

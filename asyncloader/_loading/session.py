@@ -1,0 +1,332 @@
+"""What everybody needs who reads a checkpoint: its storage, threads, a byte budget, a time-out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from asyncloader._checkpoint.catalog import read_catalog
+from asyncloader._checkpoint.manifest import read_manifest
+from asyncloader._checkpoint.safetensors import is_weight_map
+from asyncloader._storage.local import LocalStorage
+from asyncloader._storage.protocol import ThreadedStorage
+from asyncloader._storage.retrying import ThreadedRetryingStorage
+from asyncloader._threads.patience import Patience, StalledError
+from asyncloader.errors import (
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    LoadTimeoutError,
+    ReadError,
+    ReadStalledError,
+)
+
+from .execution import CHANGED
+from .resources import Limits, open_resources
+from .verification import Verifier
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+
+    from asyncloader._checkpoint.catalog import Verify
+    from asyncloader._checkpoint.index import Catalog
+    from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader._storage.protocol import Storage
+    from asyncloader._storage.retrying import RetryingStorage
+    from asyncloader._threads.budget import ByteBudget
+    from asyncloader._threads.lag import LagWatch
+    from asyncloader._threads.threads import Threads
+
+    from .resources import Contract, Resources
+    from .runtime import Runtime
+
+
+T = TypeVar("T")
+
+STALL_TIMEOUT = 120.0
+VERIFY: tuple[Verify, ...] = ("auto", "require", "off")
+_SUFFIX = ".safetensors"
+_JUST_BEFORE = 1e-6
+"""Seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A checkpoint that is open for reading, on one event loop."""
+
+    location: str
+    """The checkpoint, for messages."""
+
+    file: str | None
+    """The one file in `storage` that is all of it, unless all of the folder is."""
+
+    storage: Storage
+    threads: Threads
+    limits: Limits
+    budget: ByteBudget
+    verify: Verify
+    retrying: RetryingStorage | None = None
+    """The storage, if it tries again what fails."""
+
+    patience: Patience = field(default_factory=lambda: Patience(None))
+    """How long a thread is waited for that looks at files."""
+
+    watch: LagWatch | None = None
+    """Keeps the loop's lag within a bound, if there is one."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """For what several tasks should not do at the same time."""
+
+    @contextlib.asynccontextmanager
+    async def explaining(self) -> AsyncIterator[None]:
+        """Say which checkpoint could not be read; or that it has changed, if that is why.
+
+        Raises:
+            CheckpointChangedError: If a file could not be read that is another one by now.
+        """
+        try:
+            yield
+        except ReadStalledError as error:  # whoever asked again would wait as long again
+            error.location = self.location
+            raise
+        except ReadError as error:
+            error.location = self.location
+            with contextlib.suppress(OSError):
+                if error.shard in await self.storage.changed([error.shard]):
+                    raise CheckpointChangedError(self.location, CHANGED, error.shard) from error
+            raise
+
+    async def on_disk(self, job: Callable[[], T]) -> T:
+        """Return what a job results in that looks at files besides those that are read.
+
+        Raises:
+            ReadStalledError: If it was given up.
+        """
+        return await _on_disk(self.patience, self.threads, job, self.location)
+
+    def _names(self) -> Sequence[str]:
+        with contextlib.suppress(OSError):
+            return os.listdir(self.storage.location)  # noqa: PTH208  # names
+        return ()
+
+    @property
+    def verifier(self) -> Verifier:
+        """Compares what was read with digests."""
+        return Verifier(self.location, widen=self.verify == "require")
+
+    async def catalog(self) -> Catalog:
+        """Read which names there are.
+
+        Raises:
+            CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
+            CheckpointError: If a file that says so is no good.
+            ReadError: If the storage failed.
+        """
+        pool = self.threads.kernels
+        try:
+            return await read_catalog(
+                self.storage,
+                executor=pool,
+                file=self.file,
+                verify=self.verify,
+                names=partial(self.on_disk, self._names),
+            )
+        except CheckpointNotFoundError as error:
+            from asyncloader.runs import is_run_folder  # noqa: PLC0415  # seldom
+
+            is_run = await self.on_disk(partial(is_run_folder, self.location))
+            if not is_run:
+                raise
+            problem = f"{error.problem}. It holds checkpoints: take asyncloader.latest() of it"
+            raise CheckpointNotFoundError(error.location, problem) from error.__cause__
+
+    async def manifest(self, catalog: Catalog, shards: Iterable[str]) -> Manifest:
+        """Read the headers of some shards.
+
+        Raises:
+            CheckpointError: If one of them is no good.
+            ReadError: If the storage failed.
+        """
+        manifest = await read_manifest(
+            self.storage,
+            catalog,
+            shards,
+            parallel=self.limits.parallel,
+            executor=self.threads.kernels,
+        )
+        return replace(manifest, location=self.location)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How files are read. The defaults are those of all that read."""
+
+    direct_io: bool = False
+    """Past the page cache, where the file system lets us."""
+
+    follow_symlinks: bool = False
+    """Also what lies outside of the checkpoint's folder, if a symbolic link in it says so."""
+
+    stall_timeout: float | None = STALL_TIMEOUT
+    """Seconds that a thread is waited for; `None` is for ever."""
+
+
+@contextlib.asynccontextmanager
+async def open_session(
+    path: str,
+    *,
+    limits: Limits,
+    verify: Verify,
+    timeout: float | None,  # noqa: ASYNC109  # of the block, and with an error of ours
+    seen: dict[str, tuple[int, ...]] | None = None,
+    access: Access | None = None,
+    contract: Contract | None = None,
+    runtime: Runtime | None = None,
+) -> AsyncIterator[Session]:
+    """Hold descriptors and threads for the length of the block, and keep to a time-out.
+
+    Args:
+        path: A folder, a safetensors file, or a weight map.
+        limits: For all that the block does, as far as a shared runtime allows.
+        verify: Whether to take digests along, if there are any.
+        timeout: Seconds that the block may take; `None` is for ever.
+        seen: Which files there were when they were first opened; see `LocalStorage`.
+        access: How files are read.
+        contract: What the event loop is promised; `None` is nothing.
+        runtime: Whose threads, bytes and promises to use, in place of such of its own.
+
+    Raises:
+        LoadTimeoutError: If `timeout` passed.
+    """
+    access = access or Access()
+    late = _Lateness(path, timeout)
+    holding = open_resources(limits, contract) if runtime is None else runtime.lend()
+    try:
+        async with late.limit, holding as resources:
+            patience = Patience(access.stall_timeout, replace=resources.threads.replace)
+            look = partial(_root_and_file, path)
+            root, file = await _on_disk(patience, resources.threads, look, path)
+            # Of a weight map's files, the map chooses which.
+            trusted = file is not None and not is_weight_map(file)
+            files = _files(root, access, resources, patience=patience, seen=seen, trusted=trusted)
+            async with files:
+                storage = _retrying(files, resources)
+                session = Session(
+                    location=str(Path(path)),
+                    file=file,
+                    storage=storage,
+                    retrying=storage,
+                    threads=resources.threads,
+                    patience=patience,
+                    limits=limits.within(resources.limits),
+                    budget=resources.budget,
+                    verify=verify,
+                    watch=resources.watch,
+                )
+                with late.noting(patience):
+                    async with session.explaining():
+                        yield session
+    except TimeoutError as error:
+        late.explain(error)
+        raise
+
+
+def _files(
+    root: Path,
+    access: Access,
+    resources: Resources,
+    *,
+    patience: Patience,
+    seen: dict[str, tuple[int, ...]] | None,
+    trusted: bool,
+) -> LocalStorage:
+    return LocalStorage(
+        root,
+        executor=resources.threads.readers,
+        pace=resources.pace,
+        descriptors=resources.descriptors,
+        patience=patience,
+        throttle=resources.throttle,
+        seen=seen,
+        direct_io=access.direct_io,
+        # A file that the user has named may be a link to anywhere: nobody else chose it.
+        follow_symlinks=access.follow_symlinks or trusted,
+    )
+
+
+def _retrying(files: LocalStorage, resources: Resources) -> ThreadedRetryingStorage:
+    storage = resources.wrap(files)
+    if not isinstance(storage, ThreadedStorage):
+        raise TypeError(f"wrap_storage returned {storage!r}, which is no ThreadedStorage")
+    # Of what threads may still write to, what is wrapped around the files need not know.
+    return ThreadedRetryingStorage(storage, lost=lambda: files.lost)
+
+
+async def _on_disk(patience: Patience, threads: Threads, job: Callable[[], T], location: str) -> T:
+    try:
+        return await patience.run(threads.reads, job, label=location)
+    except StalledError as error:
+        stalled = ReadStalledError(location, 0, 0, str(error))
+        raise stalled from error
+
+
+class _Lateness:
+    """A time-out that knows what was being read when it passed."""
+
+    def __init__(self, path: str, seconds: float | None) -> None:
+        self.limit = asyncio.timeout(seconds)
+        self._path = path
+        self._seconds = seconds
+        self._under_way: list[str] = []
+
+    @contextlib.contextmanager
+    def noting(self, patience: Patience) -> Iterator[None]:
+        """Look what is being read just before the time-out passes."""
+
+        def look() -> None:
+            self._under_way = patience.under_way()
+
+        when = self.limit.when()
+        if when is None:
+            yield
+            return
+        timer = asyncio.get_running_loop().call_at(when - _JUST_BEFORE, look)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def explain(self, error: TimeoutError) -> None:
+        """Say so, if it was this that has passed.
+
+        Raises:
+            LoadTimeoutError: If it was.
+        """
+        if self._seconds is not None and self.limit.expired():
+            raise LoadTimeoutError(self._path, self._seconds, self._under_way) from error
+
+
+def _root_and_file(path: str) -> tuple[Path, str | None]:
+    """Say which folder to look into, and at which file alone, if it is one."""
+    whole = Path(path)
+    if whole.name.endswith(_SUFFIX) and not os.path.isdir(whole):  # noqa: PTH112  # never raises
+        return whole.parent, whole.name
+    if os.path.isfile(whole):  # noqa: PTH113  # never raises
+        return whole.parent, whole.name
+    return whole, None
+
+
+def checked_verify(verify: object) -> Verify:
+    """Return what may be asked for.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    for known in VERIFY:
+        if verify == known:
+            return known
+    raise ValueError(f"verify is one of {', '.join(map(repr, VERIFY))}, got {verify!r}")

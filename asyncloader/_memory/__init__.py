@@ -1,0 +1,1 @@
+"""Memory: fresh pages, what this process may use, what is kept for the next version."""

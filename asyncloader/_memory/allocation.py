@@ -1,0 +1,149 @@
+"""Memory that costs nothing until it is touched.
+
+Large allocations are anonymous mappings, whose kind of pages `_pages` chooses. Fresh mappings read
+as zero, and pages that nothing touches take no memory, so tables may reserve more rows than they
+will use. Where touching is dear, what is given back is kept for whoever comes next, as far as
+somebody allows that.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+from collections import deque
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .pages import BLOCK, fresh_memory_is_dear, map_fresh, wipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+# The next version of a model is usually a little larger than the last one. Addresses cost nothing.
+_GROWTH = 8
+
+
+class _Kept(NamedTuple):
+    """A mapping that was given back."""
+
+    memory: mmap.mmap
+    start: int
+    used: int
+    """How many bytes, from `start` on, may be other than zero."""
+
+    @property
+    def room(self) -> int:
+        """The most bytes that it can be lent for."""
+        return len(self.memory) - self.start
+
+
+class Spare:
+    """Memory that was given back and is kept for whoever takes some next, wiped.
+
+    It is kept while somebody allows it, and where fresh memory is dear. No lock is held: memory may
+    be given back by the garbage collector, at any time on any thread.
+
+    Args:
+        is_dear: Says whether fresh memory costs more than wiping some.
+    """
+
+    def __init__(self, is_dear: Callable[[], bool] = fresh_memory_is_dear) -> None:
+        self._is_dear = is_dear
+        self._allowed: dict[object, int] = {}
+        self._used = deque[_Kept]()
+        self._wiped = deque[_Kept]()
+
+    def __repr__(self) -> str:
+        return f"<Spare: {self.nbytes} bytes of {sum(self._allowed.values())}>"
+
+    @property
+    def nbytes(self) -> int:
+        """How much is kept."""
+        return sum(kept.room for kept in (*self._used, *self._wiped))
+
+    def allow(self, owner: object, nbytes: int) -> None:
+        """Keep up to so many bytes for an owner; what all owners allow adds up."""
+        self._allowed[owner] = nbytes
+        self._drop(0)
+
+    def forget(self, owner: object) -> None:
+        """Keep nothing for an owner any more."""
+        self._allowed.pop(owner, None)
+        self._drop(0)
+
+    def map(self, size: int) -> tuple[mmap.mmap, int]:
+        """Return memory of at least `size` bytes that reads as zero, and where it begins.
+
+        Raises:
+            MemoryError: If there is no room for it.
+        """
+        for pool in (self._wiped, self._used):
+            fitting = [kept for kept in [*pool] if size <= kept.room <= 2 * size]
+            for kept in sorted(fitting, key=attrgetter("room")):
+                if _taken(pool, kept):
+                    if pool is self._used:
+                        wipe(kept.memory, kept.start, kept.used)
+                    return kept.memory, kept.start
+        return map_fresh(size + size // _GROWTH if self._allowed else size)
+
+    def give(self, memory: mmap.mmap, start: int, used: int) -> None:
+        """Take back what `map` has lent. Quick: wiping it is for `wipe`, or for who maps next."""
+        kept = _Kept(memory, start, used)
+        if kept.room <= sum(self._allowed.values()) and self._is_dear():
+            self._drop(kept.room)
+            self._used.append(kept)
+
+    def wipe(self) -> None:
+        """Make what was given back read as zero. Belongs on a thread."""
+        for kept in [*self._used]:
+            if _taken(self._used, kept):
+                wipe(kept.memory, kept.start, kept.used)
+                self._wiped.append(kept._replace(used=0))
+
+    def _drop(self, more: int) -> None:
+        """Let go of what was kept longest, until there is room for `more`."""
+        most = sum(self._allowed.values())
+        for pool in (self._wiped, self._used):
+            for kept in [*pool]:
+                if self.nbytes + more > most:
+                    _taken(pool, kept)
+
+
+def _taken(pool: deque[_Kept], kept: _Kept) -> bool:
+    """Take a mapping out of a pool, unless another thread was quicker."""
+    try:
+        pool.remove(kept)
+    except ValueError:
+        return False
+    return True
+
+
+SPARE = Spare()
+
+
+@torch.inference_mode(mode=False)  # or what is made within it could not be changed outside of it
+def zeros(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    spare: Spare = SPARE,
+) -> torch.Tensor:
+    """Return a tensor of zeros whose memory is taken when it is first touched.
+
+    Raises:
+        MemoryError: If there is no room for it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < BLOCK or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    memory, start = spare.map(size)
+    lent = memoryview(memory)
+    weakref.finalize(lent, spare.give, memory, start, size).atexit = False
+    # Not a part of a tensor of all of it: whoever saves a tensor saves its storage, all of it.
+    exact = torch.frombuffer(lent, dtype=torch.uint8, count=size, offset=start)
+    return exact.view(dtype).view(tuple(shape))

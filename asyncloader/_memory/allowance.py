@@ -1,0 +1,147 @@
+"""How much memory and how many processors this process may use, which may be less than there is.
+
+A container sees the memory and the processors of its machine. The kernel's control groups hold it
+to less, in either of their two versions, and every group is held to what those above it may use.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+_FACT = re.compile(rb"^(MemAvailable|SwapFree): *([0-9]+) kB$", re.MULTILINE)
+_STATISTIC = re.compile(rb"^(\w+) ([0-9]+)$", re.MULTILINE)
+_GROUP = re.compile(r"^[0-9]+:([^:]*):(.*)$", re.MULTILINE)
+_MOUNT = re.compile(
+    r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S+ (\S+)$",
+    re.MULTILINE,
+)
+_ROOT = Path("/")
+_CACHED_1 = (b"total_inactive_file", b"total_active_file")
+_CACHED_2 = (b"inactive_file", b"active_file")
+
+
+def free_memory(root: Path = _ROOT, address_space: int | None = None) -> int | None:
+    """Return the bytes that this process can still get, swap included; `None` if unknown.
+
+    Args:
+        root: Where `proc` and the groups' folders are.
+        address_space: Bytes that the limit on it leaves; `None` is no limit.
+    """
+    free = [] if address_space is None else [address_space]
+    swap = 0
+    facts = dict(_FACT.findall(_read(root / "proc/meminfo")))
+    if b"MemAvailable" in facts:
+        swap = int(facts.get(b"SwapFree", 0)) << 10
+        free.append((int(facts[b"MemAvailable"]) << 10) + swap)
+    for group in _groups(root, "memory"):
+        free += _left_2(group, swap)
+        free += _left_1(group, swap)
+    return max(min(free), 0) if free else None
+
+
+def address_space(statm: Path = Path("/proc/self/statm")) -> int | None:
+    """Return the bytes that the limit on address space leaves; `None` if there is none."""
+    if sys.platform == "win32":
+        return None
+    import resource  # noqa: PLC0415  # not there on Windows
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = _read(statm).split()
+    if most == resource.RLIM_INFINITY or not pages:
+        return None
+    return most - int(pages[0]) * resource.getpagesize()
+
+
+def processor_quota(root: Path = _ROOT) -> int | None:
+    """Return how many processors the groups' quotas of time come to; `None` if there is none."""
+    shares = []
+    for group in _groups(root, "cpu"):
+        quota, _, period = _read(group / "cpu.max").strip().partition(b" ")
+        if not quota:
+            quota = _read(group / "cpu.cfs_quota_us").strip()
+            period = _read(group / "cpu.cfs_period_us").strip()
+        if quota.isdigit() and period.isdigit() and int(period):  # "max" and -1 are no limit
+            shares.append(math.ceil(int(quota) / int(period)))
+    return max(min(shares), 1) if shares else None
+
+
+def _left_2(group: Path, swap: int) -> list[int]:
+    """Return what a group of version 2 has left, if it has a limit."""
+    most, used = _number(group / "memory.max"), _number(group / "memory.current")
+    if most is None or used is None:
+        return []
+    most_swap = _number(group / "memory.swap.max")
+    if most_swap is not None:
+        swap = min(swap, max(most_swap - (_number(group / "memory.swap.current") or 0), 0))
+    return [most - used + _cached(group, _CACHED_2) + swap]
+
+
+def _left_1(group: Path, swap: int) -> list[int]:
+    """Return what a group of version 1 has left: of memory, and of memory and swap together."""
+    left = []
+    for kind, more in (("memory", swap), ("memory.memsw", 0)):
+        most = _number(group / f"{kind}.limit_in_bytes")
+        used = _number(group / f"{kind}.usage_in_bytes")
+        if most is not None and used is not None:
+            left.append(most - used + _cached(group, _CACHED_1) + more)
+    return left
+
+
+def _cached(group: Path, names: tuple[bytes, bytes]) -> int:
+    """Return the bytes of files that count as used, and that the kernel drops for a program."""
+    facts = dict(_STATISTIC.findall(_read(group / "memory.stat")))
+    return sum(int(facts.get(name, 0)) for name in names)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of the groups that we are in, and of those above, of both versions."""
+    groups = _read(root / "proc/self/cgroup").decode(errors="surrogateescape")
+    paths = {name: path for names, path in _GROUP.findall(groups) for name in names.split(",")}
+    mounts = _read(root / "proc/self/mountinfo").decode(errors="surrogateescape")
+    for top, point, system, options in _MOUNT.findall(mounts):
+        is_2 = system == "cgroup2"
+        path = paths.get("" if is_2 else controller)
+        if path is None or not (is_2 or controller in options.split(",")):
+            continue
+        ours, whole = PurePosixPath(path), PurePosixPath(top)
+        folder = root / point.lstrip("/")
+        if ours.is_relative_to(whole):
+            yield folder
+            for part in ours.relative_to(whole).parts:
+                folder /= part
+                yield folder
+        elif set(whole.parts[1:]) == {".."}:  # it is above the root that we are told of
+            yield folder
+
+
+def _number(file: Path) -> int | None:
+    text = _read(file).strip()
+    return int(text) if text.isdigit() else None  # "max" is no limit
+
+
+def _read(file: Path) -> bytes:
+    """Return a file's content, nothing if it cannot be read, as on another system than Linux."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+# Read once: event loops ask, and should not wait for files.
+_QUOTA = processor_quota()
+
+
+def processors(quota: int | None = _QUOTA) -> int:
+    """Return how many processors this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return count if quota is None else min(count, quota)

@@ -1,0 +1,220 @@
+"""Which kind of pages fresh memory is made of: huge or small, by what touching them costs now.
+
+The first touch of memory is the dearest part of a load. Huge pages are usually several times
+cheaper to touch than small ones. In a virtual machine that reports free pages to its host, they are
+several times dearer once memory has been free for a few seconds: the host takes what is reported
+back, in huge pages first, and gives it again page by page. No file says in which state memory is.
+So the thread that is about to read into fresh memory touches it first, a block at a time, and notes
+the processor time; the cheaper kind is used, and the other one is tried now and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import sys
+import time
+import weakref
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+BLOCK = 2 << 20
+"""A huge page, in bytes; memory is touched in such blocks, and aligned to them."""
+
+# Smaller views are not worth a look; the read touches their pages itself.
+_WORTH_IT = 512 << 10
+# Of the time that touching takes, one part in so many is spent on trying the other kind; less and
+# less as long as it is the dearer one, since each try splits a mapping, of which a process may have
+# 65,530.
+_LOOKS = 24
+_LEAST_LOOKS = 24 << 5
+# Huge pages also spare look-ups of addresses, so small ones have to be this much cheaper.
+_MARGIN = 1.25
+# Seconds a block. One that is there already is wiped in 0.2 ms, a fresh one takes 0.3 to 0.5 where
+# that is fast.
+_DEAR = 0.0007
+# The weight of the latest block in what a kind is thought to cost.
+_LATEST = 0.25
+# Linux 5.14 and newer: makes pages present as a write would. `mmap` has no name for it.
+_MADV_POPULATE_WRITE = 23
+_MADV_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
+_MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
+_MADV_NOHUGEPAGE = getattr(mmap, "MADV_NOHUGEPAGE", None)
+# Without it a mapping larger than memory and swap is refused, even if little of it is ever used.
+# `mmap` has the constant from Python 3.13 on; the value is that of Linux on x86 and Arm.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if _MADV_HUGEPAGE else 0
+
+
+class PageChooser:
+    """Chooses the kind of pages for the next block, by what blocks of either kind have cost.
+
+    Threads may share one: what two of them note at the same time is at worst noted once.
+    """
+
+    def __init__(self) -> None:
+        self._cost: dict[bool, float] = {}
+        self._since = 0.0
+        self._looks = _LOOKS
+
+    def __repr__(self) -> str:
+        costs = ", ".join(
+            f"{'huge' if huge else 'small'} {seconds * 1e3:.2f} ms a block"
+            for huge, seconds in sorted(self._cost.items(), reverse=True)
+        )
+        return f"<PageChooser: {costs or 'nothing known'}>"
+
+    @property
+    def cost(self) -> float:
+        """What a block of the cheaper kind has cost, in seconds of processor time; 0 if unknown."""
+        return min(self._cost.values(), default=0.0)
+
+    @property
+    def prefers_huge(self) -> bool:
+        """Whether huge pages are the cheaper kind, as far as is known."""
+        huge, small = self._cost.get(True), self._cost.get(False)
+        return huge is None or small is None or huge <= small * _MARGIN
+
+    def choose(self) -> bool:
+        """Return whether the next block is to be a huge page."""
+        for kind in (True, False):
+            if kind not in self._cost:
+                return kind
+        preferred = self.prefers_huge
+        if self._since > self._cost[not preferred] * self._looks:
+            self._since = 0.0
+            self._looks = min(self._looks * 2, _LEAST_LOOKS)
+            return not preferred
+        return preferred
+
+    def note(self, *, huge: bool, seconds: float) -> None:
+        """Take in what a block has cost, in seconds of processor time."""
+        preferred = self.prefers_huge
+        before = self._cost.get(huge, seconds)
+        self._cost[huge] = before + (seconds - before) * _LATEST
+        if self.prefers_huge != preferred:
+            self._looks = _LOOKS
+        if huge == self.prefers_huge:
+            self._since += seconds
+
+
+_untouched: dict[int, bool] = {}
+"""Blocks that `map_fresh` has mapped and nobody has touched, by address over `BLOCK`, and whether
+they have been advised to be huge pages. Every change is one call of a method, so that threads need
+no lock, and none is held where a process forks or memory is freed by the garbage collector."""
+
+_chooser = PageChooser()
+# By ctypes, which lets other threads run meanwhile; `mmap.madvise` does not.
+_madvise = ctypes.CDLL(None, use_errno=True).madvise if sys.platform == "linux" else None
+
+
+def map_fresh(size: int) -> tuple[mmap.mmap, int]:
+    """Map memory that reads as zero, and takes no room before it is touched.
+
+    Args:
+        size: Bytes.
+
+    Returns:
+        The mapping, which is larger, and the offset in it at which the memory begins: the address
+        there is a multiple of `BLOCK`.
+
+    Raises:
+        MemoryError: If there is no room for it.
+    """
+    try:
+        memory = mmap.mmap(
+            -1, size + BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+        )
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no room for {size} bytes: {error}") from error
+    huge = _chooser.prefers_huge
+    advice = _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE
+    if advice is not None:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(advice)
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    start = -address % BLOCK
+    if _madvise is not None:
+        first = (address + start) // BLOCK
+        blocks = range(first, first + size // BLOCK)
+        _untouched.update(dict.fromkeys(blocks, huge))
+        weakref.finalize(memory, _forget, blocks).atexit = False
+    return memory, start
+
+
+def _forget(blocks: Iterable[int]) -> None:
+    """Note that memory is no more: its addresses may be those of other memory soon."""
+    for block in blocks:
+        _untouched.pop(block, None)
+
+
+def fresh_memory_is_dear() -> bool:
+    """Say whether touching fresh memory costs so much that it is better to wipe used memory."""
+    return _chooser.cost > _DEAR
+
+
+def wipe(memory: mmap.mmap, start: int, size: int) -> None:
+    """Make bytes of a mapping read as zero; what was touched of it stays in memory.
+
+    Args:
+        memory: One that `map_fresh` has returned.
+        start: Where its first block begins.
+        size: How many bytes from there on.
+    """
+    array = np.frombuffer(memory, np.uint8)[start : start + size]
+    first = array.ctypes.data // BLOCK
+    for at in range(0, size, BLOCK):
+        block = first + at // BLOCK
+        # A view that is too small for `touch` may have been written to, all the same.
+        if block not in _untouched or not _advise(block * BLOCK, _MADV_DONTNEED):
+            array[at : at + BLOCK] = 0
+
+
+def is_read_only(address: int) -> bool:
+    """Say whether an address cannot be written to, where the kernel tells; it is touched then."""
+    start = address & ~(mmap.PAGESIZE - 1)
+    return not _advise(start, _MADV_POPULATE_WRITE, 1) and _can_populate()
+
+
+@cache
+def _can_populate() -> bool:
+    own = np.zeros(1, np.uint8)
+    return _advise(own.ctypes.data & ~(mmap.PAGESIZE - 1), _MADV_POPULATE_WRITE, 1)
+
+
+def touch(views: Iterable[memoryview]) -> None:
+    """Touch what of some views was never touched, on the thread that is about to fill them.
+
+    Memory that `map_fresh` did not map is left as it is.
+    """
+    for view in views:
+        if view.nbytes < _WORTH_IT:
+            continue
+        begin = np.frombuffer(view, np.uint8).ctypes.data
+        for block in range(begin // BLOCK, -(-(begin + view.nbytes) // BLOCK)):
+            is_huge = _untouched.pop(block, None)
+            if is_huge is not None:
+                _touch(block * BLOCK, is_huge=is_huge)
+
+
+def _touch(address: int, *, is_huge: bool) -> None:
+    huge = _chooser.choose()
+    if huge != is_huge:
+        _advise(address, _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
+    start = time.thread_time()
+    if _advise(address, _MADV_POPULATE_WRITE):
+        _chooser.note(huge=huge, seconds=time.thread_time() - start)
+
+
+def _advise(address: int, advice: int | None, size: int = BLOCK) -> bool:
+    """Tell the kernel about a block; return whether it knows that advice, and has taken it."""
+    if _madvise is None or advice is None:
+        return False
+    done: int = _madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
+    return done == 0

@@ -1,0 +1,287 @@
+"""The first half of planning: by names alone, before any shard is opened."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from .load_info import ID, default_load_info
+from .targets import TensorTargets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from asyncloader._checkpoint.index import Catalog, Part, Place
+    from asyncloader._checkpoint.slices import Slice
+
+    from .load_info import LoadInfo
+    from .targets import TableTarget, Targets
+
+
+_SHOWN = 10
+# What `torch.compile`, FSDP and activation checkpointing put into the names of a `state_dict()`.
+_OF_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+# And what DistributedDataParallel puts before them all.
+_OF_PARALLEL = "module"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartChoice:
+    """One rank's part of a table to load."""
+
+    target: TableTarget
+    child: str
+    source: str
+    claimed: Slice
+    ids: Place
+    slots: Mapping[str, Place]
+
+
+@dataclass(slots=True)
+class Choice:
+    """Everything chosen, in the order of load_info, and everything that is wrong so far."""
+
+    catalog: Catalog
+    targets: Targets
+    tensors: dict[str, str] = field(default_factory=dict)
+    """The dense tensors to load, and from which source each."""
+
+    shared: dict[str, str] = field(default_factory=dict)
+    """Likewise, but their memory is filled by one of `tensors`."""
+
+    lacking: dict[str, str] = field(default_factory=dict)
+    """The dense tensors whose source is not in the checkpoint, and that source."""
+
+    tied: list[str] = field(default_factory=list)
+    """Those of `lacking` whose memory is filled by one of `tensors` all the same."""
+
+    skipped: tuple[str, ...] = ()
+    parts: list[PartChoice] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def shards(self) -> tuple[str, ...]:
+        """Return the shards whose headers are needed."""
+        shard_of = self.catalog.tensors.shards
+        names = {
+            shard_of[source] for chosen in (self.tensors, self.shared) for source in chosen.values()
+        }
+        for part in self.parts:
+            names |= {part.ids.shard, *(place.shard for place in part.slots.values())}
+        return tuple(sorted(names))
+
+
+def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
+    """Find the blocks that `info` asks for; `None` asks for every destination by its own name."""
+    choice = Choice(catalog, targets)
+    by_own_name = info is None
+    if info is None:  # a dict for each of 100,000 tensors would take longer than all else here
+        info = default_load_info(replace(targets, tensors=TensorTargets(())))
+    else:
+        choice.skipped = tuple(name for name in targets.tensors if not info.get(name))
+    for destination, found in info.items():
+        if destination in targets.tables:
+            for source, slots in found.items():
+                _choose_table(choice, catalog, targets, destination, source, slots)
+        elif destination in targets.tensors:
+            _choose_tensor(choice, destination, found)
+        else:
+            choice.problems.append(
+                f"load_info names the destination {destination!r}, but there are only "
+                f"{_some([*targets.tables, *targets.tensors])}; a table goes by its name or its "
+                "children's"
+            )
+    if by_own_name:
+        _choose_by_own_name(choice)
+        wanted: AbstractSet[str] = targets.tensors.names()
+        if choice.warnings:
+            wanted = {*wanted, *choice.tensors.values()}
+    else:
+        wanted = {s for name, of in info.items() if name not in targets.tables for s in of}
+    choice.unexpected = tuple(_unexpected(catalog, info, targets, wanted))
+    _share(choice)
+    _tie(choice)
+    return choice
+
+
+def _choose_by_own_name(choice: Choice) -> None:
+    """Find the blocks of all dense tensors."""
+    there = choice.catalog.tensors.block_keys
+    names = list(choice.targets.tensors)
+    choice.tensors = dict(zip(names, names, strict=True))
+    if not choice.tensors.keys() <= there.keys():
+        choice.tensors = {name: name for name in names if name in there}
+    if len(choice.tensors) < len(choice.targets.tensors):
+        choice.lacking = {name: name for name in choice.targets.tensors if name not in there}
+        _choose_wrapped(choice)
+
+
+def _choose_wrapped(choice: Choice) -> None:
+    """Find tensors that were saved as a wrapped model has them, by the names of the bare one."""
+    kept = {
+        name: [part for part in name.split(".") if part not in _OF_WRAPPERS]
+        for name in choice.catalog.tensors.block_keys
+    }
+    # Who calls a part of a model `module` has it in some names: here nothing fits, and all have it.
+    if not choice.tensors and all(parts[0] == _OF_PARALLEL for parts in kept.values() if parts):
+        kept = {name: parts[1:] for name, parts in kept.items()}
+    bare: dict[str, list[str]] = {}
+    for name, parts in kept.items():
+        bare.setdefault(".".join(parts), []).append(name)
+    found = {name: bare[name][0] for name in choice.lacking if len(bare.get(name, ())) == 1}
+    if found:
+        name, source = next(iter(found.items()))
+        choice.tensors |= found
+        choice.lacking = {name: name for name in choice.lacking if name not in found}
+        choice.warnings.append(
+            f"{len(found)} tensors were saved under the names of a wrapped model: {name!r} is "
+            f"there as {source!r}, and so on"
+        )
+
+
+def _choose_tensor(choice: Choice, name: str, sources: Mapping[str, Sequence[str]]) -> None:
+    if len(sources) > 1:
+        choice.problems.append(f"tensor {name!r} has several sources: {', '.join(sources)}")
+        return
+    for source, slots in sources.items():
+        if slots:
+            choice.problems.append(f"tensor {name!r} has no slots, load_info lists {slots}")
+        elif source not in choice.catalog.tensors:
+            choice.lacking[name] = source
+        else:
+            choice.tensors[name] = source
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more if names else "none"
+
+
+def _share(choice: Choice) -> None:
+    """Of tensors that are the same memory, keep the last: it would have won."""
+    targets = choice.targets.tensors
+    if targets.memory is None:
+        return
+    memory = map(targets.memory.__getitem__, targets.numbers(choice.tensors))
+    last = dict(zip(memory, choice.tensors, strict=True))
+    if len(last) < len(choice.tensors):
+        kept = set(last.values())
+        choice.shared = {k: v for k, v in choice.tensors.items() if k not in kept}
+        choice.tensors = {name: choice.tensors[name] for name in last.values()}
+
+
+def _tie(choice: Choice) -> None:
+    """Of tensors that are not in the checkpoint, tell those apart that are filled nevertheless.
+
+    safetensors' `save_model`, and others, write tied weights once.
+    """
+    memory = choice.targets.tensors.memory
+    if choice.lacking and memory is not None:
+        number = choice.targets.tensors.numbers
+        filled = {memory[one] for one in number(choice.tensors)}
+        lacking = zip(choice.lacking, number(choice.lacking), strict=True)
+        choice.tied = [name for name, one in lacking if memory[one] in filled]
+    tied = set(choice.tied)
+    choice.missing += [source for name, source in choice.lacking.items() if name not in tied]
+
+
+def _choose_table(  # noqa: PLR0917
+    choice: Choice,
+    catalog: Catalog,
+    targets: Targets,
+    child: str,
+    source: str,
+    listed: Sequence[str],
+) -> None:
+    target = targets.tables[child]
+    if ID not in listed:
+        choice.problems.append(f"table {child!r} from {source!r}: load_info must list 'id'")
+    unknown = [slot for slot in listed if slot != ID and slot not in target.slots]
+    choice.problems += [
+        f"table {child!r} has no slot {slot!r}, which load_info lists; "
+        f"add_slot() it, or leave it out with filter_func"
+        for slot in unknown
+    ]
+    slots = catalog.tables.get(source)
+    if slots is None:
+        choice.missing.append(source)
+        return
+    if ID not in slots:
+        choice.problems.append(f"the checkpoint has table {source!r} but not its ids")
+        return
+    wanted = [slot for slot in dict.fromkeys(listed) if slot in target.slots]
+    choice.missing += [f"{source}@{slot}" for slot in wanted if slot not in slots]
+    found = {slot: _by_slice(slots[slot]) for slot in wanted if slot in slots}
+    choice.missing += _gaps(source, slots[ID], target.slice)
+    for slot in (ID, *found):
+        choice.problems += _repeated(source, slot, slots[slot])
+    for part in slots[ID]:
+        if target.slice.disjoint(part.slice):
+            continue
+        lacking = [slot for slot, parts in found.items() if part.slice not in parts]
+        choice.problems += [
+            f"the checkpoint has ids of table {source!r} for slice {part.slice}, "
+            f"but not their {slot!r}"
+            for slot in lacking
+        ]
+        if not lacking:
+            places = {slot: parts[part.slice] for slot, parts in found.items()}
+            choice.parts.append(
+                PartChoice(
+                    target=target, child=child, source=source, claimed=part.slice,
+                    ids=part.place, slots=places,
+                )
+            )  # fmt: skip
+
+
+def _by_slice(parts: Sequence[Part]) -> dict[Slice, Place]:
+    return {part.slice: part.place for part in parts}
+
+
+def _repeated(source: str, slot: str, parts: Sequence[Part]) -> list[str]:
+    """Two blocks of one slice: nobody could say which rows go with which ids."""
+    return [
+        f"the checkpoint has {source}@{slot} twice for slice {one.slice}: "
+        f"{one.place.key!r} and {other.place.key!r}"
+        for one, other in itertools.pairwise(parts)
+        if one.slice == other.slice
+    ]
+
+
+def _gaps(source: str, parts: Sequence[Part], wanted: Slice) -> list[str]:
+    """Say which positions of the wanted slice no part claims to hold."""
+    size = parts[0].slice.size
+    if any(part.slice.size != size for part in parts):
+        return []
+    begin, end = (wanted.begin, wanted.end) if wanted.size == size else (0, size)
+    gaps = []
+    for part in parts:
+        if part.slice.begin > begin:
+            gaps.append((begin, min(part.slice.begin, end)))
+        begin = max(begin, part.slice.end)
+        if begin >= end:
+            break
+    if begin < end:
+        gaps.append((begin, end))
+    return [f"{source}@id[{a}, {b}) of {size}" for a, b in gaps if a < b]
+
+
+def _unexpected(
+    catalog: Catalog, info: LoadInfo, targets: Targets, tensors: AbstractSet[str]
+) -> Iterable[str]:
+    """Yield what is there but asked for by nobody; of tensors, all but `tensors`."""
+    tables = dict[str, set[str]]()
+    for destination in info.keys() & targets.tables.keys():
+        for source, slots in info[destination].items():
+            tables.setdefault(source, set()).update(slots)
+    for table, held in catalog.tables.items():
+        if table not in tables:
+            yield table
+        else:
+            yield from (f"{table}@{slot}" for slot in held if slot not in tables[table])
+    if not catalog.tensors.block_keys.keys() <= tensors:
+        yield from (name for name in catalog.tensors if name not in tensors)

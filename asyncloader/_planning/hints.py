@@ -1,0 +1,72 @@
+"""Guesses what a misspelt name was to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+RENAME = ": rename them with filter_func"
+
+# Comparing took 40 µs a pair of common lengths, and grows with their product: where there is much
+# to compare, nobody reads that far.
+_NAMES, _CANDIDATES, _LENGTH = 5, 200, 200
+_PREFIXES = 3
+
+
+def did_you_mean(
+    names: Sequence[str], candidates: Sequence[str], *, rename: str = ""
+) -> Mapping[str, str]:
+    """Return for each name a hint in brackets, or nothing.
+
+    Args:
+        names: Asked for, but not there.
+        candidates: There, but asked for by nobody.
+        rename: What to do if all names differ alike.
+    """
+    found, how = _other_prefix(names, candidates)
+    if not found:
+        return _close_ones(names, candidates)
+    if len(found) > 1:
+        hints = {
+            name: f" (it is there as {other!r}, {how}{rename})" for name, other in found.items()
+        }
+    else:
+        hints = {name: f" (did you mean {other!r}?)" for name, other in found.items()}
+    return dict.fromkeys(names, "") | hints
+
+
+def _other_prefix(names: Sequence[str], candidates: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Find most names with a prefix more, or less, the same for all, and say which."""
+    there = set(candidates)
+    for (more, less), _ in Counter(_prefixes(names, candidates)).most_common(_PREFIXES):
+        renamed = {name: more + name.removeprefix(less) for name in names if name.startswith(less)}
+        found = {name: other for name, other in renamed.items() if other in there}
+        if 2 * len(found) > len(names):
+            return found, f"as others are with {more!r}" if more else f"as others without {less!r}"
+    return {}, ""
+
+
+def _prefixes(names: Sequence[str], candidates: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what some name has less, and more, than what is there; whole parts of names."""
+    for name in names[:_NAMES]:
+        for other in candidates:
+            if len(other) > len(name):
+                if other.endswith(name) and other[-len(name) - 1] == ".":
+                    yield other[: -len(name)], ""
+            elif len(other) < len(name) and name.endswith(other) and name[-len(other) - 1] == ".":
+                yield "", name[: -len(other)]
+
+
+def _close_ones(names: Sequence[str], candidates: Sequence[str]) -> Mapping[str, str]:
+    short = [name for name in candidates[:_CANDIDATES] if len(name) <= _LENGTH]
+    hints = dict.fromkeys(names, "")
+    for name in names[:_NAMES]:
+        close = difflib.get_close_matches(name, short, n=1) if len(name) <= _LENGTH else []
+        if close:
+            hints[name] = f" (did you mean {close[0]!r}?)"
+    return hints

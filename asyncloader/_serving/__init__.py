@@ -1,0 +1,1 @@
+"""Which versions of a model are in memory, and which one serves."""

@@ -1,0 +1,315 @@
+"""Loads a version beside those that are in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from asyncloader._loading.resources import INFLIGHT_BYTES
+from asyncloader._memory.allocation import SPARE
+from asyncloader._memory.sizes import size_text
+from asyncloader._threads.jobs import run_jobs
+from asyncloader.loader import Loader
+
+from .events import LoadCancelled, LoadFinished, LoadStarted, VersionRefused
+from .model import model_of
+from .room import row_bytes, tensor_bytes
+from .shelf import Held
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from concurrent.futures import Executor
+    from pathlib import Path
+
+    from asyncloader._loading.progress import Progress
+    from asyncloader._planning.plan import LoadPlan
+
+    from .events import Event
+    from .freeing import Freeing
+    from .model import Model
+    from .shelf import Shelf
+    from .source import Candidate
+
+
+_SHORT = 80
+_PACING = ("max_loop_lag", "pressure")
+
+
+class RefusedError(Exception):
+    """A version will not serve; an event has said so.
+
+    Attributes:
+        reason: Why.
+        beside: The bytes of versions in memory beside which it would not fit, if that is why.
+    """
+
+    def __init__(self, reason: str, beside: int | None = None) -> None:
+        super().__init__(reason, beside)
+        self.reason = reason
+        self.beside = beside
+
+
+def check_options(source: Path, options: Mapping[str, Any]) -> None:
+    """Refuse now what would fail at the first load.
+
+    Raises:
+        TypeError: If there is no such option, or it is not for the user to give.
+        ValueError: If a value makes no sense.
+    """
+    for reserved in ("checkpoint_path", "hashtables", "tensors", "on_plan"):
+        if reserved in options:
+            raise TypeError(f"loader_options: {reserved!r} is given by Live itself")
+    Loader(source, **options)
+
+
+class VersionLoader:
+    """Builds, loads and checks versions, one at a time. `Live` documents the arguments."""
+
+    def __init__(
+        self,
+        build: Callable[[], object],
+        check: Callable[[Model], object] | None,
+        *,
+        options: Mapping[str, Any],
+        max_memory: int | None,
+        shelf: Shelf,
+        tell: Callable[[Event], object],
+    ) -> None:
+        self._build = build
+        self._check = check
+        self._options = options
+        self._max_memory = max_memory
+        self._shelf = shelf
+        self._tell = tell
+        self.loading: Candidate | None = None
+        """The version that is being loaded."""
+
+        self.progress: Progress | None = None
+        """How far that has come."""
+
+    def start(self, executor: Executor, freeing: Freeing) -> None:
+        """Get what lives as long as the service does."""
+        self._executor = executor
+        self._freeing = freeing
+        SPARE.allow(self, 0)
+
+    def stop(self) -> None:
+        """Let go of the memory that is kept for the next version."""
+        SPARE.forget(self)
+
+    async def load(
+        self, wanted: Candidate, attempt: int, confirm: Callable[[], Awaitable[object]]
+    ) -> Held:
+        """Return a version that may serve; its memory is given back if that fails.
+
+        Args:
+            wanted: The version.
+            attempt: 1 for the first try.
+            confirm: Awaited at last; raises if it has become another one meanwhile.
+
+        Raises:
+            RefusedError: If it shall not serve.
+            Exception: What building and loading raise.
+        """
+        version, location = wanted.name, str(wanted.path)
+        self.loading, self.progress, self._refused = wanted, None, False
+        self._tell(LoadStarted(version=version, location=location, attempt=attempt))
+        model = None
+        try:
+            model = await self._built(wanted)
+            return await self._fill(model, wanted, confirm)
+        except BaseException as error:
+            _clear_frames(error)  # they know the model
+            if model is not None:
+                self._freeing.free(model, None)
+            if isinstance(error, asyncio.CancelledError) and not self._refused:
+                self._tell(LoadCancelled(version=version, location=location))
+            raise
+        finally:
+            del model
+            self.loading = self.progress = None
+
+    async def _built(self, wanted: Candidate) -> Model:
+        try:
+            built = await self._call(self._build)
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            raise RuntimeError("build() was cancelled by something of its own") from error
+        except Exception as error:
+            error.add_note("raised by build()")
+            raise
+        [model] = await run_jobs(self._executor, [partial(model_of, wanted.path, built)])
+        return model
+
+    def _must_be_fresh(self, model: Model) -> None:
+        """Refuse what belongs to another version: loading into it would change that one."""
+        for name, table in model.tables.items():
+            if hasattr(table, "__len__") and len(table):
+                raise TypeError(f"build() made a table {name!r} that holds ids: make new ones")
+        mine = _memory_of(model)
+        for held in self._shelf.held:
+            theirs = set[int]()
+            with contextlib.suppress(RuntimeError):  # let go of meanwhile: it has no memory
+                theirs = _memory_of(held.model)
+            if mine & theirs:
+                raise TypeError(
+                    f"build() returned tables or tensors of version {held.candidate.name!r} again: "
+                    "make new ones each time"
+                )
+
+    async def _fill(
+        self, model: Model, wanted: Candidate, confirm: Callable[[], Awaitable[object]]
+    ) -> Held:
+        predicted: list[int] = []
+        options = self._options
+        if not self._shelf.held:  # nobody is served yet whom a load could be in the way of
+            options = {name: one for name, one in options.items() if name not in _PACING}
+        prepare = partial(self._prepare, model, wanted, options, predicted)
+        [loader] = await run_jobs(self._executor, [prepare])
+        model.report = report = await loader.aload()
+        held = Held(model, wanted, predicted[0], time.time())
+        self._tell(
+            LoadFinished(
+                version=wanted.name, location=str(wanted.path), report=report, nbytes=held.nbytes
+            )
+        )
+        self._keep_spare(held.nbytes)
+        await self._pass_check(model, wanted)
+        await confirm()
+        return held
+
+    def _prepare(
+        self, model: Model, wanted: Candidate, options: Mapping[str, Any], predicted: list[int]
+    ) -> Loader:
+        """Look at every tensor; belongs on a thread: there may be very many."""
+        self._must_be_fresh(model)
+        dense = tensor_bytes(model)
+
+        def on_plan(plan: LoadPlan) -> None:
+            predicted.append(self._predict(plan, dense + row_bytes(plan, model), wanted))
+
+        own = {"progress": self._note_progress, "on_plan": on_plan}
+        return Loader(wanted.path, model.tables, model.tensors, **{**options, **own})
+
+    def _predict(self, plan: LoadPlan, nbytes: int, wanted: Candidate) -> int:
+        """Return what a version will take, or refuse it. What nobody uses gives way."""
+        inflight = min(self._options.get("max_inflight_bytes", INFLIGHT_BYTES), plan.nbytes)
+        most = self._max_memory
+        if most is None:
+            return nbytes
+        beside = self._shelf.needed
+        if beside + nbytes + inflight > most:
+            reason = (
+                f"it takes {size_text(nbytes)} beside the {size_text(beside)} of versions in use "
+                f"and {size_text(inflight)} of reads under way: more than max_memory, "
+                f"{size_text(most)}"
+            )
+            self._tell_refused(wanted, reason)
+            raise RefusedError(reason, beside)
+        while self._shelf.nbytes + nbytes + inflight > most and self._shelf.spare():
+            pass
+        return nbytes
+
+    def _keep_spare(self, nbytes: int) -> None:
+        """Have the memory of a version kept for the next one, as far as there is room."""
+        spare = nbytes + nbytes // 4  # tables reserve more than they fill
+        if self._max_memory is not None:
+            spare = min(spare, max(self._max_memory - self._shelf.keep * nbytes, 0))
+        SPARE.allow(self, spare)
+
+    async def _pass_check(self, model: Model, wanted: Candidate) -> None:
+        if self._check is None:
+            return
+        verdict: object = None
+        try:
+            verdict = await self._call(partial(self._check, model))
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            reason = "check was cancelled by something of its own"
+            self._tell_refused(wanted, reason)
+            raise RefusedError(reason) from error
+        except Exception as error:
+            reason = f"check raised {type(error).__name__}: {error}"
+            self._tell_refused(wanted, reason, error)
+            raise RefusedError(reason) from error
+        if not passed(verdict):
+            reason = f"check returned {shortened(verdict)}"
+            self._tell_refused(wanted, reason, ValueError(reason))
+            raise RefusedError(reason)
+
+    def _tell_refused(self, wanted: Candidate, reason: str, error: Exception | None = None) -> None:
+        self._refused = True
+        self._tell(
+            VersionRefused(
+                version=wanted.name, location=str(wanted.path), reason=reason, error=error
+            )
+        )
+
+    async def _call(self, function: Callable[[], object]) -> object:
+        """Call a user's function on a thread; await on the event loop what it returns."""
+        [result] = await run_jobs(self._executor, [function])
+        return await result if inspect.isawaitable(result) else result
+
+    def _note_progress(self, progress: Progress) -> None:
+        self.progress = progress
+        SPARE.allow(self, 0)  # all memory is reserved: what has not been taken will never fit
+        listener = self._options.get("progress")
+        if callable(listener):
+            listener(progress)
+
+
+def _is_cancelled() -> bool:
+    """Say whether somebody has cancelled this task, or a user's code raised that by itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def passed(verdict: object) -> bool:
+    """Say whether what a check returned lets a version serve: `None`, or anything that is true.
+
+    Raises:
+        TypeError: If it is no truth value: of text or a list, `bool` says whether it is empty.
+    """
+    if verdict is None:
+        return True
+    try:
+        if hasattr(type(verdict), "__bool__"):
+            return bool(verdict)
+    except (RuntimeError, ValueError):  # of tensors and arrays of several values
+        pass
+    raise TypeError(
+        f"check returned {shortened(verdict)}, which is neither true nor false: return True, "
+        "False or None"
+    )
+
+
+def shortened(value: object) -> str:
+    """Return a value's text, or its type where that is long."""
+    text = repr(value)
+    return text if len(text) <= _SHORT else f"a {type(value).__name__}"
+
+
+def _memory_of(model: Model) -> set[int]:
+    """Return what tells a model's tables and tensors from those of another."""
+    storages = (tensor.untyped_storage() for tensor in model.tensors.values())
+    tensors = {storage.data_ptr() for storage in storages if storage.nbytes()}
+    return tensors | {id(table) for table in model.tables.values()}
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Have an error, which may be kept for long, hold on to no memory."""
+    known: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is not None and id(one) not in known:
+            known.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            todo += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]

@@ -1,0 +1,247 @@
+"""A folder that is written to: the few calls from which a commit is made."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from .open_files import OpenFiles, naming
+from .protocol import views_after
+
+if sys.platform != "win32":
+    import fcntl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+
+
+class WritableFile(Protocol):
+    """A file that is being written, at any positions, by any number of threads."""
+
+    def write(self, offset: int, views: Sequence[memoryview], /) -> None:
+        """Write all of `views`, one after the other, from `offset` on. At most 1024 views."""
+        ...
+
+    def sync(self) -> None:
+        """Return when all that was written would outlive a loss of power."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; not twice."""
+        ...
+
+
+class Folder(Protocol):
+    """Names are relative to the folder, parts separated by `/`; `""` is the folder itself.
+
+    Every call may block, and belongs on a thread. Every call may raise `OSError`, whose `filename`
+    is `location` and the name, if anything.
+    """
+
+    @property
+    def location(self) -> str:
+        """What to call it in messages."""
+        ...
+
+    def make(self, name: str, /) -> None:
+        """Make a folder and those above it; fine if it is there."""
+        ...
+
+    def names(self, name: str, /) -> list[str]:
+        """Return what a folder holds, names of folders with a `/` behind them.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+        """
+        ...
+
+    def create(self, name: str, /) -> WritableFile:
+        """Begin a file anew."""
+        ...
+
+    def read(self, name: str, /) -> bytes:
+        """Return a whole file."""
+        ...
+
+    def size(self, name: str, /) -> int:
+        """Return the length of a file in bytes."""
+        ...
+
+    def changed_at(self, name: str, /) -> float:
+        """Return when a folder, or a file in it, was last changed, in seconds by its own clock."""
+        ...
+
+    def move(self, source: str, target: str, /) -> None:
+        """Rename a file; what had the new name is gone."""
+        ...
+
+    def remove(self, name: str, /) -> None:
+        """Remove a file."""
+        ...
+
+    def remove_folder(self, name: str, /) -> None:
+        """Remove an empty folder."""
+        ...
+
+    def sync(self, name: str, /) -> None:
+        """Return when a folder's names would outlive a loss of power."""
+        ...
+
+    def hold(self) -> contextlib.AbstractContextManager[bool]:
+        """Keep others who hold the folder away, in any process, until the block ends.
+
+        Yields:
+            Whether nobody else holds it.
+        """
+        ...
+
+
+class _LocalFile:
+    """A file whose descriptor may be closed between two calls, where there are too few of them."""
+
+    def __init__(self, path: Path, open_files: OpenFiles) -> None:
+        self._path = path
+        self._open_files = open_files
+        self._open_files.begin(path)
+
+    def write(self, offset: int, views: Sequence[memoryview], /) -> None:
+        left = list(views)
+        with naming(self._path), self._open_files.using(self._path) as fd:
+            while left:
+                count = _pwritev(fd, left, offset)
+                offset += count
+                left = views_after(left, count)
+
+    def sync(self) -> None:
+        with naming(self._path), self._open_files.using(self._path) as fd:
+            os.fsync(fd)
+
+    def close(self) -> None:
+        with naming(self._path):
+            self._open_files.close(self._path)
+
+
+class LocalFolder:
+    """A folder of the file system, which need not be there yet."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(root).absolute()  # or a chdir within a save would tear it apart
+        self._open_files = OpenFiles()
+
+    @property
+    def location(self) -> str:
+        """The path."""
+        return str(self._root)
+
+    def make(self, name: str, /) -> None:
+        """Make a folder, and let each new name outlive a loss of power."""
+        path = self._root / name
+        missing = []
+        while not path.is_dir():
+            missing.append(path)
+            path = path.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)  # another rank may be faster
+            _sync(new.parent)
+
+    def names(self, name: str, /) -> list[str]:
+        """Return what a folder holds."""
+        with os.scandir(self._root / name) as entries:
+            return sorted(
+                f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                for entry in entries
+            )
+
+    def create(self, name: str, /) -> _LocalFile:
+        """Begin a file anew."""
+        return _LocalFile(self._root / name, self._open_files)
+
+    def read(self, name: str, /) -> bytes:
+        """Return a whole file."""
+        return (self._root / name).read_bytes()
+
+    def size(self, name: str, /) -> int:
+        """Return the length of a file in bytes."""
+        return (self._root / name).stat().st_size
+
+    def changed_at(self, name: str, /) -> float:
+        """Return when a folder, or a file in it, was last changed."""
+        path = self._root / name
+        with os.scandir(path) as entries:
+            times = [entry.stat(follow_symlinks=False).st_mtime for entry in entries]
+        return max(path.stat().st_mtime, *times) if times else path.stat().st_mtime
+
+    def move(self, source: str, target: str, /) -> None:
+        """Rename a file."""
+        (self._root / source).replace(self._root / target)
+
+    def remove(self, name: str, /) -> None:
+        """Remove a file."""
+        (self._root / name).unlink()
+
+    def remove_folder(self, name: str, /) -> None:
+        """Remove an empty folder."""
+        (self._root / name).rmdir()
+
+    def sync(self, name: str, /) -> None:
+        """Sync a folder."""
+        _sync(self._root / name)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[bool]:
+        """Lock the folder, where the system can; the lock ends with the process at the latest."""
+        if sys.platform == "win32":  # no folder can be opened there
+            yield True
+            return
+        fd = os.open(self._root, os.O_RDONLY | _CLOEXEC)
+        try:
+            yield _locked(fd)
+        finally:
+            with contextlib.suppress(OSError):
+                # Closing would not do: a process that was forked meanwhile holds the lock too.
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems lock no folders; the others say who else is at work.
+        return error.errno not in {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN}
+    return True
+
+
+def _sync(path: Path) -> None:
+    if sys.platform == "win32":  # no folder can be opened there
+        return
+    with naming(path):
+        fd = os.open(path, os.O_RDONLY | _CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+if hasattr(os, "pwritev"):
+
+    def _pwritev(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        return os.pwritev(fd, views, offset)
+
+else:  # Windows: one position a descriptor, so one writer at a time
+    _seek_and_write = threading.Lock()
+
+    def _pwritev(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        with _seek_and_write:
+            os.lseek(fd, offset, os.SEEK_SET)
+            return os.write(fd, views[0])

@@ -1,0 +1,196 @@
+"""Tries again what may have failed for a moment only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from asyncloader._threads.patience import StalledError
+
+from .opening import FileChangedError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+    from tenacity import RetryCallState
+
+    from .protocol import ReadInto, Storage, ThreadedStorage
+
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_TRANSIENT = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN, errno.EINTR}
+_ATTEMPTS = 5
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 1.0
+
+
+def is_transient(error: BaseException) -> bool:
+    """Say whether a fault may be gone in a moment: networks and devices have such.
+
+    A file that was replaced stays so; what took too long already is not waited for again.
+    """
+    if isinstance(error, FileChangedError | StalledError) or not isinstance(error, OSError):
+        return False
+    return error.errno in _TRANSIENT
+
+
+class RetryingStorage:
+    """A storage that tries again, a few times and with growing pauses, what may pass.
+
+    Each call is tried five times at most, with pauses of up to 0.1, 0.2, 0.4 and 0.8 s, random
+    ones, so that many readers do not come back at the same moment.
+
+    Args:
+        inner: The storage.
+        lost: Knows how many reads were given up, if `inner` may not say so.
+        sleep: Pauses on the event loop.
+        rest: Pauses on a thread.
+
+    Attributes:
+        retries: How often it tried again.
+    """
+
+    def __init__(
+        self,
+        inner: Storage,
+        *,
+        lost: Callable[[], int] | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        rest: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._inner = inner
+        self._lost = lost
+        self._sleep = sleep
+        self._rest = rest
+        self.retries = 0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._inner!r}: {self.retries} retries>"
+
+    @property
+    def location(self) -> str:
+        """What to call the checkpoint in messages."""
+        return self._inner.location
+
+    @property
+    def lost(self) -> int:
+        """Reads that were given up: their memory may be written to at any time."""
+        return self._inner.lost if self._lost is None else self._lost()
+
+    async def size(self, name: str, /) -> int:
+        """Return the length of a file in bytes; see `Storage`."""
+        return await self._persistently(partial(self._inner.size, name), name)
+
+    async def changed(self, names: Sequence[str], /) -> list[str]:
+        """Say which files are others than they were; see `Storage`."""
+        return await self._persistently(partial(self._inner.changed, names), "")
+
+    async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
+        """Fill `views` from `offset` on; see `Storage`."""
+        return await self._persistently(partial(self._inner.readinto, name, offset, views), name)
+
+    async def _persistently(self, call: Callable[[], Awaitable[T]], name: str) -> T:
+        try:
+            return await call()
+        except OSError as error:
+            if not is_transient(error):
+                raise
+            first = error
+        return await self._again(call, name, first)
+
+    async def _again(self, call: Callable[[], Awaitable[T]], name: str, first: OSError) -> T:
+        from tenacity import AsyncRetrying  # noqa: PLC0415  # seldom
+
+        failures = iter([first])
+
+        async def attempt() -> T:
+            for failure in failures:  # the first attempt is that one
+                raise failure
+            return await call()
+
+        with _telling():
+            return await AsyncRetrying(sleep=self._sleep, **self._how(name))(attempt)
+
+    def _how(self, name: str) -> dict[str, Any]:
+        from tenacity import (  # noqa: PLC0415
+            retry_if_exception,
+            stop_after_attempt,
+            wait_random_exponential,
+        )
+
+        def note(state: RetryCallState) -> None:
+            self.retries += 1
+            error = state.outcome.exception() if state.outcome else None
+            # The first one is news; the report will count the others.
+            _log.log(
+                logging.WARNING if self.retries == 1 else logging.DEBUG,
+                "%s: %s: %s; trying again, %d of %d",
+                self.location, name, error, state.attempt_number, _ATTEMPTS - 1,
+            )  # fmt: skip
+
+        return {
+            "retry": retry_if_exception(is_transient),
+            "stop": stop_after_attempt(_ATTEMPTS),
+            "wait": wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
+            "before_sleep": note,
+            "reraise": True,
+        }
+
+
+class ThreadedRetryingStorage(RetryingStorage):
+    """The same for a storage that lends threads.
+
+    What is tried again on one of these pauses there: cancelling waits for up to 1.5 s then.
+    """
+
+    def __init__(self, inner: ThreadedStorage, **pauses: Any) -> None:  # noqa: ANN401  # as above
+        super().__init__(inner, **pauses)
+        self._lender = inner
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
+        """Run `job` on a thread; see `ThreadedStorage`."""
+
+        def with_read(read: ReadInto) -> T:
+            def persistent(offset: int, views: Sequence[memoryview]) -> int:
+                try:
+                    return read(offset, views)
+                except OSError as error:
+                    if not is_transient(error):
+                        raise
+                    return self._again_here(partial(read, offset, views), name, error)
+
+            return job(persistent)
+
+        return await self._lender.on_thread(name, with_read)
+
+    def _again_here(self, call: Callable[[], int], name: str, first: OSError) -> int:
+        from tenacity import Retrying  # noqa: PLC0415
+
+        failures = iter([first])
+
+        def attempt() -> int:
+            for failure in failures:
+                raise failure
+            return call()
+
+        with _telling():
+            return Retrying(sleep=self._rest, **self._how(name))(attempt)
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """Say of what failed again and again that it did."""
+    try:
+        yield
+    except OSError as error:
+        if is_transient(error):
+            error.add_note(f"{_ATTEMPTS} times in a row; look at the disk or the network")
+        raise

@@ -1,0 +1,343 @@
+"""The hash table that users make, look ids up in, and hand to a loader."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+from asyncloader._checkpoint.slices import Slice, gen_slice
+
+from .encoding import Encoding, as_ids, strays
+from .slots import Initializer, Slot, as_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .encoding import Children
+    from .snapshot import TableSnapshot
+    from .state import TableState
+    from .update import TableUpdate
+
+
+EMBEDDING = "embedding"
+ID = "id"
+
+
+class HashTable(torch.nn.Module):
+    """Ids (any int64) → rows: an embedding and further slots, such as the optimizer's state.
+
+    Constructor and names are those of RecIS's `HashTable`. Lookups take no lock and may run in any
+    number of threads, also while the table is being loaded into or changed: they see the table
+    before or after, never in between. Changes come one at a time; each builds the next version
+    beside the present one, so `insert` copies the id index (2 ms per million ids that the
+    table holds) and `delete` builds it anew (80 ms): hand them many ids at once.
+
+    A coalesced table is a merger of several children. In memory its ids are *encoded*: the lower 52
+    bits are the id, the upper 12 the child's number. `child=` names the child whose plain ids are
+    given (of which only the lower 52 bits count); without it ids are encoded ones.
+
+    ```python
+    table = HashTable([16], name="item_emb")
+    table.add_slot("sparse_adamw_exp_avg", [16])
+    table.insert(torch.tensor([7, -1]), torch.ones(2, 16))
+    table(torch.tensor([[7, 8]]))  # [1, 2, 16]; zeros for 8
+    ```
+
+    Rows are no parameters: gradients do not flow into them, `state_dict()` is without them, and
+    `to()` leaves them where they are.
+
+    Args:
+        embedding_shape: Shape of one row.
+        block_size: Rows by which capacity grows; a multiple of it is reserved.
+        dtype: Of the embedding.
+        device: Where rows live. The id index stays on the host.
+        coalesced: Whether the table merges `children`.
+        children: Their names on disk, at most 4094; the table's own unless given.
+        slice: The ids that the table accepts, by their position on disk; all unless given.
+        initializer: What embeddings hold that nobody has written: a number, or a function that
+            fills a `[n, *embedding_shape]` tensor in place. `None` is 0.0.
+        name: The table's name on disk.
+    """
+
+    def __init__(  # noqa: PLR0917  # RecIS's order
+        self,
+        embedding_shape: Sequence[int],
+        block_size: int = 1024,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        coalesced: bool = False,  # noqa: FBT001, FBT002  # RecIS's order
+        children: Sequence[str] | None = None,
+        slice: Slice | None = None,  # noqa: A002  # RecIS's name
+        initializer: Initializer | None = None,
+        name: str = "hashtable",
+    ) -> None:
+        super().__init__()
+        from .index import new_seed  # noqa: PLC0415
+        from .state import TableState  # noqa: PLC0415  # numba, which takes half a second
+
+        if type(block_size) is not int or block_size <= 0:
+            raise ValueError(f"block_size must be a positive int, got {block_size!r}")
+        if slice is not None and not isinstance(slice, Slice):
+            raise TypeError(f"slice must be a Slice, as gen_slice() makes, got {slice!r}")
+        self.name = name
+        self.slice = gen_slice() if slice is None else slice
+        self.block_size = block_size
+        self._encoding = Encoding.of(name, children, coalesced=coalesced)
+        embedding = Slot(
+            name=EMBEDDING,
+            shape=as_shape(embedding_shape),
+            dtype=dtype,
+            initializer=0.0 if initializer is None else initializer,
+        )
+        self._guard = threading.Lock()
+        self._busy = False
+        self._state = TableState.empty({EMBEDDING: embedding}, torch.device(device), new_seed())
+
+    def extra_repr(self) -> str:
+        """Describe the table, as `repr` shows it."""
+        slots = ", ".join(
+            f"{slot.name}: {list(slot.shape)} {str(slot.dtype).removeprefix('torch.')}"
+            for slot in self._state.slots.values()
+        )
+        family = f", children={list(self.children)}" if self.coalesced else ""
+        return f"{self.name!r}, {len(self)} ids, slots=({slots}), slice={self.slice}{family}"
+
+    def __len__(self) -> int:
+        return self._state.index.count
+
+    def __bool__(self) -> bool:
+        return True  # or `if table:` would ask whether it holds ids
+
+    def __copy__(self) -> HashTable:
+        return copy.deepcopy(self)  # two tables that append to the same memory would be neither
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what cannot be copied, so that a model with a table can."""
+        return {name: value for name, value in vars(self).items() if name != "_guard"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._guard = threading.Lock()
+        self._busy = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows live."""
+        return self._state.device
+
+    @property
+    def coalesced(self) -> bool:
+        """Whether the table merges several children."""
+        return self._encoding.coalesced
+
+    @property
+    def children(self) -> Children:  # RecIS's name, and callable too
+        """The names under which its ids stand on disk; its own, unless it is coalesced."""
+        return self._encoding.children
+
+    def slots(self) -> Mapping[str, Slot]:
+        """Return what the table keeps for each id, by name, `embedding` first."""
+        return dict(self._state.slots)
+
+    def add_slot(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        initializer: Initializer = 0.0,
+    ) -> None:
+        """Keep another value for each id; ids that are there get its initial value.
+
+        Raises:
+            ValueError: If there is such a slot already, or the name is `id`.
+            RuntimeError: If an update of the table is under way.
+        """
+        if name == ID or name in self._state.slots:
+            raise ValueError(f"table {self.name!r} already has a slot {name!r}")
+        slot = Slot(name=name, shape=as_shape(shape), dtype=dtype, initializer=initializer)
+        self._change(lambda state: state.with_slot(slot))
+
+    def ids(self, child: str | None = None) -> torch.Tensor:
+        """Return the ids, int64 `[n]`: of one child as they stand on disk, or all, encoded."""
+        state = self._state
+        encoded = state.ids[self._rows_of(state, child)]
+        return torch.from_numpy(self._encoding.decode(encoded, child))
+
+    def rows(self, slot: str = EMBEDDING, child: str | None = None) -> torch.Tensor:
+        """Return a copy of a slot's rows, `[n, *shape]`, in the order of `ids(child)`.
+
+        The order changes only when the table does.
+        """
+        state = self._state
+        spec = self._slot_of(state, slot)
+        rows = self._rows_of(state, child)
+        if not len(rows):
+            return torch.zeros((0, *spec.shape), dtype=spec.dtype, device=state.device)
+        return state.segments.gather(slot, rows)
+
+    def lookup(
+        self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None
+    ) -> torch.Tensor:
+        """Return rows of ids of any shape, `[*ids.shape, *shape]`; zeros for ids not there.
+
+        Raises:
+            KeyError: If there is no such slot or child.
+            TypeError: If the ids are not integers.
+        """
+        state = self._state
+        spec = self._slot_of(state, slot)
+        wanted, shape = as_ids(ids)
+        return state.lookup(slot, self._encoding.encode(wanted, child)).view(*shape, *spec.shape)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return embeddings of ids of any shape; zeros for ids not there."""
+        return self.lookup(ids)
+
+    def contains(self, ids: torch.Tensor, child: str | None = None) -> torch.Tensor:
+        """Say which ids are there: bool, of the shape of `ids` and on their device."""
+        wanted, shape = as_ids(ids)
+        rows, _ = self._state.find(self._encoding.encode(wanted, child))
+        return torch.from_numpy(rows >= 0).view(shape).to(torch.as_tensor(ids).device)
+
+    def insert(
+        self,
+        ids: torch.Tensor,
+        rows: torch.Tensor,
+        slot: str = EMBEDDING,
+        child: str | None = None,
+    ) -> None:
+        """Give ids, int64 `[n]`, rows of one slot, `[n, *shape]`.
+
+        Other slots of ids that are new get their initial values, those of ids that were there stay.
+        Of an id that is given twice the later row stays.
+
+        Raises:
+            KeyError: If there is no such slot or child.
+            TypeError: If dtypes do not fit.
+            ValueError: If shapes do not fit, or an id is not in the table's slice.
+            RuntimeError: If an update of the table is under way.
+        """
+        from .edit import insert  # noqa: PLC0415  # numba
+
+        spec = self._slot_of(self._state, slot)
+        plain, _ = as_ids(ids)
+        if rows.dtype != spec.dtype:
+            raise TypeError(f"slot {slot!r} is {spec.dtype}, got rows of {rows.dtype}")
+        if tuple(rows.shape) != (len(plain), *spec.shape):
+            raise ValueError(
+                f"slot {slot!r}: {len(plain)} ids need rows of shape "
+                f"{[len(plain), *spec.shape]}, got {list(rows.shape)}"
+            )
+        encoded = self._encoding.encode(plain, child)
+        stray = strays(self._encoding.plain(encoded), self.slice)
+        if len(stray):
+            more = f", and {len(stray) - 1:,} others are not" if len(stray) > 1 else ""
+            raise ValueError(
+                f"table {self.name!r}: id {stray[0]} is not in slice {self.slice}{more}"
+            )
+        insert(self.begin(most=len(plain), expected=len(plain)), encoded, rows, slot)
+
+    def delete(self, ids: torch.Tensor, child: str | None = None) -> int:
+        """Take ids out, and return how many were there.
+
+        Raises:
+            RuntimeError: If an update of the table is under way.
+        """
+        from .edit import delete  # noqa: PLC0415  # numba
+
+        wanted, _ = as_ids(ids)
+        encoded = self._encoding.encode(wanted, child)
+        before, after = self._change(
+            lambda state: delete(state, encoded, block_size=self.block_size)
+        )
+        return before.index.count - after.index.count
+
+    def clear(self) -> None:
+        """Take all ids out and give their memory back; slots stay.
+
+        Raises:
+            RuntimeError: If an update of the table is under way.
+        """
+        self._change(lambda state: state.empty(state.slots, state.device, state.seed))
+
+    def reserve(self, n: int) -> None:
+        """Reserve room, so that the table can grow to `n` ids in one piece.
+
+        Raises:
+            RuntimeError: If an update of the table is under way.
+        """
+        from .edit import with_room  # noqa: PLC0415  # numba
+
+        self._change(lambda state: with_room(state, n, block_size=self.block_size))
+
+    def snapshot(self) -> TableSnapshot:
+        """Return what the table holds now; for savers. Takes no lock, and copies nothing."""
+        from .snapshot import TableSnapshot  # noqa: PLC0415  # who only loads does without
+
+        return TableSnapshot(self.name, self.children, self.slice, self._state, self._encoding)
+
+    def begin(self, *, most: int, expected: int) -> TableUpdate:
+        """Begin an update of at most `most` rows, about `expected` of them; for loaders.
+
+        Raises:
+            RuntimeError: If another update of the table is under way.
+            MemoryError: If there is no room.
+        """
+        from .update import TableUpdate  # noqa: PLC0415  # numba
+
+        self._acquire()
+        try:
+            return TableUpdate(
+                self._state,
+                encode=self._encoding.bits,
+                block_size=self.block_size,
+                most=most,
+                expected=expected,
+                publish=self._release,
+            )
+        except BaseException:
+            self._release(None)
+            raise
+
+    def _change(self, change: Callable[[TableState], TableState]) -> tuple[TableState, TableState]:
+        """Swap the state for another one, and return both."""
+        self._acquire()
+        before = self._state
+        after = None
+        try:
+            after = change(before)
+        finally:
+            self._release(after)
+        return before, after
+
+    def _acquire(self) -> None:
+        with self._guard:
+            if self._busy:
+                raise RuntimeError(
+                    f"table {self.name!r} is being loaded or changed; one update at a time: "
+                    "wait for that one to end"
+                )
+            self._busy = True
+
+    def _release(self, state: TableState | None) -> None:
+        if state is not None:
+            self._state = state
+        self._busy = False
+
+    def _slot_of(self, state: TableState, name: str) -> Slot:
+        if name not in state.slots:
+            known = ", ".join(state.slots)
+            raise KeyError(f"table {self.name!r} has no slot {name!r}, only {known}")
+        return state.slots[name]
+
+    def _rows_of(self, state: TableState, child: str | None) -> NDArray[np.int64]:
+        rows = state.live_rows()
+        if child is None:
+            return rows
+        return rows[self._encoding.are_of(state.ids[rows], child)]

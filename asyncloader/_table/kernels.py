@@ -1,0 +1,348 @@
+"""The loops over ids, compiled by Numba. They hold no GIL, so threads run them side by side.
+
+The index is open addressing over 64-bit words, `parts` times `capacity` of them:
+
+    word = tag << 40 | (row + 1)        0 is an empty slot
+
+The row points into `ids`, int64 `[rows]`, where the id itself stands, so every int64 is a legal id
+and a word takes 8 bytes. Of an id's 64-bit hash the top bits choose the part, 32 bits in the
+middle the line, eight slots that share a cache line (multiplied up to the number of lines, which
+need not be a power of two), and the lowest 24 are the tag, which spares nearly every look at an id
+that is not the one. It is odd, so never that of an empty slot. An id stands in the first slot of
+its line that was free, or, where none was, of the lines after it; behind the part's last comes its
+first.
+
+Threads share the work by parts: each walks over all ids and takes those whose part is its own.
+
+Two things keep the processor from waiting. A probe of a large index is a cache miss, so hashes are
+computed for a batch, and the lines fetched, before the first is examined. And a branch that may go
+either way stops it from starting the next probe, so the eight slots of a line are looked at
+without one; what that leaves open, a line that is full or a tag that is another id's, is rare.
+
+Everything is uint64 on purpose: numba turns a mixture of int64 and uint64 into float64.
+Signatures are given, so that all compiling (or loading from the cache) happens at import and never
+within a load. A table is not there before it is done, so there is little of it: numpy does what it
+does in about the same time (`_words`, `_claims`), functions that are only called from here get no
+wrapper for calls from Python, and what takes long to compile is avoided (`np.searchsorted`,
+`np.empty`, comparing tuples).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.ma  # Numba does at the first call of a kernel, which is within a load
+from numba import njit
+
+from .compiling import Compiler, KernelCache
+from .prefetch import prefetch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Longs = NDArray[np.int64]
+    Words = NDArray[np.uint64]
+    Flags = NDArray[np.bool_]
+
+
+BATCH = 128
+_ZERO, _ONE, _LINE = np.uint64(0), np.uint64(1), np.uint64(8)
+_S24, _S32, _S33, _S40 = (np.uint64(n) for n in (24, 32, 33, 40))
+_ROW = np.uint64(2**40 - 1)
+_LOW32 = np.uint64(2**32 - 1)
+_MAX = np.uint64(2**64 - 1)
+_OPEN = -2  # what is not known yet of an id whose line is full of others
+# MurmurHash3's 64-bit finaliser: https://github.com/aappleby/smhasher
+_MIX1, _MIX2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+
+_inline = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_kernel = Compiler(KernelCache)
+
+
+@_inline
+def _hash(id_: np.int64, seed: np.uint64) -> np.uint64:
+    # The seed is drawn per table: ids that collide in one process do not in the next, so that a
+    # file cannot be made to turn the index into a list.
+    h = np.uint64(id_) ^ seed
+    h ^= h >> _S33
+    h *= _MIX1
+    h ^= h >> _S33
+    h *= _MIX2
+    h ^= h >> _S33
+    return h
+
+
+@_inline
+def _part(h: np.uint64, parts: np.uint64) -> np.uint64:
+    return ((h >> _S32) * parts) >> _S32
+
+
+@_inline
+def _home(h: np.uint64, part: np.uint64, capacity: np.uint64) -> np.uint64:
+    """Return the first slot of an id's line."""
+    line = (((h >> _S24) & _LOW32) * (capacity // _LINE)) >> _S32
+    return part * capacity + line * _LINE
+
+
+@_inline
+def _tag(h: np.uint64) -> np.uint64:
+    """Return an id's tag, where it stands in a word."""
+    return (h | _ONE) << _S40
+
+
+@_inline
+def _seek(
+    words: Words, home: np.uint64, capacity: np.uint64, tag: np.uint64, ids: Longs, id_: np.int64
+) -> np.uint64:
+    """Return the slot in which an id stands, or the free one in which it would."""
+    end = (home // capacity + _ONE) * capacity
+    slot = home
+    there = words[slot]
+    while there != _ZERO and (there ^ tag > _ROW or ids[(there & _ROW) - _ONE] != id_):
+        slot += _ONE
+        if slot == end:
+            slot -= capacity
+        there = words[slot]
+    return slot
+
+
+@_inline
+def _rank(row: np.int64, run_first: Longs, run_order: Longs) -> np.int64:
+    """Return the rank of the run that a row belongs to."""
+    low, high = 0, run_first.shape[0]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if run_first[middle] <= row:
+            low = middle
+        else:
+            high = middle
+    return run_order[low]
+
+
+@_kernel(
+    "UniTuple(i8, 2)(u8[::1], u8, u8, u8, u8, i8[::1], "
+    "i8, i8, b1[::1], i8[::1], i8[::1], u8[:, ::1])"
+)
+def insert_rows(
+    words: Words,
+    parts: int,
+    part_lo: int,
+    part_hi: int,
+    seed: np.uint64,
+    ids: Longs,
+    first: int,
+    count: int,
+    refused: Flags,
+    run_first: Longs,
+    run_order: Longs,
+    scratch: Words,
+) -> tuple[int, int]:
+    """Put the ids of rows `[first, first + count)` into the index.
+
+    Of two rows with the same id, the one of the later run wins, or the later one of a run,
+    whichever comes first: the outcome does not depend on the order of the calls.
+
+    Args:
+        words: uint64 `[parts * capacity]`, the index.
+        parts: How many it has.
+        part_lo: First part to fill.
+        part_hi: One past the last.
+        seed: The hash's.
+        ids: int64 `[rows]`.
+        first: First row.
+        count: Rows.
+        refused: bool `[count]`, rows to pass over; or empty.
+        run_first: int64 `[runs]`, ascending; the first row of each run.
+        run_order: int64 `[runs]`; the rank of each run.
+        scratch: uint64 `[2, BATCH]`.
+
+    Returns:
+        How many ids were new, and how many were there already; the rest are in other parts.
+    """
+    capacity = np.uint64(words.shape[0]) // parts
+    homes, entries = scratch[0], scratch[1]
+    skipping = refused.shape[0] > 0
+    new = 0
+    again = 0
+    for start in range(first, first + count, BATCH):
+        size = 0
+        for row in range(start, min(start + BATCH, first + count)):
+            h = _hash(ids[row], seed)
+            part = _part(h, parts)
+            homes[size] = _home(h, part, capacity)
+            entries[size] = _tag(h) | np.uint64(row + 1)
+            mine = (part >= part_lo) & (part < part_hi)
+            if skipping:
+                mine &= not refused[row - first]
+            size += mine
+        for i in range(size):
+            prefetch(words, homes[i])
+        for i in range(size):
+            home = homes[i]
+            entry = entries[i]
+            tag = entry & ~_ROW
+            nearest = _MAX
+            used = _ZERO
+            for slot in range(home, home + _LINE):
+                there = words[slot]
+                nearest = min(nearest, there ^ tag)  # the row of a word that has the tag
+                used += np.uint64(there != _ZERO)
+            if nearest > _ROW and used < _LINE:
+                words[home + used] = entry
+                new += 1
+                continue
+            row = np.int64(entry & _ROW) - 1
+            slot = _seek(words, home, capacity, tag, ids, ids[row])
+            there = words[slot]
+            if there == _ZERO:
+                words[slot] = entry
+                new += 1
+                continue
+            again += 1
+            other = np.int64(there & _ROW) - 1
+            rank, other_rank = _rank(row, run_first, run_order), _rank(other, run_first, run_order)
+            if rank > other_rank or (rank == other_rank and row > other):
+                words[slot] = entry
+    return new, again
+
+
+@_kernel("i8(u8[::1], u8, u8, i8[::1], i8[::1], i8[::1], u8[:, ::1])")
+def find(
+    words: Words,
+    parts: int,
+    seed: np.uint64,
+    ids: Longs,
+    wanted: Longs,
+    rows: Longs,
+    scratch: Words,
+) -> int:
+    """Look ids up.
+
+    Args:
+        words: uint64 `[parts * capacity]`, the index.
+        parts: How many it has.
+        seed: The hash's.
+        ids: int64 `[rows]`.
+        wanted: int64 `[n]`, the ids to find.
+        rows: int64 `[n]`; receives their rows, or -1.
+        scratch: uint64 `[2, BATCH]`.
+
+    Returns:
+        How many are not there.
+    """
+    capacity = np.uint64(words.shape[0]) // parts
+    homes, tags = scratch[0], scratch[1]
+    missing = 0
+    for start in range(0, wanted.shape[0], BATCH):
+        size = min(BATCH, wanted.shape[0] - start)
+        for i in range(size):
+            h = _hash(wanted[start + i], seed)
+            homes[i] = _home(h, _part(h, parts), capacity)
+            tags[i] = _tag(h)
+        for i in range(size):
+            prefetch(words, homes[i])
+        for i in range(size):
+            nearest = _MAX
+            for slot in range(homes[i], homes[i] + _LINE):
+                nearest = min(nearest, words[slot] ^ tags[i])
+            # Lines fill from their first slot on.
+            nowhere = -1 if words[homes[i] + _LINE - _ONE] == _ZERO else _OPEN
+            row = np.int64(nearest) - 1 if nearest <= _ROW else nowhere
+            rows[start + i] = row
+            prefetch(ids, np.uint64(max(row, 0)))
+        for i in range(size):
+            row = rows[start + i]
+            same = (row >= 0) & (ids[max(row, 0)] == wanted[start + i])
+            if same | (row == -1):
+                missing += row < 0
+                continue
+            slot = _seek(words, homes[i], capacity, tags[i], ids, wanted[start + i])
+            row = np.int64(words[slot] & _ROW) - 1
+            rows[start + i] = row
+            missing += row < 0
+    return missing
+
+
+@_kernel(
+    "UniTuple(i8, 2)(u8[::1], u8, u8, u8, u8, i8[::1], "
+    "u8[::1], b1[::1], b1, i8[:, ::1], u8[:, ::1])"
+)
+def merge(
+    words: Words,
+    parts: int,
+    part_lo: int,
+    part_hi: int,
+    seed: np.uint64,
+    ids: Longs,
+    source: Words,
+    gone: Flags,
+    wins: bool,
+    pairs: Longs,
+    scratch: Words,
+) -> tuple[int, int]:
+    """Put words of another index over the same `ids` into this one.
+
+    Args:
+        words: uint64 `[parts * capacity]`, the index that receives.
+        parts: How many it has.
+        part_lo: First part to fill.
+        part_hi: One past the last.
+        seed: The hash's, the same for both.
+        ids: int64 `[rows]`.
+        source: uint64 `[n]`, words of the other index, empty ones among them.
+        gone: bool `[rows]`, rows to leave out; or empty.
+        wins: Whether, for an id in both, the source's row stays.
+        pairs: int64 `[2, m]`; receives, for each id in both, the row that lost and, in the second
+            row, the one that stays.
+        scratch: uint64 `[2, BATCH]`.
+
+    Returns:
+        How many ids were new, and how many were in both; the rest are in other parts, or gone.
+    """
+    capacity = np.uint64(words.shape[0]) // parts
+    homes, entries = scratch[0], scratch[1]
+    leaving = gone.shape[0] > 0
+    new = 0
+    both = 0
+    for start in range(0, source.shape[0], BATCH):
+        size = 0
+        for i in range(start, min(start + BATCH, source.shape[0])):
+            entries[size] = source[i]
+            prefetch(ids, (source[i] & _ROW) - _ONE)
+            size += source[i] != _ZERO
+        count = size
+        size = 0
+        for i in range(count):
+            entry = entries[i]
+            row = np.int64(entry & _ROW) - 1
+            h = _hash(ids[row], seed)
+            part = _part(h, parts)
+            homes[size] = _home(h, part, capacity)
+            entries[size] = entry
+            mine = (part >= part_lo) & (part < part_hi)
+            if leaving:
+                mine &= not gone[row]
+            size += mine
+        for i in range(size):
+            nearest = _MAX
+            for slot in range(homes[i], homes[i] + _LINE):
+                nearest = min(nearest, words[slot] ^ (entries[i] & ~_ROW))
+            prefetch(ids, nearest - _ONE)
+        for i in range(size):
+            entry = entries[i]
+            row = np.int64(entry & _ROW) - 1
+            slot = _seek(words, homes[i], capacity, entry & ~_ROW, ids, ids[row])
+            there = words[slot]
+            if there == _ZERO:
+                words[slot] = entry
+                new += 1
+                continue
+            other = np.int64(there & _ROW) - 1
+            if both < pairs.shape[1]:  # whoever says that there are none may be wrong
+                pairs[0, both] = other if wins else row
+                pairs[1, both] = row if wins else other
+            both += 1
+            if wins:
+                words[slot] = entry
+    return new, both

@@ -1,0 +1,135 @@
+"""What a loader needs of a table, so that other tables than ours can be filled.
+
+The types say who calls what; the promises stand at each method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from asyncloader._as_dict import AsDict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from asyncloader._checkpoint.slices import Slice
+
+    from .slots import Slot
+    from .snapshot import SortedRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateCounts(AsDict):
+    """What an update did to a table."""
+
+    rows: int
+    """Rows taken in; equal to `new + replaced + duplicates`."""
+
+    new: int
+    """Ids that were not there before."""
+
+    replaced: int
+    """Ids that were there already."""
+
+    duplicates: int
+    """Rows that gave way to a later one with the same id in the same update."""
+
+    dropped: int
+    """Rows whose id lies outside the slice that their block claims."""
+
+
+class LoadableTable(Protocol):
+    """A table that can be filled."""
+
+    @property
+    def name(self) -> str:
+        """What messages and reports call it."""
+        ...
+
+    @property
+    def children(self) -> Sequence[str]:
+        """The names under which its ids stand on disk; its own, unless it is coalesced."""
+        ...
+
+    @property
+    def slice(self) -> Slice:
+        """The ids that it accepts, as they stand on disk."""
+        ...
+
+    def slots(self) -> Mapping[str, Slot]:
+        """Return what it keeps for each id, `embedding` first."""
+        ...
+
+    def begin(self, *, most: int, expected: int) -> LoadableUpdate:
+        """Begin an update of at most `most` rows, about `expected` of them.
+
+        Raises:
+            RuntimeError: If another update has begun and not ended.
+            MemoryError: If there is no room.
+        """
+        ...
+
+
+class SavableTable(Protocol):
+    """A table that can be saved."""
+
+    @property
+    def children(self) -> Sequence[str]:
+        """The names under which its ids stand on disk; its own, unless it is coalesced."""
+        ...
+
+    def snapshot(self) -> SavableSnapshot:
+        """Return what it holds now, which later changes leave alone. Must not take long."""
+        ...
+
+
+class SavableSnapshot(Protocol):
+    """A table at one moment. `TableSnapshot` documents each method."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def children(self) -> Sequence[str]: ...
+    @property
+    def slice(self) -> Slice: ...
+    @property
+    def slots(self) -> Mapping[str, Slot]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def counts(self) -> Mapping[str, int]: ...
+    def sorted_rows(self, child: str, *, sub_slices: int) -> SortedRows: ...
+    def copy_rows(self, slot: str, rows: NDArray[np.int64], out: torch.Tensor) -> None: ...
+
+
+class LoadableUpdate(Protocol):
+    """The next version of a table, seen by nobody before `commit`.
+
+    Rows are reserved, their memory is written to, their ids are indexed, then the update finishes
+    and commits. The steps that take long come as jobs, plain functions that hold no GIL to speak
+    of: the caller decides on which threads they run. `TableUpdate` documents each method.
+    """
+
+    def layer(self, slots: frozenset[str], expected: int) -> int: ...
+    def reserve(self, layer: int, count: int, rank: int) -> int: ...
+    def view(self, slot: str, first: int, count: int) -> torch.Tensor: ...
+    def admit(
+        self, child: str, first: int, count: int, claimed: Slice
+    ) -> tuple[NDArray[np.bool_] | None, int]: ...
+    def select(
+        self, child: str, ids: NDArray[np.int64], claimed: Slice, wanted: Slice
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]: ...
+    def make_room(self, layer: int, count: int) -> None: ...
+    def index_jobs(
+        self, layer: int, first: int, count: int, refused: NDArray[np.bool_] | None, *, threads: int
+    ) -> list[Callable[[], tuple[int, int]]]: ...
+    def indexed(self, layer: int, results: Sequence[tuple[int, int]]) -> None: ...
+    def dropped(self, count: int) -> None: ...
+    def finish(self, *, threads: int) -> Iterator[list[Callable[[], None]]]: ...
+    def commit(self) -> UpdateCounts: ...
+    def abort(self) -> None: ...
+    def abandon(self) -> None: ...

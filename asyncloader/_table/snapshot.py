@@ -1,0 +1,210 @@
+"""What a table holds at one moment, in the order in which it is saved."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+    from asyncloader._checkpoint.slices import Slice
+
+    from .encoding import Encoding
+    from .slots import Slot
+    from .state import TableState
+
+
+_CHILD_BITS = np.uint64(52)
+_FEW = 1000
+_ROUNDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SortedRows:
+    """The rows of one child, by slice position, then by id (both unsigned)."""
+
+    ids: NDArray[np.int64]
+    """`[n]`, as they stand on disk."""
+
+    rows: NDArray[np.int64]
+    """`[n]`, where the table keeps them."""
+
+    offsets: tuple[int, ...]
+    """First row of each of a number of equal sub-slices, and the number of rows."""
+
+
+@dataclass(slots=True)
+class TableSnapshot:
+    """A table at one moment. Whatever becomes of the table, this stays as it is.
+
+    It keeps the memory of that moment alive, and copies none of it: it takes 8 bytes an id while
+    children are sorted one after the other, and 48 while one is.
+    """
+
+    name: str
+    children: Sequence[str]
+    slice: Slice
+    _state: TableState
+    _encoding: Encoding
+    _grouped: NDArray[np.int64] | None = field(default=None, init=False)
+    _ends: NDArray[np.int64] = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _left: int = field(default=0, init=False)
+    """Rows of children that have not been sorted yet."""
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """What it keeps for each id, in order."""
+        return self._state.slots
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows live."""
+        return self._state.device
+
+    def counts(self) -> dict[str, int]:
+        """Return how many ids each child has. May take long, and belongs on a thread.
+
+        Raises:
+            ValueError: If it holds ids of no child, which could not be saved.
+        """
+        if not self._encoding.coalesced:
+            return {self.children[0]: self._state.index.count}
+        counts = np.bincount(self._numbers()[1], minlength=len(self.children))
+        if len(counts) > len(self.children):
+            odd = len(counts) - 1
+            raise ValueError(
+                f"table {self.name!r} holds {counts[odd]:,} ids of child number {odd}, but has "
+                f"only {len(self.children)} children: insert ids with child="
+            )
+        self._ends = np.cumsum(counts)
+        self._left = int(counts.sum())
+        return dict(zip(self.children, counts.tolist(), strict=True))
+
+    def sorted_rows(self, child: str, *, sub_slices: int) -> SortedRows:
+        """Sort the rows of a child; after `counts`. May take long, and belongs on a thread."""
+        state = self._state
+        if not self._encoding.coalesced and state.index.count == state.end:  # every row is in use
+            order = order_of(sort_keys(state.ids[: state.end], self.slice.size))
+            ids, rows = state.ids[order], order
+        else:
+            rows = self._rows_of(child)
+            ids = self._encoding.decode(state.ids[rows], child)
+            order = order_of(sort_keys(ids, self.slice.size))
+            ids, rows = ids[order], rows[order]
+        return SortedRows(ids=ids, rows=rows, offsets=self._offsets(ids, sub_slices))
+
+    def _offsets(self, ids: NDArray[np.int64], sub_slices: int) -> tuple[int, ...]:
+        """Return where the rows of each sub-slice begin, given sorted ids."""
+        begin, size = self.slice.begin, self.slice.size
+        share = self.slice.end - begin
+
+        def position(row: int) -> int:
+            return int(ids[row]) % 2**64 % size
+
+        cuts = (begin + share * number // sub_slices for number in range(1, sub_slices))
+        firsts = (bisect_left(range(len(ids)), cut, key=position) for cut in cuts)
+        return (0, *firsts, len(ids))
+
+    def copy_rows(self, slot: str, rows: NDArray[np.int64], out: torch.Tensor) -> None:
+        """Copy rows of a slot, `[n]` of them, to host memory, uint8 `[n, row_bytes]`."""
+        self._state.segments.copy_out(slot, rows, out)
+
+    def _rows_of(self, child: str) -> NDArray[np.int64]:
+        if not self._encoding.coalesced:
+            return self._state.live_rows()
+        with self._lock:
+            return self._rows_of_child(child)
+
+    def _rows_of_child(self, child: str) -> NDArray[np.int64]:
+        if self._grouped is None:
+            rows, numbers = self._numbers()
+            # A stable sort of 16-bit numbers is a radix sort.
+            self._grouped = rows[np.argsort(numbers, kind="stable")]
+        number = self.children.index(child)
+        begin = int(self._ends[number - 1]) if number else 0
+        rows = self._grouped[begin : int(self._ends[number])]
+        self._left -= len(rows)
+        if self._left <= 0:  # that was the last child
+            self._grouped = None
+        return rows
+
+    def _numbers(self) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+        """Return all rows, and the number of the child that each belongs to."""
+        rows = self._state.live_rows()
+        return rows, (self._state.ids[rows].view(np.uint64) >> _CHILD_BITS).astype(np.uint16)
+
+
+def sort_keys(ids: NDArray[np.int64], size: int) -> NDArray[np.uint64]:
+    """Return numbers that sort as (slice position, id) do, so that one sort of numbers does it.
+
+    Of ids whose quotients by `size` are `low` to `high` at most `high - low + 1` have the same
+    position: `position * (high - low + 1) + quotient - low` is an id's place among all such. Of all
+    2⁶⁴ ids that would be one too many at times; there `2⁶⁴ // size` have each position, and the
+    first `2⁶⁴ % size` positions have one more.
+
+    Args:
+        ids: int64 `[n]`.
+        size: Of the slices.
+    """
+    unsigned = ids.view(np.uint64)
+    if size == 1 or not len(ids):  # all ids have position 0
+        return unsigned
+    quotient: NDArray[np.uint64]
+    position: NDArray[np.uint64]
+    quotient, position = np.divmod(unsigned, np.uint64(size))
+    low, high = int(quotient.min()), int(quotient.max())
+    keys: NDArray[np.uint64]
+    if (high - low + 1) * size <= 2**64:
+        keys = position * np.uint64(high - low + 1) + quotient - np.uint64(low)
+    else:
+        share, larger = divmod(2**64, size)
+        begins = position * np.uint64(share) + np.minimum(position, np.uint64(larger))
+        keys = begins + quotient
+    return keys
+
+
+def order_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the positions that sort keys, as `np.argsort` does, in a third of the time.
+
+    numpy sorts plain numbers seven times faster than positions of numbers (4 million in 22 ms
+    instead of 158). So each key takes its position along in its lowest bits. Where that pushes out
+    bits of its own, neighbours may come in the wrong order: few if keys are spread, as hashed ids
+    are, and they are put right; if many, `np.argsort` does it after all.
+
+    Args:
+        keys: uint64 `[n]`, all different.
+    """
+    if len(keys) < _FEW:
+        return np.argsort(keys)
+    low, high = int(keys.min()), int(keys.max())
+    bits = (len(keys) - 1).bit_length()
+    lost = max((high - low).bit_length() + bits - 64, 0)
+    packed = ((keys - np.uint64(low)) >> np.uint64(lost)) << np.uint64(bits)
+    packed |= np.arange(len(keys), dtype=np.uint64)
+    packed.sort()
+    packed &= np.uint64((1 << bits) - 1)
+    order = packed.view(np.int64)
+    return order if not lost or _put_right(keys, order) else np.argsort(keys)
+
+
+def _put_right(keys: NDArray[np.uint64], order: NDArray[np.int64]) -> bool:
+    """Swap neighbours that are in the wrong order until none are; give up if they are many."""
+    for _ in range(_ROUNDS):
+        found = keys[order]
+        wrong = np.flatnonzero(found[1:] < found[:-1])
+        if not len(wrong):
+            return True
+        if len(wrong) > len(order) // _FEW:
+            return False
+        wrong = wrong[np.append(True, np.diff(wrong) > 1)]  # of three in a row, two at a time
+        order[wrong], order[wrong + 1] = order[wrong + 1], order[wrong]
+    return False

@@ -1,0 +1,235 @@
+"""An update in the making: rows and ids that no lookup sees before they are committed.
+
+The steps, in order: `reserve` rows, write to their `view`s, `admit` and index their ids, run what
+`finish` yields, `commit`; or `abort` at any time. The steps that take long come as jobs, plain
+functions that hold no GIL to speak of, so that the caller decides on which threads they run.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from asyncloader._memory.allocation import zeros
+
+from . import kernels as _kernels
+from .claims import admit, select_rows
+from .fold import Fold
+from .index import MAX_ROWS, NOBODY, IdIndex, scratch
+from .layers import Layer, Run
+from .protocol import UpdateCounts
+from .segments import Segment, Segments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from asyncloader._checkpoint.slices import Slice
+
+    from .state import TableState
+
+
+class TableUpdate:
+    """The next version of a table, built beside the one that is served.
+
+    Not safe to share between threads, but for the jobs that it hands out, and `admit`.
+    """
+
+    def __init__(  # all of it is the table's to know
+        self,
+        state: TableState,
+        *,
+        encode: Callable[[str], tuple[int, int]],
+        block_size: int,
+        most: int,
+        expected: int,
+        publish: Callable[[TableState | None], None],
+    ) -> None:
+        self._base = state
+        self._encode = encode
+        self._block_size = block_size
+        self._publish = publish
+        self._segments = state.segments
+        self._end = state.end
+        self._expected = expected
+        self._dropped = 0
+        self._taken = 0
+        self._layers: list[Layer] = []
+        self._fold: Fold | None = None
+        if state.end + most > MAX_ROWS:
+            raise MemoryError(f"a table holds at most {MAX_ROWS} rows")
+        self._ids = state.ids
+        if state.end + most > len(state.ids):
+            self._ids = zeros((state.end + most,), torch.int64).numpy()
+
+    def __repr__(self) -> str:
+        rows = self._end - self._base.end
+        return f"<TableUpdate {rows} rows reserved, {self._taken} indexed>"
+
+    def layer(self, slots: frozenset[str], expected: int) -> int:
+        """Begin a layer in which `slots` are given, with about `expected` rows; return its number.
+
+        Rows of later layers win over those of earlier ones.
+        """
+        held = self._base.index.count
+        # The smaller index is folded into the larger one: spare that one from growing then.
+        room = expected + (held if expected >= held else 0)
+        self._layers.append(Layer(slots, IdIndex.empty(room)))
+        return len(self._layers) - 1
+
+    def reserve(self, layer: int, count: int, rank: int) -> int:
+        """Reserve `count` rows that lie side by side, and return the first one's number.
+
+        Args:
+            layer: Where the rows belong.
+            count: Rows.
+            rank: Of two rows of a layer with the same id, the one of higher rank wins; no two
+                ranges have the same.
+        """
+        if count <= 0:
+            raise ValueError(f"{self!r}: cannot reserve {count} rows")
+        if self._end + count > len(self._ids):
+            raise RuntimeError(f"{self!r}: more rows than were announced")
+        if self._end + count > self._segments.capacity:
+            self._grow(count)
+        first = self._end
+        self._end += count
+        self._expected -= count
+        segment = self._segments.owner(first)
+        fresh = first - segment.first >= segment.lent
+        self._layers[layer].add(Run(first, count, fresh=fresh), rank)
+        segment.lent = max(segment.lent, first + count - segment.first)
+        return first
+
+    def _grow(self, count: int) -> None:
+        base = self._base
+        held = sum(segment.capacity for segment in self._segments.items)
+        # Memory that is not touched costs nothing on the host: a quarter more spares a table that
+        # grows by little from falling into many segments.
+        spare = held // 4 if base.device.type == "cpu" else 0
+        wanted = max(count, self._expected, spare)
+        blocks = -(-wanted // self._block_size)
+        new = Segment.allocate(base.slots, self._end, blocks * self._block_size, base.device)
+        self._segments = Segments.of((*self._segments.items, new))
+
+    def view(self, slot: str, first: int, count: int) -> torch.Tensor:
+        """Return the memory of reserved rows, `[count, *shape]`; for `id`, int64 `[count]`."""
+        if slot == "id":
+            with torch.inference_mode(mode=False):  # threads outside of it may write there
+                return torch.from_numpy(self._ids[first : first + count])
+        return self._segments.view(slot, first, count)
+
+    def admit(
+        self, child: str, first: int, count: int, claimed: Slice
+    ) -> tuple[NDArray[np.bool_] | None, int]:
+        """Encode ids that were read from disk, and say which lie outside their block's slice.
+
+        Args:
+            child: Whose ids they are.
+            first: First row; their ids are in `view("id", …)`.
+            count: Rows.
+            claimed: The slice that the block claims.
+
+        Returns:
+            bool `[count]`, or `None` where none is refused; and how many are.
+        """
+        mask, bits = self._encode(child)
+        if claimed.is_whole and mask == -1:
+            return None, 0
+        refused = admit(self._ids[first : first + count], claimed, mask, bits)
+        dropped = int(np.count_nonzero(refused))
+        return (refused, dropped) if dropped else (None, 0)
+
+    def select(
+        self, child: str, ids: NDArray[np.int64], claimed: Slice, wanted: Slice
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """Pick the ids of a block, int64 `[n]` as on disk, that belong to `wanted`.
+
+        Returns:
+            Their positions in `ids`, themselves as the table keeps them, and how many of `ids` lie
+            outside the slice that the block claims.
+        """
+        return select_rows(ids, claimed, wanted, *self._encode(child))
+
+    def make_room(self, layer: int, count: int) -> None:
+        """Let the layer's index take `count` ids more. Nobody else may be using it."""
+        index = self._layers[layer].index
+        wanted = index.count + count
+        if wanted > index.room:
+            grown = index.grown(wanted + wanted // 2, self._ids, self._base.seed)
+            self._layers[layer].index = grown
+
+    def index_jobs(
+        self,
+        layer: int,
+        first: int,
+        count: int,
+        refused: NDArray[np.bool_] | None,
+        *,
+        threads: int,
+    ) -> list[Callable[[], tuple[int, int]]]:
+        """Return jobs that together index a range of rows, and may run side by side.
+
+        Hand what they return to `indexed`. Only one range of a layer at a time.
+        """
+        index, ids, seed = self._layers[layer].index, self._ids, self._base.seed
+        skip = NOBODY if refused is None else refused
+        run_first = np.array(self._layers[layer].firsts, np.int64)
+        run_order = np.array(self._layers[layer].ranks, np.int64)
+
+        def job(lo: int, hi: int) -> tuple[int, int]:
+            index.touch(lo, hi)
+            return _kernels.insert_rows(
+                index.words, index.parts, lo, hi, seed, ids, first, count, skip,
+                run_first, run_order, scratch(),
+            )  # fmt: skip
+
+        return [partial(job, *share) for share in index.shares(threads)]
+
+    def indexed(self, layer: int, results: Sequence[tuple[int, int]]) -> None:
+        """Note what the jobs for one range returned."""
+        new = sum(result[0] for result in results)
+        self._layers[layer].index.count += new
+        self._taken += new + sum(result[1] for result in results)
+
+    def dropped(self, count: int) -> None:
+        """Note that `count` rows were refused."""
+        self._dropped += count
+
+    def finish(self, *, threads: int) -> Iterator[list[Callable[[], None]]]:
+        """Yield the rest of the work: lists of jobs that may run side by side."""
+        self._fold = Fold(self._base, self._segments, self._ids, self._end, self._block_size)
+        for layer in self._layers:
+            yield from self._fold.add(layer, threads=threads)
+        yield from self._fold.tidy()
+
+    def commit(self) -> UpdateCounts:
+        """Show everything at once, and say what changed. Cannot fail after `finish`."""
+        if self._fold is None:
+            raise RuntimeError(f"{self!r}: commit before finish")
+        state = self._fold.state()
+        new = state.index.count - self._base.index.count
+        replaced = self._fold.replaced
+        self._publish(state)
+        return UpdateCounts(
+            rows=self._taken,
+            new=new,
+            replaced=replaced,
+            duplicates=self._taken - new - replaced,
+            dropped=self._dropped,
+        )
+
+    def abort(self) -> None:
+        """Leave the table as it was. Nobody may be writing to a view any more."""
+        self._publish(None)
+
+    def abandon(self) -> None:
+        """Leave the table as it was, and do not use again what views were lent of.
+
+        For when a thread may still write to one.
+        """
+        self._publish(self._base.sealed(shares_ids=self._ids is self._base.ids))

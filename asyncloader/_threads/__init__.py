@@ -1,0 +1,1 @@
+"""Who may run, and when: threads, the gate for reads, the lag of the loop, the byte budget."""

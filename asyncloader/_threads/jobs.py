@@ -1,0 +1,141 @@
+"""Waiting for threads, and sharing work among a few tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+    from concurrent.futures import Executor
+
+
+T = TypeVar("T")
+
+_NOTED = 3
+
+
+async def settled(
+    work: asyncio.Future[T],
+    *,
+    discard: Callable[[T], Awaitable[object]] | None = None,
+    withdraw: Callable[[], object] | None = None,
+) -> T:
+    """Await what a thread is doing, holding cancellation back until it is done.
+
+    Threads cannot be interrupted: cancel a plain `await` on one and it still writes to its buffers
+    afterwards. The price: cancelling waits for the call in progress.
+
+    Args:
+        work: The thread's future.
+        discard: Called with the result if nobody will take it because we were cancelled.
+        withdraw: Called if we are cancelled, to take back what has not begun.
+    """
+    try:
+        return await asyncio.shield(work)  # a third of what `asyncio.wait` takes
+    except asyncio.CancelledError:
+        if withdraw is not None:
+            withdraw()
+        await _all_done([work])
+        if not work.cancelled() and work.exception() is None and discard is not None:
+            await _all_done([asyncio.ensure_future(discard(work.result()))])
+        raise
+    finally:
+        del work, withdraw  # they know its error, which knows this frame
+
+
+async def run_jobs(executor: Executor, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Run jobs side by side on threads; return, or raise, once none of them runs any more."""
+    if not jobs:
+        return []
+    works: list[asyncio.Future[T]] = []
+    try:
+        for job in jobs:
+            works.append(_submitted(executor, job))  # noqa: PERF401  # those before a failure count
+        await asyncio.wait(works)
+    except (asyncio.CancelledError, RuntimeError):
+        await _all_done(works)
+        raise
+    for work in works:
+        work.exception()  # marks it retrieved: the first failure is what we report
+    return [work.result() for work in works]
+
+
+def _submitted(executor: Executor, job: Callable[[], T]) -> asyncio.Future[T]:
+    """Have a thread run a job.
+
+    Raises:
+        RuntimeError: If there is none to be had. The job does not run then: an executor that fails
+            to start a thread has put it into its queue before, where another one may find it.
+    """
+    result: Future[T] = Future()
+    try:
+        executor.submit(carry_out, job, result)
+    except RuntimeError:
+        if result.cancel():
+            raise
+    return asyncio.wrap_future(result)
+
+
+def carry_out(job: Callable[[], T], result: Future[T]) -> None:
+    """Do a job for whoever waits for its result; nothing if that was withdrawn."""
+    if not result.set_running_or_notify_cancel():
+        return
+    try:
+        result.set_result(job())
+    except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
+        result.set_exception(error)
+        del result, job  # the error knows this frame
+
+
+async def _all_done(works: Sequence[asyncio.Future[T]]) -> None:
+    """Wait for threads, whatever happens, and mark what they raised as seen."""
+    while not all(work.done() for work in works):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(works)
+    for work in works:
+        if not work.cancelled():
+            work.exception()
+
+
+async def for_each(
+    items: Iterable[T], work: Callable[[T], Awaitable[object]], *, workers: int, name: str
+) -> None:
+    """Call `work` on every item, `workers` at a time.
+
+    Items are taken one by one, so a hundred thousand of them cost no hundred thousand tasks. The
+    first failure cancels the other workers, and is raised once all of them have stopped.
+    """
+    todo = iter(items)  # shared: next() does not await, so every item has one taker
+
+    async def serve() -> None:
+        for item in todo:
+            await work(item)
+
+    with raising_first():
+        async with asyncio.TaskGroup() as group:
+            for number in range(workers):
+                group.create_task(serve(), name=f"{name}-{number}")
+
+
+@contextlib.contextmanager
+def raising_first() -> Iterator[None]:
+    """Turn a group of failures into its first one; the others become notes on it."""
+    try:
+        yield
+    except BaseExceptionGroup as failures:
+        failure = _first(failures)
+    else:
+        return
+    raise failure  # out here, so that its own cause is kept and the group is let go
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    first, *others = failures.exceptions
+    for other in others[:_NOTED]:
+        first.add_note(f"at the same time: {other!r}")
+    if len(others) > _NOTED:
+        first.add_note(f"and {len(others) - _NOTED} more")
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

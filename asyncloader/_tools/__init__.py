@@ -1,0 +1,1 @@
+"""Tools: inspect, verify, compare, convert."""

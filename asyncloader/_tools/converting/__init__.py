@@ -1,0 +1,1 @@
+"""What `asyncloader convert` does: RecIS's format to and from plain safetensors, other ranks."""

@@ -1,0 +1,1 @@
+"""What `asyncloader diff` does: says how two checkpoints differ."""

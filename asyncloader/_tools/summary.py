@@ -1,0 +1,208 @@
+"""What a checkpoint is and holds, by its names and headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from asyncloader._checkpoint.files import SIDECAR
+from asyncloader._checkpoint.stored import stored_tensor
+from asyncloader.errors import CheckpointError
+
+from .allocation import ID, shards_of, stored_slot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from asyncloader._checkpoint.index import Catalog
+    from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader._checkpoint.stored import Stored
+
+
+_GHOSTS = 20
+
+Kind = Literal["RecIS checkpoint", "Hugging Face folder", "safetensors file"]
+Digests = Literal["present", "ignored", "absent"]
+"""Whether bytes can be verified: `ignored` digests belong to another save, or are of a format that
+is not known here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSummary:
+    """A dense tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotSummary:
+    """What a table keeps for each id, or (`id`) the ids themselves."""
+
+    name: str
+    dtype: str
+
+    shape: tuple[int, ...]
+    """Of one row."""
+
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSummary:
+    """A table, or one child of several that were saved as one."""
+
+    name: str
+
+    ids: int
+    """How many; the same id may stand there twice."""
+
+    parts: int
+    """One for each rank that wrote some of it."""
+
+    slice_size: int
+    """What the ranks have split among them: a rank owns a range of `id % slice_size`."""
+
+    bytes: int
+    slots: tuple[SlotSummary, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSummary:
+    """All of it."""
+
+    location: str
+    kind: Kind
+    committed: bool
+
+    bytes: int
+    """Of all tensors and slots, headers not counted."""
+
+    shards: int
+    """Files that hold them."""
+
+    ids: int
+    """Of all tables."""
+
+    digests: Digests
+
+    saving: tuple[str, ...]
+    """Folders in it of saves that are under way, or were cut off."""
+
+    warnings: tuple[str, ...]
+    """What is odd but does no harm."""
+
+    metadata: Mapping[str, Mapping[str, str]]
+    """The free text of headers, `__metadata__`, by file, of files that have some."""
+
+    tables: tuple[TableSummary, ...]
+    tensors: tuple[TensorSummary, ...]
+
+
+def summarize(
+    manifest: Manifest, *, file: str | None, saving: Sequence[str] = ()
+) -> CheckpointSummary:
+    """Sum up a checkpoint.
+
+    Args:
+        manifest: With the headers of all shards.
+        file: The one safetensors file that is all of it, unless a folder is.
+        saving: Names of what its folder holds of other saves.
+
+    Raises:
+        CheckpointError: If its blocks do not fit together.
+    """
+    catalog = manifest.catalog
+    tables = tuple(_table(manifest, name) for name in catalog.tables)
+    tensors, ghosts = _tensors(manifest)
+    return CheckpointSummary(
+        location=manifest.location,
+        kind=_kind(catalog, file),
+        committed=True,
+        bytes=sum(table.bytes for table in tables) + sum(tensor.bytes for tensor in tensors),
+        shards=len(shards_of(catalog)),
+        ids=sum(table.ids for table in tables),
+        digests=_digests(catalog),
+        saving=tuple(saving),
+        warnings=(
+            *manifest.warnings,
+            *(odd for table in tables for odd in _oddities(table)),
+            *ghosts,
+        ),
+        metadata=metadata_of(manifest, sorted(manifest.headers)),
+        tables=tables,
+        tensors=tensors,
+    )
+
+
+def metadata_of(manifest: Manifest, shards: Iterable[str]) -> dict[str, Mapping[str, str]]:
+    """Return the free text in the headers of some files, by file, of those that have some."""
+    found = ((shard, manifest.headers[shard].metadata) for shard in shards)
+    return {shard: metadata for shard, metadata in found if metadata}
+
+
+def _tensors(manifest: Manifest) -> tuple[tuple[TensorSummary, ...], list[str]]:
+    """Return what there is of tensors, and what is said of those that their file does not have."""
+    found, ghosts = [], []
+    for name in manifest.catalog.tensors:
+        try:
+            found.append(_tensor(stored_tensor(manifest, name)))
+        except CheckpointError as error:
+            ghosts.append(str(error).removeprefix(f"{manifest.location}: "))
+    more = [f"and {len(ghosts) - _GHOSTS:,} more like it"] if len(ghosts) > _GHOSTS else []
+    return tuple(found), ghosts[:_GHOSTS] + more
+
+
+def _kind(catalog: Catalog, file: str | None) -> Kind:
+    if file is not None and file == catalog.source and catalog.header is not None:
+        return "safetensors file"
+    return "RecIS checkpoint" if catalog.recis else "Hugging Face folder"
+
+
+def _digests(catalog: Catalog) -> Digests:
+    if catalog.sidecar is not None:
+        return "present"
+    return "ignored" if any(SIDECAR in warning for warning in catalog.warnings) else "absent"
+
+
+def _table(manifest: Manifest, name: str) -> TableSummary:
+    parts = manifest.catalog.tables[name]
+    slots = tuple(_slot(slot, stored_slot(manifest, name, slot)) for slot in parts)
+    first = parts.get(ID) or next(iter(parts.values()))
+    return TableSummary(
+        name=name,
+        ids=sum(slot.rows for slot in slots if slot.name == ID),
+        parts=max(len(blocks) for blocks in parts.values()),
+        slice_size=first[0].slice.size,
+        bytes=sum(slot.bytes for slot in slots),
+        slots=tuple(sorted(slots, key=lambda slot: slot.name != ID)),
+    )
+
+
+def _slot(name: str, stored: Stored) -> SlotSummary:
+    return SlotSummary(
+        name=name,
+        dtype=stored.dtype.torch,
+        shape=stored.shape[1:],
+        rows=stored.shape[0] if stored.shape else 0,
+        bytes=stored.nbytes,
+    )
+
+
+def _tensor(stored: Stored) -> TensorSummary:
+    return TensorSummary(
+        name=stored.name, dtype=stored.dtype.torch, shape=stored.shape, bytes=stored.nbytes
+    )
+
+
+def _oddities(table: TableSummary) -> Iterator[str]:
+    """Say what keeps a table from being loaded."""
+    if all(slot.name != ID for slot in table.slots):
+        yield f"table {table.name!r} has no ids"
+        return
+    for slot in table.slots:
+        if slot.rows != table.ids:
+            yield f"table {table.name!r} has {table.ids:,} ids, but {slot.rows:,} {slot.name!r}"

@@ -1,0 +1,1 @@
+"""What `asyncloader verify` does: looks at everything, and lists all that is wrong."""

@@ -1,0 +1,117 @@
+"""What of a model can be loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ._table.hashtable import HashTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["targets"]
+
+_log = logging.getLogger(__name__)
+
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",  # of torch.compile
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+}
+"""What torch's wrappers, by the names of their classes, call the module that they wrap. Importing
+the classes would take seconds."""
+
+
+def targets(model: nn.Module) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+    """Return the hash tables of a model by their names, and the tensors of its `state_dict()`.
+
+    Both are the model's own, not copies: what is loaded into them is loaded into the model. Values
+    of the `state_dict()` that are no tensors are left out.
+
+    Names are those of the model itself, whatever wraps it or parts of it: `_orig_mod.` of
+    `torch.compile`, `module.` of `DistributedDataParallel` and `DataParallel`, and
+    `_fsdp_wrapped_module.` of FSDP are taken off. So what is saved of a wrapped model can be loaded
+    into a bare one, and the other way round.
+
+    ```python
+    await Loader(path, *targets(model)).aload()
+    ```
+
+    Args:
+        model: With tables anywhere below it, or a table itself.
+
+    Raises:
+        TypeError: If it is no module.
+        ValueError: If two tables have the same name, or two tensors once wrappers are taken off.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    tables: dict[str, HashTable] = {}
+    paths: dict[str, str] = {}
+    for path, table in _tables(model):
+        if table.name in tables:
+            raise ValueError(
+                f"two tables are named {table.name!r}, {paths[table.name]!r} and {path!r}: "
+                "give one of them another name, it is what stands on disk"
+            )
+        tables[table.name], paths[table.name] = table, path
+    values = model.state_dict().items()
+    return tables, _unwrapped(
+        model, {name: value for name, value in values if isinstance(value, Tensor)}
+    )
+
+
+def _tables(model: nn.Module) -> Iterator[tuple[str, HashTable]]:
+    """Yield each table once, with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, HashTable):
+            yield path, module
+
+
+def _unwrapped(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take off names what wrappers of modules have put there."""
+    found: dict[str, Tensor] = {}
+    taken_off: set[str] = set()
+    for name, tensor in tensors.items():
+        bare = ".".join(_bare(model, name.split("."), taken_off))
+        if bare in found:
+            raise ValueError(
+                f"two tensors are named {bare!r} once the wrapper of {name!r} is taken off: give "
+                "one of them another name"
+            )
+        found[bare] = tensor
+    if taken_off:
+        parts = sorted(taken_off)
+        _log.info("names of tensors are those without wrappers: taken off were %s", parts)
+    return found
+
+
+def _bare(module: nn.Module, parts: Sequence[str], taken_off: set[str]) -> Iterator[str]:
+    """Yield the parts of a name that wrappers have not put there, from `module` on."""
+    for at, part in enumerate(parts):
+        # Some wrappers take their own part off by a hook, so they are passed without one.
+        while part not in module._modules and (inner := _wrapped(module)):  # noqa: SLF001
+            module = module._modules[inner] or module  # noqa: SLF001
+        child = module._modules.get(part)  # noqa: SLF001  # wrappers show what is below as theirs
+        if child is None:
+            yield from parts[at:]
+            return
+        if part == _wrapped(module):
+            taken_off.add(f"{part}.")
+        else:
+            yield part
+        module = child
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """Return what a wrapper calls the module that it wraps; `None` if this is no wrapper."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch.") and kind.__name__ in _WRAPPERS:
+            child = _WRAPPERS[kind.__name__]
+            return child if module._modules.get(child) is not None else None  # noqa: SLF001
+    return None

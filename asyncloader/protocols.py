@@ -1,0 +1,23 @@
+"""What others may implement: storages to read from, tables to load into and to save."""
+
+from __future__ import annotations
+
+from ._storage.protocol import ReadInto, Storage, ThreadedStorage
+from ._table.protocol import (
+    LoadableTable,
+    LoadableUpdate,
+    SavableSnapshot,
+    SavableTable,
+    UpdateCounts,
+)
+
+__all__ = [
+    "LoadableTable",
+    "LoadableUpdate",
+    "ReadInto",
+    "SavableSnapshot",
+    "SavableTable",
+    "Storage",
+    "ThreadedStorage",
+    "UpdateCounts",
+]
