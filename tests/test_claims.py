@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +121,25 @@ def test_a_load_is_refused_if_another_one_came_first_since_it_began(
     assert w.eq(2).all()
     Loader(two[0], tensors={"w": w}).load()
     assert w.eq(1).all()
+
+
+def test_a_long_load_does_not_hold_on_to_what_others_have_filled(two: tuple[Path, Path]) -> None:
+    """Or versions that a service has let go of would stay in memory."""
+    memory: list[weakref.ref[object]] = []
+    gone: list[bool] = []
+
+    def meanwhile(_: object) -> None:
+        array = np.zeros((4, 4), np.float32)
+        memory.append(weakref.ref(array))
+        Loader(two[1], tensors={"w": torch.from_numpy(array)}).load()
+        del array
+        gc.collect()
+        gone.append(memory[-1]() is None)
+
+    Loader(two[0], tensors={"w": torch.zeros(4, 4)}, progress=meanwhile).load()
+
+    assert gone
+    assert all(gone)
 
 
 def test_memory_of_a_load_that_failed_can_be_filled_again(two: tuple[Path, Path]) -> None:

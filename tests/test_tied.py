@@ -138,6 +138,20 @@ def test_values_that_are_converted_are_compared_as_they_are_then(
     assert torch.equal(tied, make()["b"].float())
 
 
+@pytest.mark.parametrize("digests", [True, False])
+def test_values_that_become_the_same_are_no_warning(tmp_path: Path, *, digests: bool) -> None:
+    stored = {"a": torch.ones(8), "b": torch.full((8,), 1 + 2**-20)}
+    if digests:
+        Saver(path=tmp_path / "saved", tensors=stored).save()
+    else:
+        write_checkpoint(tmp_path / "saved", {}, stored)
+    tied = torch.zeros(8, dtype=torch.bfloat16)
+
+    report = Loader(tmp_path / "saved", tensors={"a": tied, "b": tied}, cast="any").load()
+
+    assert report.warnings == ()
+
+
 @pytest.mark.parametrize("verify", ["auto", "off"])
 @pytest.mark.parametrize("values", [(1 + 2j, 1 + 2j), (1 + 2j, 1 - 2j)])
 def test_views_of_one_memory_are_compared_by_what_each_would_show(

@@ -86,8 +86,8 @@ class Claim:
 
     def __init__(self) -> None:
         self.taken: _Taken | None = None
-        self.ended: list[_Taken] = []
-        """What other loads have filled since this one began."""
+        self.ended: list[_Taken] | None = []
+        """What other loads have filled since this one began, until it comes to `take`."""
 
     def __enter__(self) -> Self:
         with _lock:
@@ -99,7 +99,8 @@ class Claim:
             _claims.discard(self)
             if failure is None and self.taken is not None:
                 for other in _claims:
-                    other.ended.append(self.taken)
+                    if other.ended is not None:  # or it would hold on to our tensors to its end
+                        other.ended.append(self.taken)
 
     def take(
         self,
@@ -125,9 +126,9 @@ class Claim:
         mine = _Taken(location, into, dict(_by_device(into, names)), numbers)
         # Compared outside of the lock, for which event loops wait: whoever comes later sees us.
         with _lock:
-            others = (*(one.taken for one in _claims), *self.ended)
+            others = (*(one.taken for one in _claims), *(self.ended or ()))
             self.taken = mine
-            self.ended.clear()
+            self.ended = None
         try:
             for other in others:
                 if other is not None:

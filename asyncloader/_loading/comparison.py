@@ -73,15 +73,16 @@ class Comparison:
             filler: The name under which the memory was filled.
             filled: The block that filled it.
         """
-        block = load.block
+        block, dtype = load.block, torch_dtype(load.block.dtype)
         tensor, other = map(self.tensors.held.__getitem__, self._numbers(load.name, filler))
         views = [(one.is_conj(), one.is_neg()) for one in (tensor, other)]
         if block.dtype == filled.dtype and views[0] == views[1]:
             if (block.shard, block.offset) == (filled.shard, filled.offset):
                 return True
-            if block.digests is not None and filled.digests is not None:
-                return block.digests == filled.digests
-        dtype = torch_dtype(block.dtype)
+            if block.digests is not None and block.digests == filled.digests:
+                return True
+            if block.digests is not None and filled.digests is not None and dtype == tensor.dtype:
+                return False  # other values may become the same ones where they are converted
         step = max(self.chunk_bytes // dtype.itemsize, 1) * dtype.itemsize
         for begin in range(0, block.nbytes, step):
             length = min(step, block.nbytes - begin)
