@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .live import Live
     from .loader import Loader
     from .model import targets
+    from .options import ReadOptions
     from .reader import CheckpointReader
     from .runs import latest
     from .saver import Saver
@@ -81,6 +82,7 @@ __all__ = [
     "PlanError",
     "Progress",
     "ReadError",
+    "ReadOptions",
     "ReadStalledError",
     "RolledBack",
     "Runtime",
@@ -134,6 +136,7 @@ _MODULES = {
     "live": "Live",
     "loader": "Loader",
     "model": "targets",
+    "options": "ReadOptions",
     "reader": "CheckpointReader",
     "runs": "latest",
     "saver": "Saver",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from ._arguments import as_dict, check_callable, checked_path
-from ._loading.session import STALL_TIMEOUT
 from ._serving.loading import VersionLoader, check_options
 from ._serving.shelf import Shelf
 from ._serving.state import LiveState, LiveVersion
@@ -109,13 +108,14 @@ class Live:
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be positive, got {count}")
         options = {"strict": True, **as_dict(loader_options, "loader_options")}
-        check_options(path, options)
+        read_options = check_options(path, options)
         self._teller = Teller(on_event)
         self._shelf = Shelf(keep=keep)
         self._loader = VersionLoader(
             build,
             check,
             options=options,
+            read_options=read_options,
             max_memory=max_memory,
             shelf=self._shelf,
             tell=self._teller.tell,
@@ -127,7 +127,7 @@ class Live:
             teller=self._teller,
             poll=poll,
             retry_pause=retry_pause,
-            stall_timeout=options.get("stall_timeout", STALL_TIMEOUT),
+            stall_timeout=read_options.stall_timeout,
         )
 
     def __repr__(self) -> str:

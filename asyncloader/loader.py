@@ -8,32 +8,17 @@ import logging
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from ._arguments import (
-    as_dict,
-    check_callable,
-    check_progress,
-    check_timeout,
-    checked_path,
-    checked_switch,
-)
+from ._arguments import as_dict, check_callable, check_progress, checked_path
 from ._loading.claims import Claim
 from ._loading.destinations import describe_tensors
 from ._loading.execution import Execution
 from ._loading.progress import Meter
 from ._loading.progress_bar import progress_bar
 from ._loading.report import LoadReport
-from ._loading.resources import (
-    CHUNK_BYTES,
-    INFLIGHT_BYTES,
-    PACED_CHUNK_BYTES,
-    PARALLEL,
-    Contract,
-    Limits,
-)
 from ._loading.runtime import Runtime
-from ._loading.session import STALL_TIMEOUT, Access, checked_verify, open_session
+from ._loading.session import open_session
 from ._loading.tables import check_tables, describe_tables
 from ._loading.trace import Tracer
 from ._planning.casts import checked_cast
@@ -47,6 +32,7 @@ from ._threads.blocking import run_blocking
 from ._threads.collector import undisturbed
 from ._threads.jobs import run_jobs
 from .errors import AsyncLoaderError
+from .options import ReadOptions
 
 if TYPE_CHECKING:
     import os
@@ -54,7 +40,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ._checkpoint.catalog import Verify
     from ._loading.destinations import Destinations
     from ._loading.progress import Progress
     from ._loading.session import Session
@@ -63,6 +48,7 @@ if TYPE_CHECKING:
     from ._planning.load_info import LoadInfo
     from ._planning.plan import LoadPlan
     from ._table.protocol import LoadableTable
+    from .options import LoadKeywords
 
 __all__ = ["Loader", "identity"]
 
@@ -94,43 +80,17 @@ class Loader:
         hashtables: Tables to fill, by any name; their own `children` say which ids they take.
         tensors: Tensors to fill, by name: allocated, of the right shape and dtype, on any device,
             contiguous or not. Their storage must not be resized or exchanged during a load.
-        parallel: Reads at a time, as far as `max_inflight_bytes` has room for them.
+        parallel: Reads in flight; `None` is what `options` say, 16 by default.
         filter_func: Gets the plan, `{destination: {source: [slot, ...]}}`, and returns the one to
             use: leave out what shall stay, name other sources to rename.
         strict: Whether something that is asked for but not in the checkpoint is an error. If not,
             the destination keeps its values, a warning is logged, the report lists it.
-        chunk_bytes: The most that one read takes, in bytes. Cancelling waits for one such read.
-        max_inflight_bytes: Memory for reads under way, in bytes, above the destinations' own.
-        timeout: Seconds after which the load is given up; `None` waits for ever. What is being read
-            then is waited for, but no longer than `stall_timeout`.
         progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
             shows a bar on stderr.
-        verify: Whether what is read is compared with the digests that `Saver` wrote along:
-            `"auto"`, where there are some, as far as whole chunks of 8 MiB are read anyway;
-            `"require"`, every byte that is loaded, and a checkpoint without digests is an error;
-            `"off"`. With digests, at least one chunk is read at a time. The report says how many
-            bytes were verified.
         trace: Called on the event loop with a `Span` after every step of the load. (To have them in
             a file: `asyncloader load --trace FILE`.)
         on_plan: Called on the event loop with the `LoadPlan`, before tables take memory or a byte
             is written; what it raises ends the load. May be a coroutine function: it is awaited.
-        direct_io: Whether files are read past the page cache (`O_DIRECT`), where the file system
-            lets us: faster if they are not in it, and what others have there stays; slower if they
-            are. Takes 4 MiB of memory more for each read at a time.
-        max_loop_lag: Seconds by which the caller's event loop may be late because of the load: it
-            watches a timer on that loop, and reads and indexes with fewer threads, and with pauses,
-            while the timer comes later. Chunks are at most 4 MiB then. `None` is full speed. The
-            report's `lag` says what came of it.
-        pressure: Called on the event loop twenty times a second; returns how little room the
-            program has for a load, from its own metrics: 0 leaves it the whole machine, 0.75 a
-            quarter of the processors, 1 as good as nothing (a tenth).
-        stall_timeout: Seconds that one read may take, from when it is handed to the system, before
-            the load fails with `ReadStalledError`; `None` waits for ever. A read of a disk that is
-            gone cannot be interrupted: its thread is left behind, and so is the memory that it may
-            yet write to; the event loop and other loads go on.
-        follow_symlinks: Whether a file of the checkpoint may be a symbolic link that leads out of
-            its folder, as in the cache of Hugging Face. Then whoever made the checkpoint chooses
-            which files of this machine are read. (The path that you give may be a link anyway.)
         runtime: Threads and bytes to share with other loads, in place of such of its own;
             `max_inflight_bytes`, `max_loop_lag` and `pressure` are the runtime's then, and
             `parallel` is no more than the runtime's. Not for `load()`, which has a loop of its own.
@@ -140,6 +100,12 @@ class Loader:
             `Tensor.to` does it, which rounds and wraps around; `None`, none: another dtype is an
             error. Ids, bools and complex numbers are never converted, nor integers to floats or
             back. The plan and the report list all that is. Digests are of the bytes as stored.
+        options: How to read: reads in flight, memory for them, time-outs, digests, the lag of the
+            event loop.
+        **read: Fields of `ReadOptions`, which go before `options`.
+
+    Attributes:
+        options: How it reads.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -151,34 +117,21 @@ class Loader:
         checkpoint_path: str | os.PathLike[str],
         hashtables: Mapping[str, LoadableTable] | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
-        parallel: int = PARALLEL,
+        parallel: int | None = None,
         filter_func: Callable[[LoadInfo], LoadInfo] = identity,
         *,
         strict: bool = False,
-        chunk_bytes: int = CHUNK_BYTES,
-        max_inflight_bytes: int = INFLIGHT_BYTES,
-        timeout: float | None = None,
-        progress: Callable[[Progress], object] | bool | None = None,
-        verify: Verify = "auto",
-        trace: Callable[[Span], object] | None = None,
-        on_plan: Callable[[LoadPlan], object] | None = None,
-        direct_io: bool = False,
-        max_loop_lag: float | None = None,
-        pressure: Callable[[], float] | None = None,
-        stall_timeout: float | None = STALL_TIMEOUT,
-        follow_symlinks: bool = False,
-        runtime: Runtime | None = None,
         cast: Casting | None = None,
+        progress: Callable[[Progress], object] | bool | None = None,
+        on_plan: Callable[[LoadPlan], object] | None = None,
+        trace: Callable[[Span], object] | None = None,
+        runtime: Runtime | None = None,
+        options: ReadOptions | None = None,
+        **read: Unpack[LoadKeywords],
     ) -> None:
-        self._limits = Limits(
-            parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
-        )
-        self._contract = Contract.of(max_loop_lag, pressure)
-        if self._contract is not None:
-            self._limits = replace(self._limits, chunk_bytes=min(chunk_bytes, PACED_CHUNK_BYTES))
-        self._runtime = _checked_runtime(runtime, self._contract)
-        check_timeout(timeout)
-        check_timeout(stall_timeout, "stall_timeout")
+        given = {} if parallel is None else {"parallel": parallel}
+        self.options = ReadOptions.of(options, {**given, **read})
+        self._runtime = _checked_runtime(runtime, self.options)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
         if trace is not None:
@@ -189,16 +142,9 @@ class Loader:
         self._tensors = as_dict(tensors, "tensors")
         self._filter = filter_func
         self._strict = strict
-        self._timeout = timeout
         self._progress = progress
-        self._verify = checked_verify(verify)
         self._cast = checked_cast(cast)
         self._on_plan = on_plan
-        self._access = Access(
-            direct_io=checked_switch(direct_io, "direct_io"),
-            follow_symlinks=checked_switch(follow_symlinks, "follow_symlinks"),
-            stall_timeout=stall_timeout,
-        )
         self._tracer = Tracer(trace)
         self._tables = as_dict(hashtables, "hashtables")
         check_tables(self._tables, self._tensors, able="begin")
@@ -275,8 +221,8 @@ class Loader:
                     threads=session.threads,
                     budget=session.budget,
                     meter=meter,
-                    parallel=session.limits.parallel,
-                    chunk_bytes=session.limits.read_bytes,
+                    parallel=session.options.parallel,
+                    chunk_bytes=session.options.read_bytes,
                     verifier=session.verifier,
                     tracer=self._tracer,
                     touched={},
@@ -299,15 +245,7 @@ class Loader:
         return report
 
     def _session(self) -> contextlib.AbstractAsyncContextManager[Session]:
-        return open_session(
-            self._path,
-            limits=self._limits,
-            verify=self._verify,
-            timeout=self._timeout,
-            access=self._access,
-            contract=self._contract,
-            runtime=self._runtime,
-        )
+        return open_session(self._path, self.options, runtime=self._runtime)
 
     async def _destinations(self, session: Session) -> Destinations:
         """Describe the tensors as they are now, and hold on to their memory."""
@@ -388,10 +326,10 @@ class Loader:
         )
 
 
-def _checked_runtime(runtime: Runtime | None, contract: Contract | None) -> Runtime | None:
+def _checked_runtime(runtime: Runtime | None, options: ReadOptions) -> Runtime | None:
     if runtime is not None and not isinstance(runtime, Runtime):
         raise TypeError(f"runtime must be a Runtime or None, got {runtime!r}")
-    if runtime is not None and contract is not None:
+    if runtime is not None and options.promises:
         raise ValueError("max_loop_lag and pressure are for all loads of a runtime: give it them")
     return runtime
 

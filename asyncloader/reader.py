@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import operator
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, Unpack
 
 import torch
 
-from ._arguments import check_timeout, checked_path, checked_switch
+from ._arguments import checked_path
 from ._checkpoint.stored import stored_names
 from ._loading.contents import Contents
 from ._loading.reading import read_stored, torch_dtype
-from ._loading.resources import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits
-from ._loading.session import STALL_TIMEOUT, Access, checked_verify
 from ._loading.sessions import Sessions
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs
+from .options import ReadOptions
 
 if TYPE_CHECKING:
     import os
 
     from torch import Tensor
 
-    from ._checkpoint.catalog import Verify
+    from .options import ReadKeywords
 
 __all__ = ["CheckpointReader"]
 
@@ -50,14 +49,10 @@ class CheckpointReader:
     Args:
         checkpoint_path: A folder that holds `index`; a safetensors file; or a folder of these, as
             Hugging Face's are.
-        parallel: Reads at a time, as far as `max_inflight_bytes` has room for them.
-        chunk_bytes: The most that one read takes, in bytes. Cancelling waits for one such read.
-        max_inflight_bytes: Bytes of reads under way, of all calls within one `async with` together.
-        verify: Whether whole tensors are compared with the digests that `Saver` wrote along:
-            `"auto"`, where there are some; `"require"`, always, and a checkpoint without is an
-            error; `"off"`. Windows of rows are not.
-        stall_timeout: Seconds that one read may take; see `Loader`.
-        follow_symlinks: Whether symbolic links may lead out of the folder; see `Loader`.
+        options: How to read. Reads in flight, and their bytes, are those of all calls within one
+            `async with` together; `timeout` is for each call. Digests are of whole tensors: windows
+            of rows are not verified.
+        **read: Fields of `ReadOptions`, which go before `options`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -68,23 +63,11 @@ class CheckpointReader:
         self,
         checkpoint_path: str | os.PathLike[str],
         *,
-        parallel: int = PARALLEL,
-        chunk_bytes: int = CHUNK_BYTES,
-        max_inflight_bytes: int = INFLIGHT_BYTES,
-        verify: Verify = "auto",
-        stall_timeout: float | None = STALL_TIMEOUT,
-        follow_symlinks: bool = False,
+        options: ReadOptions | None = None,
+        **read: Unpack[ReadKeywords],
     ) -> None:
         self._path = checked_path(checkpoint_path, "checkpoint_path")
-        limits = Limits(
-            parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
-        )
-        check_timeout(stall_timeout, "stall_timeout")
-        access = Access(
-            stall_timeout=stall_timeout,
-            follow_symlinks=checked_switch(follow_symlinks, "follow_symlinks"),
-        )
-        self._sessions = Sessions(self._path, limits, checked_verify(verify), access)
+        self._sessions = Sessions(self._path, ReadOptions.of(options, read))
         self._contents = Contents()
 
     def __repr__(self) -> str:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from asyncloader import Saver, gen_slice
-from asyncloader._loading.resources import Limits
+from asyncloader import ReadOptions, Saver, gen_slice
 from tests.oracle import TableData, flat_bytes, rows_of
 from tests.support import data, table_for
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from asyncloader import HashTable, Slice
 
 GENUINE = Path(__file__).parent / "data" / "recis"
-LIMITS = Limits(parallel=4, chunk_bytes=1 << 20, max_inflight_bytes=4 << 20)
+LIMITS = ReadOptions(parallel=4, chunk_bytes=1 << 20, max_inflight_bytes=4 << 20)
 
 TABLES = {
     "user@emb": data([*range(0, 4000, 13), -1, -(2**63), 2**63 - 1], width=3, exp_avg=3, filter=1),

@@ -75,7 +75,7 @@ async def convert(
     )
     with nothing_left_behind():
         return await aconvert(
-            str(source), str(destination), options, limits=LIMITS, progress=progress
+            str(source), str(destination), options, read=LIMITS, progress=progress
         )
 
 
@@ -528,7 +528,7 @@ async def test_cancelled_at_any_await_it_leaves_nothing_or_all(
             if not cancelled:
                 break
             if target.exists():
-                assert (await averify(str(target), limits=LIMITS)).ok
+                assert (await averify(str(target), options=LIMITS)).ok
                 shutil.rmtree(target.parent)
             assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
     assert len(outcomes) > 10
@@ -560,7 +560,7 @@ def failure_without_privileges(source: str, destination: str) -> str:
     drop_privileges()
     options = Options(shards=None, slots=None, parallel=2, overwrite=True)
     with pytest.raises(SaveError) as caught:
-        asyncio.run(aconvert(source, destination, options, limits=LIMITS))
+        asyncio.run(aconvert(source, destination, options, read=LIMITS))
     return str(caught.value)
 
 
@@ -631,9 +631,7 @@ async def test_a_source_that_changes_once_its_headers_are_known_is_an_error(
         write_checkpoint(tmp_path / name, {}, {"v": torch.ones(9), "w": torch.full((9,), value)})
     shard = shard_holding(tmp_path / "a", "w^ ")
     newer = shard_holding(tmp_path / "next", "w^ ")
-    async with open_session(
-        str(tmp_path / "a"), limits=LIMITS, verify="auto", timeout=None
-    ) as session:
+    async with open_session(str(tmp_path / "a"), LIMITS) as session:
         content = await read_source(session, None)
         if becomes == "another version":
             newer.replace(shard)

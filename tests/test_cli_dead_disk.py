@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +13,6 @@ import torch
 import uvloop
 
 from asyncloader import CheckpointChangedError, ReadStalledError
-from asyncloader._loading.session import Access
 from asyncloader._tools.converting.convert import Conversion, Options, aconvert
 from asyncloader._tools.verifying.verify import averify
 from tests.checkpoints import LIMITS, everything
@@ -53,8 +52,7 @@ class Case:
             str(self.disk.path),
             str(self.target),
             Options(shards=None, slots=None, parallel=1, overwrite=False),
-            limits=LIMITS,
-            access=Access(stall_timeout=stall_timeout),
+            read=replace(LIMITS, stall_timeout=stall_timeout),
         )
 
     def is_untouched(self) -> bool:
@@ -110,7 +108,7 @@ async def test_a_fault_that_passes_keeps_no_conversion(case: Case) -> None:
         str(case.target),
         str(case.target.with_name("back")),
         Options(shards=1, slots=None, parallel=1, overwrite=False),
-        limits=LIMITS,
+        read=LIMITS,
     )
     back = read_checkpoint(case.target.with_name("back"))
     assert everything(back) == everything((TABLES, TENSORS))
@@ -156,4 +154,4 @@ async def test_names_that_never_come_are_given_up_by_verify(case: Case) -> None:
     case.disk.hang("", on="list")
 
     with pytest.raises(ReadStalledError, match="no answer from the storage"):
-        await averify(str(case.disk.path), limits=LIMITS, access=Access(stall_timeout=STALL))
+        await averify(str(case.disk.path), options=replace(LIMITS, stall_timeout=STALL))

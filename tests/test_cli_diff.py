@@ -40,7 +40,7 @@ NO_NAMES = Names(tables=(), slots=(), tensors=())
 
 async def diff(a: Path, b: Path, budget: int = 1 << 20) -> Difference:
     with nothing_left_behind():
-        return await adiff(str(a), str(b), limits=LIMITS, budget=budget)
+        return await adiff(str(a), str(b), options=LIMITS, budget=budget)
 
 
 @pytest.mark.parametrize("budget", [100_000, 1 << 30])
@@ -216,7 +216,7 @@ async def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 async def test_progress_counts_both_sides(tmp_path: Path) -> None:
     told: list[Progress] = []
     a, b = save(tmp_path / "a", ranks=1), save(tmp_path / "b")
-    await adiff(str(a), str(b), limits=LIMITS, budget=1 << 20, progress=told.append)
+    await adiff(str(a), str(b), options=LIMITS, budget=1 << 20, progress=told.append)
     blocks = [file.stat().st_size for path in (a, b) for file in path.glob("*.safetensors")]
     assert 0.7 * sum(blocks) < told[-1].bytes_done == told[-1].bytes_total < sum(blocks)
 

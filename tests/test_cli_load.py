@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,10 +45,10 @@ from tests.support import data, nothing_left_behind, raw, rows_in
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from asyncloader._checkpoint.catalog import Verify
     from asyncloader._loading.trace import Step
     from asyncloader._tools.stages import Tell
     from asyncloader.cli._load import Loaded
+    from asyncloader.options import Verify
 
 
 async def check(path: Path) -> None:
@@ -287,7 +288,8 @@ def test_a_trace_that_cannot_be_written_is_said_before_anything_is_read(
 
 async def load(path: Path, *, verify: Verify = "auto", tell: Tell = silent) -> Loaded:
     with nothing_left_behind():
-        return await load_all(str(path), limits=LIMITS, verify=verify, trace=None, tell=tell)
+        options = replace(LIMITS, verify=verify)
+        return await load_all(str(path), options=options, trace=None, tell=tell)
 
 
 async def test_all_of_a_checkpoint_is_loaded() -> None:

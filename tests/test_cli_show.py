@@ -165,7 +165,7 @@ async def test_windows_cover_all_elements_once_and_in_order(tmp_path: Path, wind
     write_checkpoint(tmp_path, {"t": content}, {}, ranks=4)
     whole = read_checkpoint(tmp_path)[0]["t"].slots["embedding"]
     told: list[int] = []
-    async with open_session(str(tmp_path), limits=LIMITS, verify="auto", timeout=None) as session:
+    async with open_session(str(tmp_path), LIMITS) as session:
         catalog = await session.catalog()
         shards = {part.place.shard for part in catalog.tables["t"]["embedding"]}
         manifest = await session.manifest(catalog, shards)

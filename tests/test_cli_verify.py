@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from asyncloader import CheckpointError, CheckpointNotFoundError, Progress
+from asyncloader import CheckpointError, CheckpointNotFoundError, Progress, ReadOptions
 from asyncloader._loading.progress import Meter
-from asyncloader._loading.resources import Limits
 from asyncloader._loading.session import Session
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.threads import Threads
@@ -47,9 +46,9 @@ if TYPE_CHECKING:
 NO_DIGESTS = "no digests: bytes cannot be verified, only the structure"
 
 
-async def verify(path: Path, limits: Limits = LIMITS) -> Verification:
+async def verify(path: Path, options: ReadOptions = LIMITS) -> Verification:
     with nothing_left_behind():
-        return await averify(str(path), limits=limits)
+        return await averify(str(path), options=options)
 
 
 def problems(found: Verification) -> list[str]:
@@ -410,10 +409,10 @@ async def test_two_parts_of_one_slice_are_found(tmp_path: Path) -> None:
     assert sum("claims slice 00000@32768@65536, as 't." in problem for problem in found) == 2
 
 
-@pytest.mark.parametrize("limits", [LIMITS, Limits(parallel=1, chunk_bytes=7,
+@pytest.mark.parametrize("limits", [LIMITS, ReadOptions(parallel=1, chunk_bytes=7,
                                                    max_inflight_bytes=100)])  # fmt: skip
 async def test_bytes_of_bools_that_are_neither_0_nor_1_are_found(
-    tmp_path: Path, limits: Limits
+    tmp_path: Path, limits: ReadOptions
 ) -> None:
     write_checkpoint(tmp_path, {}, {"mask": torch.zeros(21, dtype=torch.bool)})
     shard, offset, _ = block_at(tmp_path, "mask^ ")
@@ -686,9 +685,8 @@ async def verify_from(storage: MemoryStorage) -> Verification:
             file=None,
             storage=storage,
             threads=threads,
-            limits=LIMITS,
+            options=replace(LIMITS, verify="off"),
             budget=ByteBudget(LIMITS.max_inflight_bytes),
-            verify="off",
         )
         return await verify_session(session, Meter(0))
 
@@ -723,7 +721,7 @@ async def test_entries_that_only_together_are_no_good_are_found_too() -> None:
 
 async def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     told: list[Progress] = []
-    found = await averify(str(save(tmp_path)), limits=LIMITS, progress=told.append)
+    found = await averify(str(save(tmp_path)), options=LIMITS, progress=told.append)
     assert told[-1].bytes_done == told[-1].bytes_total == found.bytes_read
 
 

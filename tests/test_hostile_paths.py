@@ -27,9 +27,9 @@ from asyncloader import (
     latest,
     load_tensors,
 )
-from asyncloader._tools.allocation import LIMITS
 from asyncloader._tools.verifying.verify import averify
 from asyncloader.runs import versions
+from tests.checkpoints import LIMITS
 from tests.hostile import untouched
 from tests.oracle import edit_json, write_checkpoint
 from tests.support import nothing_left_behind
@@ -67,7 +67,7 @@ async def read(path: Path) -> object:
 
 
 async def verify(path: Path) -> object:
-    found = await averify(str(path), limits=LIMITS)
+    found = await averify(str(path), options=LIMITS)
     [problem, *_] = found.problems
     return CheckpointError(found.location, problem.text, problem.file)
 

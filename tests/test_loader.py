@@ -61,8 +61,8 @@ def test_the_first_arguments_are_those_of_recis() -> None:
         "parallel",
         "filter_func",
     ]
-    assert parameters[3].default == 16
-    assert all(p.kind == p.KEYWORD_ONLY for p in parameters[5:])
+    assert Loader("anywhere").options.parallel == 16
+    assert not any(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters[5:])
 
 
 @pytest.mark.parametrize(

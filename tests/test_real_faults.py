@@ -34,8 +34,8 @@ from asyncloader import (
 )
 from asyncloader._memory.allowance import processors
 from asyncloader._serving.room import row_bytes
-from asyncloader._tools.allocation import LIMITS
 from asyncloader._tools.verifying.verify import averify
+from tests.checkpoints import LIMITS
 from tests.folders import content
 from tests.mounts import make_read_only, resize, small_disk, used
 from tests.oracle import TableData, write_checkpoint
@@ -233,7 +233,7 @@ async def read_all(path: str) -> None:
 
 
 def verify(path: str) -> None:
-    found = asyncio.run(averify(path, limits=LIMITS))
+    found = asyncio.run(averify(path, options=LIMITS))
     assert found.ok, found.problems[:1]
     assert found.tensors == SHARDS
 

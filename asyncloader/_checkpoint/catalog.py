@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from asyncloader._storage.protocol import opening_error, read_small
 from asyncloader._threads.collector import undisturbed
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from asyncloader._storage.protocol import Storage
+    from asyncloader.options import Verify
 
     from .sidecar import Sidecar
 
 
-Verify = Literal["auto", "require", "off"]
 """Whether bytes are compared with digests: where there are any, always or not at all, or never."""
 
 # What a storage raises where there is no such file; it has a `strerror` that says what is missing.

@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Self
 
 from asyncloader._arguments import check_callable
 from asyncloader._threads.jobs import settled
+from asyncloader.options import ReadOptions
 
-from .resources import (
-    CHUNK_BYTES,
-    INFLIGHT_BYTES,
-    PACED_CHUNK_BYTES,
-    PARALLEL,
-    Contract,
-    Limits,
-    open_resources,
-)
+from .resources import open_resources
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -67,19 +60,19 @@ class Runtime:
     def __init__(
         self,
         *,
-        parallel: int = PARALLEL,
-        max_inflight_bytes: int = INFLIGHT_BYTES,
+        parallel: int = 16,
+        max_inflight_bytes: int = 128 << 20,
         max_loop_lag: float | None = None,
         pressure: Callable[[], float] | None = None,
         wrap_storage: Callable[[ThreadedStorage], ThreadedStorage] = _as_it_is,
     ) -> None:
         check_callable(wrap_storage, "wrap_storage")
         self._wrap = wrap_storage
-        self._contract = Contract.of(max_loop_lag, pressure)
-        self._limits = Limits(
+        self._options = ReadOptions(
             parallel=parallel,
-            chunk_bytes=CHUNK_BYTES if self._contract is None else PACED_CHUNK_BYTES,
             max_inflight_bytes=max_inflight_bytes,
+            max_loop_lag=max_loop_lag,
+            pressure=pressure,
         )
         self._held: _Held | None = None
         self._is_entered = False
@@ -104,9 +97,7 @@ class Runtime:
     async def _open(self) -> _Held:
         stack = contextlib.AsyncExitStack()
         # Nobody knows yet how large chunks are: small ones may have use for all threads.
-        opening = open_resources(
-            self._limits, self._contract, reads=self._limits.parallel, wrap=self._wrap
-        )
+        opening = open_resources(self._options, reads=self._options.parallel, wrap=self._wrap)
         resources = await stack.enter_async_context(opening)
         return _Held(resources, stack)
 

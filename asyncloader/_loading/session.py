@@ -26,13 +26,12 @@ from asyncloader.errors import (
 )
 
 from .execution import CHANGED
-from .resources import Limits, open_resources
+from .resources import open_resources
 from .verification import Verifier
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
-    from asyncloader._checkpoint.catalog import Verify
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._storage.protocol import Storage
@@ -40,15 +39,14 @@ if TYPE_CHECKING:
     from asyncloader._threads.budget import ByteBudget
     from asyncloader._threads.lag import LagWatch
     from asyncloader._threads.threads import Threads
+    from asyncloader.options import ReadOptions
 
-    from .resources import Contract, Resources
+    from .resources import Resources
     from .runtime import Runtime
 
 
 T = TypeVar("T")
 
-STALL_TIMEOUT = 120.0
-VERIFY: tuple[Verify, ...] = ("auto", "require", "off")
 _SUFFIX = ".safetensors"
 _JUST_BEFORE = 1e-6
 """Seconds."""
@@ -66,9 +64,8 @@ class Session:
 
     storage: Storage
     threads: Threads
-    limits: Limits
+    options: ReadOptions
     budget: ByteBudget
-    verify: Verify
     retrying: RetryingStorage | None = None
     """The storage, if it tries again what fails."""
 
@@ -100,6 +97,18 @@ class Session:
                     raise CheckpointChangedError(self.location, CHANGED, error.shard) from error
             raise
 
+    @contextlib.asynccontextmanager
+    async def in_time(self, seconds: float | None) -> AsyncIterator[None]:
+        """Keep the block to a time-out, and explain what cannot be read.
+
+        Raises:
+            LoadTimeoutError: If it passed.
+        """
+        async with _in_time(self.location, seconds) as late:
+            with late.noting(self.patience):
+                async with self.explaining():
+                    yield
+
     async def on_disk(self, job: Callable[[], T]) -> T:
         """Return what a job results in that looks at files besides those that are read.
 
@@ -116,7 +125,7 @@ class Session:
     @property
     def verifier(self) -> Verifier:
         """Compares what was read with digests."""
-        return Verifier(self.location, widen=self.verify == "require")
+        return Verifier(self.location, widen=self.options.verify == "require")
 
     async def catalog(self) -> Catalog:
         """Read which names there are.
@@ -132,7 +141,7 @@ class Session:
                 self.storage,
                 executor=pool,
                 file=self.file,
-                verify=self.verify,
+                verify=self.options.verify,
                 names=partial(self.on_disk, self._names),
             )
         except CheckpointNotFoundError as error:
@@ -155,89 +164,70 @@ class Session:
             self.storage,
             catalog,
             shards,
-            parallel=self.limits.parallel,
+            parallel=self.options.parallel,
             executor=self.threads.kernels,
         )
         return replace(manifest, location=self.location)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """How files are read. The defaults are those of all that read."""
-
-    direct_io: bool = False
-    """Past the page cache, where the file system lets us."""
-
-    follow_symlinks: bool = False
-    """Also what lies outside of the checkpoint's folder, if a symbolic link in it says so."""
-
-    stall_timeout: float | None = STALL_TIMEOUT
-    """Seconds that a thread is waited for; `None` is for ever."""
-
-
 @contextlib.asynccontextmanager
 async def open_session(
     path: str,
+    options: ReadOptions,
     *,
-    limits: Limits,
-    verify: Verify,
-    timeout: float | None,  # noqa: ASYNC109  # of the block, and with an error of ours
     seen: dict[str, tuple[int, ...]] | None = None,
-    access: Access | None = None,
-    contract: Contract | None = None,
     runtime: Runtime | None = None,
 ) -> AsyncIterator[Session]:
     """Hold descriptors and threads for the length of the block, and keep to a time-out.
 
     Args:
         path: A folder, a safetensors file, or a weight map.
-        limits: For all that the block does, as far as a shared runtime allows.
-        verify: Whether to take digests along, if there are any.
-        timeout: Seconds that the block may take; `None` is for ever.
+        options: How to read; `timeout` is for the block. As far as a shared runtime allows.
         seen: Which files there were when they were first opened; see `LocalStorage`.
-        access: How files are read.
-        contract: What the event loop is promised; `None` is nothing.
         runtime: Whose threads, bytes and promises to use, in place of such of its own.
 
     Raises:
         LoadTimeoutError: If `timeout` passed.
     """
-    access = access or Access()
-    late = _Lateness(path, timeout)
-    holding = open_resources(limits, contract) if runtime is None else runtime.lend()
-    try:
-        async with late.limit, holding as resources:
-            patience = Patience(access.stall_timeout, replace=resources.threads.replace)
-            look = partial(_root_and_file, path)
-            root, file = await _on_disk(patience, resources.threads, look, path)
-            # Of a weight map's files, the map chooses which.
-            trusted = file is not None and not is_weight_map(file)
-            files = _files(root, access, resources, patience=patience, seen=seen, trusted=trusted)
-            async with files:
-                storage = _retrying(files, resources)
-                session = Session(
-                    location=str(Path(path)),
-                    file=file,
-                    storage=storage,
-                    retrying=storage,
-                    threads=resources.threads,
-                    patience=patience,
-                    limits=limits.within(resources.limits),
-                    budget=resources.budget,
-                    verify=verify,
-                    watch=resources.watch,
-                )
-                with late.noting(patience):
-                    async with session.explaining():
-                        yield session
-    except TimeoutError as error:
-        late.explain(error)
-        raise
+    holding = open_resources(options) if runtime is None else runtime.lend()
+    async with _in_time(path, options.timeout) as late, holding as resources:
+        patience = Patience(options.stall_timeout, replace=resources.threads.replace)
+        look = partial(_root_and_file, path)
+        root, file = await _on_disk(patience, resources.threads, look, path)
+        # Of a weight map's files, the map chooses which.
+        trusted = file is not None and not is_weight_map(file)
+        files = _files(root, options, resources, patience=patience, seen=seen, trusted=trusted)
+        async with files:
+            storage = _retrying(files, resources)
+            session = Session(
+                location=str(Path(path)),
+                file=file,
+                storage=storage,
+                retrying=storage,
+                threads=resources.threads,
+                patience=patience,
+                options=_within(options, resources.options),
+                budget=resources.budget,
+                watch=resources.watch,
+            )
+            with late.noting(patience):
+                async with session.explaining():
+                    yield session
+
+
+def _within(options: ReadOptions, shared: ReadOptions) -> ReadOptions:
+    """Return options that keep to the limits that several loads have together."""
+    return replace(
+        options,
+        parallel=min(options.parallel, shared.parallel),
+        chunk_bytes=min(options.read_bytes, shared.read_bytes),
+        max_inflight_bytes=shared.max_inflight_bytes,
+    )
 
 
 def _files(
     root: Path,
-    access: Access,
+    options: ReadOptions,
     resources: Resources,
     *,
     patience: Patience,
@@ -252,9 +242,9 @@ def _files(
         patience=patience,
         throttle=resources.throttle,
         seen=seen,
-        direct_io=access.direct_io,
+        direct_io=options.direct_io,
         # A file that the user has named may be a link to anywhere: nobody else chose it.
-        follow_symlinks=access.follow_symlinks or trusted,
+        follow_symlinks=options.follow_symlinks or trusted,
     )
 
 
@@ -272,6 +262,17 @@ async def _on_disk(patience: Patience, threads: Threads, job: Callable[[], T], l
     except StalledError as error:
         stalled = ReadStalledError(location, 0, 0, str(error))
         raise stalled from error
+
+
+@contextlib.asynccontextmanager
+async def _in_time(path: str, seconds: float | None) -> AsyncIterator[_Lateness]:
+    late = _Lateness(path, seconds)
+    try:
+        async with late.limit:
+            yield late
+    except TimeoutError as error:
+        late.explain(error)
+        raise
 
 
 class _Lateness:
@@ -318,15 +319,3 @@ def _root_and_file(path: str) -> tuple[Path, str | None]:
     if os.path.isfile(whole):  # noqa: PTH113  # never raises
         return whole.parent, whole.name
     return whole, None
-
-
-def checked_verify(verify: object) -> Verify:
-    """Return what may be asked for.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    for known in VERIFY:
-        if verify == known:
-            return known
-    raise ValueError(f"verify is one of {', '.join(map(repr, VERIFY))}, got {verify!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from asyncloader._threads.jobs import settled
@@ -14,10 +14,9 @@ from .session import open_session
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from asyncloader._checkpoint.catalog import Verify
+    from asyncloader.options import ReadOptions
 
-    from .resources import Limits
-    from .session import Access, Session
+    from .session import Session
 
 
 @dataclass(slots=True)
@@ -38,16 +37,12 @@ class Sessions:
 
     Args:
         path: As for `open_session`.
-        limits: For each session.
-        verify: Likewise.
-        access: Likewise.
+        options: For each session; `timeout` is for each call.
     """
 
-    def __init__(self, path: str, limits: Limits, verify: Verify, access: Access) -> None:
+    def __init__(self, path: str, options: ReadOptions) -> None:
         self._path = path
-        self._access = access
-        self._verify = verify
-        self._limits = limits
+        self._options = options
         self._seen: dict[str, tuple[int, ...]] = {}
         self._held: _Held | None = None
 
@@ -55,7 +50,7 @@ class Sessions:
         if self._held is not None:
             raise RuntimeError(f"{self._path}: is open already")
         stack = contextlib.AsyncExitStack()
-        session = await stack.enter_async_context(self._open())
+        session = await stack.enter_async_context(self._open(replace(self._options, timeout=None)))
         self._held = _Held(session, stack, asyncio.get_running_loop())
 
     async def __aexit__(self, *_: object) -> None:
@@ -75,24 +70,17 @@ class Sessions:
         """Lend a session for the length of the block."""
         held = self._held
         if held is None or held.loop is not asyncio.get_running_loop():
-            async with self._open() as session:
+            async with self._open(self._options) as session:
                 yield session
             return
         held.users += 1
         try:
-            async with held.session.explaining():
+            async with held.session.in_time(self._options.timeout):
                 yield held.session
         finally:
             held.users -= 1
             if not held.users:
                 held.idle.set()
 
-    def _open(self) -> contextlib.AbstractAsyncContextManager[Session]:
-        return open_session(
-            self._path,
-            limits=self._limits,
-            verify=self._verify,
-            timeout=None,
-            seen=self._seen,
-            access=self._access,
-        )
+    def _open(self, options: ReadOptions) -> contextlib.AbstractAsyncContextManager[Session]:
+        return open_session(self._path, options, seen=self._seen)

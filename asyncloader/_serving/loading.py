@@ -10,7 +10,6 @@ import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from asyncloader._loading.resources import INFLIGHT_BYTES
 from asyncloader._memory.allocation import SPARE
 from asyncloader._memory.sizes import size_text
 from asyncloader._threads.jobs import run_jobs
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from asyncloader._loading.progress import Progress
     from asyncloader._planning.plan import LoadPlan
+    from asyncloader.options import ReadOptions
 
     from .events import Event
     from .freeing import Freeing
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 
 _SHORT = 80
-_PACING = ("max_loop_lag", "pressure")
 
 
 class RefusedError(Exception):
@@ -54,8 +53,8 @@ class RefusedError(Exception):
         self.beside = beside
 
 
-def check_options(source: Path, options: Mapping[str, Any]) -> None:
-    """Refuse now what would fail at the first load.
+def check_options(source: Path, options: Mapping[str, Any]) -> ReadOptions:
+    """Return how versions are read; refuse now what would fail at the first load.
 
     Raises:
         TypeError: If there is no such option, or it is not for the user to give.
@@ -64,7 +63,7 @@ def check_options(source: Path, options: Mapping[str, Any]) -> None:
     for reserved in ("checkpoint_path", "hashtables", "tensors", "on_plan"):
         if reserved in options:
             raise TypeError(f"loader_options: {reserved!r} is given by Live itself")
-    Loader(source, **options)
+    return Loader(source, **options).options
 
 
 class VersionLoader:
@@ -76,6 +75,7 @@ class VersionLoader:
         check: Callable[[Model], object] | None,
         *,
         options: Mapping[str, Any],
+        read_options: ReadOptions,
         max_memory: int | None,
         shelf: Shelf,
         tell: Callable[[Event], object],
@@ -83,6 +83,7 @@ class VersionLoader:
         self._build = build
         self._check = check
         self._options = options
+        self._read_options = read_options
         self._max_memory = max_memory
         self._shelf = shelf
         self._tell = tell
@@ -169,7 +170,7 @@ class VersionLoader:
         predicted: list[int] = []
         options = self._options
         if not self._shelf.held:  # nobody is served yet whom a load could be in the way of
-            options = {name: one for name, one in options.items() if name not in _PACING}
+            options = {**options, "max_loop_lag": None, "pressure": None}
         prepare = partial(self._prepare, model, wanted, options, predicted)
         [loader] = await run_jobs(self._executor, [prepare])
         model.report = report = await loader.aload()
@@ -199,7 +200,7 @@ class VersionLoader:
 
     def _predict(self, plan: LoadPlan, nbytes: int, wanted: Candidate) -> int:
         """Return what a version will take, or refuse it. What nobody uses gives way."""
-        inflight = min(self._options.get("max_inflight_bytes", INFLIGHT_BYTES), plan.nbytes)
+        inflight = min(self._read_options.max_inflight_bytes, plan.nbytes)
         most = self._max_memory
         if most is None:
             return nbytes

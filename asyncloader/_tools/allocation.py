@@ -12,13 +12,13 @@ from asyncloader._checkpoint.index import Places
 from asyncloader._checkpoint.slices import gen_slice
 from asyncloader._checkpoint.stored import stored_tensor
 from asyncloader._loading.reading import has_dtype, torch_dtype
-from asyncloader._loading.resources import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits
-from asyncloader._loading.session import Access, open_session
+from asyncloader._loading.session import open_session
 from asyncloader._memory.allocation import zeros
 from asyncloader._planning.casts import can_cast
 from asyncloader._table.hashtable import HashTable
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
+from asyncloader.options import ReadOptions
 
 from .room import check_room, free_memory
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader._checkpoint.catalog import Verify
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._checkpoint.slices import Slice
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 EMBEDDING = "embedding"
 ID = "id"
-LIMITS = Limits(parallel=PARALLEL, chunk_bytes=CHUNK_BYTES, max_inflight_bytes=INFLIGHT_BYTES)
 
 
 _whole = partial(gen_slice, 0, 1)
@@ -56,9 +54,7 @@ async def allocate(
     *,
     slice_of: Callable[[int], Slice] = _whole,
     take: Callable[[str, str], bool] = every_slot,
-    limits: Limits = LIMITS,
-    verify: Verify = "auto",
-    access: Access | None = None,
+    options: ReadOptions | None = None,
     kernels: Callable[[float], object] = nobody,
     floats: str | None = None,
     lacking: Callable[[str, str], object] = nobody,
@@ -73,9 +69,7 @@ async def allocate(
         slice_of: The ids that a table accepts, given the slice size that the checkpoint has for
             it: `partial(gen_slice, rank, ranks)`; all of them by default.
         take: Says of a table and a slot besides `id` and `embedding` whether to have it.
-        limits: For reading headers.
-        verify: As `Loader` takes it.
-        access: How files are read.
+        options: How to read.
         kernels: Told how many seconds it took to load the compiled kernels, or to compile them,
             if there are tables; on a thread.
         floats: The dtype to make all floats of, as torch spells it; each of its own by default.
@@ -88,9 +82,7 @@ async def allocate(
         ReadError: If the storage failed.
         MemoryError: If there is no room.
     """
-    async with open_session(
-        path, limits=limits, verify=verify, timeout=None, access=access
-    ) as session:
+    async with open_session(path, options or ReadOptions()) as session:
         catalog = await session.catalog()
         manifest = await session.manifest(catalog, shards_of(catalog))
         make = _Maker(manifest, slice_of, take, kernels, floats, lacking).make

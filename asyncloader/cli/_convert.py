@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from asyncloader._loading.session import Access
 from asyncloader._memory.sizes import size_text
 from asyncloader._threads.blocking import run_blocking
-from asyncloader._tools.allocation import LIMITS
 from asyncloader._tools.converting.convert import Conversion, ConvertedTable, Options, aconvert
 from asyncloader._tools.stages import telling
 from asyncloader.cli._progress import progress_bar
+from asyncloader.options import ReadOptions
 
 from ._inspect_view import facts, plural
 from ._names import escaped, shown
@@ -119,9 +118,8 @@ def convert(
             source,
             destination,
             options,
-            limits=LIMITS,
             progress=listen,
-            access=Access(follow_symlinks=follow_symlinks),
+            read=ReadOptions(follow_symlinks=follow_symlinks),
         )
         done = run_blocking(run)
     if json:

@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from asyncloader._loading.session import Access
 from asyncloader._threads.blocking import run_blocking
-from asyncloader._tools.allocation import LIMITS
 from asyncloader._tools.diffing.diff import BUDGET, adiff
 from asyncloader._tools.stages import telling
 from asyncloader._tools.values import with_texts
 from asyncloader.cli._progress import progress_bar
+from asyncloader.options import ReadOptions
 
 from ._diff_view import difference_view
 from ._options import JsonFlag, LinksFlag, examples
@@ -57,8 +56,8 @@ def diff(
     """
     with progress_bar() as tell:
         listen = telling(tell, "comparing")
-        access = Access(follow_symlinks=follow_symlinks)
-        run = partial(adiff, a, b, limits=LIMITS, budget=BUDGET, progress=listen, access=access)
+        options = ReadOptions(follow_symlinks=follow_symlinks)
+        run = partial(adiff, a, b, budget=BUDGET, progress=listen, options=options)
         found = run_blocking(run)
     if json:
         print_json(with_texts(asdict(found)))

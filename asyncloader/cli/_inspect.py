@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from asyncloader._loading.session import Access, open_session
+from asyncloader._loading.session import open_session
 from asyncloader._threads.blocking import run_blocking
 from asyncloader._threads.jobs import run_jobs
-from asyncloader._tools.allocation import LIMITS, shards_of
+from asyncloader._tools.allocation import shards_of
 from asyncloader._tools.folders import RunSummary, run_folder, saves_in, unfinished
 from asyncloader._tools.summary import CheckpointSummary, summarize
 from asyncloader.errors import CheckpointNotFoundError
+from asyncloader.options import ReadOptions
 
 from ._inspect_view import checkpoint_view, run_view
 from ._options import JsonFlag, LinksFlag, PathArgument, examples
@@ -45,8 +46,8 @@ def inspect(
 
     Reads names and headers only, so it takes no time whatever the size.
     """
-    access = Access(follow_symlinks=follow_symlinks)
-    found = run_blocking(partial(look_into, path, access))
+    options = ReadOptions(follow_symlinks=follow_symlinks)
+    found = run_blocking(partial(look_into, path, options))
     if json:
         print_json(found)
     elif isinstance(found, RunSummary):
@@ -55,16 +56,16 @@ def inspect(
         show(checkpoint_view(found, everything=all_))
 
 
-async def look_into(path: str, access: Access | None = None) -> CheckpointSummary | RunSummary:
+async def look_into(
+    path: str, options: ReadOptions | None = None
+) -> CheckpointSummary | RunSummary:
     """Sum up what is there.
 
     Raises:
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
         ReadError: If the storage failed.
     """
-    async with open_session(
-        path, limits=LIMITS, verify="auto", timeout=None, access=access
-    ) as session:
+    async with open_session(path, options or ReadOptions()) as session:
         pool = session.threads.kernels
         try:
             catalog = await session.catalog()

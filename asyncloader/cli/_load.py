@@ -14,12 +14,11 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from asyncloader._loading.resources import CHUNK_BYTES, INFLIGHT_BYTES, PARALLEL, Limits
-from asyncloader._loading.session import Access, checked_verify
 from asyncloader._threads.blocking import run_blocking
 from asyncloader._tools.allocation import allocate
 from asyncloader.cli._progress import progress_bar
 from asyncloader.loader import Loader
+from asyncloader.options import ReadOptions
 
 from ._names import escaped, shown
 from ._options import DirectFlag, JsonFlag, LinksFlag, PathArgument, examples
@@ -31,13 +30,14 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from asyncloader._checkpoint.catalog import Verify
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.report import LoadReport
     from asyncloader._loading.trace import Span
     from asyncloader._tools.stages import Tell
 
 __all__ = ["EPILOG", "Loaded", "load", "load_all"]
+
+_DEFAULTS = ReadOptions()
 
 EPILOG = examples(
     ("asyncloader load runs/ctr/1200", "read it all, and say how fast"),
@@ -80,14 +80,16 @@ class Loaded:
 def load(
     path: PathArgument,
     *,
-    parallel: Annotated[int, typer.Option(metavar="N", help="Reads at a time.")] = PARALLEL,
+    parallel: Annotated[
+        int, typer.Option(metavar="N", help="Reads at a time.")
+    ] = _DEFAULTS.parallel,
     chunk_bytes: Annotated[
         int, typer.Option(metavar="BYTES", help="The most that one read takes.")
-    ] = CHUNK_BYTES,
+    ] = _DEFAULTS.chunk_bytes,
     max_inflight_bytes: Annotated[
         int,
         typer.Option(metavar="BYTES", help="Memory for reads under way, besides what is loaded."),
-    ] = INFLIGHT_BYTES,
+    ] = _DEFAULTS.max_inflight_bytes,
     verify: Annotated[
         VerifyChoice,
         typer.Option(
@@ -121,19 +123,21 @@ def load(
     checkpoint can be loaded, and how fast this machine does it with these settings. It takes as
     much memory as the checkpoint is large.
     """
-    limits = Limits(
-        parallel=parallel, chunk_bytes=chunk_bytes, max_inflight_bytes=max_inflight_bytes
+    options = ReadOptions(
+        parallel=parallel,
+        chunk_bytes=chunk_bytes,
+        max_inflight_bytes=max_inflight_bytes,
+        verify=verify.value,
+        direct_io=direct_io,
+        follow_symlinks=follow_symlinks,
     )
     with _tracing(trace, path) as listener, progress_bar() as tell:
         run = partial(
             load_all,
             path,
-            limits=limits,
-            verify=checked_verify(verify),
+            options=options,
             trace=listener,
             tell=tell,
-            direct_io=direct_io,
-            follow_symlinks=follow_symlinks,
             floats=cast,
         )
         loaded = run_blocking(run)
@@ -167,24 +171,18 @@ def _tracing(file: str | None, path: str) -> Iterator[Callable[[Span], object] |
 async def load_all(
     path: str,
     *,
-    limits: Limits,
-    verify: Verify,
+    options: ReadOptions,
     trace: Callable[[Span], object] | None,
     tell: Tell,
-    direct_io: bool = False,
-    follow_symlinks: bool = False,
     floats: str | None = None,
 ) -> Loaded:
     """Make room for a checkpoint and load it.
 
     Args:
         path: The checkpoint.
-        limits: What may be under way at a time.
-        verify: As `Loader` takes it.
+        options: How to read.
         trace: As `Loader` takes it.
         tell: Hears of progress.
-        direct_io: As `Loader` takes it.
-        follow_symlinks: Likewise.
         floats: The dtype to make all floats of; by default each stays of its own.
 
     Raises:
@@ -199,9 +197,7 @@ async def load_all(
     begin = time.perf_counter()
     tables, tensors = await allocate(
         path,
-        limits=limits,
-        verify=verify,
-        access=Access(follow_symlinks=follow_symlinks),
+        options=options,
         kernels=compiled.append,
         floats=floats,
         lacking=lacking.__setitem__,
@@ -215,14 +211,9 @@ async def load_all(
         path,
         tables,
         tensors,
-        limits.parallel,
-        chunk_bytes=limits.chunk_bytes,
-        max_inflight_bytes=limits.max_inflight_bytes,
+        options=options,
         progress=listen,
-        verify=verify,
         trace=trace,
-        direct_io=direct_io,
-        follow_symlinks=follow_symlinks,
         cast=None if floats is None else "any",
     )
     report = await loader.aload()

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asyncloader._loading.session import Access, open_session
+from asyncloader._loading.session import open_session
 from asyncloader._threads.blocking import run_blocking
-from asyncloader._tools.allocation import LIMITS
 from asyncloader._tools.finding import FoundId, find_id
 from asyncloader._tools.lookup import find_table, find_target
 from asyncloader._tools.showing import ShownTable, ShownTensor, show_table, show_tensor
 from asyncloader._tools.values import with_texts
 from asyncloader.cli._progress import progress_bar
+from asyncloader.options import ReadOptions
 
 from ._names import shown
 from ._options import JsonFlag, LinksFlag, PathArgument, examples
@@ -89,14 +89,16 @@ def show_one(
 
     Reads piece by piece: what is shown need not fit into memory.
     """
-    access = Access(follow_symlinks=follow_symlinks)
+    options = ReadOptions(follow_symlinks=follow_symlinks)
     with progress_bar() as tell:
         if id_ is not None:
             found: FoundId | ShownTable | ShownTensor = run_blocking(
-                partial(look_for, path, name, id_, tell=tell, access=access)
+                partial(look_for, path, name, id_, tell=tell, options=options)
             )
         else:
-            found = run_blocking(partial(look_at, path, name, rows=rows, tell=tell, access=access))
+            found = run_blocking(
+                partial(look_at, path, name, rows=rows, tell=tell, options=options)
+            )
     if json:
         print_json(with_texts(asdict(found)))
     elif isinstance(found, ShownTable):
@@ -112,7 +114,7 @@ def show_one(
 
 
 async def look_at(
-    path: str, name: str, *, rows: int, tell: Tell, access: Access | None = None
+    path: str, name: str, *, rows: int, tell: Tell, options: ReadOptions | None = None
 ) -> ShownTable | ShownTensor:
     """Say what goes by a name, and what it is like.
 
@@ -121,9 +123,7 @@ async def look_at(
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
         ReadError: If the storage failed.
     """
-    async with open_session(
-        path, limits=LIMITS, verify="auto", timeout=None, access=access
-    ) as session:
+    async with open_session(path, options or ReadOptions()) as session:
         catalog = await session.catalog()
         target = find_target(session.location, catalog, name)
         if target.table is not None and target.slot is None:
@@ -132,12 +132,10 @@ async def look_at(
 
 
 async def look_for(
-    path: str, name: str, id_: int, *, tell: Tell, access: Access | None = None
+    path: str, name: str, id_: int, *, tell: Tell, options: ReadOptions | None = None
 ) -> FoundId:
     """Find an id in a table; raises what `look_at` does."""
-    async with open_session(
-        path, limits=LIMITS, verify="auto", timeout=None, access=access
-    ) as session:
+    async with open_session(path, options or ReadOptions()) as session:
         catalog = await session.catalog()
         target = find_table(session.location, catalog, name)
         done = 0

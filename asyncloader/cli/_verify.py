@@ -10,14 +10,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from asyncloader._loading.session import Access
 from asyncloader._memory.sizes import size_text
 from asyncloader._threads.blocking import run_blocking
-from asyncloader._tools.allocation import LIMITS
 from asyncloader._tools.stages import telling
 from asyncloader._tools.verifying.findings import Finding, Verification
 from asyncloader._tools.verifying.verify import averify
 from asyncloader.cli._progress import progress_bar
+from asyncloader.options import ReadOptions
 
 from ._inspect_view import facts, plural
 from ._names import escaped, shown
@@ -60,8 +59,8 @@ def verify(
     """
     with progress_bar() as tell:
         listen = telling(tell, "verifying")
-        access = Access(direct_io=direct_io, follow_symlinks=follow_symlinks)
-        run = partial(averify, path, limits=LIMITS, progress=listen, access=access)
+        options = ReadOptions(direct_io=direct_io, follow_symlinks=follow_symlinks)
+        run = partial(averify, path, progress=listen, options=options)
         found = run_blocking(run)
     if json:
         print_json(_as_json(found))

@@ -11,6 +11,7 @@ from asyncloader._arguments import checked_path
 from asyncloader._loading.session import open_session
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import AsyncLoaderError, SaveError
+from asyncloader.options import ReadOptions
 
 from .destination import Destination
 from .file import Written, write_file
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from asyncloader._loading.progress import Progress
-    from asyncloader._loading.resources import Limits
-    from asyncloader._loading.session import Access, Session
+    from asyncloader._loading.session import Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +97,8 @@ async def aconvert(
     destination: str,
     options: Options,
     *,
-    limits: Limits,
     progress: Callable[[Progress], object] | None = None,
-    access: Access | None = None,
+    read: ReadOptions | None = None,
 ) -> Conversion:
     """Convert.
 
@@ -112,9 +111,8 @@ async def aconvert(
         destination: A folder for a checkpoint in RecIS's format, or a file that ends in
             `.safetensors`.
         options: How.
-        limits: Of reads and writes under way.
         progress: Called on the event loop, at most ten times a second.
-        access: How files are read.
+        read: How to read.
 
     Raises:
         CheckpointError: If the source is missing, unreadable, or contradicts itself.
@@ -127,9 +125,7 @@ async def aconvert(
     start = time.perf_counter()
     for path in (source, destination):
         checked_path(path, "path")
-    async with open_session(
-        source, limits=limits, verify="auto", timeout=None, access=access
-    ) as session:
+    async with open_session(source, read or ReadOptions()) as session:
         reads = session.threads.reads
         check = partial(Destination.checked, source, destination, overwrite=options.overwrite)
         target = await session.on_disk(check)

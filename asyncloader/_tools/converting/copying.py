@@ -48,7 +48,7 @@ class Copying:
             ReadError: If the source failed.
             OSError: If the file could not be written.
         """
-        chunk_bytes = self.session.limits.read_bytes
+        chunk_bytes = self.session.options.read_bytes
         self._staging = StagingPool(max(chunk_bytes, DIGEST_CHUNK))
         plan = partial(_plan, self.copies, chunk_bytes)
         [reads] = await run_jobs(self.session.threads.kernels, [plan])

@@ -179,7 +179,7 @@ class _Writer:
             tensors,
             self._wanted,
             save_id=self.save_id,
-            max_inflight_bytes=self.session.limits.max_inflight_bytes,
+            max_inflight_bytes=self.session.options.max_inflight_bytes,
             progress=self.stages.tell,
         )
         report = await saver.asave()

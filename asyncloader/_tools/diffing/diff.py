@@ -8,6 +8,7 @@ from asyncloader._arguments import checked_path
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import open_session
 from asyncloader._tools.stages import Stages
+from asyncloader.options import ReadOptions
 
 from .contents import Content, only_in, read_content
 from .difference import Difference
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from asyncloader._loading.progress import Progress
-    from asyncloader._loading.resources import Limits
-    from asyncloader._loading.session import Access
 
 
 BUDGET = 1 << 30
@@ -32,31 +31,29 @@ async def adiff(
     a: str,
     b: str,
     *,
-    limits: Limits,
     budget: int = BUDGET,
     progress: Callable[[Progress], object] | None = None,
-    access: Access | None = None,
+    options: ReadOptions | None = None,
 ) -> Difference:
     """Compare all that both hold; name what only one holds.
 
     Args:
         a: A folder, or a safetensors file.
         b: The same.
-        limits: Of reads under way, for each of them.
         budget: Memory for what is compared, in bytes, besides that.
         progress: Called on the event loop, at most ten times a second.
-        access: How files are read.
+        options: How to read.
 
     Raises:
         CheckpointError: If one of them is missing, unreadable, or contradicts itself.
         PlanError: If one of them does not fit together.
         ReadError: If one of them could not be read.
     """
-    clock = Meter(0)
+    clock, how = Meter(0), options or ReadOptions()
     paths = [checked_path(path, "path") for path in (a, b)]
     async with (
-        open_session(paths[0], limits=limits, verify="auto", timeout=None, access=access) as first,
-        open_session(paths[1], limits=limits, verify="auto", timeout=None, access=access) as second,
+        open_session(paths[0], how) as first,
+        open_session(paths[1], how) as second,
     ):
         one, other = await read_content(first), await read_content(second)
         stages = Stages(sum(_common(one, other)), progress)

@@ -102,7 +102,7 @@ class Inspector:
 
     async def inspect(self, watched: Sequence[Watched]) -> bool:
         """Look at all bytes of some blocks; return whether all of them could be read."""
-        limits = self.session.limits
+        limits = self.session.options
         extents = [
             Extent(one.block.shard, one.block.offset, one.block.nbytes, number, 0, _grain(one))
             for number, one in enumerate(watched)

@@ -82,7 +82,7 @@ async def read_shards(
         except OSError as error:
             findings.problem(f"cannot be opened: {error.strerror or error}", file=file)
 
-    await for_each(files, read, workers=session.limits.parallel, name="asyncloader-header")
+    await for_each(files, read, workers=session.options.parallel, name="asyncloader-header")
     return shards
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from asyncloader._memory.allocation import zeros
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.duplicates import count_duplicates
 from asyncloader._tools.room import check_room, free_memory
+from asyncloader.options import ReadOptions
 
 from .bytes import Inspector, Watched, memories
 from .findings import Findings, Verification
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.sidecar import PartRows
     from asyncloader._checkpoint.slices import Slice
     from asyncloader._loading.progress import Progress
-    from asyncloader._loading.resources import Limits
-    from asyncloader._loading.session import Access, Session
+    from asyncloader._loading.session import Session
 
     from .names import Names
     from .shards import Shard
@@ -48,17 +48,15 @@ _ID_BYTES = 8
 async def averify(
     path: str,
     *,
-    limits: Limits,
     progress: Callable[[Progress], object] | None = None,
-    access: Access | None = None,
+    options: ReadOptions | None = None,
 ) -> Verification:
     """Look at everything that a checkpoint holds.
 
     Args:
         path: A folder, or a safetensors file.
-        limits: Of reads under way.
         progress: Called on the event loop, at most ten times a second.
-        access: How files are read.
+        options: How to read.
 
     Returns:
         All that is wrong or odd, and how much was looked at.
@@ -69,9 +67,8 @@ async def averify(
         MemoryError: If the ids of a table do not fit into memory.
     """
     meter = Meter(0, progress)
-    async with open_session(
-        path, limits=limits, verify="off", timeout=None, access=access
-    ) as session:
+    how = replace(options or ReadOptions(), verify="off")  # digests are compared here
+    async with open_session(path, how) as session:
         return await verify_session(session, meter)
 
 

@@ -1,0 +1,151 @@
+"""How a checkpoint is read: one checked set of options for loads, readers and tools."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict
+
+from ._arguments import check_callable, check_timeout, checked_switch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["LoadKeywords", "ReadKeywords", "ReadOptions", "Verify"]
+
+Verify: TypeAlias = Literal["auto", "require", "off"]
+
+_VERIFY = ("auto", "require", "off")
+_NUMBERS = ("parallel", "chunk_bytes", "max_inflight_bytes")
+# Where the event loop was promised something: a job that has begun is not interrupted.
+_PROMISED_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """How a checkpoint is read: by `Loader`, `CheckpointReader`, `load_tensors` and the tools.
+
+    Each of them takes the same fields as keyword arguments, too; a keyword goes before `options`.
+
+    ```python
+    options = ReadOptions(verify="require", max_loop_lag=0.02)
+    await Loader(path, tables, tensors, options=options).aload()
+    ```
+
+    Attributes:
+        parallel: Reads in flight, as far as `max_inflight_bytes` has room for them.
+        chunk_bytes: The most that one read takes, in bytes. Cancelling waits for one such read.
+        max_inflight_bytes: Memory for reads in flight, in bytes, above the destinations' own.
+        verify: Whether the bytes that are read are compared with the digests that `Saver` wrote
+            along: `"auto"`, where there are digests, as far as whole chunks of 8 MiB are read
+            anyway; `"require"`, every byte that is loaded, and a checkpoint without digests is an
+            error; `"off"`. With digests, at least one chunk is read at a time. A `LoadReport` says
+            how many bytes were verified.
+        timeout: Seconds after which a load, or another call that reads, is given up; `None` waits
+            for ever. A read in flight is waited for, but no longer than `stall_timeout`.
+        stall_timeout: Seconds that one read may take, from when the system gets it, before the call
+            fails with `ReadStalledError`; `None` waits for ever. A read of a disk that is gone
+            cannot be interrupted: its thread is left behind, and so is the memory that the thread
+            may yet write to; the event loop and other loads go on.
+        direct_io: Whether files are read past the page cache (`O_DIRECT`), where the file system
+            lets us: faster for files that are not in the cache, and what others have there stays;
+            slower for files that are. Takes 4 MiB of memory more for each read in flight.
+        follow_symlinks: Whether a file of the checkpoint may be a symbolic link that leads out of
+            its folder, as in the cache of Hugging Face. Then whoever made the checkpoint chooses
+            which files of this machine are read. (The path that you give may be a link anyway.)
+        max_loop_lag: Seconds by which the caller's event loop may be late because of the reading: a
+            timer on that loop is watched, and fewer threads read and index, with pauses, while the
+            timer is late. Chunks are at most 4 MiB then. `None` is full speed. The report's `lag`
+            says how late the loop was.
+        pressure: Called on the event loop twenty times a second; returns how little room the
+            program has for a load, from its own metrics: 0 leaves the load the whole machine, 0.75
+            a quarter of the processors, 1 as good as nothing (a tenth).
+
+    Raises:
+        TypeError: If a value is of the wrong type.
+        ValueError: If a value makes no sense.
+    """
+
+    parallel: int = 16
+    chunk_bytes: int = 16 << 20
+    max_inflight_bytes: int = 128 << 20
+    verify: Verify = "auto"
+    timeout: float | None = None
+    stall_timeout: float | None = 120.0
+    direct_io: bool = False
+    follow_symlinks: bool = False
+    max_loop_lag: float | None = None
+    pressure: Callable[[], float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.verify not in _VERIFY:
+            known = ", ".join(map(repr, _VERIFY))
+            raise ValueError(f"verify is one of {known}, got {self.verify!r}")
+        for name in ("timeout", "stall_timeout", "max_loop_lag"):
+            check_timeout(getattr(self, name), name)
+        for name in ("direct_io", "follow_symlinks"):
+            checked_switch(getattr(self, name), name)
+        if self.pressure is not None:
+            check_callable(self.pressure, "pressure")
+
+    @classmethod
+    def of(cls, options: ReadOptions | None, keywords: Mapping[str, Any]) -> Self:
+        """Return options with some fields replaced by keyword arguments.
+
+        Args:
+            options: What holds besides; `None` is the defaults.
+            keywords: Fields by name.
+
+        Raises:
+            TypeError: If there is no such field, or a value is of the wrong type.
+            ValueError: If a value makes no sense.
+        """
+        if options is None:
+            options = cls()
+        if not isinstance(options, cls):
+            raise TypeError(f"options must be ReadOptions or None, got {options!r}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in keywords:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"unexpected keyword argument {name!r}{hint}")
+        return dataclasses.replace(options, **keywords)
+
+    @property
+    def promises(self) -> bool:
+        """Whether the event loop is promised something: `max_loop_lag` or `pressure` is given."""
+        return self.max_loop_lag is not None or self.pressure is not None
+
+    @property
+    def read_bytes(self) -> int:
+        """The most that one read takes, in bytes, all options taken together."""
+        most = _PROMISED_CHUNK_BYTES if self.promises else self.chunk_bytes
+        return min(most, self.chunk_bytes, self.max_inflight_bytes)
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The fields of `ReadOptions`, as keyword arguments of `Loader`, which names `parallel`."""
+
+    chunk_bytes: int
+    max_inflight_bytes: int
+    verify: Verify
+    timeout: float | None
+    stall_timeout: float | None
+    direct_io: bool
+    follow_symlinks: bool
+    max_loop_lag: float | None
+    pressure: Callable[[], float] | None
+
+
+class ReadKeywords(LoadKeywords, total=False):
+    """The fields of `ReadOptions`, as keyword arguments."""
+
+    parallel: int
