@@ -13,25 +13,21 @@ from typing import TYPE_CHECKING, Unpack
 from ._arguments import as_dict, check_callable, check_progress, checked_path
 from ._loading.claims import Claim
 from ._loading.destinations import describe_tensors
-from ._loading.execution import Execution
+from ._loading.load import Load
+from ._loading.planner import Planner, identity
 from ._loading.progress import Meter
 from ._loading.progress_bar import progress_bar
-from ._loading.report import LoadReport
+from ._loading.report import LoadReport, report_of
 from ._loading.runtime import Runtime
 from ._loading.session import open_session
-from ._loading.tables import check_tables, describe_tables
+from ._loading.tables import check_tables
 from ._loading.trace import Tracer
+from ._loading.transaction import run
 from ._planning.casts import checked_cast
-from ._planning.choice import choose
-from ._planning.hints import RENAME, did_you_mean
-from ._planning.load_info import checked_load_info, default_load_info
-from ._planning.planner import plan_load
-from ._planning.targets import Targets
 from ._table.protocol import UpdateCounts
 from ._threads.blocking import run_blocking
 from ._threads.collector import undisturbed
 from ._threads.jobs import run_jobs
-from .errors import AsyncLoaderError
 from .options import ReadOptions
 
 if TYPE_CHECKING:
@@ -40,7 +36,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ._loading.destinations import Destinations
     from ._loading.progress import Progress
     from ._loading.session import Session
     from ._loading.trace import Span
@@ -54,12 +49,7 @@ __all__ = ["Loader", "identity"]
 
 _log = logging.getLogger(__name__)
 
-_NAMED = 20
-
-
-def identity(info: LoadInfo) -> LoadInfo:
-    """Return what it is given: the `filter_func` that changes nothing."""
-    return info
+_NOTHING = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
 
 
 class Loader:
@@ -140,13 +130,18 @@ class Loader:
             check_callable(on_plan, "on_plan", awaited=True)
         self._path = checked_path(checkpoint_path, "checkpoint_path")
         self._tensors = as_dict(tensors, "tensors")
-        self._filter = filter_func
-        self._strict = strict
+        self._tables = as_dict(hashtables, "hashtables")
         self._progress = progress
-        self._cast = checked_cast(cast)
         self._on_plan = on_plan
         self._tracer = Tracer(trace)
-        self._tables = as_dict(hashtables, "hashtables")
+        self._planner = Planner(
+            tables=self._tables,
+            tensors=self._tensors,
+            filter_func=filter_func,
+            strict=strict,
+            cast=checked_cast(cast),
+            tracer=self._tracer,
+        )
         check_tables(self._tables, self._tensors, able="begin")
         describe_tensors(self._tensors)
 
@@ -155,7 +150,7 @@ class Loader:
 
     def default_load_info(self) -> LoadInfo:
         """Return the plan that `filter_func` gets: every destination from its own name."""
-        return default_load_info(self._targets(describe_tensors(self._tensors)))
+        return self._planner.default_load_info()
 
     async def plan(self) -> LoadPlan:
         """Say what a load would do. Reads names and headers, touches nothing.
@@ -167,7 +162,8 @@ class Loader:
             LoadTimeoutError: If `timeout` passed.
         """
         async with self._session() as session:
-            return await self._plan(session, await self._destinations(session))
+            plan, _ = await self._planner.plan(session)
+        return plan
 
     async def aload(self) -> LoadReport:
         """Load, on the caller's event loop, which goes on serving meanwhile.
@@ -203,127 +199,37 @@ class Loader:
         meter = Meter(0, listener)
         with contextlib.ExitStack() as unless_committed:
             async with self._session() as session:
-                into = await self._destinations(session)
-                plan = await self._plan(session, into)
+                plan, into = await self._planner.plan(session)
                 if self._on_plan is not None:
                     answer = self._on_plan(plan)
                     if inspect.isawaitable(answer):
                         await answer
-                tables = {load.name: self._tables[load.name] for load in plan.tables}
-                take = partial(claim.take, into, plan.tensors.names, tables, plan.location)
-                await run_jobs(session.threads.kernels, [take])
                 meter.total = plan.nbytes
-                execution = Execution(
-                    plan=plan,
-                    tensors=into,
-                    tables=self._tables,
-                    storage=session.storage,
-                    threads=session.threads,
-                    budget=session.budget,
-                    meter=meter,
-                    parallel=session.options.parallel,
-                    chunk_bytes=session.options.read_bytes,
-                    verifier=session.verifier,
-                    tracer=self._tracer,
-                    touched={},
-                )
-                unless_committed.push(partial(_name_touched, execution))
-                unless_committed.callback(execution.abort)
-                await execution.run()
-                tell = undisturbed(partial(self._report, execution, session))
-                [report] = await run_jobs(session.threads.kernels, [tell])
-            # No await from here on: who is cancelled finds the tables as they were.
+                load = Load(
+                    session, plan, into, self._tables,
+                    meter=meter, claim=claim, tracer=self._tracer,
+                )  # fmt: skip
+                unless_committed.push(partial(_explain, load))
+                unless_committed.callback(load.abort)
+                await run(load, session)
+                retries = 0 if session.retrying is None else session.retrying.retries
+                tell = partial(report_of, load, tensors=self._tensors, retries=retries)
+                [report] = await run_jobs(session.threads.kernels, [undisturbed(tell)])
+            # No await from here on: a load that is cancelled leaves the tables as they were.
             start = time.perf_counter()
-            counts = execution.commit()
+            counts = load.commit()
             unless_committed.pop_all()
         self._tracer.note("commit", "all tables", start)
-        for warning in execution.warnings:
+        for warning in load.warnings:
             _log.warning("%s: %s", plan.location, warning)
         lag = None if session.watch is None else session.watch.lag
-        report = replace(report, tables={**report.tables, **counts}, lag=lag)
+        tables = {name: counts.get(name, _NOTHING) for name in self._tables}
+        report = replace(report, tables=tables, lag=lag)
         _log.info("%s", report)
         return report
 
     def _session(self) -> contextlib.AbstractAsyncContextManager[Session]:
         return open_session(self._path, self.options, runtime=self._runtime)
-
-    async def _destinations(self, session: Session) -> Destinations:
-        """Describe the tensors as they are now, and hold on to their memory."""
-        with self._tracer.span("plan", "destinations"):
-            describe = undisturbed(partial(describe_tensors, self._tensors))
-            [into] = await run_jobs(session.threads.kernels, [describe])
-        return into
-
-    def _targets(self, into: Destinations) -> Targets:
-        """Say what there is to fill, as it is now: slots may have come."""
-        return Targets(tensors=into.targets, tables=describe_tables(self._tables))
-
-    async def _plan(self, session: Session, into: Destinations) -> LoadPlan:
-        pool = session.threads.kernels  # planning is all Python: on a thread the loop gets its turn
-        [targets] = await run_jobs(pool, [partial(self._targets, into)])
-        info = None
-        if self._filter is not identity:
-            [default] = await run_jobs(pool, [partial(default_load_info, targets)])
-            filtered = self._filter(default)
-            [info] = await run_jobs(pool, [partial(checked_load_info, filtered)])
-        with self._tracer.span("plan", "names"):
-            catalog = await session.catalog()
-        with self._tracer.span("plan", "choice"):
-            [choice] = await run_jobs(pool, [undisturbed(partial(choose, catalog, info, targets))])
-        with self._tracer.span("plan", "headers"):
-            [shards] = await run_jobs(pool, [choice.shards])
-            manifest = await session.manifest(catalog, shards)
-        odd = [partial(look, choice.tensors) for look in (into.overlaps, into.unsafe)]
-        for problems in await run_jobs(pool, odd):
-            choice.problems += problems
-        with self._tracer.span("plan", "plan"):
-            decide = undisturbed(
-                partial(plan_load, manifest, choice, strict=self._strict, casting=self._cast)
-            )
-            [plan] = await run_jobs(pool, [decide])
-        for warning in plan.warnings:
-            _log.warning("%s: %s", plan.location, warning)
-        if plan.missing:
-            guess = partial(did_you_mean, plan.missing, plan.unexpected, rename=RENAME)
-            [hints] = await run_jobs(pool, [guess])
-            _log.warning(
-                "%s: not in the checkpoint, so what it would fill keeps its values: %s "
-                "(%d in all; strict=True makes this an error)",
-                plan.location,
-                ", ".join(f"{name!r}{hints[name]}" for name in plan.missing[:_NAMED]),
-                len(plan.missing),
-            )
-        return plan
-
-    def _report(
-        self,
-        execution: Execution,
-        session: Session,
-    ) -> LoadReport:
-        """Say what was done, but for what `commit` does to tables; belongs on a thread."""
-        plan, meter = execution.plan, execution.meter
-        nothing = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
-        done = dict.fromkeys(plan.tensors.names, "loaded")
-        done |= {name: f"shared with {other!r}" for name, other in plan.shared.items()}
-        done |= {name: "copied" for name, staged in execution.touched.items() if staged}
-        done |= dict.fromkeys(plan.skipped, "not asked for")
-        tensors = {name: done.get(name, "missing") for name in self._tensors}
-        return LoadReport(
-            location=plan.location,
-            bytes_read=meter.read,
-            bytes_wanted=meter.wanted,
-            bytes_verified=meter.verified,
-            reads=meter.reads,
-            seconds=meter.seconds,
-            tables=dict.fromkeys(self._tables, nothing),
-            tensors=tensors,
-            filled=sum(outcome in {"loaded", "copied"} for outcome in tensors.values()),
-            missing=plan.missing,
-            unexpected=plan.unexpected,
-            warnings=(*plan.warnings, *execution.warnings),
-            casts=plan.casts,
-            retries=0 if session.retrying is None else session.retrying.retries,
-        )
 
 
 def _checked_runtime(runtime: Runtime | None, options: ReadOptions) -> Runtime | None:
@@ -334,12 +240,6 @@ def _checked_runtime(runtime: Runtime | None, options: ReadOptions) -> Runtime |
     return runtime
 
 
-def _name_touched(execution: Execution, _: object, error: BaseException | None, __: object) -> None:
-    """Say on an error which tensors are no longer what they were."""
-    names = tuple(sorted(execution.touched))
-    if isinstance(error, AsyncLoaderError):
-        error.touched = names
-    if names and error is not None:
-        still = ", and until the disk answers; take new ones for another load"
-        more = still if execution.lost else ""
-        error.add_note(f"tensors written to: {', '.join(names[:_NAMED])}{more}")
+def _explain(load: Load, _: object, error: BaseException | None, __: object) -> None:
+    if error is not None:
+        load.explain(error)

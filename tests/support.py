@@ -16,17 +16,18 @@ from asyncloader import HashTable, Slice
 from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._loading.destinations import describe_tensors
-from asyncloader._loading.execution import Execution
+from asyncloader._loading.load import Load
 from asyncloader._loading.progress import Meter
+from asyncloader._loading.session import Session
 from asyncloader._loading.tables import describe_tables
-from asyncloader._loading.trace import Tracer
-from asyncloader._loading.verification import Verifier
+from asyncloader._loading.transaction import complete
 from asyncloader._planning.choice import choose
 from asyncloader._planning.load_info import default_load_info
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.threads import Threads
+from asyncloader.options import ReadOptions
 from tests.oracle import TableData, flat_bytes, rows_of
 
 if TYPE_CHECKING:
@@ -243,26 +244,18 @@ class Run:
         """Plan, read, commit; on failure, abort."""
         async with Threads(reads=1) as threads:
             into = describe_tensors(self.tensors)
-            execution = Execution(
-                plan=await self._plan(threads, into.targets),
-                tensors=into,
-                tables=self.tables,
+            session = Session(
+                location=self.storage.location,
+                file=None,
                 storage=self.storage,
                 threads=threads,
+                options=ReadOptions(parallel=self.parallel, chunk_bytes=self.chunk_bytes),
                 budget=self.budget,
-                meter=self.meter,
-                parallel=self.parallel,
-                chunk_bytes=self.chunk_bytes,
-                touched=self.touched,
-                verifier=Verifier(self.storage.location, widen=False),
-                tracer=Tracer(None),
             )
-            try:
-                await execution.run()
-            except BaseException:
-                execution.abort()
-                raise
-            return execution.commit()
+            plan = await self._plan(threads, into.targets)
+            load = Load(session, plan, into, self.tables, meter=self.meter)
+            self.touched = load.touched
+            return await complete(load, session)
 
     async def _plan(self, threads: Threads, tensors: TensorTargets) -> LoadPlan:
         targets = Targets(tensors=tensors, tables=describe_tables(self.tables))

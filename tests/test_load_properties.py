@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from asyncloader import HashTable, Loader, LoadPlan, LoadReport, UpdateCounts, gen_slice
 from asyncloader import Slice as TableSlice
 from asyncloader._loading.destinations import describe_tensors
-from asyncloader._loading.execution import Execution
+from asyncloader._loading.load import Load
 from asyncloader._loading.progress import Meter
-from asyncloader._loading.trace import Tracer
-from asyncloader._loading.verification import Verifier
+from asyncloader._loading.session import Session
+from asyncloader._loading.transaction import complete
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.threads import Threads
+from asyncloader.options import ReadOptions
 from tests.oracle import (
     DTYPES,
     Block,
@@ -497,22 +498,17 @@ async def load_from(
 ) -> dict[str, UpdateCounts]:
     how = destinations.case.how
     async with Threads(reads=1) as threads:
-        execution = Execution(
-            plan=plan,
-            tensors=describe_tensors(destinations.tensors),
-            tables=destinations.tables,
+        session = Session(
+            location="memory",
+            file=None,
             storage=storage,
             threads=threads,
+            options=ReadOptions(parallel=how["parallel"], chunk_bytes=how["chunk_bytes"]),
             budget=ByteBudget(how["max_inflight_bytes"]),
-            meter=Meter(0, None),
-            parallel=how["parallel"],
-            chunk_bytes=how["chunk_bytes"],
-            verifier=Verifier("memory", widen=False),
-            tracer=Tracer(None),
-            touched={},
         )
-        await execution.run()
-        return execution.commit()
+        into = describe_tensors(destinations.tensors)
+        load = Load(session, plan, into, destinations.tables, meter=Meter(0, None))
+        return await complete(load, session)
 
 
 HashTable([1])  # the first one imports numba, for which an event loop has no time

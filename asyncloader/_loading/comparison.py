@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,92 +14,79 @@ from .tensors import copy_elements, torch_dtype
 
 if TYPE_CHECKING:
     from asyncloader._checkpoint.blocks import Block
-    from asyncloader._planning.plan import LoadPlan
     from asyncloader._planning.tensor_loads import TensorLoad
-    from asyncloader._storage.protocol import Storage
-    from asyncloader._threads.budget import ByteBudget
-    from asyncloader._threads.threads import Threads
 
-    from .destinations import Destinations
-    from .staging import StagingPool
-
+    from .load import Load
 
 _STEP = 1 << 16
 """Elements that are converted at a time."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """Finds tied tensors that the checkpoint holds twice, with different values."""
+async def compare_tied(load: Load) -> list[str]:
+    """Find tied tensors that the checkpoint holds twice, with different values.
 
-    plan: LoadPlan
-    tensors: Destinations
-    storage: Storage
-    threads: Threads
-    budget: ByteBudget
-    staging: StagingPool
-    parallel: int
-    chunk_bytes: int
+    Args:
+        load: Its memory is filled.
 
-    async def run(self) -> list[str]:
-        """Return a warning for each; the memory has to be filled.
+    Returns:
+        A warning for each.
 
-        Raises:
-            ReadError: If the storage failed.
-        """
-        if not self.plan.again:
-            return []
-        numbers = {name: number for number, name in enumerate(self.plan.tensors.names)}
-        warnings: list[str] = []
+    Raises:
+        ReadError: If the storage failed.
+    """
+    plan = load.plan
+    if not plan.again:
+        return []
+    numbers = {name: number for number, name in enumerate(plan.tensors.names)}
+    warnings: list[str] = []
 
-        async def compare(load: TensorLoad) -> None:
-            filler = self.plan.shared[load.name]
-            block = self.plan.tensors.block(numbers[filler])
-            if not await self._same(load, filler, block):
-                warnings.append(
-                    f"tensors {load.name!r} and {filler!r} are one memory, but the checkpoint has "
-                    f"different values for them: it holds those of {filler!r} now"
-                )
+    async def compare(again: TensorLoad) -> None:
+        filler = plan.shared[again.name]
+        if not await _same(load, again, filler, plan.tensors.block(numbers[filler])):
+            warnings.append(
+                f"tensors {again.name!r} and {filler!r} are one memory, but the checkpoint has "
+                f"different values for them: it holds those of {filler!r} now"
+            )
 
-        await for_each(self.plan.again, compare, workers=self.parallel, name="asyncloader-compare")
-        return sorted(warnings)
+    await for_each(plan.again, compare, workers=load.parallel, name="asyncloader-compare")
+    return sorted(warnings)
 
-    async def _same(self, load: TensorLoad, filler: str, filled: Block) -> bool:
-        """Say whether the memory would hold the same had `load` filled it, and not `filler`.
 
-        Args:
-            load: What was not loaded.
-            filler: The name under which the memory was filled.
-            filled: The block that filled it.
-        """
-        block, dtype = load.block, torch_dtype(load.block.dtype)
-        tensor, other = map(self.tensors.held.__getitem__, self._numbers(load.name, filler))
-        views = [(one.is_conj(), one.is_neg()) for one in (tensor, other)]
-        if block.dtype == filled.dtype and views[0] == views[1]:
-            if (block.shard, block.offset) == (filled.shard, filled.offset):
-                return True
-            if block.digests is not None and block.digests == filled.digests:
-                return True
-            if block.digests is not None and filled.digests is not None and dtype == tensor.dtype:
-                return False  # other values may become the same ones where they are converted
-        step = max(self.chunk_bytes // dtype.itemsize, 1) * dtype.itemsize
-        for begin in range(0, block.nbytes, step):
-            length = min(step, block.nbytes - begin)
-            async with self.budget.reserve(length):
-                buffer = self.staging.take(length)
-                view = buffer[:length].numpy().data
-                await read_exactly(self.storage, block.shard, block.offset + begin, [view])
-                values = torch.frombuffer(view, dtype=dtype)
-                look = partial(_holds, tensor, begin // dtype.itemsize, values)
-                [same] = await run_jobs(self.threads.kernels, [look])
-                del view, values, look
-                self.staging.give(buffer)
-            if not same:
-                return False
-        return True
+async def _same(load: Load, again: TensorLoad, filler: str, filled: Block) -> bool:
+    """Say whether the memory would hold the same had `again` filled it, and not `filler`.
 
-    def _numbers(self, *names: str) -> list[int]:
-        return self.tensors.targets.numbers(names)
+    Args:
+        load: Whose memory it is.
+        again: What was not loaded.
+        filler: The name under which the memory was filled.
+        filled: The block that filled it.
+    """
+    block, dtype = again.block, torch_dtype(again.block.dtype)
+    chosen = load.tensors.targets.numbers([again.name, filler])
+    tensor, other = map(load.tensors.held.__getitem__, chosen)
+    views = [(one.is_conj(), one.is_neg()) for one in (tensor, other)]
+    if block.dtype == filled.dtype and views[0] == views[1]:
+        if (block.shard, block.offset) == (filled.shard, filled.offset):
+            return True
+        if block.digests is not None and block.digests == filled.digests:
+            return True
+        if block.digests is not None and filled.digests is not None and dtype == tensor.dtype:
+            return False  # other values may become the same ones where they are converted
+    step = max(load.chunk_bytes // dtype.itemsize, 1) * dtype.itemsize
+    for begin in range(0, block.nbytes, step):
+        length = min(step, block.nbytes - begin)
+        async with load.budget.reserve(length):
+            buffer = load.staging.take(length)
+            view = buffer[:length].numpy().data
+            await read_exactly(load.storage, block.shard, block.offset + begin, [view])
+            values = torch.frombuffer(view, dtype=dtype)
+            look = partial(_holds, tensor, begin // dtype.itemsize, values)
+            [same] = await run_jobs(load.threads.kernels, [look])
+            del view, values, look
+            load.staging.give(buffer)
+        if not same:
+            return False
+    return True
 
 
 def _holds(tensor: torch.Tensor, start: int, values: torch.Tensor) -> bool:

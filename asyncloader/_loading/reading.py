@@ -16,9 +16,9 @@ from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
 
 from .destinations import describe_tensors
-from .execution import Execution
+from .load import Load
 from .progress import Meter
-from .trace import Tracer
+from .transaction import complete
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,26 +44,7 @@ async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, T
     views: dict[str, Tensor] = {}
     prepare = partial(_prepare, session.location, wanted, tensors, views)
     [(plan, into)] = await run_jobs(session.threads.kernels, [undisturbed(prepare)])
-    execution = Execution(
-        plan=plan,
-        tensors=into,
-        tables={},
-        storage=session.storage,
-        threads=session.threads,
-        budget=session.budget,
-        meter=Meter(plan.nbytes),
-        parallel=session.options.parallel,
-        chunk_bytes=session.options.read_bytes,
-        verifier=session.verifier,
-        tracer=Tracer(None),
-        touched={},
-    )
-    try:
-        await execution.run()
-    except BaseException:
-        execution.abort()
-        raise
-    execution.commit()
+    await complete(Load(session, plan, into, {}, meter=Meter(plan.nbytes)), session)
     return tensors
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from asyncloader._planning.casts import Cast
     from asyncloader._threads.lag import LoopLag
 
+    from .load import Load
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport(AsDict):
@@ -159,6 +161,38 @@ class LoadReport(AsDict):
         for name, table in sorted(self.tables.items()):
             rows.add_row(Text(name), *(f"{getattr(table, field):,}" for field in fields))
         return rows
+
+
+def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport:
+    """Say what a load did, but for what `commit` does to tables; belongs on a thread.
+
+    Args:
+        load: It has run.
+        tensors: All names that were asked for.
+        retries: How often something was read again.
+    """
+    plan, meter = load.plan, load.meter
+    done = dict.fromkeys(plan.tensors.names, "loaded")
+    done |= {name: f"shared with {other!r}" for name, other in plan.shared.items()}
+    done |= {name: "copied" for name, staged in load.touched.items() if staged}
+    done |= dict.fromkeys(plan.skipped, "not asked for")
+    outcomes = {name: done.get(name, "missing") for name in tensors}
+    return LoadReport(
+        location=plan.location,
+        bytes_read=meter.read,
+        bytes_wanted=meter.wanted,
+        bytes_verified=meter.verified,
+        reads=meter.reads,
+        seconds=meter.seconds,
+        tables={},
+        tensors=outcomes,
+        filled=sum(outcome in {"loaded", "copied"} for outcome in outcomes.values()),
+        missing=plan.missing,
+        unexpected=plan.unexpected,
+        warnings=(*plan.warnings, *load.warnings),
+        casts=plan.casts,
+        retries=retries,
+    )
 
 
 def _tally(values: Iterable[str]) -> dict[str, int]:

@@ -11,7 +11,7 @@ too, and all ids that are read are verified, so that no row is missed without no
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from asyncloader.errors import CheckpointError, ReadError
 
 from .filling import Filling, batches_of
 from .indexing import Arrival
+from .pieces import COST, GAP_BYTES, RowPiece, is_believed, step_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,135 +34,55 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from asyncloader._checkpoint.blocks import Block
-    from asyncloader._planning.plan import PartLoad, TableLoad
-    from asyncloader._storage.protocol import ReadInto, Storage, ThreadedStorage
-    from asyncloader._table.protocol import LoadableUpdate
-    from asyncloader._threads.budget import ByteBudget
-    from asyncloader._threads.threads import Threads
+    from asyncloader._planning.plan import PartLoad
+    from asyncloader._storage.protocol import ReadInto
 
     from .filling import Done, Step
-    from .indexing import Indexer
-    from .progress import Meter
-    from .staging import StagingPool
-    from .trace import Tracer
+    from .load import Load
     from .verification import Verifier
 
 
-_ID_BYTES = 8
-# Ids, those wanted, encoded, their positions, and what grouping them takes: five int64 a row.
-_COST = 5 * _ID_BYTES
-# What one thread reads and picks rows from before it reads on: it is still in the cache then.
-STEP = 4 << 20
 _UNSIGNED = 2**64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowPiece:
-    """Rows `[start, start + count)` of a part."""
-
-    table: TableLoad
-    part: PartLoad
-    update: LoadableUpdate
-    start: int
-    count: int
+def _step(load: Load, block: Block) -> int:
+    """Return how many bytes of a block to read before something is done with them."""
+    return step_bytes(block, chunk_bytes=load.chunk_bytes, lends=load.lender is not None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Means:
-    """What reading takes."""
+def _verifier_of_ids(load: Load, part: PartLoad) -> Verifier:
+    """Return a verifier that leaves out no id where the sidecar is believed on the rows to read.
 
-    storage: Storage
-    threads: Threads
-    budget: ByteBudget
-    indexer: Indexer
-    staging: StagingPool
-    meter: Meter
-    chunk_bytes: int
-    gap_bytes: int
-    verifier: Verifier
-    tracer: Tracer
-
-    lender: ThreadedStorage | None
-    """The storage, if it can do more with a thread than read."""
-
-    def step(self, block: Block) -> int:
-        """Return how many bytes of a block to read before something is done with them."""
-        lends = self.lender is not None
-        return step_bytes(block, chunk_bytes=self.chunk_bytes, lends=lends)
-
-    def verifier_of_ids(self, part: PartLoad) -> Verifier:
-        """Return a verifier that leaves out no id where it is believed which rows they stand in.
-
-        An id that a flipped bit has taken out of the wanted slice would be missed by nobody.
-        """
-        return replace(self.verifier, widen=True) if is_believed(part) else self.verifier
-
-    def room(self, part: PartLoad) -> int:
-        """Return the memory that reading rows of a part takes besides them."""
-        blocks = (part.ids, *part.slots.values())
-        most = max(max(self.step(block), block.nbytes // part.rows) for block in blocks)
-        return most + (most + 2 * DIGEST_CHUNK if self.verifier_of_ids(part).widen else 0)
-
-
-def is_believed(part: PartLoad) -> bool:
-    """Whether only those rows are looked at that the sidecar says may be wanted."""
-    return len(part.reach) < part.rows
-
-
-def step_bytes(block: Block, *, chunk_bytes: int, lends: bool) -> int:
-    """Return how many bytes of a block to read before something is done with them.
-
-    Whole chunks of one with digests. Where each read is a hand-over to a thread, as much as one may
-    take.
-
-    Args:
-        block: What to read.
-        chunk_bytes: The most that one hand-over may take.
-        lends: Whether the storage lends threads.
+    An id that a flipped bit has taken out of the wanted slice would be missed by nobody.
     """
-    most = min(chunk_bytes, STEP) if lends else chunk_bytes
-    if block.digests is None:
-        return most
-    return max(most // DIGEST_CHUNK, 1) * DIGEST_CHUNK
+    return replace(load.verifier, widen=True) if is_believed(part) else load.verifier
 
 
-def row_pieces(
-    table: TableLoad, part: PartLoad, update: LoadableUpdate, *, chunk_bytes: int, widen: bool
-) -> Iterator[RowPiece]:
-    """Cut what may be wanted of a part into pieces whose bookkeeping fits into a chunk.
-
-    If there are digests, where chunks of ids, or of rows of many a size, end too; if what is read
-    of the ids is widened to whole chunks, into pieces of as many ids as one has.
-    """
-    step = max(chunk_bytes // _COST, 1)
-    if part.ids.digests is not None:
-        whole = widen or is_believed(part)
-        step = DIGEST_CHUNK // _ID_BYTES if whole else 1 << (step.bit_length() - 1)
-    start, stop = part.reach.start, part.reach.stop
-    while start < stop:
-        end = min((start // step + 1) * step, stop)
-        yield RowPiece(table=table, part=part, update=update, start=start, count=end - start)
-        start = end
+def _room(load: Load, part: PartLoad) -> int:
+    """Return the memory that reading rows of a part takes besides them."""
+    blocks = (part.ids, *part.slots.values())
+    most = max(max(_step(load, block), block.nbytes // part.rows) for block in blocks)
+    return most + (most + 2 * DIGEST_CHUNK if _verifier_of_ids(load, part).widen else 0)
 
 
-async def load_piece(piece: RowPiece, means: Means) -> None:
+async def load_piece(piece: RowPiece, load: Load) -> None:
     """Read a piece's ids, then the rows that the table wants."""
     try:
-        async with means.budget.reserve(piece.count * _COST + means.room(piece.part)):
-            await _load_piece(piece, means)
+        async with load.budget.reserve(piece.count * COST + _room(load, piece.part)):
+            await _load_piece(piece, load)
     except ReadError as error:
         error.names = (piece.table.name,)
         raise
 
 
-async def _load_piece(piece: RowPiece, means: Means) -> None:
+async def _load_piece(piece: RowPiece, load: Load) -> None:
     part = piece.part
     ids = torch.empty(piece.count, dtype=torch.int64)
     every = range(piece.start, piece.start + piece.count)
-    verifier = means.verifier_of_ids(part)
-    await _load_rows(piece, means, Filling.of(part.ids, every, ids, verifier))
+    verifier = _verifier_of_ids(load, part)
+    await _load_rows(piece, load, Filling.of(part.ids, every, ids, verifier))
     found = ids.numpy()
-    _check_ends(piece, found, means.verifier.location)
+    _check_ends(piece, found, load.verifier.location)
 
     def select() -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
         rows, kept, dropped = piece.update.select(
@@ -169,14 +90,14 @@ async def _load_piece(piece: RowPiece, means: Means) -> None:
         )
         return rows + piece.start, kept, dropped
 
-    [(rows, kept, dropped)] = await run_jobs(means.threads.kernels, [select])
+    [(rows, kept, dropped)] = await run_jobs(load.threads.kernels, [select])
     piece.update.dropped(dropped)
     if not len(rows):
         return
     first = piece.update.reserve(part.layer, len(rows), part.rank + piece.start)
     room = piece.update.view("id", first, len(rows))
-    await run_jobs(means.threads.kernels, [lambda: room.copy_(torch.from_numpy(kept))])
-    means.indexer.put(
+    await run_jobs(load.threads.kernels, [lambda: room.copy_(torch.from_numpy(kept))])
+    load.indexer.put(
         Arrival(
             update=piece.update, layer=part.layer, child=part.child,
             first=first, count=len(rows), claimed=None,
@@ -184,7 +105,7 @@ async def _load_piece(piece: RowPiece, means: Means) -> None:
     )  # fmt: skip
     for slot, block in part.slots.items():
         target = piece.update.view(slot, first, len(rows))
-        await _load_rows(piece, means, Filling.of(block, rows, target, means.verifier))
+        await _load_rows(piece, load, Filling.of(block, rows, target, load.verifier))
 
 
 def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
@@ -208,54 +129,54 @@ def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
         raise CheckpointError(location, problem, part.ids.shard, part.ids.key)
 
 
-async def _load_rows(piece: RowPiece, means: Means, filling: Filling) -> None:
+async def _load_rows(piece: RowPiece, load: Load, filling: Filling) -> None:
     """Read chosen rows of a block to where they belong."""
     block = filling.block
-    steps = filling.steps(most=means.step(block), gap=means.gap_bytes)
-    batches = batches_of(steps, means.chunk_bytes)
+    steps = filling.steps(most=_step(load, block), gap=GAP_BYTES)
+    batches = batches_of(steps, load.chunk_bytes)
     last = False
     while not last:
         start = time.perf_counter()
-        done = await _carry_out(filling, batches, means)
-        means.tracer.note("read", block.shard, start, done.read)
-        means.meter.note(
+        done = await _carry_out(filling, batches, load)
+        load.tracer.note("read", block.shard, start, done.read)
+        load.meter.note(
             read=done.read, wanted=done.wanted, verified=done.verified, current=piece.table.name
         )
         last = done.last
 
 
 async def _carry_out(
-    filling: Filling, batches: Iterator[tuple[list[Step], bool]], means: Means
+    filling: Filling, batches: Iterator[tuple[list[Step], bool]], load: Load
 ) -> Done:
     """Read the next batch, and take what is wanted, step by step."""
     block = filling.block
-    usual = means.step(block)
+    usual = _step(load, block)
 
-    if means.lender is None:
-        [(batch, last)] = await run_jobs(means.threads.reads, [partial(next, batches)])
-        buffer = means.staging.take(filling.room(batch, usual))
+    if load.lender is None:
+        [(batch, last)] = await run_jobs(load.threads.reads, [partial(next, batches)])
+        buffer = load.row_staging.take(filling.room(batch, usual))
         verified = 0
         for step in batch:
             view = filling.view(step, buffer)
             offset = block.offset + filling.window(step)[0]
-            await read_exactly(means.storage, block.shard, offset, [view])
-            [count] = await run_jobs(means.threads.reads, [partial(filling.take, step, view)])
+            await read_exactly(load.storage, block.shard, offset, [view])
+            [count] = await run_jobs(load.threads.reads, [partial(filling.take, step, view)])
             verified += count
-        means.staging.give(buffer)
+        load.row_staging.give(buffer)
         return filling.done(batch, verified, last=last)
 
     def at_once(read: ReadInto) -> Done:
         batch, last = next(batches)  # here: looking for gaps takes long
-        buffer = means.staging.take(filling.room(batch, usual))
+        buffer = load.row_staging.take(filling.room(batch, usual))
         verified = 0
         for step in batch:
             view = filling.view(step, buffer)
             fill(read, block.shard, block.offset + filling.window(step)[0], view)
             verified += filling.take(step, view)
-        means.staging.give(buffer)
+        load.row_staging.give(buffer)
         return filling.done(batch, verified, last=last)
 
     try:
-        return await means.lender.on_thread(block.shard, at_once)
+        return await load.lender.on_thread(block.shard, at_once)
     except OSError as error:
         raise read_error(block.shard, block.offset, block.nbytes, error) from error

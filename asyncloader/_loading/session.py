@@ -14,7 +14,7 @@ from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._checkpoint.safetensors import is_weight_map
 from asyncloader._storage.local import LocalStorage
-from asyncloader._storage.protocol import ThreadedStorage
+from asyncloader._storage.protocol import ThreadedStorage, read_error
 from asyncloader._storage.retrying import ThreadedRetryingStorage
 from asyncloader._threads.patience import Patience, StalledError
 from asyncloader.errors import (
@@ -25,7 +25,6 @@ from asyncloader.errors import (
     ReadStalledError,
 )
 
-from .execution import CHANGED
 from .resources import open_resources
 from .verification import Verifier
 
@@ -47,6 +46,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_CHANGED = (
+    "was replaced, removed or written to while it was being loaded; load the checkpoint anew, or "
+    "the one that has taken its place"
+)
 _SUFFIX = ".safetensors"
 _JUST_BEFORE = 1e-6
 """Seconds."""
@@ -94,7 +97,7 @@ class Session:
             error.location = self.location
             with contextlib.suppress(OSError):
                 if error.shard in await self.storage.changed([error.shard]):
-                    raise CheckpointChangedError(self.location, CHANGED, error.shard) from error
+                    raise CheckpointChangedError(self.location, _CHANGED, error.shard) from error
             raise
 
     @contextlib.asynccontextmanager
@@ -108,6 +111,22 @@ class Session:
             with late.noting(self.patience):
                 async with self.explaining():
                     yield
+
+    async def check_unchanged(self, shards: Sequence[str]) -> None:
+        """Look whether the files that were read are still those that they were at first.
+
+        Raises:
+            CheckpointChangedError: If one of them is not.
+            ReadError: If the storage failed.
+        """
+        if not shards:
+            return
+        try:
+            changed = await self.storage.changed(shards)
+        except OSError as error:
+            raise read_error(shards[0], 0, 0, error) from error
+        if changed:
+            raise CheckpointChangedError(self.location, _CHANGED, changed[0])
 
     async def on_disk(self, job: Callable[[], T]) -> T:
         """Return what a job results in that looks at files besides those that are read.

@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._loading.destinations import describe_tensors
-from asyncloader._loading.execution import Execution
+from asyncloader._loading.load import Load
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.reading import torch_dtype
 from asyncloader._loading.tables import describe_tables
-from asyncloader._loading.trace import Tracer
+from asyncloader._loading.transaction import complete
 from asyncloader._loading.verification import Verifier
 from asyncloader._planning.choice import choose
 from asyncloader._planning.load_info import ID
@@ -134,26 +134,10 @@ async def fill(
     decide = partial(_plan, manifest, info, made, tensors)
     [(plan, into)] = await run_jobs(session.threads.kernels, [decide])
     meter = Meter(plan.nbytes, progress)
-    execution = Execution(
-        plan=plan,
-        tensors=into,
-        tables=made,
-        storage=session.storage,
-        threads=session.threads,
-        budget=session.budget,
-        meter=meter,
-        parallel=session.options.parallel,
-        chunk_bytes=session.options.read_bytes,
-        verifier=Verifier(session.location, widen=True),
-        tracer=Tracer(None),
-        touched={},
+    load = Load(
+        session, plan, into, made, meter=meter, verifier=Verifier(session.location, widen=True)
     )
-    try:
-        await execution.run()
-    except BaseException:
-        execution.abort()
-        raise
-    counts = execution.commit()
+    counts = await complete(load, session)
     return Filled(counts=counts, bytes_read=meter.read, bytes_verified=meter.verified)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._loading.execution import check_unchanged
 from asyncloader._loading.progress import Meter
 from asyncloader._planning.load_info import ID
 from asyncloader._saving.layout import WriteBlock, lay_out_shard
@@ -179,7 +178,7 @@ async def write_file(
             await run_jobs(threads.reads, [file.sync])
         finally:
             await run_jobs(threads.reads, [held.close])
-        await check_unchanged(session.storage, session.location, shards)
+        await session.check_unchanged(shards)
         meter.finish()
         await run_jobs(threads.reads, [publish])
     except BaseException as error:

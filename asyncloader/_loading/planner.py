@@ -1,0 +1,152 @@
+"""Produces the load info and the plan: which bytes go where. Touches no destination.
+
+Names and headers are read; everything else is pure work, done on threads so that the event loop
+gets its turn.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from asyncloader._planning.choice import choose
+from asyncloader._planning.hints import RENAME, did_you_mean
+from asyncloader._planning.load_info import checked_load_info, default_load_info
+from asyncloader._planning.planner import plan_load
+from asyncloader._planning.targets import Targets
+from asyncloader._threads.collector import undisturbed
+from asyncloader._threads.jobs import run_jobs
+
+from .destinations import describe_tensors
+from .tables import describe_tables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from asyncloader._checkpoint.index import Catalog
+    from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader._planning.casts import Casting
+    from asyncloader._planning.choice import Choice
+    from asyncloader._planning.load_info import LoadInfo
+    from asyncloader._planning.plan import LoadPlan
+    from asyncloader._table.protocol import LoadableTable
+
+    from .destinations import Destinations
+    from .session import Session
+    from .trace import Tracer
+
+_log = logging.getLogger(__name__)
+
+_NAMED = 20
+
+
+def identity(info: LoadInfo) -> LoadInfo:
+    """Return what it is given: the `filter_func` that changes nothing."""
+    return info
+
+
+@dataclass(kw_only=True)
+class Planner:
+    """Plans loads into tables and tensors.
+
+    Args:
+        tables: By any name.
+        tensors: By name.
+        filter_func: Gets the load info, and returns the one to use.
+        strict: Whether something that is asked for but not in the checkpoint is an error.
+        cast: Which values may be converted.
+        tracer: Gets every step.
+    """
+
+    tables: Mapping[str, LoadableTable]
+    tensors: Mapping[str, Tensor]
+    filter_func: Callable[[LoadInfo], LoadInfo]
+    strict: bool
+    cast: Casting | None
+    tracer: Tracer
+
+    def default_load_info(self) -> LoadInfo:
+        """Return what `filter_func` gets: every destination from its own name."""
+        return default_load_info(self._targets(describe_tensors(self.tensors)))
+
+    async def load_info(self, session: Session, targets: Targets) -> LoadInfo | None:
+        """Return what to load from which names; `None` is every destination from its own name.
+
+        Raises:
+            TypeError: If `filter_func` returns something else.
+            ValueError: If what it returns makes no sense.
+        """
+        if self.filter_func is identity:
+            return None
+        kernels = session.threads.kernels
+        [default] = await run_jobs(kernels, [partial(default_load_info, targets)])
+        [info] = await run_jobs(kernels, [partial(checked_load_info, self.filter_func(default))])
+        return info
+
+    async def plan(self, session: Session) -> tuple[LoadPlan, Destinations]:
+        """Read names and headers, and decide which bytes go where.
+
+        Returns:
+            The plan, and the tensors as they were described for it; their memory is held on to.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+            PlanError: If checkpoint and destinations disagree.
+            ReadError: If the storage failed.
+        """
+        kernels = session.threads.kernels
+        with self.tracer.span("plan", "destinations"):
+            [(into, targets)] = await run_jobs(kernels, [undisturbed(self._describe)])
+        info = await self.load_info(session, targets)
+        with self.tracer.span("plan", "names"):
+            catalog = await session.catalog()
+        with self.tracer.span("plan", "choice"):
+            [(choice, shards)] = await run_jobs(
+                kernels, [undisturbed(partial(_choose, catalog, info, targets))]
+            )
+        with self.tracer.span("plan", "headers"):
+            manifest = await session.manifest(catalog, shards)
+        with self.tracer.span("plan", "plan"):
+            [(plan, warnings)] = await run_jobs(
+                kernels, [undisturbed(partial(self._decide, manifest, choice, into))]
+            )
+        for warning in warnings:
+            _log.warning("%s: %s", plan.location, warning)
+        return plan, into
+
+    def _describe(self) -> tuple[Destinations, Targets]:
+        """Describe the destinations as they are now, and hold on to their memory."""
+        into = describe_tensors(self.tensors)
+        return into, self._targets(into)
+
+    def _targets(self, into: Destinations) -> Targets:
+        """Say what there is to fill, as it is now: slots may have come."""
+        return Targets(tensors=into.targets, tables=describe_tables(self.tables))
+
+    def _decide(
+        self, manifest: Manifest, choice: Choice, into: Destinations
+    ) -> tuple[LoadPlan, list[str]]:
+        """Return the plan, and what to warn of."""
+        choice.problems += [*into.overlaps(choice.tensors), *into.unsafe(choice.tensors)]
+        plan = plan_load(manifest, choice, strict=self.strict, casting=self.cast)
+        warnings = list(plan.warnings)
+        if plan.missing:
+            hints = did_you_mean(plan.missing, plan.unexpected, rename=RENAME)
+            named = ", ".join(f"{name!r}{hints[name]}" for name in plan.missing[:_NAMED])
+            warnings.append(
+                f"not in the checkpoint, so what it would fill keeps its values: {named} "
+                f"({len(plan.missing)} in all; strict=True makes this an error)"
+            )
+        return plan, warnings
+
+
+def _choose(
+    catalog: Catalog, info: LoadInfo | None, targets: Targets
+) -> tuple[Choice, tuple[str, ...]]:
+    """Choose the parts to load; return also the shards whose headers are needed."""
+    choice = choose(catalog, info, targets)
+    return choice, choice.shards()

@@ -1,0 +1,123 @@
+"""Streams shard chunks into preallocated tensors and table buffers: the readers of a load.
+
+`parallel` coroutines share one iterator of reads, each a chunk of a shard; a semaphore counts the
+bytes in flight. Ids are indexed as soon as they are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING
+
+from asyncloader._planning.reads import GAP
+from asyncloader._storage.protocol import read_exactly
+from asyncloader._threads.jobs import raising_first, run_jobs
+from asyncloader.errors import ReadError
+
+from .pieces import RowPiece
+from .selection import load_piece
+from .staging import Arena
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asyncloader._planning.reads import Piece, Read
+
+    from .load import Load
+
+_INDEXERS = 2
+
+
+async def stream(load: Load) -> None:
+    """Carry out all reads of a load. The first failure ends the others, and is raised.
+
+    Raises:
+        ReadError: If the storage failed.
+        CheckpointError: If bytes are not those that were written, or ids not those of their slice.
+    """
+    todo = iter(load.reads)  # shared: `next` does not await, so each read has one reader
+
+    async def reader() -> None:
+        for read in todo:
+            if isinstance(read, RowPiece):
+                await load_piece(read, load)
+            else:
+                async with load.budget.reserve(read.length):
+                    await _fill(read, load)
+
+    with raising_first():
+        async with asyncio.TaskGroup() as group:
+            for number in range(_INDEXERS):
+                group.create_task(load.indexer.serve(), name=f"asyncloader-index-{number}")
+            async with asyncio.TaskGroup() as readers:
+                for number in range(load.parallel):
+                    readers.create_task(reader(), name=f"asyncloader-read-{number}")
+            load.indexer.close(workers=_INDEXERS)
+
+
+async def _fill(read: Read, load: Load) -> None:
+    """Fill the memory that a read is for."""
+    load.touched.update(load.sinks.tensors(read))
+    views = load.sinks.views(read)
+    verified = 0
+    if views is None:
+        verified = await _fill_pieces(read, load)
+    else:
+        await _read(read, views, load)
+    load.meter.note(
+        read=read.length,
+        wanted=read.length - read.surplus,
+        verified=verified,
+        current=load.sinks.name(int(read.sinks[-1])),
+    )
+
+
+async def _read(read: Read, views: list[memoryview], load: Load) -> None:
+    try:
+        with load.tracer.span("read", read.shard, read.length):
+            await read_exactly(load.storage, read.shard, read.offset, views)
+    except ReadError as error:
+        sinks = read.sinks[read.sinks != GAP].tolist()
+        error.names = tuple(dict.fromkeys(map(load.sinks.name, sinks)))
+        raise
+
+
+async def _fill_pieces(read: Read, load: Load) -> int:
+    """Read bytes that are verified, copied or indexed; return how many bytes were verified."""
+    pieces = read.pieces
+    arena = Arena(load.staging, read.length, len(pieces))
+    views = [
+        load.gap[: piece.length] if piece.sink == GAP else load.sinks.open(piece, arena)
+        for piece in pieces
+    ]
+    await _read(read, views, load)
+    verified = await _verify(read, pieces, views, load)
+    jobs = []
+    for piece, view in zip(pieces, views, strict=True):
+        job = None if piece.sink == GAP else load.sinks.filled(piece, view)
+        if job is not None:
+            jobs.append(job)
+    if jobs:  # one after the other: handing a thread a job costs more than a small copy
+        with load.tracer.span("copy", read.shard, read.length):
+            await run_jobs(load.threads.kernels, [lambda: [job() for job in jobs]])
+    arena.close()
+    return verified
+
+
+async def _verify(
+    read: Read, pieces: Sequence[Piece], views: Sequence[memoryview], load: Load
+) -> int:
+    """Compare bytes with their digests, if there are any; return how many bytes were verified."""
+    checks = []
+    for (number, position, _), view in zip(pieces, views, strict=True):
+        block = None if number == GAP else load.sinks.block(number)
+        if block is not None and block.digests is not None:
+            checks.append(partial(load.verifier.check, block, position, view))
+    if not checks:
+        return 0
+    with load.tracer.span("verify", read.shard, read.length):
+        [verified] = await run_jobs(
+            load.threads.reads, [lambda: sum(len(check()) for check in checks)]
+        )
+    return verified
