@@ -8,9 +8,9 @@ import os
 from typing import TYPE_CHECKING, Self
 
 from asyncloader._arguments import check_callable
-from asyncloader._threads.jobs import settled
 from asyncloader.options import ReadOptions
 
+from .hold import Hold
 from .resources import open_resources
 
 if TYPE_CHECKING:
@@ -74,43 +74,38 @@ class Runtime:
             max_loop_lag=max_loop_lag,
             pressure=pressure,
         )
-        self._held: _Held | None = None
+        self._held: Hold[Resources] | None = None
         self._is_entered = False
 
     def __repr__(self) -> str:
         held = self._held
         if held is None:
             return "<Runtime: not entered>"
-        return f"<Runtime: {held.users} loads, {held.resources.budget!r}>"
+        return f"<Runtime: {held.users} loads, {held.value.budget!r}>"
 
     async def __aenter__(self) -> Self:
         if self._is_entered:
             raise RuntimeError(f"{self!r} is entered already")
         self._is_entered = True  # before the first await: two could enter at once
         try:
-            self._held = await self._open()
+            # Nobody knows yet how large chunks are: small ones may have use for all threads.
+            reads = self._options.parallel
+            self._held = await Hold.open(
+                open_resources(self._options, reads=reads, wrap=self._wrap)
+            )
         except BaseException:
             self._is_entered = False
             raise
         return self
-
-    async def _open(self) -> _Held:
-        stack = contextlib.AsyncExitStack()
-        # Nobody knows yet how large chunks are: small ones may have use for all threads.
-        opening = open_resources(self._options, reads=self._options.parallel, wrap=self._wrap)
-        resources = await stack.enter_async_context(opening)
-        return _Held(resources, stack)
 
     async def __aexit__(self, *_: object) -> None:
         held, self._held = self._held, None
         if held is None:
             return
         try:
-            if held.users:  # threads may be writing to their memory
-                await settled(asyncio.ensure_future(held.idle.wait()))
+            await held.close()
         finally:
             self._is_entered = False
-            await held.stack.aclose()
 
     @contextlib.asynccontextmanager
     async def lend(self) -> AsyncIterator[Resources]:
@@ -129,23 +124,5 @@ class Runtime:
                 "the runtime was entered on another event loop; load() has one of its own, so it "
                 "cannot share: await aload()"
             )
-        held.users += 1
-        held.idle.clear()
-        try:
-            yield held.resources
-        finally:
-            held.users -= 1
-            if not held.users:
-                held.idle.set()
-
-
-class _Held:
-    """What there is between entering and leaving."""
-
-    def __init__(self, resources: Resources, stack: contextlib.AsyncExitStack) -> None:
-        self.resources = resources
-        self.stack = stack
-        self.loop = asyncio.get_running_loop()
-        self.process = os.getpid()
-        self.users = 0
-        self.idle = asyncio.Event()
+        with held.use() as resources:
+            yield resources
