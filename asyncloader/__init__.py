@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._checkpoint.slices import Slice, gen_slice
-    from ._loading.own_tensors import aload_tensors, load_tensors
     from ._loading.progress import Progress
     from ._loading.report import LoadReport
     from ._loading.runtime import Runtime
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from .loader import Loader
     from .model import targets
     from .options import ReadOptions
-    from .reader import CheckpointReader
+    from .reader import CheckpointReader, aload_tensors, load_tensors
     from .runs import latest
     from .saver import Saver
 
@@ -109,7 +108,6 @@ __all__ = [
 # Imported when somebody asks for them: torch takes seconds, and many commands do without.
 _MODULES = {
     "_checkpoint.slices": "Slice gen_slice",
-    "_loading.own_tensors": "aload_tensors load_tensors",
     "_loading.progress": "Progress",
     "_loading.report": "LoadReport",
     "_loading.runtime": "Runtime",
@@ -137,7 +135,7 @@ _MODULES = {
     "loader": "Loader",
     "model": "targets",
     "options": "ReadOptions",
-    "reader": "CheckpointReader",
+    "reader": "CheckpointReader aload_tensors load_tensors",
     "runs": "latest",
     "saver": "Saver",
 }
