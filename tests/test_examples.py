@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from asyncloader import HashTable, Saver
 from examples.made_up import random_table, random_tensor
 from tests.oracle import TableData, write_checkpoint
 
@@ -80,33 +81,54 @@ def test_a_training_that_is_resumed_as_the_page_says_goes_on_as_if_it_had_not_en
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_the_code_in_the_readme_runs_in_its_order(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def run_code(page: Path, folder: Path) -> dict[str, object]:
+    """Run the Python on a page, from top to bottom, with all that it takes in a folder."""
     rng = np.random.default_rng(1)
     full = random_table(rng, 1000, 16)
     slots = {name: full.slots[name] for name in ("embedding", "sparse_adamw_exp_avg")}
     table = TableData(ids=full.ids, slots=slots)
-    write_checkpoint(
-        tmp_path / "checkpoint", {"item_emb": table}, {"w": random_tensor(rng, (2, 2))}
-    )
-    write_checkpoint(tmp_path / "old", {"item_emb_2024": table}, {})
-    shutil.copytree(tmp_path / "checkpoint", tmp_path / "run" / "1200")
-    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 6
+    tensors = {"w": random_tensor(rng, (2, 2))}
+    write_checkpoint(folder / "checkpoint", {"item_emb": table}, tensors)
+    write_checkpoint(folder / "old", {"item_emb_2024": table}, {})
+    shutil.copytree(folder / "checkpoint", folder / "run" / "1200")
+    save_file({"w": torch.ones(3)}, folder / "model.safetensors")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names: dict[str, object] = {}
     for block in blocks:
-        text = block.replace("/path/to", str(tmp_path))
-        code = compile(text, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        result = eval(code, names)  # noqa: S307  # the README's own code
+        text = block.replace("/path/to", str(folder))
+        code = compile(text, page.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        result = eval(code, names)  # noqa: S307  # the page's own code
         if result is not None:  # it awaits something
             asyncio.run(result)
-    out = capsys.readouterr().out
-    assert "item_emb" in out
-    assert "1200 torch.Size([2, 2])" in out
+    return names
+
+
+def test_the_code_in_the_readme_runs_in_its_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = run_code(ROOT / "README.md", tmp_path)
+    assert "1200 torch.Size([2, 2])" in capsys.readouterr().out
     assert names["newest"] == tmp_path / "run" / "1200"
     assert (tmp_path / "new" / "index").exists()
+
+
+def test_the_code_on_loading_runs_in_its_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Saver(
+        path=tmp_path / "new",
+        hashtables={"item_emb": HashTable([16], name="item_emb")},
+        tensors={"w": torch.ones(2, 2)},
+    ).save()
+    names = run_code(ROOT / "docs" / "loading.md", tmp_path)
+    assert len(cast("HashTable", names["fresh"])) == 1000
+    assert "about 1,000 rows" in capsys.readouterr().out
+
+
+def test_the_code_on_tables_runs_in_its_order(tmp_path: Path) -> None:
+    names = run_code(ROOT / "docs" / "tables.md", tmp_path)
+    assert cast("HashTable", names["users"]).ids().tolist() == [65536]
+    assert cast("HashTable", names["merged"]).ids(child="brand").tolist() == [7]
 
 
 async def test_the_code_in_the_guide_to_serving_runs(
