@@ -14,7 +14,7 @@ from typing import NoReturn
 import pytest
 import torch
 
-from asyncloader import CheckpointNotFoundError, Loader, Progress
+from asyncloader import CheckpointNotFoundError, Loader, Progress, load_tensors
 from asyncloader._threads.blocking import run_blocking
 from tests.oracle import write_checkpoint
 from tests.support import data, table_for, unchanged
@@ -198,6 +198,126 @@ def test_control_c_leaves_a_table_as_it_was_or_loaded(tmp_path: Path) -> None:
         assert (outcome, threads) == ("interrupted", ["MainThread"])
         # A load on a thread of its own may be done before its caller notices.
         assert count in ({"1"} if where == "plain" else {"1", "1001"})
+
+
+# The second Ctrl-C comes while the call that the first one ended is still at work.
+TWICE = """
+    import asyncio, os, signal, threading
+    from asyncloader._threads.blocking import run_blocking
+
+    def press():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGUSR1, print)  # so that a handler may come in between
+    stopping, left = threading.Event(), threading.Event()
+    early = []
+
+    def write_to_memory():
+        press()
+        stopping.wait()
+        press()
+        early.append(left.wait(0.5))
+
+    async def main():
+        work = asyncio.get_running_loop().run_in_executor(None, write_to_memory)
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            stopping.set()
+            await work
+            raise
+
+    try:
+        run_blocking(main)
+    except KeyboardInterrupt:
+        left.set()
+        print("interrupted", *early, *(thread.name for thread in threading.enumerate()))
+"""
+
+# A handler may come while its thread holds the lock of a log, which every other thread waits for.
+LOGGING = """
+    import functools, logging, os, signal, sys, torch
+    from asyncloader import Saver
+
+    class Stream:
+        def write(self, text):
+            if "step" in text:
+                signal.raise_signal(signal.SIGTERM)
+            sys.stdout.write(text)
+
+        flush = sys.stdout.flush
+
+    def save(*_):
+        Saver.to(sys.argv[1], None, {"w": torch.ones(3)}).save()
+        print("saved", flush=True)
+        sys.exit(0)
+
+    class Service:
+        def end(self, *_):
+            save()
+
+        __call__ = end
+
+    handlers = {
+        "function": save, "partial": functools.partial(save), "method": Service().end,
+        "object": Service(),
+    }
+    logging.basicConfig(level=logging.INFO, stream=Stream())
+    signal.signal(signal.SIGTERM, handlers[sys.argv[2]])
+    logging.info("step")
+"""
+
+# A signal that comes while a thread is being started: its handler may start some, too.
+STARTING = """
+    import os, signal
+    from concurrent.futures import ThreadPoolExecutor
+    from asyncloader._threads.blocking import run_blocking
+
+    class Pool(ThreadPoolExecutor):
+        starting = False
+
+        def submit(self, *arguments):
+            Pool.starting = True
+            os.kill(os.getpid(), signal.SIGUSR1)
+            result = super().submit(*arguments)
+            Pool.starting = False
+            return result
+
+    def handle(*_):
+        print("while it was starting:", Pool.starting)
+
+    signal.signal(signal.SIGUSR1, handle)
+
+    async def main():
+        return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    run_blocking(main, one_thread=lambda: Pool(1))
+    print(run_blocking(main), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+def output_of(script: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, timeout=60
+    ).stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT to send")
+def test_control_c_once_more_does_not_leave_a_call_that_writes_to_memory() -> None:
+    assert output_of(TWICE) == "interrupted False MainThread\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to send")
+@pytest.mark.parametrize("handler", ["function", "partial", "method", "object"])
+def test_a_handler_may_save_while_its_thread_writes_a_log(tmp_path: Path, handler: str) -> None:
+    assert output_of(LOGGING, str(tmp_path / "saved"), handler).endswith("saved\n")
+    assert load_tensors(tmp_path / "saved")["w"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signals to hold back")
+def test_no_handler_runs_while_a_thread_is_started() -> None:
+    assert output_of(STARTING) == "while it was starting: False\nset() set()\n"
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import os
 import signal
 import sys
@@ -16,16 +17,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from .pool import WorkerPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
     from concurrent.futures import Executor, Future
+    from types import FrameType
 
 
 T = TypeVar("T")
 
 _PATIENCE = 0.1
 """Seconds between two looks at whether we are still wanted."""
-
-_ONE_THREAD = partial(WorkerPool, 1, name="asyncloader", initializer=int)
 
 _PIPES = 5
 """A loop, its signals and its wake-ups take 9 descriptors."""
@@ -94,17 +94,22 @@ class _Call(Generic[T]):
             self._task.cancel()
 
 
+def _one_thread() -> Executor:
+    return WorkerPool(1, name="asyncloader", initializer=_all_signals)
+
+
 def run_blocking(
     main: Callable[[], Coroutine[object, object, T]],
     *,
-    one_thread: Callable[[], Executor] = _ONE_THREAD,
+    one_thread: Callable[[], Executor] = _one_thread,
 ) -> T:
     """Run `main()` to its end on a loop of its own and return its result, from any thread.
 
     Where a loop is running already, as in Jupyter, that loop is left alone (and blocked) while a
     private one does the work on a thread that lives for this call only. Likewise where a signal's
     handler may come in between: it may do anything, such as to save, and would hold up, or end, a
-    loop at any point.
+    loop at any point. Such a handler itself runs `main()` on its own thread, which may hold locks
+    that another thread would wait for, as that of a log.
 
     Args:
         main: Makes the coroutine.
@@ -118,21 +123,80 @@ def run_blocking(
     if not _loop_is_running() and not _handlers_may_run():
         return call.serve()
     with one_thread() as thread:
-        result = thread.submit(contextvars.copy_context().run, call.serve)
+        result: Future[T] | None = None
         try:
+            with _no_signals():
+                result = thread.submit(contextvars.copy_context().run, call.serve)
             _wait_for(result)
             return result.result()
-        except BaseException:  # Ctrl-C: stop the load, and let the thread wind up
+        except BaseException as error:  # Ctrl-C: stop the load, and let the thread wind up
             call.stop()
+            last = None if result is None else _outlast(result)
+            if last is not None:
+                raise last from error
             raise
 
 
 def _handlers_may_run() -> bool:
-    """Say whether this thread may have to run the handler of a signal, but for plain Ctrl-C."""
+    """Say whether this thread may have to run the handler of a signal, but for plain Ctrl-C.
+
+    Not if it runs one already.
+    """
     if threading.current_thread() is not threading.main_thread():
         return False
-    handlers = map(signal.getsignal, signal.valid_signals())
-    return any(callable(one) and one is not signal.default_int_handler for one in handlers)
+    found = map(signal.getsignal, signal.valid_signals())
+    handlers = [one for one in found if callable(one) and one is not signal.default_int_handler]
+    return bool(handlers) and not _is_running(handlers)
+
+
+def _is_running(functions: Iterable[Callable[..., object]]) -> bool:
+    """Say whether this thread is in one of some functions."""
+    codes = set()
+    for function in functions:
+        while isinstance(function, partial):
+            function = function.func  # noqa: PLW2901  # of the same function
+        called = function if hasattr(function, "__code__") else type(function).__call__
+        codes.add(getattr(inspect.unwrap(called), "__code__", None))
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001  # inspect.stack() reads the sources
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def _no_signals() -> Iterator[None]:
+    """Hold signals back on this thread: one that is starting another holds a lock of Python's."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _all_signals() -> None:
+    """Let this thread, and what it starts, get signals again."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _outlast(result: Future[T]) -> BaseException | None:
+    """Wait for a call's end: its threads may write to memory until then.
+
+    Returns:
+        What was raised here meanwhile, as by Ctrl-C once more; the last of it.
+    """
+    last = None
+    while not result.done():
+        try:
+            wait([result])
+        except BaseException as error:  # noqa: BLE001  # raised in the end
+            last = error
+    return last
 
 
 def _wait_for(result: Future[T]) -> None:
