@@ -168,14 +168,17 @@ class Loader:
     async def aload(self) -> LoadReport:
         """Load, on the caller's event loop, which goes on serving meanwhile.
 
+        An error that comes while bytes are read names in `touched` the tensors that may be partly
+        overwritten; tables are as they were.
+
         Raises:
             CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
             PlanError: If checkpoint and destinations disagree.
-            CheckpointChangedError: If it was replaced or written to meanwhile; likewise.
-            ReadError: If the storage failed half-way; tensors may be partly overwritten.
-            ReadStalledError: If it gave no answer for `stall_timeout`; likewise.
-            LoadTimeoutError: If `timeout` passed; likewise.
-            RuntimeError: If one of the tables is being loaded or changed by somebody else, or
+            CheckpointChangedError: If the checkpoint was replaced or written to meanwhile.
+            ReadError: If the storage failed half-way.
+            ReadStalledError: If the storage gave no answer for `stall_timeout`.
+            LoadTimeoutError: If `timeout` passed.
+            RuntimeError: If one of the tables is being loaded or changed elsewhere, or
                 another load fills memory of the tensors at the same time, under whatever names.
         """
         with contextlib.ExitStack() as stack:

@@ -41,7 +41,7 @@ class _Ranges(NamedTuple):
 
         Views that interleave, as the columns of a matrix do, count.
         """
-        before = np.searchsorted(other.begin, self.end)  # those that begin before each ends
+        before = np.searchsorted(other.begin, self.end)  # how many ranges begin before each ends
         reach = np.concatenate([[np.int64(-1)], other.reach])
         for at in np.flatnonzero(reach[before] > self.begin):
             for there in np.flatnonzero(other.end[: before[at]] > self.begin[at]):
@@ -113,8 +113,8 @@ class Claim:
 
         Args:
             into: All tensors.
-            names: Those that are filled.
-            tables: Those that are filled, by name.
+            names: The tensors that are filled.
+            tables: The tables that are filled, by name.
             location: The checkpoint, for messages.
 
         Raises:
@@ -124,7 +124,7 @@ class Claim:
         for unsafe in into.unsafe(names):
             raise RuntimeError(unsafe)
         mine = _Taken(location, into, dict(_by_device(into, names)), numbers)
-        # Compared outside of the lock, for which event loops wait: whoever comes later sees us.
+        # Compared outside of the lock, for which event loops wait: a later load sees this one.
         with _lock:
             others = (*(one.taken for one in _claims), *(self.ended or ()))
             self.taken = mine

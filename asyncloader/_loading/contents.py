@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _NAMED = 20
 _GUESSED = 5
-# As many as `did_you_mean` compares; so those that begin alike are offered first.
+# As many as `did_you_mean` compares; names that begin alike are offered first.
 _LIKELY = 200
 
 

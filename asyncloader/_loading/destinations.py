@@ -1,4 +1,4 @@
-"""What dense tensors can take, where their memory lies, and who shares it with whom.
+"""What dense tensors can take, where their memory lies, and which of them share it.
 
 Asked column by column: 100,000 tensors are asked in a few dozen milliseconds, one question after
 the other, and in half a second, one tensor after the other.
@@ -117,8 +117,8 @@ class Destinations:
         only where a tensor lies. A slice costs a tenth of what a view made for each tensor does,
         and keeps all of them alive.
 
-        Not by way of `numpy()`: that forbids a tensor's storage, for good, to be resized. Whoever
-        resizes it while the memory is in use takes it away: `Loader` says so.
+        Not by way of `numpy()`: that forbids a tensor's storage, for good, to be resized. A
+        program that resizes it meanwhile takes the memory away: `Loader` says so.
         """
         used = self.plain & (self.end > self.begin) & (self.begin > 0)
         if not used.any():

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .verification import Verifier
 
 # Bytes of rows that are picked before they are copied or converted: more would be memory that
-# nobody has counted.
+# the budget has not counted.
 _PICKED = 256 << 10
 
 

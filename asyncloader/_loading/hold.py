@@ -53,7 +53,7 @@ class Hold(Generic[T]):
                 self._idle.set()
 
     async def close(self) -> None:
-        """Wait for those who use it, whose threads may be writing to memory; then close it."""
+        """Wait until no block uses it, as threads may be writing to memory; then close it."""
         try:
             if self.users:
                 await settled(asyncio.ensure_future(self._idle.wait()))

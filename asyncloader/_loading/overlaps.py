@@ -1,4 +1,4 @@
-"""Who shares memory with whom."""
+"""Which tensors share memory."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def extent(tensor: torch.Tensor) -> int:
 
 
 class _Address:
-    """Shows numpy where a tensor lies, on whatever device. Nobody reads from there."""
+    """Shows numpy where a tensor lies, on any device. Nothing is read from there."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.__array_interface__ = {

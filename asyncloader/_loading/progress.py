@@ -67,8 +67,8 @@ class Meter:
 
         Args:
             read: Bytes.
-            wanted: Those of them that somebody asked for.
-            verified: Those of `wanted` that were compared with digests.
+            wanted: The bytes among them that the load asked for.
+            verified: The bytes among `wanted` that were compared with digests.
             current: The tensor or table that the last ones belong to.
         """
         self.read += read

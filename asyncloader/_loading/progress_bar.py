@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def progress_bar(doing: str = "loading") -> Iterator[Callable[[Progress], object]]:
     """Show a bar on the terminal, and yield what it wants to be told."""
-    from rich import progress  # noqa: PLC0415  # only who looks at it pays for it
+    from rich import progress  # noqa: PLC0415  # only a bar that is shown pays for it
     from rich.console import Console  # noqa: PLC0415
 
     columns = (

@@ -29,11 +29,11 @@ class LoadReport(AsDict):
     """From storage; headers, index, and what was only compared not counted."""
 
     bytes_wanted: int
-    """Those of `bytes_read` that somebody asked for; what is read along with them is not."""
+    """The bytes that were asked for; gaps that were read along with them do not count."""
 
     bytes_verified: int
-    """Those of `bytes_wanted` that were compared with the digests that were written with them, and
-    found to be the same. 0 if there are no digests, or nobody wanted them compared."""
+    """The bytes among `bytes_wanted` that were compared with digests, and found to be the same: 0
+    if there are none, or with `verify="off"`."""
 
     reads: int
     seconds: float
@@ -52,7 +52,7 @@ class LoadReport(AsDict):
     they held."""
 
     unexpected: tuple[str, ...]
-    """In the checkpoint, asked for by nobody."""
+    """In the checkpoint, and not asked for."""
 
     warnings: tuple[str, ...]
     """What is odd about the checkpoint but did no harm."""
@@ -106,7 +106,7 @@ class LoadReport(AsDict):
         return self.bytes_read / max(self.seconds, 1e-9) / 1e9
 
     def __rich__(self) -> RenderableType:
-        from rich.console import Group  # noqa: PLC0415  # only who looks at it pays for it
+        from rich.console import Group  # noqa: PLC0415  # only a report that is shown pays for it
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 

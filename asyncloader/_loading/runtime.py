@@ -29,7 +29,7 @@ class Runtime:
     """Threads and an allowance of bytes that any number of loads share.
 
     A load makes its own, and lets go of them when it ends; so 32 loads at a time have 32 times the
-    threads and 32 times `max_inflight_bytes`. Those that are given a runtime have these together.
+    threads and 32 times `max_inflight_bytes`. Loads that are given a runtime share them.
     Reads of all of them take turns, first come, first served: none waits for another to end.
 
     ```python
@@ -46,8 +46,8 @@ class Runtime:
     Args:
         parallel: Reads at a time, of all loads, as far as `max_inflight_bytes` has room for them.
         max_inflight_bytes: Memory for reads under way, of all loads, in bytes.
-        max_loop_lag: As of `Loader`, for all loads.
-        pressure: Likewise.
+        max_loop_lag: As in `ReadOptions`, for all loads.
+        pressure: As in `ReadOptions`, for all loads.
         wrap_storage: Gets the files of each checkpoint, a `protocols.ThreadedStorage`, and returns
             what is read from in their place: one that counts, say, or that fails, to see what your
             service does then.
@@ -88,7 +88,7 @@ class Runtime:
             raise RuntimeError(f"{self!r} is entered already")
         self._is_entered = True  # before the first await: two could enter at once
         try:
-            # Nobody knows yet how large chunks are: small ones may have use for all threads.
+            # It is not known yet how large chunks are: small ones may have use for all threads.
             reads = self._options.parallel
             self._held = await Hold.open(
                 open_resources(self._options, reads=reads, wrap=self._wrap)

@@ -1,8 +1,8 @@
 """Loads blocks of which a table wants only some rows.
 
-The ids are read first, a piece at a time; those that the table wants get rows; then the wanted
+The ids are read first, a piece at a time; the ids that the table wants get rows; then the wanted
 rows of every slot are read. Neighbours, and small gaps between them, are read at once: a gap is
-cheaper than another call. Rows that nobody wants take no memory beyond the piece's own.
+cheaper than another call. Rows that are not wanted take no memory beyond the piece's own.
 
 Where the checkpoint says that the wanted rows stand side by side, the ids around them are looked at
 too, and all ids that are read are verified, so that no row is missed without notice.
@@ -53,7 +53,7 @@ def _step(load: Load, block: Block) -> int:
 def _verifier_of_ids(load: Load, part: PartLoad) -> Verifier:
     """Return a verifier that leaves out no id where the sidecar is believed on the rows to read.
 
-    An id that a flipped bit has taken out of the wanted slice would be missed by nobody.
+    An id that a flipped bit has taken out of the wanted slice would not be missed.
     """
     return replace(load.verifier, widen=True) if is_believed(part) else load.verifier
 

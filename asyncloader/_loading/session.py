@@ -1,4 +1,4 @@
-"""What everybody needs who reads a checkpoint: its storage, threads, a byte budget, a time-out."""
+"""A checkpoint that is open for reading: its storage, threads, a byte budget, a time-out."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Session:
         """
         try:
             yield
-        except ReadStalledError as error:  # whoever asked again would wait as long again
+        except ReadStalledError as error:  # another question would wait as long again
             error.location = self.location
             raise
         except ReadError as error:
@@ -113,7 +113,7 @@ class Session:
                     yield
 
     async def check_unchanged(self, shards: Sequence[str]) -> None:
-        """Look whether the files that were read are still those that they were at first.
+        """Make sure that the shards are the files that they were when they were opened.
 
         Raises:
             CheckpointChangedError: If one of them is not.
@@ -129,7 +129,7 @@ class Session:
             raise CheckpointChangedError(self.location, _CHANGED, changed[0])
 
     async def on_disk(self, job: Callable[[], T]) -> T:
-        """Return what a job results in that looks at files besides those that are read.
+        """Return what a job finds that looks at files, but reads none.
 
         Raises:
             ReadStalledError: If it was given up.
@@ -262,7 +262,7 @@ def _files(
         throttle=resources.throttle,
         seen=seen,
         direct_io=options.direct_io,
-        # A file that the user has named may be a link to anywhere: nobody else chose it.
+        # A file that the user has named may be a link to anywhere: no checkpoint chose it.
         follow_symlinks=options.follow_symlinks or trusted,
     )
 

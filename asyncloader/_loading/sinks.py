@@ -147,7 +147,7 @@ class Sinks:
         }
         self._others: list[tuple[Sink, Block]] = []
         self.ids: set[int] = set()
-        """The numbers of those that take ids."""
+        """The numbers of the sinks that take ids."""
 
     def __len__(self) -> int:
         return len(self._loads) + len(self._others)

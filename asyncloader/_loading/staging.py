@@ -45,7 +45,7 @@ class StagingPool:
         return zeros((nbytes,), torch.uint8)
 
     def give(self, buffer: Tensor) -> None:
-        """Take a buffer back. Nobody may read it or write to it any more."""
+        """Take a buffer back. Nothing may read it or write to it any more."""
         if buffer.numel() == self._size:
             self._free.append(buffer)
 

@@ -34,7 +34,7 @@ async def stream(load: Load) -> None:
 
     Raises:
         ReadError: If the storage failed.
-        CheckpointError: If bytes are not those that were written, or ids not those of their slice.
+        CheckpointError: If bytes differ from their digests, or ids lie outside of their slice.
     """
     todo = iter(load.reads)  # shared: `next` does not await, so each read has one reader
 

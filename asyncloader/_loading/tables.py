@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("asyncloader")
 
 _UNNAMED = "hashtable"
-"""What RecIS, and we, call a table that nobody has named."""
+"""The name of a table without a name of its own, in RecIS, too."""
 
 
 def check_tables(

@@ -22,8 +22,8 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 def plain_bytes(tensor: torch.Tensor) -> memoryview | None:
     """Return a tensor's memory, if a file's bytes can go there as they lie.
 
-    Not by way of `numpy()`: that forbids the tensor's storage, for good, to be resized. Whoever
-    resizes it while the memory is in use takes it away: `Loader` and `Saver` say so.
+    Not by way of `numpy()`: that forbids the tensor's storage, for good, to be resized. A
+    program that resizes it meanwhile takes the memory away: `Loader` and `Saver` say so.
     """
     plain = tensor.detach()
     if plain.device.type != "cpu" or not plain.is_contiguous() or plain.is_conj() or plain.is_neg():

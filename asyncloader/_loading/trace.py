@@ -1,4 +1,4 @@
-"""When each step of a load began and how long it took, for who wants to see."""
+"""When each step of a load began, and how long it took."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ async def run(load: Load, session: Session) -> None:
     more then.
 
     Raises:
-        CheckpointError: If bytes are not those that were written.
+        CheckpointError: If bytes differ from their digests.
         CheckpointChangedError: If a shard was replaced or written to meanwhile.
         ReadError: If the storage failed.
     """
