@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,35 +25,51 @@ class Held:
     candidate: Candidate
     nbytes: int
     loaded_at: float
-    users: int = 0
+    leaving: bool = False
+    """Whether it has left the shelf, or is about to."""
+
+    pins: deque[None] = field(default_factory=deque)
+    """One for each user. Entries come and go without a lock."""
+
+    @property
+    def users(self) -> int:
+        """How many blocks use it."""
+        return len(self.pins)
 
 
 class Shelf:
-    """Knows which version serves, who uses which, and which may go.
+    """Knows which version serves, how many users each version has, and which may go.
 
-    The `keep` versions that served last stay; others go once nobody uses them. A version is in use
-    from `pin` to `unpin`, which any thread may call. Who pins while another version is put gets the
-    one or the other, whole.
+    The `keep` versions that served last stay; others go once they have no users. A version is in
+    use from `pin` to `unpin`. Any thread may call the two, and they never wait: the garbage
+    collector, or the handler of a signal, may call them on a thread that is changing the shelf. A
+    `pin` while another version is put gets the one or the other, whole.
 
     Args:
         keep: Versions that stay; the one that serves is the first of them.
     """
 
     let_go: Callable[[Held], object]
-    """Set before the first version is put. Called with each that has left the shelf, on whatever
-    thread made it go."""
+    """Set before the first version is put. Called with each version that has left the shelf, on
+    the thread that made it go."""
 
     def __init__(self, *, keep: int) -> None:
         self.keep = keep
-        self._lock = threading.Lock()
-        self._held: list[Held] = []  # in the order in which they last began to serve
-        self._serving: Held | None = None
-        self._served: deque[Candidate] = deque(maxlen=_REMEMBERED)  # the last one serves
+        self.now: tuple[tuple[Held, ...], Held | None] = (), None
+        """The versions in memory, in the order in which they last began to serve, and the one that
+        serves, at one moment."""
+
+        self.served: tuple[Candidate, ...] = ()
+        """The versions that served lately, without versions that were rolled back; the last one
+        serves."""
+
+        self._lock = threading.Lock()  # for changes of the two; reading them takes none
+        self._unsettled = False
         self._closed = False
 
     def __repr__(self) -> str:
-        users = sum(held.users for held in self._held)
-        return f"<Shelf: {len(self._held)} versions, {users} users>"
+        users = sum(held.users for held in self.held)
+        return f"<Shelf: {len(self.held)} versions, {users} users>"
 
     @property
     def serving(self) -> Held:
@@ -62,29 +78,22 @@ class Shelf:
         Raises:
             RuntimeError: If there is none, yet or any more.
         """
-        serving = self._serving
+        serving = self.now[1]
         if serving is None:
             state = "was left" if self._closed else "was not entered"
             raise RuntimeError(f"no version serves: the `async with Live(...)` block {state}")
         return serving
 
     @property
-    def now(self) -> tuple[tuple[Held, ...], Held | None]:
-        """All that are in memory, and the one that serves, at one moment."""
-        with self._lock:
-            return tuple(self._held), self._serving
-
-    @property
     def needed(self) -> int:
-        """Memory of those that serve or are used, in bytes."""
-        with self._lock:
-            return sum(one.nbytes for one in self._held if one.users or one is self._serving)
+        """Memory of the versions that serve or have users, in bytes."""
+        held, serving = self.now
+        return sum(one.nbytes for one in held if one.users or one is serving)
 
     @property
     def held(self) -> tuple[Held, ...]:
-        """All that are in memory, in the order in which they last began to serve."""
-        with self._lock:
-            return tuple(self._held)
+        """The versions in memory, in the order in which they last began to serve."""
+        return self.now[0]
 
     @property
     def nbytes(self) -> int:
@@ -94,14 +103,8 @@ class Shelf:
     @property
     def before(self) -> Candidate | None:
         """The version that served before this one, in memory or not."""
-        with self._lock:
-            return self._served[-2] if len(self._served) > 1 else None
-
-    @property
-    def served(self) -> tuple[Candidate, ...]:
-        """The versions that served lately, the last one serves; not those that were left."""
-        with self._lock:
-            return tuple(self._served)
+        served = self.served
+        return served[-2] if len(served) > 1 else None
 
     def find(self, candidate: Candidate) -> Held | None:
         """Return a version if it is in memory as it would be loaded now."""
@@ -114,67 +117,94 @@ class Shelf:
         Raises:
             RuntimeError: If there is none.
         """
-        with self._lock:
+        while True:
             held = self.serving
-            held.users += 1
-            return held
+            held.pins.append(None)
+            if not held.leaving:  # `_leaves` looks the other way round: one of the two sees it
+                return held
+            self.unpin(held)
 
     def unpin(self, held: Held) -> None:
         """Let go of a version."""
-        with self._lock:
-            held.users -= 1
-            gone = self._take_surplus()
-        self._dismiss(gone)
+        held.pins.pop()
+        self._settle()
 
-    def put(self, held: Held, *, back: bool = False) -> None:
-        """Let a version serve from now on.
+    def put(self, held: Held, *, back: bool = False) -> bool:
+        """Let a version serve from now on, unless it has left the shelf; say whether it does.
 
         Args:
-            held: One that is on the shelf already, or a new one.
-            back: Whether it takes the place of the one that served after it.
+            held: A version that is on the shelf already, or a new one.
+            back: Whether it takes the place of the version that served after it.
         """
         with self._lock:
-            if held in self._held:
-                self._held.remove(held)
-            self._held.append(held)
-            if back:
-                self._served.pop()
-            if self._served and self._served[-1] == held.candidate:  # gone back to, or loaded again
-                self._served.pop()
-            self._served.append(held.candidate)
-            self._serving = held
+            if held.leaving:
+                return False
+            served = self.served[:-1] if back else self.served
+            if served and served[-1] == held.candidate:  # gone back to, or loaded again
+                served = served[:-1]
+            self.served = (*served, held.candidate)[-_REMEMBERED:]
+            others = tuple(one for one in self.held if one is not held)
+            self.now = (*others, held), held
             gone = self._take_surplus()
         self._dismiss(gone)
+        return True
 
     def spare(self) -> bool:
         """Let a version go that stays only because it served lately; say whether there was one."""
         with self._lock:
-            idle = next((held for held in self._held[:-1] if not held.users), None)
-            if idle is None:
-                return False
-            self._held.remove(idle)
-        self._dismiss([idle])
-        return True
+            held, serving = self.now
+            idle = next((one for one in held[:-1] if _leaves(one)), None)
+            if idle is not None:
+                self.now = tuple(one for one in held if one is not idle), serving
+        self._dismiss([] if idle is None else [idle])
+        return idle is not None
 
     def close(self) -> None:
-        """Let all versions go as soon as nobody uses them. Nobody gets one any more."""
+        """Let all versions go as soon as they have no users. No user comes any more."""
         with self._lock:
-            self._serving, self._closed, self.keep = None, True, 0
+            self.now, self._closed, self.keep = (self.held, None), True, 0
             gone = self._take_surplus()
         self._dismiss(gone)
 
     def _take_surplus(self) -> list[Held]:
+        """Take versions off the shelf, and return them. Only with the lock."""
+        held, serving = self.now
         staying: dict[Candidate, Held] = {}
-        for held in reversed(self._held):
+        for one in reversed(held):
             # Of a version that was loaded again, since more of its files had come, one will do.
             if len(staying) < self.keep:
-                staying.setdefault(held.candidate, held)
+                staying.setdefault(one.candidate, one)
         kept = staying.values()
-        gone = [held for held in self._held if held not in kept and not held.users]
-        for held in gone:
-            self._held.remove(held)
+        gone = [one for one in held if one not in kept and _leaves(one)]
+        if gone:
+            self.now = tuple(one for one in held if one not in gone), serving
         return gone
 
+    def _settle(self) -> None:
+        """Let versions go that have lost their last user, or leave that to the lock's holder."""
+        self._unsettled = True
+        while self._unsettled and self._lock.acquire(blocking=False):
+            try:
+                self._unsettled = False
+                gone = self._take_surplus()
+            finally:
+                self._lock.release()
+            self._let_go(gone)
+
     def _dismiss(self, gone: list[Held]) -> None:
+        """Let versions go, and those that have lost their last user meanwhile. Without the lock."""
+        self._let_go(gone)
+        if self._unsettled:
+            self._settle()
+
+    def _let_go(self, gone: list[Held]) -> None:
         for held in gone:
             self.let_go(held)
+
+
+def _leaves(held: Held) -> bool:
+    """Have a version leave the shelf unless it has users; say whether it does."""
+    held.leaving = True  # before the look: a user who comes now sees it, and takes another version
+    if held.pins:
+        held.leaving = False
+    return held.leaving

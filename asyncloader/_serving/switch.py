@@ -165,10 +165,10 @@ class Switch:
         held = self._shelf.find(self._before())  # before a load is given up for nothing
         self._order()
         if held is not None and not self._commands:
-            # Whoever follows sees that it is not wanted any more, however long it takes to stop.
+            # Following sees that it is not wanted any more, however long it takes to stop.
             self._stop_following()
-            self._swap(held, back=True)
-            return LiveVersion.of(held, serving=True)
+            if self._swap(held, back=True):
+                return LiveVersion.of(held, serving=True)
         async with self._on_purpose():
             before = self._before()
             if self._shelf.find(before) is None:
@@ -219,8 +219,8 @@ class Switch:
             while self._wanted() and (new := await self._news()) is not None:
                 held = self._shelf.find(new)
                 if held is not None:
-                    if self._wanted():
-                        self._swap(held)
+                    if self._wanted() and not self._swap(held):
+                        continue
                     return
                 with contextlib.suppress(_SupersededError):
                     await self._take_in(new)
@@ -373,12 +373,11 @@ class Switch:
 
     async def _bring(self, wanted: Candidate, *, back: bool = False) -> LiveVersion:
         self._must_be_open()
-        held = self._shelf.find(wanted) or await self._attempted(
-            self._load_once(wanted), self._loading
-        )
-        if held is None:
-            raise RuntimeError(f"{self.description}: left meanwhile")
-        if held is not self._shelf.serving:
+        held = self._shelf.find(wanted)
+        if held is None or not self._swap(held, back=back):
+            held = await self._attempted(self._load_once(wanted), self._loading)
+            if held is None:
+                raise RuntimeError(f"{self.description}: left meanwhile")
             self._swap(held, back=back)
         return LiveVersion.of(held, serving=True)
 
@@ -452,16 +451,20 @@ class Switch:
             )
         )
 
-    def _swap(self, held: Held, *, back: bool = False) -> None:
-        """Let a version serve from now on."""
+    def _swap(self, held: Held, *, back: bool = False) -> bool:
+        """Let a version serve from now on, unless it was let go meanwhile; say whether it does."""
+        if held is self._shelf.now[1]:
+            return True
         version, location = held.candidate.name, str(held.candidate.path)
         previous = self._shelf.held[-1].candidate.name if self._shelf.held else None
-        self._shelf.put(held, back=back)
+        if not self._shelf.put(held, back=back):
+            return False
         self._teller.note(_OLDER, "")
         if back and previous is not None:
             self._teller.tell(RolledBack(version=version, location=location, previous=previous))
         else:
             self._teller.tell(Swapped(version=version, location=location, previous=previous))
+        return True
 
 
 def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
