@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
 from ._arguments import as_dict, check_callable, check_progress, checked_path
+from ._loading.checks import check_tables
 from ._loading.claims import Claim
 from ._loading.destinations import describe_tensors
 from ._loading.load import Load
@@ -20,7 +21,6 @@ from ._loading.progress_bar import progress_bar
 from ._loading.report import LoadReport, report_of
 from ._loading.runtime import Runtime
 from ._loading.session import open_session
-from ._loading.tables import check_tables
 from ._loading.trace import Tracer
 from ._loading.transaction import run
 from ._planning.casts import checked_cast

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from ._arguments import as_dict, check_callable, check_progress, check_timeout, checked_path
-from ._loading.kinds import check_tensors
+from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter
 from ._loading.progress_bar import progress_bar
 from ._loading.staging import StagingPool
-from ._loading.tables import check_tables
 from ._saving.commit import Commit
 from ._saving.contents import Contents
 from ._saving.layout import WriteBlock, checked_blocks, lay_out

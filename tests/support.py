@@ -15,11 +15,11 @@ import torch
 from asyncloader import HashTable, Slice
 from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
+from asyncloader._loading.checks import describe_tables
 from asyncloader._loading.destinations import describe_tensors
 from asyncloader._loading.load import Load
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
-from asyncloader._loading.tables import describe_tables
 from asyncloader._loading.transaction import complete
 from asyncloader._planning.choice import choose
 from asyncloader._planning.load_info import default_load_info

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from .overlaps import share
+from .destinations import share
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping

@@ -19,8 +19,8 @@ from asyncloader._planning.targets import Targets
 from asyncloader._threads.collector import undisturbed
 from asyncloader._threads.jobs import run_jobs
 
+from .checks import describe_tables
 from .destinations import describe_tensors
-from .tables import describe_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

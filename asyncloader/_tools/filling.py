@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from asyncloader._loading.checks import describe_tables
 from asyncloader._loading.destinations import describe_tensors
 from asyncloader._loading.load import Load
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.reading import torch_dtype
-from asyncloader._loading.tables import describe_tables
 from asyncloader._loading.transaction import complete
 from asyncloader._loading.verification import Verifier
 from asyncloader._planning.choice import choose
