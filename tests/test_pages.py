@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from asyncloader._memory.allocation import Spare, zeros
-from asyncloader._memory.pages import BLOCK, PageChooser, touch
+from asyncloader._memory.pages import BLOCK, PageChooser, map_fresh, touch, wipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,3 +222,17 @@ def test_memory_that_is_much_too_large_is_left_to_others() -> None:
 
     assert spare.nbytes >= 20 * BLOCK
     assert not small.any()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no private mappings")
+def test_wiping_ends_where_it_was_told_to() -> None:
+    """What lies behind the last byte may be another mapping, with values that somebody needs."""
+    memory, start = map_fresh(2 * BLOCK)
+    array = np.frombuffer(memory, np.uint8)[start:]
+    end = BLOCK + 4096
+    array[end - 1], array[end] = 7, 7  # of a block that nothing has touched as a whole
+
+    wipe(memory, start, end)
+
+    assert array[end - 1] == 0
+    assert array[end] == 7

@@ -171,8 +171,10 @@ def wipe(memory: mmap.mmap, start: int, size: int) -> None:
     first = array.ctypes.data // BLOCK
     for at in range(0, size, BLOCK):
         block = first + at // BLOCK
-        # A view that is too small for `touch` may have been written to, all the same.
-        if block not in _untouched or not _advise(block * BLOCK, _MADV_DONTNEED):
+        # A view that is too small for `touch` may have been written to, all the same. The last
+        # block may be cut short: its rest is other memory.
+        is_fresh = at + BLOCK <= size and block in _untouched
+        if not is_fresh or not _advise(block * BLOCK, _MADV_DONTNEED):
             array[at : at + BLOCK] = 0
 
 
