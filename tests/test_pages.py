@@ -236,3 +236,22 @@ def test_wiping_ends_where_it_was_told_to() -> None:
 
     assert array[end - 1] == 0
     assert array[end] == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes pages back on request")
+def test_what_is_lent_again_takes_no_more_memory_than_was_asked_for() -> None:
+    """A version may be half as large as the one before; `max_memory` counts what it asks for."""
+    spare = Spare(yes)
+    spare.allow("me", 64 * BLOCK)
+    memory, start = spare.map(15 * BLOCK)
+    old = np.frombuffer(memory, np.uint8)[start : start + 15 * BLOCK]
+    touch([old.data])
+    old[:] = 7
+    spare.give(memory, start, 15 * BLOCK)
+    spare.wipe()
+
+    again, _ = spare.map(10 * BLOCK)
+
+    assert again is memory
+    assert faults_of(partial(old[: 10 * BLOCK].fill, 1)) < 5
+    assert faults_of(partial(old[10 * BLOCK :].fill, 1)) >= 5  # huge pages: one fault each

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .pages import BLOCK, fresh_memory_is_dear, map_fresh, wipe
+from .pages import BLOCK, fresh_memory_is_dear, give_up, map_fresh, wipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -87,6 +87,7 @@ class Spare:
                 if _taken(pool, kept):
                     if pool is self._used:
                         wipe(kept.memory, kept.start, kept.used)
+                    give_up(kept.memory, kept.start + size)
                     return kept.memory, kept.start
         return map_fresh(size + size // _GROWTH if self._allowed else size)
 

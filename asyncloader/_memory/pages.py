@@ -178,6 +178,19 @@ def wipe(memory: mmap.mmap, start: int, size: int) -> None:
             array[at : at + BLOCK] = 0
 
 
+def give_up(memory: mmap.mmap, start: int) -> None:
+    """Give whole blocks of a mapping back to the system, from `start` on; they read as zero.
+
+    Args:
+        memory: One that `map_fresh` has returned.
+        start: Offset in it; the block that it lies in stays, unless it is the block's first byte.
+    """
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    begin = -(-(address + start) // BLOCK) * BLOCK
+    if begin < address + len(memory):
+        _advise(begin, _MADV_DONTNEED, address + len(memory) - begin)
+
+
 def is_read_only(address: int) -> bool:
     """Say whether an address cannot be written to, where the kernel tells; it is touched then."""
     start = address & ~(mmap.PAGESIZE - 1)
