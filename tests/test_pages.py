@@ -255,3 +255,19 @@ def test_what_is_lent_again_takes_no_more_memory_than_was_asked_for() -> None:
     assert again is memory
     assert faults_of(partial(old[: 10 * BLOCK].fill, 1)) < 5
     assert faults_of(partial(old[10 * BLOCK :].fill, 1)) >= 5  # huge pages: one fault each
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no private mappings")
+def test_what_is_being_wiped_is_not_kept_if_nothing_is_allowed_any_more() -> None:
+    def forget_meanwhile(memory: mmap.mmap, start: int, size: int) -> None:
+        spare.forget("me")
+        wipe(memory, start, size)
+
+    spare = Spare(yes, wipe=forget_meanwhile)
+    spare.allow("me", 64 * BLOCK)
+    zeros((4 * BLOCK,), torch.uint8, spare=spare)
+    assert spare.nbytes
+
+    spare.wipe()
+
+    assert spare.nbytes == 0

@@ -49,10 +49,16 @@ class Spare:
 
     Args:
         is_dear: Says whether fresh memory costs more than wiping some.
+        wipe: Makes bytes of a mapping read as zero.
     """
 
-    def __init__(self, is_dear: Callable[[], bool] = fresh_memory_is_dear) -> None:
+    def __init__(
+        self,
+        is_dear: Callable[[], bool] = fresh_memory_is_dear,
+        wipe: Callable[[mmap.mmap, int, int], None] = wipe,
+    ) -> None:
         self._is_dear = is_dear
+        self._wipe = wipe
         self._allowed: dict[object, int] = {}
         self._used = deque[_Kept]()
         self._wiped = deque[_Kept]()
@@ -86,7 +92,7 @@ class Spare:
             for kept in sorted(fitting, key=attrgetter("room")):
                 if _taken(pool, kept):
                     if pool is self._used:
-                        wipe(kept.memory, kept.start, kept.used)
+                        self._wipe(kept.memory, kept.start, kept.used)
                     give_up(kept.memory, kept.start + size)
                     return kept.memory, kept.start
         return map_fresh(size + size // _GROWTH if self._allowed else size)
@@ -102,8 +108,9 @@ class Spare:
         """Make what was given back read as zero. Belongs on a thread."""
         for kept in [*self._used]:
             if _taken(self._used, kept):
-                wipe(kept.memory, kept.start, kept.used)
+                self._wipe(kept.memory, kept.start, kept.used)
                 self._wiped.append(kept._replace(used=0))
+                self._drop(0)  # less may be allowed by now
 
     def _drop(self, more: int) -> None:
         """Let go of what was kept longest, until there is room for `more`."""
