@@ -7,6 +7,7 @@ import mmap
 import resource
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from asyncloader._memory.allocation import Spare, zeros
-from asyncloader._memory.pages import BLOCK, PageChooser, map_fresh, touch, wipe
+from asyncloader._memory.pages import BLOCK, PageChooser, is_read_only, map_fresh, touch, wipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -271,3 +272,24 @@ def test_what_is_being_wiped_is_not_kept_if_nothing_is_allowed_any_more() -> Non
     spare.wipe()
 
     assert spare.nbytes == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what can be written to")
+def test_what_is_mapped_read_only_is_told_from_what_can_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(4096))
+    with (tmp_path / "file").open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    assert is_read_only(np.frombuffer(mapped, np.uint8).ctypes.data)
+    assert not is_read_only(np.zeros(1).ctypes.data)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what can be written to")
+def test_memory_that_the_kernel_does_not_populate_is_not_called_read_only() -> None:
+    """Memory that CUDA has pinned belongs to a device, too, and can well be written to."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    of_device = [int(line.split("-")[0], 16) for line in lines if line.endswith("[vvar]")]
+    if not of_device:
+        pytest.skip("there is no such memory")
+
+    assert not is_read_only(of_device[0])

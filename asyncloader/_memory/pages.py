@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import sys
 import time
 import weakref
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,7 +42,8 @@ _MARGIN = 1.25
 _DEAR = 0.0007
 # The weight of the latest block in what a kind is thought to cost.
 _LATEST = 0.25
-# Linux 5.14 and newer: makes pages present as a write would. `mmap` has no name for it.
+# Linux 5.14 and newer: make pages present as a read or a write would. `mmap` has no names for them.
+_MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 _MADV_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 _MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
@@ -192,15 +193,15 @@ def give_up(memory: mmap.mmap, start: int) -> None:
 
 
 def is_read_only(address: int) -> bool:
-    """Say whether an address cannot be written to, where the kernel tells; it is touched then."""
-    start = address & ~(mmap.PAGESIZE - 1)
-    return not _advise(start, _MADV_POPULATE_WRITE, 1) and _can_populate()
+    """Say whether an address can be read but not written to, where the kernel tells.
 
-
-@cache
-def _can_populate() -> bool:
-    own = np.zeros(1, np.uint8)
-    return _advise(own.ctypes.data & ~(mmap.PAGESIZE - 1), _MADV_POPULATE_WRITE, 1)
+    The page there is touched. Of memory that belongs to a device, as what CUDA has pinned, and on
+    other systems the kernel tells neither.
+    """
+    page = address & ~(mmap.PAGESIZE - 1)
+    if _advise(page, _MADV_POPULATE_WRITE, 1) or ctypes.get_errno() != errno.EINVAL:
+        return False
+    return _advise(page, _MADV_POPULATE_READ, 1)
 
 
 def touch(views: Iterable[memoryview]) -> None:
