@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from ._memory.sizes import listed
 from ._table.hashtable import HashTable
 
 if TYPE_CHECKING:
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["targets"]
 
 _log = logging.getLogger(__name__)
+
+_EXTRA_STATE = "_extra_state"
+"""The end of the names under which torch keeps what `get_extra_state()` returns."""
 
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # of torch.compile
@@ -31,7 +36,8 @@ def targets(model: nn.Module) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     """Return the hash tables of a model by their names, and the tensors of its `state_dict()`.
 
     Both are the model's own, not copies: what is loaded into them is loaded into the model. Values
-    of the `state_dict()` that are no tensors are left out.
+    of the `state_dict()` that are no tensors are left out, and so are tensors that
+    `get_extra_state()` makes anew each time; a warning names these.
 
     Names are those of the model itself, whatever wraps it or parts of it: `_orig_mod.` of
     `torch.compile`, `module.` of `DistributedDataParallel` and `DataParallel`, and
@@ -47,7 +53,8 @@ def targets(model: nn.Module) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
 
     Raises:
         TypeError: If it is no module.
-        ValueError: If two tables have the same name, or two tensors once wrappers are taken off.
+        ValueError: If two tables have the same name, or two tensors once wrappers are taken off; or
+            if the `state_dict()` holds copies of the model's tensors, as a full one of FSDP does.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -60,10 +67,43 @@ def targets(model: nn.Module) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
                 "give one of them another name, it is what stands on disk"
             )
         tables[table.name], paths[table.name] = table, path
-    values = model.state_dict().items()
-    return tables, _unwrapped(
-        model, {name: value for name, value in values if isinstance(value, Tensor)}
-    )
+    return tables, _unwrapped(model, _without_copies(model, _state(model)))
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: one for name, one in model.state_dict().items() if isinstance(one, Tensor)}
+
+
+def _without_copies(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave extra state out that is made anew each time; refuse other tensors that are."""
+    own = {_memory(one) for one in (*model.parameters(), *model.buffers())} | {None}
+    doubtful = [name for name, tensor in tensors.items() if _memory(tensor) not in own]
+    again = _state(model) if doubtful else {}
+    # Both are alive: only a tensor that the model keeps lies in the same place twice.
+    kept = {name: _memory(tensor) for name, tensor in again.items()}
+    copies = [name for name in doubtful if _memory(tensors[name]) != kept.get(name)]
+    refused = tuple(name for name in copies if not name.endswith(_EXTRA_STATE))
+    if refused:
+        raise ValueError(
+            f"state_dict() makes copies of {listed(refused)}: what is loaded into them would not "
+            "be in the model. To save them, pass state_dict() itself to Saver"
+        )
+    if copies:
+        _log.warning(
+            "left out, since what is loaded into a copy is not in the model: %s, which "
+            "get_extra_state() makes anew each time; save and restore it by yourself",
+            listed(tuple(copies)),
+        )
+    return {name: tensor for name, tensor in tensors.items() if name not in set(copies)}
+
+
+def _memory(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Say where a tensor lies; `None` where it has no memory, or is of a kind that does not say."""
+    try:
+        address = tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None
+    return (tensor.device, address) if address else None
 
 
 def _tables(model: nn.Module) -> Iterator[tuple[str, HashTable]]:

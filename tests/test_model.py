@@ -241,3 +241,56 @@ def test_a_tensor_of_each_wrapper_and_of_the_bare_name_are_told_apart() -> None:
 
     with pytest.raises(ValueError, match="two tensors are named 'weight'"):
         targets(odd)
+
+
+# --- tensors that are no memory of the model
+
+
+class Counting(nn.Module):
+    """A module whose state beside its parameters is a tensor."""
+
+    def __init__(self, state: Callable[[], object]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.state = state
+
+    def get_extra_state(self) -> object:
+        return self.state()
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+def test_extra_state_that_is_made_anew_is_left_out_and_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It would be loaded into a copy, and be reported as loaded."""
+    model = nn.ModuleDict({"part": Counting(lambda: torch.tensor(5))})
+
+    assert list(targets(model)[1]) == ["part.weight"]
+
+    assert "left out" in caplog.text
+    assert "part._extra_state" in caplog.text
+
+
+def test_extra_state_that_the_model_keeps_is_loaded(tmp_path: Path) -> None:
+    step = torch.tensor(5)
+    Saver.to(tmp_path / "c", *targets(Counting(lambda: step))).save()
+    kept = torch.tensor(0)
+
+    Loader(tmp_path / "c", *targets(Counting(lambda: kept)), strict=True).load()
+
+    assert kept == 5
+
+
+def test_copies_of_a_models_tensors_are_refused() -> None:
+    """What FSDP gathers for its state_dict() is the model no more."""
+
+    def gather(_: nn.Module, state: dict[str, torch.Tensor], __: str, ___: object) -> None:
+        state.update({name: value.clone() for name, value in state.items()})
+
+    model = nn.Linear(2, 2)
+    model.register_state_dict_post_hook(gather)  # type: ignore[no-untyped-call]
+
+    with pytest.raises(ValueError, match=r"copies of weight, bias: .* state_dict\(\) itself to"):
+        targets(model)
