@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import signal
 import threading
+from concurrent.futures import Executor, Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from asyncloader._serving.freeing import Freeing
+from asyncloader._serving.model import Model
 from asyncloader._serving.shelf import Held, Shelf
+from asyncloader._serving.source import Candidate, Files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from asyncloader._serving.source import Candidate
+    from asyncloader import Event
 
 
 class Version:
@@ -142,3 +149,92 @@ def test_a_shelf_that_is_closed_serves_nobody() -> None:
         run.shelf.pin()
     run.shelf.unpin(user)
     assert run.gone == ["2", "1"]
+
+
+class Entered(Executor):
+    """An executor within whose `submit` the last use of a version ends.
+
+    The collector does that, or the handler of a signal.
+    """
+
+    def __init__(self, ends: Callable[[], object]) -> None:
+        self.ends = ends
+        self.busy = False
+        self.entered_twice = False
+        self.jobs = 0
+
+    def submit(
+        self,
+        job: Callable[..., Any],
+        /,
+        *given: Any,  # noqa: ANN401  # of an executor
+        **named: Any,  # noqa: ANN401
+    ) -> Future[Any]:
+        self.entered_twice |= self.busy  # it would wait for its own lock
+        self.busy = True
+        self.ends()
+        self.busy = False
+        self.jobs += 1
+        done: Future[Any] = Future()
+        done.set_result(job(*given, **named))
+        return done
+
+
+async def test_what_loses_its_last_user_while_another_is_freed_is_freed_afterwards() -> None:
+    shelf, users = Shelf(keep=1), list[Held]()
+    told: list[Event] = []
+
+    def end() -> None:
+        while users:
+            shelf.unpin(users.pop())
+
+    freeing = Freeing(executor := Entered(end), told.append)
+    shelf.let_go = freeing.let_go
+    first, second = model("first"), model("second")
+    shelf.put(first)
+    users.append(shelf.pin())
+    shelf.put(second)
+    shelf.put(model("third"))
+
+    await freeing.wait()
+
+    assert not executor.entered_twice
+    assert executor.jobs == 2
+    assert [event.version for event in told] == ["second", "first"]
+    for held in (first, second):
+        with pytest.raises(RuntimeError, match="memory given back"):
+            held.model.tables  # noqa: B018  # raises
+
+
+def model(name: str) -> Held:
+    candidate = Candidate(path=Path(name), identity=((1,),), files=Files({name: (1,)}))
+    return Held(Model(Path(name), {}, {}, None), candidate, 8, 0.0)
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_the_handler_of_a_signal_may_use_it_while_its_thread_changes_it(closing: bool) -> None:
+    run, served = Run(), list[str]()
+
+    def use(*_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # it is closed
+            held = run.shelf.pin()
+            served.append(held.candidate.name)
+            run.shelf.unpin(held)
+
+    class Interrupted(Version):
+        def __hash__(self) -> int:  # compared with others
+            signal.raise_signal(signal.SIGUSR1)
+            return hash(self.name)
+
+    before = signal.signal(signal.SIGUSR1, use)
+    try:
+        for name in ("1", "2"):
+            candidate = cast("Candidate", Interrupted(name))
+            run.shelf.put(Held(cast("Any", object()), candidate, 8, 0.0))
+        if closing:
+            run.shelf.close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert run.gone == (["1", "2"] if closing else ["1"])
+    assert {*served} == {"1", "2"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,22 +34,22 @@ class Freeing:
         self._executor = executor
         self._tell = tell
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
         self._under_way: set[asyncio.Future[None]] = set()
 
     def let_go(self, held: Held) -> None:
-        """Give back what nobody uses any more; called on any thread."""
-        if threading.get_ident() == self._thread:
-            self.free(held.model, held)
-            return
-        try:
-            self._loop.call_soon_threadsafe(self.free, held.model, held)
-        except RuntimeError:  # the loop is closed: who was the last to use it gives it back
-            held.model.take_contents()
+        """Give a version back that is used no more. May be called on any thread, at any moment."""
+        contents = [held.model.take_contents()]
+        # Not at once, even on the loop's thread: that may be within the executor, whose locks this
+        # would wait for, when a signal's handler or the garbage collector ends the last use. If the
+        # loop is closed, the caller gives the memory back.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._free, contents, held)
 
     def free(self, model: Model, held: Held | None) -> None:
-        """Give back what a model takes; `held` if it had served, or could have."""
-        contents: list[object] = [model.take_contents()]
+        """Give back what a model takes; `held` if it could have served. Called on the loop."""
+        self._free([model.take_contents()], held)
+
+    def _free(self, contents: list[object], held: Held | None) -> None:
         try:
             freeing = self._loop.run_in_executor(self._executor, _give_back, contents)
         except RuntimeError:  # the service is over: it was pinned until now
@@ -67,6 +67,7 @@ class Freeing:
 
     async def wait(self) -> None:
         """Wait until all is given back."""
+        await asyncio.sleep(0)  # what was let go just now begins
         while self._under_way:
             await asyncio.wait(self._under_way)
 

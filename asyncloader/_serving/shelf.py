@@ -127,7 +127,8 @@ class Shelf:
     def unpin(self, held: Held) -> None:
         """Let go of a version."""
         held.pins.pop()
-        self._settle()
+        if held is not self.now[1]:  # the version that serves stays anyway
+            self._settle()
 
     def put(self, held: Held, *, back: bool = False) -> bool:
         """Let a version serve from now on, unless it has left the shelf; say whether it does.
