@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from asyncloader import CheckpointError, Slice, TruncatedShardError, gen_slice
 from asyncloader._checkpoint.header import check_covered, header_length, parse_header
 from asyncloader._checkpoint.index import Place, parse_catalog
+from asyncloader._checkpoint.problems import Problems
 
 SLICES = st.integers(1, 40).flatmap(
     lambda size: st.tuples(st.integers(0, size), st.integers(0, size)).map(
@@ -116,9 +117,9 @@ def test_a_header_says_where_blocks_stand(
     blocks: dict[str, dict[str, object]], length: int, surplus: int, padding: bytes
 ) -> None:
     text = header(**blocks) + padding
-    parsed = parse_header("here", "shard", text, 8 + len(text) + length, recis=True)
+    parsed = parse_header(Problems("here"), "shard", text, 8 + len(text) + length, recis=True)
     blocks.pop("__metadata__", None)
-    check_covered("here", parsed, surplus=bool(surplus))
+    check_covered(Problems("here"), parsed, surplus=bool(surplus))
     assert parsed.surplus == surplus
     assert list(parsed.blocks) == list(blocks)
     for key, block in parsed.blocks.items():
@@ -152,7 +153,7 @@ BAD = [
 @pytest.mark.parametrize(("text", "problem"), BAD)
 def test_a_header_that_contradicts_itself_is_refused(text: bytes, problem: str) -> None:
     with pytest.raises(CheckpointError, match=problem) as caught:
-        parse_header("here", "shard", text, 8 + len(text) + 1000, recis=True)
+        parse_header(Problems("here"), "shard", text, 8 + len(text) + 1000, recis=True)
     assert caught.value.shard == "shard"
 
 
@@ -170,9 +171,9 @@ def test_bytes_of_no_block_are_refused(
     blocks: dict[str, dict[str, object]], key: str, *, surplus: bool
 ) -> None:
     text = header(**blocks)
-    parsed = parse_header("here", "shard", text, 8 + len(text) + 100, recis=True)
+    parsed = parse_header(Problems("here"), "shard", text, 8 + len(text) + 100, recis=True)
     with pytest.raises(CheckpointError, match="back to back") as caught:
-        check_covered("here", parsed, surplus=surplus)
+        check_covered(Problems("here"), parsed, surplus=surplus)
     assert (caught.value.shard, caught.value.key) == ("shard", key)
 
 
@@ -180,7 +181,7 @@ def test_a_block_beyond_the_file_is_named_with_its_range() -> None:
     text = header(a=entry("F32", [1], 0, 4), b=entry("F32", [4], 4, 20))
     start = 8 + len(text)
     with pytest.raises(TruncatedShardError) as caught:
-        parse_header("here", "shard", text, start + 19, recis=True)
+        parse_header(Problems("here"), "shard", text, start + 19, recis=True)
     error = caught.value
     assert (error.key, error.begin, error.end, error.size) == (
         "b",
@@ -215,14 +216,14 @@ def test_a_file_shorter_than_its_prefix_is_truncated(size: int) -> None:
 
 def catalog_of(files: object, blocks: object, sparse: object) -> object:
     index = orjson.dumps({"file_index": files, "block_index": blocks})
-    return parse_catalog("here", index, orjson.dumps(sparse))
+    return parse_catalog(Problems("here"), index, orjson.dumps(sparse))
 
 
 def test_names_are_split_at_their_last_caret_and_at_sign() -> None:
     keys = {"a.b@c.d/part_0_1": "a@b@c.d^0@4@4", "w^^ ": None, "x/part_0^ ": None, "^ ": None}
     sparse = {key: name for key, name in keys.items() if name}
     catalog = parse_catalog(
-        "here",
+        Problems("here"),
         orjson.dumps({"file_index": {"f": 7}, "block_index": dict.fromkeys(keys, 7)}),
         orjson.dumps(sparse),
     )

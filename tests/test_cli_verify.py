@@ -15,7 +15,6 @@ from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.threads import Threads
-from asyncloader._tools.verifying.sifting import sift
 from asyncloader._tools.verifying.verify import averify, verify_session
 from asyncloader.cli._app import run as command
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
@@ -37,7 +36,7 @@ from tests.oracle import (
 from tests.support import MemoryStorage, data, debug_off, nothing_left_behind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from asyncloader._tools.verifying.findings import Verification
@@ -167,7 +166,7 @@ DAMAGES: list[Damage] = [
     (
         "tensorkey.json is missing",
         lambda p: (p / "tensorkey.json").unlink(),
-        "tensorkey.json: cannot be opened: No such file",
+        "tensorkey.json: cannot be opened: [Errno 2] No such file",
     ),
     (
         "a name is no name",
@@ -192,7 +191,7 @@ DAMAGES: list[Damage] = [
     (
         "a number twice",
         lambda p: edit_json(p / "index", lambda i: i["file_index"].update({"z.safetensors": 0})),
-        "which 'model-000000-of-000004.safetensors' has",
+        "which is not its own: 'model-000000-of-000004.safetensors' has it",
     ),
     (
         "a file outside the folder",
@@ -212,7 +211,7 @@ DAMAGES: list[Damage] = [
     (
         "a shard is a folder",
         lambda p: replace_by_folder(shard_holding(p, "w^ ")),
-        "cannot be opened: ",
+        "is not a regular file",
     ),
     (
         "a shard is empty",
@@ -303,7 +302,7 @@ UNSOUND: list[tuple[str, list[list[Block]], list[str]]] = [
     (
         "a slot has too few rows",
         [WHOLE[0], rank(1, SECOND, slot=other("slot", torch.ones(1, 1)))],
-        ["'t.slot/part_1_2': has 1 rows, but there are 2 ids"],
+        ["'t.slot/part_1_2': t@slot has 1 rows, but there are 2 ids"],
     ),
     (
         "a part is of another dtype",
@@ -318,7 +317,7 @@ UNSOUND: list[tuple[str, list[list[Block]], list[str]]] = [
     (
         "a part is a scalar",
         [WHOLE[0], rank(1, SECOND, slot=other("slot", torch.tensor(1.0)))],
-        ["'t.slot/part_1_2': t@slot: is a scalar"],
+        ["'t.slot/part_1_2': is float32 [], but another part of 't@slot'"],
     ),
     (
         "a slot lacks a part",
@@ -343,7 +342,7 @@ UNSOUND: list[tuple[str, list[list[Block]], list[str]]] = [
         [WHOLE[0], rank(1, SECOND, id=other("id", IDS.int()))],
         [
             "'t.id/part_1_2': is int32 [2], but another part",
-            "'t.id/part_1_2': is int32 [2]; ids are int64 [n]",
+            "'t.id/part_1_2': t@id is int32 [2]; ids are int64 [n]",
         ],
     ),
     (
@@ -519,12 +518,12 @@ SIDECARS: list[Damage] = [
     (
         "another index",
         lambda p: append(p / "index", b" \n"),
-        "index: is not what was written with asyncloader.json",
+        "index: is not what was written: asyncloader.json has",
     ),
     (
         "no digests of a shard",
         sidecar(lambda s: s["shards"].pop("model-000001-of-000004.safetensors")),
-        "has no digests of 'model-000001-of-000004.safetensors', which index names",
+        "000001-of-000004.safetensors: index names it, but asyncloader.json has no digests of it",
     ),
     (
         "digests of no shard",
@@ -534,7 +533,7 @@ SIDECARS: list[Damage] = [
     (
         "no digests of a block",
         sidecar(lambda s: [one["blocks"].pop("w^ ", 0) for one in s["shards"].values()]),
-        "'w^ ': asyncloader.json has no digests of it",
+        "'w^ ': asyncloader.json has 0 digests for its 240 bytes",
     ),
     (
         "digests of no block",
@@ -566,7 +565,7 @@ SIDECARS: list[Damage] = [
         "other rows",
         sidecar(lambda s: s["parts"]["item"].__setitem__(
             0, {"slice": "0@32768@65536", "rows": 256, "offsets": list(range(257))})),
-        "'item': says that part 00000@32768@65536 has 256 rows, there are 250 ids",
+        "has 250 ids of slice 00000@32768@65536, but asyncloader.json says 256",
     ),
     (
         "other offsets",
@@ -623,7 +622,7 @@ async def test_a_format_of_digests_that_is_not_known_is_no_problem(tmp_path: Pat
     edit_json(path / "asyncloader.json", lambda s: s.update(format=2))
     found = await verify(path)
     assert problems(found) == []
-    assert "asyncloader.json: is of a format that is not known here" in notes(found)
+    assert any("is of a format that is not known here" in note for note in notes(found))
 
 
 async def test_all_that_is_wrong_is_listed(tmp_path: Path) -> None:
@@ -705,18 +704,6 @@ async def test_wherever_reading_fails_the_rest_is_looked_at(tmp_path: Path) -> N
             found = await verify_from(storage)
             assert any("bad" in problem for problem in problems(found)), problems(found)
             assert found.files >= clean.files - 1
-
-
-async def test_entries_that_only_together_are_no_good_are_found_too() -> None:
-    def parse(entries: Mapping[str, int]) -> int:
-        if sum(entries.values()) > 3:
-            raise CheckpointError("here", "too much", None, "c" if "c" in entries else None)
-        return sum(entries.values())
-
-    sifted = sift({"a": 1, "b": 1, "c": 2}, parse)
-    assert (sifted.parsed, dict(sifted.good), len(sifted.errors)) == (2, {"a": 1, "b": 1}, 1)
-    sifted = sift({"a": 2, "b": 2}, parse)
-    assert (sifted.parsed, len(sifted.errors)) == (None, 1)
 
 
 async def test_progress_counts_every_byte_once(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from asyncloader._checkpoint.dtypes import DTYPES
 from asyncloader._checkpoint.entries import _problem
 from asyncloader._checkpoint.header import parse_header
 from asyncloader._checkpoint.index import Catalog, Places
+from asyncloader._checkpoint.problems import Problems
 from asyncloader._loading.destinations import describe_tensors
 from asyncloader._planning.choice import choose
 from asyncloader._planning.load_info import default_load_info
@@ -65,7 +66,7 @@ def test_a_header_is_refused_as_a_whole_where_one_entry_would_be(entries: dict[s
         return
     first = next((key for key, entry in entries.items() if _problem(entry, DTYPES)), None)
     try:
-        header = parse_header("here", "shard", text, 8 + len(text) + 64, recis=False)
+        header = parse_header(Problems("here"), "shard", text, 8 + len(text) + 64, recis=False)
     except CheckpointError as error:
         assert error.key == first or (first is None and overlapping(error))  # noqa: PT017
         return

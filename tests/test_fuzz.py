@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from asyncloader import AsyncLoaderError, load_tensors
-from tests.fuzz import loads, parsers
+from tests.fuzz import loads, parsers, rules
 from tests.fuzz.choices import Choices, padded
 from tests.fuzz.drafts import SIDECAR, draft_of, shard_of, sidecar_of, spoiled
 from tests.fuzz.trees import Members, tree
@@ -44,6 +44,12 @@ def test_a_load_equals_what_the_strict_reader_says_or_fails_and_writes_nothing(
     loads.TARGETS[target](data)
 
 
+@settings(max_examples=300)
+@given(data=inputs)
+def test_what_verify_finds_sound_loads_and_what_it_finds_faulty_does_not(data: bytes) -> None:
+    rules.rules(data)
+
+
 @pytest.mark.parametrize("kind", ["recis", "plain"])
 @pytest.mark.parametrize("number", range(8))
 def test_what_is_not_spoiled_loads_whole(kind: str, number: int) -> None:
@@ -55,6 +61,7 @@ def test_what_is_not_spoiled_loads_whole(kind: str, number: int) -> None:
     assert loads.check_load(files, half=False)
     assert loads.check_load(files, half=True)
     assert loads.check_read(files)
+    assert rules.check_rules(files)
     with loads.folder_of(files) as path:
         assert set(load_tensors(path)) == set(folder.tensors)
 

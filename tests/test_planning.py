@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import PlanError, Slice, gen_slice
-from asyncloader._checkpoint.blocks import Block, Blocks
+from asyncloader._checkpoint.blocks import Block, Blocks, numbered
 from asyncloader._checkpoint.dtypes import DTYPES
 from asyncloader._checkpoint.header import ShardHeader
 from asyncloader._checkpoint.index import Catalog, Part, Place, Places
@@ -16,7 +17,7 @@ from asyncloader._planning.choice import choose
 from asyncloader._planning.load_info import checked_load_info
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.reads import GAP, Extent, Extents, plan_reads
-from asyncloader._planning.targets import RowType, TableTarget, Targets, TensorTarget, TensorTargets
+from asyncloader._planning.targets import RowType, TableTarget, Targets, TensorTargets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,10 +127,22 @@ class Disk:
         catalog = Catalog(Places.of(self.tensors), self.tables)
         choice = choose(catalog, info, targets)
         headers = {
-            shard: ShardHeader(shard, Blocks.of(shard, self.blocks[shard].values()), 0)
+            shard: ShardHeader(shard, blocks_of(shard, self.blocks[shard]), 0)
             for shard in choice.shards()
         }
         return plan_load(Manifest("here", catalog, headers), choice, strict=strict)
+
+
+def blocks_of(shard: str, blocks: Mapping[str, Block]) -> Blocks:
+    types, kinds = numbered((block.dtype, block.shape) for block in blocks.values())
+    offsets = np.array([block.offset for block in blocks.values()])
+    nbytes = np.array([block.nbytes for block in blocks.values()])
+    return Blocks(shard, blocks, types=types, kinds=kinds, offsets=offsets, nbytes=nbytes)
+
+
+def tensors_of(*names: str) -> TensorTargets:
+    kinds = np.zeros(len(names), np.int64)
+    return TensorTargets(names, [(F32.dtype, F32.shape)], kinds, range(len(names)))
 
 
 def table(*children: str, slice_: Slice | None = None, slots: tuple[str, ...] = ()) -> Targets:
@@ -205,7 +218,7 @@ def test_what_nobody_asks_for_is_unexpected() -> None:
     disk.add("t", gen_slice(), 1, "embedding", "m")
     disk.add("u", gen_slice(), 1, "embedding")
     targets = Targets(
-        tensors=TensorTargets.of([TensorTarget(name="w", type=F32, memory=0)]),
+        tensors=tensors_of("w"),
         tables=table("t").tables,
     )
     assert disk.plan(targets).unexpected == ("t@m", "u", "v")
@@ -216,12 +229,7 @@ def test_all_problems_come_in_one_error() -> None:
     disk = Disk({"w": block})
     disk.add("t", gen_slice(), 1, "embedding")
     targets = Targets(
-        tensors=TensorTargets.of(
-            [
-                TensorTarget(name="w", type=F32, memory=0),
-                TensorTarget(name="v", type=F32, memory=1),
-            ]
-        ),
+        tensors=tensors_of("w", "v"),
         tables=table("t").tables,
     )
     info: LoadInfo = {

@@ -23,6 +23,7 @@ from asyncloader import (
     latest,
     load_tensors,
 )
+from asyncloader._checkpoint.problems import Problems
 from asyncloader._checkpoint.safetensors import SHARDED, parse_weight_map
 from tests.oracle import truncate, write_checkpoint
 from tests.support import data, nothing_left_behind, raw, table_for, unchanged
@@ -228,7 +229,7 @@ JSON = st.recursive(
 )
 def test_any_map_is_read_or_refused(text: bytes) -> None:
     try:
-        catalog = parse_weight_map("here", text)
+        catalog = parse_weight_map(Problems("here"), text)
     except CheckpointError as error:
         assert error.shard == SHARDED  # noqa: PT017  # that, or nothing is raised
     else:

@@ -209,8 +209,10 @@ def test_where_sub_slices_begin_is_checked_when_somebody_asks_for_it(
     sidecar = save(tmp_path) / "asyncloader.json"
     edit_json(sidecar, change)
     everything(tmp_path, verify="require")[0].load()
+    read = parse_sidecar("here", sidecar.read_bytes())
+    assert read is not None
     with pytest.raises(CheckpointError, match=match):
-        parse_sidecar("here", sidecar.read_bytes(), parts=True)
+        read.all_spread("here")
 
 
 @pytest.mark.parametrize(

@@ -9,20 +9,75 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from asyncloader.errors import TruncatedShardError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from numpy.typing import NDArray
 
     from .dtypes import DType
+    from .problems import Problems
 
+
+Entry = TypeVar("Entry")
+Value = TypeVar("Value", bound="Hashable")
 
 BlockType = tuple["DType", tuple[int, ...]]
 """dtype and shape."""
+
+
+class Columns(Mapping[str, Entry]):
+    """Entries by name, as columns. An entry is made when it is asked for.
+
+    Args:
+        names: `[n]`, all different.
+    """
+
+    __slots__ = ("_names", "_numbers")
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._numbers = {name: number for number, name in enumerate(self._names)}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {len(self)}>"
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def __getitem__(self, name: str) -> Entry:
+        return self.at(self._numbers[name])
+
+    def at(self, number: int) -> Entry:
+        """Return the entry in that place of the columns."""
+        raise NotImplementedError
+
+    def names(self) -> AbstractSet[str]:
+        """Return all names, as a set."""
+        return self._numbers.keys()
+
+    def numbers(self, names: Iterable[str]) -> list[int]:
+        """Return where in the columns each name stands, -1 for names that are not there."""
+        return list(map(self._numbers.get, names, repeat(-1)))
+
+
+def numbered(values: Iterable[Value]) -> tuple[list[Value], NDArray[np.int64]]:
+    """Return the different values that there are, and int64 `[n]`, which of them each is."""
+    different: dict[Value, int] = {}
+    numbers = [different.setdefault(value, len(different)) for value in values]
+    return list(different), np.array(numbers, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +99,7 @@ class Block:
     nbytes: int
 
     digests: tuple[str, ...] | None = None
-    """Of each chunk of its bytes, where they are known: see `_sidecar`."""
+    """Of each chunk of its bytes, where they are known: see `sidecar`."""
 
     @property
     def rows(self) -> int:
@@ -52,10 +107,8 @@ class Block:
         return self.shape[0] if self.shape else 1
 
 
-class Blocks(Mapping[str, Block]):
+class Blocks(Columns[Block]):
     """The blocks of one shard, by key, in the order of its header.
-
-    A `Block` is made when it is asked for.
 
     Args:
         shard: The file's name.
@@ -67,7 +120,7 @@ class Blocks(Mapping[str, Block]):
         digests: Of each block's chunks, by key, where they are known.
     """
 
-    __slots__ = ("_digests", "_keys", "_numbers", "kinds", "nbytes", "offsets", "shard", "types")
+    __slots__ = ("digests", "kinds", "nbytes", "offsets", "shard", "types")
 
     def __init__(
         self,
@@ -80,50 +133,31 @@ class Blocks(Mapping[str, Block]):
         nbytes: NDArray[np.int64],
         digests: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
+        super().__init__(keys)
         self.shard = shard
         self.types = types
         self.kinds = kinds
         self.offsets = offsets
         self.nbytes = nbytes
-        self._keys = list(keys)
-        self._numbers = {key: number for number, key in enumerate(self._keys)}
-        self._digests = digests
+        self.digests = digests
+        assert len(kinds) == len(offsets) == len(nbytes) == len(self)
 
-    @classmethod
-    def of(cls, shard: str, blocks: Iterable[Block]) -> Blocks:
-        """Return blocks of one shard as columns."""
-        known = list(blocks)
-        types: dict[BlockType, int] = {}
-        kinds = [types.setdefault((one.dtype, one.shape), len(types)) for one in known]
-        digests = {one.key: one.digests for one in known if one.digests is not None}
-        return cls(
-            shard,
-            [one.key for one in known],
-            types=tuple(types),
-            kinds=np.array(kinds, np.int64),
-            offsets=np.array([one.offset for one in known], np.int64),
-            nbytes=np.array([one.nbytes for one in known], np.int64),
-            digests=digests or None,
+    def without(self, refused: AbstractSet[str]) -> Blocks:
+        """Return all blocks but those of some keys."""
+        kept = [number for number, key in enumerate(self._names) if key not in refused]
+        return Blocks(
+            self.shard,
+            [self._names[number] for number in kept],
+            types=self.types,
+            kinds=self.kinds[kept],
+            offsets=self.offsets[kept],
+            nbytes=self.nbytes[kept],
+            digests=self.digests,
         )
-
-    def __repr__(self) -> str:
-        return f"<Blocks {len(self)} of {self.shard!r}>"
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._numbers
-
-    def __getitem__(self, key: str) -> Block:
-        return self.at(self._numbers[key])
 
     def at(self, number: int) -> Block:
         """Return the block in that place of the columns."""
-        key = self._keys[number]
+        key = self._names[number]
         dtype, shape = self.types[self.kinds[number]]
         return Block(
             self.shard,
@@ -132,14 +166,76 @@ class Blocks(Mapping[str, Block]):
             shape,
             int(self.offsets[number]),
             int(self.nbytes[number]),
-            None if self._digests is None else self._digests.get(key),
+            None if self.digests is None else self.digests.get(key),
         )
 
     @property
     def digested(self) -> bool:
         """Whether there are digests."""
-        return self._digests is not None
+        return self.digests is not None
 
-    def numbers(self, keys: Iterable[str]) -> list[int]:
-        """Return where in the columns each key stands, -1 for those that are not there."""
-        return list(map(self._numbers.get, keys, repeat(-1)))
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the blocks of a shard lie behind each other."""
+
+    blocks: Blocks
+    """Those that lie within the file and overlap no other."""
+
+    end: int
+    """Of the last of them, from the start of the file."""
+
+    gap: tuple[str, int] | None
+    """The first block that does not begin where the one before it ends, and where that is."""
+
+
+def lay_out(problems: Problems, blocks: Blocks, start: int, size: int) -> Layout:
+    """Check that blocks lie within the file, and that no two of them overlap.
+
+    Args:
+        problems: Receives the blocks of which that is not so.
+        blocks: Of one shard. Those without bytes have to stand between others, too.
+        start: Where its data begins.
+        size: The file's length in bytes.
+    """
+    order = np.lexsort((blocks.nbytes, blocks.offsets))
+    begins, ends = blocks.offsets[order], (blocks.offsets + blocks.nbytes)[order]
+    full = ends > begins  # a block without bytes overlaps none
+    if (begins[full][1:] < ends[full][:-1]).any() or (ends[full] > size).any():
+        refused = _refused(problems, blocks, order[full], size)
+        return lay_out(problems, blocks.without(refused), start, size)
+    before = np.concatenate(([start], ends[:-1]))
+    gaps = np.flatnonzero(begins != before).tolist()
+    gap = (blocks.at(order[gaps[0]]).key, int(before[gaps[0]])) if gaps else None
+    end = int(ends[-1]) if len(ends) else start
+    return Layout(blocks, end, gap)
+
+
+def _refused(problems: Problems, blocks: Blocks, order: NDArray[np.int64], size: int) -> set[str]:
+    """Find the blocks that overlap another, or end behind the file.
+
+    Args:
+        problems: Receives them.
+        blocks: All blocks.
+        order: int64 `[m]`; those that have bytes, as they lie in the file.
+        size: The file's length in bytes.
+    """
+    last, refused = None, set[str]()
+    for block in map(blocks.at, order.tolist()):
+        end = block.offset + block.nbytes
+        if last is not None and block.offset < last.offset + last.nbytes:
+            problems.add(
+                f"bytes [{block.offset}, {end}) overlap those of {last.key!r}, which end at "
+                f"{last.offset + last.nbytes}",
+                block.shard,
+                block.key,
+            )
+        elif end > size:
+            where = problems.location, block.shard, block.key
+            problems.error(TruncatedShardError(*where, block.offset, end, size))
+        else:
+            last = block
+            continue
+        refused.add(block.key)
+    assert refused, "the columns say that a block is wrong, and no block is"
+    return refused

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._storage.protocol import opening_error, read_small
 from asyncloader._threads.collector import undisturbed
 from asyncloader._threads.jobs import run_jobs
+from asyncloader._threads.patience import StalledError
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 
 from .files import INDEX, SIDECAR, TENSORKEY
 from .index import Catalog, Places, parse_catalog
 from .manifest import check_unchanged, read_header
+from .problems import Problem, Problems
 from .safetensors import (
     SHARDED,
     SINGLE,
@@ -34,10 +36,6 @@ if TYPE_CHECKING:
     from asyncloader._storage.protocol import Storage
     from asyncloader.options import Verify
 
-    from .sidecar import Sidecar
-
-
-"""Whether bytes are compared with digests: where there are any, always or not at all, or never."""
 
 # What a storage raises where there is no such file; it has a `strerror` that says what is missing.
 _ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -53,9 +51,6 @@ async def read_catalog(
 ) -> Catalog:
     """Read which names there are, and where; parse on a thread, the loop goes on meanwhile.
 
-    A folder that has `index` is a checkpoint of RecIS's, others are Hugging Face's; so is one that
-    has a model but no `tensorkey.json`, whatever else is called `index` there.
-
     Args:
         storage: The folder.
         executor: For parsing.
@@ -70,37 +65,61 @@ async def read_catalog(
         CheckpointError: If a file that says so is no good.
         ReadError: If the storage failed.
     """
+    source = await find_source(storage, file, names)
+    reader = CatalogReader(storage, executor, Problems(storage.location))
+    try:
+        catalog = await reader.read(source, recis=is_recis(source, file), digests=verify != "off")
+    except CheckpointError:
+        if file is None:
+            await check_unchanged(storage, source)  # that would explain it
+        raise
+    if verify == "require" and catalog.sidecar is None:
+        problem = (
+            f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
+            "take the folder of a checkpoint that asyncloader.Saver wrote, or verify='auto'"
+        )
+        where = storage.location if file is None else f"{storage.location}/{file}"
+        raise CheckpointError(where, problem)
+    return catalog
+
+
+def is_recis(source: str, file: str | None) -> bool:
+    """Say whether a checkpoint is in RecIS's format, given what `find_source` takes and returns."""
+    return file is None and source == INDEX
+
+
+async def find_source(
+    storage: Storage,
+    file: str | None,
+    names: Callable[[], Awaitable[Sequence[str]]] | None = None,
+) -> str:
+    """Return the file that says which names there are.
+
+    A folder that has `index` is a checkpoint of RecIS's, others are Hugging Face's; so is one that
+    has a model but no `tensorkey.json`, whatever else is called `index` there.
+
+    Raises:
+        CheckpointNotFoundError: If there is none.
+        CheckpointError: If several are equally good.
+        ReadError: If the storage gave no answer.
+    """
     where = storage.location
     if file is not None:
-        try:
-            read = _read_sharded if is_weight_map(file) else _read_file
-            catalog = await read(storage, executor, file)
-            return _without_digests(f"{where}/{file}", verify, catalog)
-        except _ABSENT as error:
+        if (error := await _absence(storage, file)) is not None:
             problem = f"cannot be opened: {error.strerror}"
             raise CheckpointNotFoundError(f"{where}/{file}", problem) from error
-    absent: OSError | CheckpointError
-    try:
-        return await _read_recis(storage, executor, verify)
-    except _ABSENT as error:
-        absent = error
-    except CheckpointError as error:
-        absent = error
-        if not await _lacks(storage, TENSORKEY):
-            await check_unchanged(storage, INDEX)  # that would explain it
-            raise
-    for read in (_read_sharded, _read_file):
-        try:
-            return _without_digests(where, verify, await read(storage, executor))
-        except _ABSENT as error:
-            absent = absent if isinstance(absent, CheckpointError) else error
+        return file
+    absent = await _absence(storage, INDEX)
+    if absent is None and await _absence(storage, TENSORKEY) is None:
+        return INDEX
+    for name in (SHARDED, SINGLE):
+        if await _absence(storage, name) is None:
+            return name
     listed = () if names is None else await names()
     if (model := model_in(where, listed)) is not None:
-        read = _read_sharded if is_weight_map(model) else _read_file
-        return _without_digests(where, verify, await read(storage, executor, model))
-    if isinstance(absent, CheckpointError):
-        await check_unchanged(storage, INDEX)
-        raise absent
+        return model
+    if absent is None:
+        return INDEX
     holds = f"; the folder holds {in_words(listed)}" if listed else ""
     problem = (
         f"no finished checkpoint here: {absent.strerror}; looked for {INDEX!r}, which "
@@ -110,107 +129,104 @@ async def read_catalog(
     raise CheckpointNotFoundError(where, problem) from absent
 
 
-async def _read_recis(storage: Storage, executor: Executor, verify: Verify) -> Catalog:
-    where = storage.location
-    index = await _read_json(storage, INDEX)
+async def _absence(storage: Storage, name: str) -> OSError | None:
+    """Return the error of a file that is not there. One that cannot be opened is there."""
     try:
-        tensorkey = await _read_json(storage, TENSORKEY)
+        await storage.size(name)
     except _ABSENT as error:
-        raise CheckpointError(where, f"cannot be opened: {error}", TENSORKEY) from error
-    try:
-        sidecar = None if verify == "off" else await _read_json(storage, SIDECAR)
-    except _ABSENT:
-        sidecar = None
+        return error
+    except OSError as error:
+        if isinstance(error, StalledError):
+            raise opening_error(storage.location, name, error) from error
+    return None
 
-    files = {INDEX: index, TENSORKEY: tensorkey}
-    parse = undisturbed(partial(parse_recis, where, verify, files, sidecar))
-    [catalog] = await run_jobs(executor, [parse])
-    return catalog
+
+@dataclass(frozen=True, slots=True)
+class CatalogReader:
+    """Reads files of names, and hands what is wrong with them to `problems`."""
+
+    storage: Storage
+    executor: Executor
+    problems: Problems
+
+    async def read(self, source: str, *, recis: bool, digests: bool) -> Catalog:
+        """Read what `find_source` found.
+
+        Args:
+            source: The file.
+            recis: Whether it is RecIS's `index`.
+            digests: Whether to read the sidecar, too.
+
+        Raises:
+            CheckpointError: If nothing can be made of it.
+            ReadError: If the storage failed.
+        """
+        if recis:
+            return await self._recis(digests=digests)
+        if is_weight_map(source):
+            text = await self.text(source, MAX_NAMES)
+            parse = partial(parse_weight_map, self.problems, text, source)
+            [catalog] = await run_jobs(self.executor, [parse])
+            return catalog
+        header = await read_header(
+            self.storage,
+            source,
+            executor=self.executor,
+            catalog=Catalog(Places({}, {}), {}, source),
+            turns=asyncio.Lock(),
+            problems=self.problems,
+        )
+        [catalog] = await run_jobs(self.executor, [partial(catalog_of_file, header)])
+        return catalog
+
+    async def _recis(self, *, digests: bool) -> Catalog:
+        files, sidecar = {INDEX: await self.text(INDEX, MAX_NAMES)}, None
+        with self.problems.caught():
+            files[TENSORKEY] = await self.text(TENSORKEY, MAX_NAMES)
+        if digests and await _absence(self.storage, SIDECAR) is None:
+            with self.problems.caught():
+                sidecar = await self.text(SIDECAR, MAX_SIDECAR)
+        parse = undisturbed(partial(parse_recis, self.problems, files, sidecar))
+        [catalog] = await run_jobs(self.executor, [parse])
+        return catalog
+
+    async def text(self, name: str, limit: int) -> bytearray:
+        """Return a file of at most `limit` bytes.
+
+        Raises:
+            CheckpointError: If it cannot be opened, or is no text.
+            ReadError: If the storage failed.
+        """
+        try:
+            return await read_small(self.storage, name, limit=limit)
+        except ReadStalledError:  # an OSError, too
+            raise
+        except OSError as error:
+            raise opening_error(self.storage.location, name, error) from error
 
 
 def parse_recis(
-    where: str, verify: Verify, files: Mapping[str, bytearray], text: bytearray | None
+    problems: Problems, files: Mapping[str, bytearray], text: bytearray | None
 ) -> Catalog:
     """Parse all files of names together.
 
     Args:
-        where: The checkpoint, for messages.
-        verify: Whether there have to be digests.
-        files: `index` and `tensorkey.json`.
+        problems: Receives what is wrong with one, and where they contradict each other.
+        files: `index` and `tensorkey.json`, unless that could not be read.
         text: The sidecar, if there is one and it is wanted.
 
     Raises:
-        CheckpointError: If one is no good, or they contradict each other.
+        CheckpointError: If `index` is no good.
     """
-    sidecar, odd = (None, ()) if text is None else _parse_digests(where, files, text)
-    catalog = parse_catalog(where, files[INDEX], files[TENSORKEY])
-    catalog = replace(catalog, sidecar=sidecar, warnings=odd)
-    return catalog if sidecar is not None else _without_digests(where, verify, catalog)
-
-
-def _parse_digests(
-    where: str, files: Mapping[str, bytearray], text: bytearray
-) -> tuple[Sidecar | None, tuple[str, ...]]:
-    """Return what the sidecar says, or why it cannot be used."""
-    sidecar = parse_sidecar(where, text, parts=False)
-    if sidecar is None:
-        odd = f"{SIDECAR} is of a format that is not known here, so nothing is verified"
-    elif check_files(where, sidecar, files):
-        return sidecar, ()
-    else:
-        odd = f"{SIDECAR} belongs to another save than {INDEX}, so nothing is verified"
-    return None, (odd,)
-
-
-def _without_digests(where: str, verify: Verify, catalog: Catalog) -> Catalog:
-    """Return a catalog as it is, unless digests are required."""
-    if verify == "require":
-        problem = (
-            f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
-            "take the folder of a checkpoint that asyncloader.Saver wrote, or verify='auto'"
-        )
-        raise CheckpointError(where, problem)
-    return catalog
-
-
-async def _lacks(storage: Storage, name: str) -> bool:
-    try:
-        await storage.size(name)
-    except _ABSENT:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-async def _read_sharded(storage: Storage, executor: Executor, name: str = SHARDED) -> Catalog:
-    text = await _read_json(storage, name)
-    parse = partial(parse_weight_map, storage.location, text, name)
-    [catalog] = await run_jobs(executor, [parse])
-    return catalog
-
-
-async def _read_file(storage: Storage, executor: Executor, name: str = SINGLE) -> Catalog:
-    try:
-        await storage.size(name)
-    except _ABSENT:
-        raise
-    except OSError as error:
-        raise opening_error(storage.location, name, error) from error
-    catalog = Catalog(Places({}, {}), {}, name)
-    header = await read_header(
-        storage, name, executor=executor, catalog=catalog, turns=asyncio.Lock()
-    )
-    [catalog] = await run_jobs(executor, [partial(catalog_of_file, header)])
-    return catalog
-
-
-async def _read_json(storage: Storage, name: str) -> bytearray:
-    """Return a file of names; let `_ABSENT` errors pass, and translate the others."""
-    try:
-        limit = MAX_SIDECAR if name == SIDECAR else MAX_NAMES
-        return await read_small(storage, name, limit=limit)
-    except (*_ABSENT, ReadStalledError):
-        raise
-    except OSError as error:
-        raise opening_error(storage.location, name, error) from error
+    sidecar, odd = None, ""
+    if text is not None:
+        with problems.caught():
+            sidecar = parse_sidecar(problems.location, text)
+            if sidecar is None:
+                odd = "is of a format that is not known here, so nothing is verified"
+            elif not check_files(problems, sidecar, files):
+                sidecar = None
+                odd = f"belongs to another save than {INDEX}, so nothing is verified"
+    catalog = parse_catalog(problems, files[INDEX], files.get(TENSORKEY, b"{}"))
+    oddities = (Problem(SIDECAR, None, odd),) if odd else ()
+    return replace(catalog, sidecar=sidecar, oddities=oddities)

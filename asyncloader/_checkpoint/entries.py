@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from asyncloader.errors import CheckpointError
-
-from .blocks import Blocks
+from .blocks import Blocks, numbered
 from .dtypes import DTYPES, RECIS_DTYPES, dtype_called, torch_type
 from .files import SIDECAR
-from .sidecar import DIGEST_CHUNK, chunk_count
+from .sidecar import DIGEST_CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from .dtypes import DType
+    from .problems import Problems
     from .sidecar import ShardDigests
 
 
@@ -39,7 +38,7 @@ _PAIR = 2
 
 
 def read_entries(
-    location: str,
+    problems: Problems,
     shard: str,
     entries: Mapping[str, Any],
     *,
@@ -51,25 +50,45 @@ def read_entries(
     """Return the blocks that a header declares.
 
     Args:
-        location: The checkpoint, for messages.
+        problems: Receives the entries that are wrong.
         shard: The file's name.
         entries: As JSON has them.
         start: Where the data begins.
         digests: What the sidecar says of the shard.
         only_fields: Whether it is known that no entry has more than its fields.
         recis: Whether dtypes may be spelled as RecIS does.
-
-    Raises:
-        CheckpointError: About the first entry that is wrong.
     """
     dtypes = RECIS_DTYPES if recis else DTYPES
     try:
         if not only_fields:
             _check_lengths(entries)
-        return _blocks(shard, entries, dtypes, start, digests)
+        blocks = _blocks(shard, entries, dtypes, start)
     except _OddError:
-        _explain(location, shard, entries, dtypes, digests)
-        raise  # not reached: whatever is odd has a problem that can be named
+        sound = {}
+        for key, entry in entries.items():
+            if (problem := _problem(entry, dtypes)) is None:
+                sound[key] = entry
+            else:
+                problems.add(problem, shard, key)
+        assert len(sound) < len(entries), "the columns are odd, and no entry is"
+        blocks = _blocks(shard, sound, dtypes, start)
+    if digests is not None:
+        blocks.digests = _digests(problems, blocks, digests.blocks)
+    return blocks
+
+
+def _digests(
+    problems: Problems, blocks: Blocks, known: Mapping[str, tuple[str, ...]]
+) -> Mapping[str, tuple[str, ...]]:
+    """Return the digests of those blocks that have one for each chunk."""
+    counts = np.fromiter(map(len, map(known.get, blocks, repeat(()))), np.int64, len(blocks))
+    wrong = np.flatnonzero(counts != -(-blocks.nbytes // DIGEST_CHUNK)).tolist()
+    for number in wrong:
+        block = blocks.at(number)
+        problem = f"{SIDECAR} has {counts[number]} digests for its {block.nbytes} bytes"
+        problems.add(problem, blocks.shard, block.key)
+    refused = {blocks.at(number).key for number in wrong}
+    return {key: of for key, of in known.items() if key not in refused} if refused else known
 
 
 class _OddError(Exception):
@@ -86,9 +105,8 @@ def _blocks(
     entries: Mapping[str, Any],
     dtypes: Mapping[str, DType],
     start: int,
-    digests: ShardDigests | None,
 ) -> Blocks:
-    """Read all entries at once, column by column; `_explain` finds out which one is wrong.
+    """Read all entries at once, column by column.
 
     Raises:
         _OddError: If `_problem` would name a problem of one of them.
@@ -109,32 +127,23 @@ def _blocks(
         raise _OddError
     # As text, the hash of which is another one in each process. That of a tuple of sizes is not: of
     # a million shapes that were made to have one hash, a dict would take hours.
-    texts: dict[bytes, int] = {}
-    pairs = map(orjson.dumps, zip(names, shapes, strict=True))
-    kinds = [texts.setdefault(text, len(texts)) for text in pairs]
+    texts, kinds = numbered(map(orjson.dumps, zip(names, shapes, strict=True)))
     known = [(called[name], tuple(shape)) for name, shape in map(orjson.loads, texts)]
     bounds = np.fromiter(chain.from_iterable(ranges), np.int64, 2 * len(ranges)).reshape(-1, 2)
     if any(_is_immense(shape, dtype.bits) for dtype, shape in known):
         raise _OddError
     sizes = (-1 if (bits := dtype.bits) is None else _nbytes(shape, bits) for dtype, shape in known)
-    of_kind = np.array(kinds, np.int64)
-    taken = np.fromiter(sizes, np.int64, len(known))[of_kind]
+    taken = np.fromiter(sizes, np.int64, len(known))[kinds]
     nbytes = bounds[:, 1] - bounds[:, 0]
     if ((nbytes != taken) & (taken >= 0) | (nbytes < 0)).any():
         raise _OddError
-    of_keys = None if digests is None else digests.blocks
-    if of_keys is not None:
-        counts = map(len, map(of_keys.get, entries, repeat(())))
-        if (np.fromiter(counts, np.int64, len(entries)) != -(-nbytes // DIGEST_CHUNK)).any():
-            raise _OddError
     return Blocks(
         shard,
         entries,
         types=[torch_type(dtype, shape) for dtype, shape in known],
-        kinds=of_kind,
+        kinds=kinds,
         offsets=bounds[:, 0] + start,
         nbytes=nbytes,
-        digests=of_keys,
     )
 
 
@@ -151,30 +160,6 @@ def _are_lists_of_sizes(values: Sequence[Any], limit: int) -> bool:
     if not numbers:
         return True
     return are_all(numbers, int) and min(numbers) >= 0 and max(numbers) <= limit
-
-
-def _explain(
-    location: str,
-    shard: str,
-    entries: Mapping[str, object],
-    dtypes: Mapping[str, DType],
-    digests: ShardDigests | None,
-) -> None:
-    """Raise an error about the first entry that is wrong."""
-    for key, entry in entries.items():
-        problem = _problem(entry, dtypes) or _digest_problem(entry, key, digests)
-        if problem:
-            raise CheckpointError(location, problem, shard, key)
-
-
-def _digest_problem(entry: Any, key: str, digests: ShardDigests | None) -> str | None:  # noqa: ANN401
-    if digests is None:
-        return None
-    begin, end = entry["data_offsets"]
-    known = digests.blocks.get(key, ())
-    if len(known) == chunk_count(end - begin):
-        return None
-    return f"{SIDECAR} has {len(known)} digests for its {end - begin} bytes"
 
 
 def _problem(entry: object, dtypes: Mapping[str, DType]) -> str | None:

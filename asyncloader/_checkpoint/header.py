@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from asyncloader.errors import CheckpointError, TruncatedShardError
 
+from .blocks import lay_out
 from .entries import FIELDS, are_all, read_entries
 from .files import SIDECAR
 from .kinds import LOOKED_AT, kind_of
-from .layout import check_layout
 from .sidecar import digest_of
 from .strict_json import BadJsonError, has_negative_zero, parse_object
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .blocks import Blocks
+    from .problems import Problems
     from .sidecar import ShardDigests
     from .strict_json import Text
 
@@ -94,7 +95,7 @@ def header_length(location: str, shard: str, start: bytes, size: int) -> int:
 
 
 def parse_header(
-    location: str,
+    problems: Problems,
     shard: str,
     text: Text,
     size: int,
@@ -105,7 +106,8 @@ def parse_header(
     """Read the JSON of a header.
 
     Args:
-        location: The checkpoint, for messages.
+        problems: Receives what is wrong: a block that does not fit its offsets, the file or the
+            other blocks; digests that are not those of this header.
         shard: The file's name.
         text: The header, without the 8 bytes before it.
         size: The file's length in bytes.
@@ -113,20 +115,19 @@ def parse_header(
         digests: What the sidecar says of the shard.
 
     Raises:
-        CheckpointError: If it is not such JSON, the offsets contradict each other, or the digests
-            are not those of this header.
-        TruncatedShardError: If the file ends before its last block does.
+        CheckpointError: If it is not such JSON.
     """
     try:
         parsed = parse_object(text, _members)
     except BadJsonError as error:
-        raise CheckpointError(location, f"its header {error}", shard, error.key) from error
+        problem = f"its header {error}"
+        raise CheckpointError(problems.location, problem, shard, error.key) from error
     entries, start = parsed.value, PREFIX + len(text)
     if digests is not None:
-        _check_digest(location, shard, text, digests.header)
-    metadata = _metadata(location, shard, entries.pop(_METADATA, None))
+        _check_digest(problems, shard, text, digests.header)
+    metadata = _metadata(problems, shard, entries.pop(_METADATA, None))
     blocks = read_entries(
-        location,
+        problems,
         shard,
         entries,
         start=start,
@@ -135,38 +136,34 @@ def parse_header(
         recis=recis,
     )
     if has_negative_zero(text):
-        raise CheckpointError(
-            location, "its header has -0 for a number, which is no size and no offset", shard
-        )
-    end, gap = check_layout(location, blocks, start, size)
-    return ShardHeader(shard, blocks, size - end, metadata, gap)
+        problems.add("its header has -0 for a number, which is no size and no offset", shard)
+    layout = lay_out(problems, blocks, start, size)
+    if len(layout.blocks) < len(entries):  # bytes between blocks may be those of the others
+        return ShardHeader(shard, layout.blocks, 0, metadata)
+    return ShardHeader(shard, layout.blocks, size - layout.end, metadata, layout.gap)
 
 
-def check_covered(location: str, header: ShardHeader, *, surplus: bool) -> None:
+def check_covered(problems: Problems, header: ShardHeader, *, surplus: bool) -> None:
     """Refuse a file of which bytes belong to no block: another reader might find more in it.
 
     Args:
-        location: The checkpoint, for messages.
+        problems: Receives a gap between two blocks, or before the first, or bytes after the last.
         header: What the file declares.
         surplus: Whether there may be bytes after the last block.
-
-    Raises:
-        CheckpointError: If there is a gap between two blocks, or before the first, or such bytes.
     """
     if header.gap is not None:
         key, end = header.gap
-        block = header.blocks[key]
         problem = (
-            f"begins at byte {block.offset} of the file, but what is before it ends at {end}: "
-            "blocks stand back to back"
+            f"begins at byte {header.blocks[key].offset} of the file, but what is before it ends "
+            f"at {end}: blocks stand back to back"
         )
-        raise CheckpointError(location, problem, header.shard, key)
+        problems.add(problem, header.shard, key)
     if header.surplus and not surplus:
         problem = (
             f"{header.surplus} bytes after its last block belong to none, safetensors itself "
             "refuses such a file; copy it again"
         )
-        raise CheckpointError(location, problem, header.shard)
+        problems.add(problem, header.shard)
 
 
 def _members(entries: Mapping[str, object]) -> int:
@@ -177,19 +174,19 @@ def _members(entries: Mapping[str, object]) -> int:
     return count + len(metadata) if isinstance(metadata, dict) else count
 
 
-def _metadata(location: str, shard: str, metadata: object) -> Mapping[str, str]:
+def _metadata(problems: Problems, shard: str, metadata: object) -> Mapping[str, str]:
     if metadata is None:  # safetensors takes null for none
         return {}
-    if not isinstance(metadata, dict) or not are_all(metadata.values(), str):
-        problem = f"is {shown(metadata)}, not an object {{text: text}}"
-        raise CheckpointError(location, problem, shard, _METADATA)
-    return metadata
+    if isinstance(metadata, dict) and are_all(metadata.values(), str):
+        return metadata
+    problems.add(f"is {shown(metadata)}, not an object {{text: text}}", shard, _METADATA)
+    return {}
 
 
-def _check_digest(location: str, shard: str, text: Text, wanted: str) -> None:
+def _check_digest(problems: Problems, shard: str, text: Text, wanted: str) -> None:
     found = digest_of(len(text).to_bytes(PREFIX, "little") + bytes(text))
     if found != wanted:
         end = PREFIX + len(text)
         problem = f"bytes [0, {end}), its header, are not those that were written: {SIDECAR} has "
         problem += f"the digest {wanted}, they have {found}; copy the file again"
-        raise CheckpointError(location, problem, shard)
+        problems.add(problem, shard)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .header import ShardHeader
+    from .problems import Problem, Problems
     from .sidecar import Sidecar
 
 
@@ -101,10 +102,13 @@ class Catalog:
     source: str = INDEX
     """The file that says so."""
 
+    files: tuple[str, ...] = ()
+    """All shards that it names, in order, those without a block included."""
+
     sidecar: Sidecar | None = None
     """Digests of all that it names, if there are any and they are wanted."""
 
-    warnings: tuple[str, ...] = ()
+    oddities: tuple[Problem, ...] = ()
     """What is odd but does no harm."""
 
     header: ShardHeader | None = None
@@ -114,27 +118,40 @@ class Catalog:
     """Whether it is in RecIS's format, whatever `source` is called."""
 
 
-def parse_catalog(location: str, index: bytes | bytearray, tensorkey: bytes | bytearray) -> Catalog:
+def parse_catalog(
+    problems: Problems, index: bytes | bytearray, tensorkey: bytes | bytearray
+) -> Catalog:
     """Read both files.
 
+    Args:
+        problems: Receives entries that are wrong, or that the other file contradicts.
+        index: The text.
+        tensorkey: The text.
+
     Raises:
-        CheckpointError: If either is not what it should be, or they contradict each other.
+        CheckpointError: If `index` is not such JSON.
     """
-    shards, blocks = _parse_index(location, index)
-    sparse = json_object(location, TENSORKEY, tensorkey, len)
+    shards, blocks = _parse_index(problems, index)
+    sparse: Mapping[str, object] = {}
+    with problems.caught():
+        sparse = json_object(problems.location, TENSORKEY, tensorkey, len)
     tables: dict[str, dict[str, list[Part]]] = {}
     for key in filter(sparse.__contains__, blocks):
-        table, slot, where = _split(location, key, sparse[key])
-        part = Part(where, Place(key, shards[blocks[key]]))
-        tables.setdefault(table, {}).setdefault(slot, []).append(part)
-    for key in sparse.keys() - blocks.keys():
-        raise CheckpointError(location, f"is named here but not in {INDEX}", TENSORKEY, key)
+        if (found := _split(problems, key, sparse[key])) is not None:
+            table, slot, where = found
+            part = Part(where, Place(key, shards[blocks[key]]))
+            tables.setdefault(table, {}).setdefault(slot, []).append(part)
+    if not sparse.keys() <= blocks.keys():
+        for key in filter(lambda key: key not in blocks, sparse):
+            if not problems.blames(INDEX, key):
+                problems.add(f"is named here but not in {INDEX}", TENSORKEY, key)
     return Catalog(
-        _dense(location, shards, _without(blocks, sparse)),
+        _dense(problems, shards, _without(blocks, sparse)),
         {
             table: {slot: _in_order(parts) for slot, parts in slots.items()}
             for table, slots in tables.items()
         },
+        files=tuple(sorted(shards.values())),
         recis=True,
     )
 
@@ -143,18 +160,18 @@ def _without(blocks: Mapping[str, int], sparse: Mapping[str, object]) -> Mapping
     return {key: blocks[key] for key in blocks if key not in sparse} if sparse else blocks
 
 
-def _dense(location: str, shards: Mapping[int, str], blocks: Mapping[str, int]) -> Places:
+def _dense(problems: Problems, shards: Mapping[int, str], blocks: Mapping[str, int]) -> Places:
     """Return where tensors stand, given the shard number of each key."""
     keys = {key.removesuffix(DENSE_SUFFIX): key for key in blocks}
     if len(keys) < len(blocks):
-        first: dict[str, str] = {}
-        again = next(
-            key for key in blocks if first.setdefault(key.removesuffix(DENSE_SUFFIX), key) != key
-        )
-        name = again.removesuffix(DENSE_SUFFIX)
-        problem = f"tensor {name!r} stands here twice, {first[name]!r} is the other one"
-        raise CheckpointError(location, problem, INDEX, again)
-    return Places(keys, dict(zip(keys, map(shards.__getitem__, blocks.values()), strict=True)))
+        keys = {}
+        for key in blocks:
+            name = key.removesuffix(DENSE_SUFFIX)
+            if (other := keys.setdefault(name, key)) != key:
+                problem = f"tensor {name!r} stands here twice, {other!r} is the other one"
+                problems.add(problem, INDEX, key)
+    numbers = map(blocks.__getitem__, keys.values())
+    return Places(keys, dict(zip(keys, map(shards.__getitem__, numbers), strict=True)))
 
 
 def _in_order(parts: list[Part]) -> tuple[Part, ...]:
@@ -189,33 +206,41 @@ def members_of_objects(value: Mapping[str, object]) -> int:
     return len(value) + sum(len(one) for one in value.values() if isinstance(one, dict))
 
 
-def _parse_index(location: str, text: bytes | bytearray) -> tuple[dict[int, str], dict[str, int]]:
+def _parse_index(
+    problems: Problems, text: bytes | bytearray
+) -> tuple[dict[int, str], Mapping[str, int]]:
     """Return the shards by number, and the numbers of all blocks, each of which has a shard."""
-    value = json_object(location, INDEX, text, members_of_objects)
+    value = json_object(problems.location, INDEX, text, members_of_objects)
     files, blocks = value.get("file_index"), value.get("block_index")
     if not isinstance(files, dict) or not isinstance(blocks, dict):
-        raise CheckpointError(location, "lacks file_index or block_index", INDEX)
+        raise CheckpointError(problems.location, "lacks file_index or block_index", INDEX)
     shards: dict[int, str] = {}
     for name, number in files.items():
+        given = f"file_index gives {name!r} the number {shown(number)}"
         if not is_file_name(name):
-            raise CheckpointError(location, f"{name[:200]!r} is not a plain file name", INDEX)
-        if type(number) is not int or number < 0 or number in shards:
-            problem = f"file_index gives {name!r} the number {shown(number)}, which is not its own"
-            raise CheckpointError(location, problem, INDEX)
-        shards[number] = name
-    if not set(map(type, blocks.values())) <= {int} or not set(blocks.values()) <= shards.keys():
-        _explain(location, shards, blocks)
-    return shards, blocks
+            problems.add(f"{name[:200]!r} is not a plain file name", INDEX)
+        elif type(number) is not int or number < 0:
+            problems.add(f"{given}, which is not its own", INDEX)
+        elif number in shards:
+            problems.add(f"{given}, which is not its own: {shards[number]!r} has it", INDEX)
+        else:
+            shards[number] = name
+    if set(map(type, blocks.values())) <= {int} and set(blocks.values()) <= shards.keys():
+        return shards, blocks
+    return shards, {
+        key: number for key, number in blocks.items() if _has_shard(problems, key, number, shards)
+    }
 
 
-def _explain(location: str, shards: Mapping[int, str], blocks: Mapping[str, object]) -> None:
-    """Raise an error about the first block whose shard is none."""
-    for key, number in blocks.items():
-        if type(number) is not int:
-            raise CheckpointError(location, f"shard {shown(number)} is not a number", INDEX, key)
-        if number not in shards:
-            problem = f"points to shard number {number}, which file_index does not name"
-            raise CheckpointError(location, problem, INDEX, key)
+def _has_shard(problems: Problems, key: str, number: object, shards: Mapping[int, str]) -> bool:
+    if type(number) is not int:
+        problems.add(f"shard {shown(number)} is not a number", INDEX, key)
+    elif number not in shards:
+        problem = f"points to shard number {number}, which file_index does not name"
+        problems.add(problem, INDEX, key)
+    else:
+        return True
+    return False
 
 
 def is_file_name(name: str) -> bool:
@@ -223,16 +248,19 @@ def is_file_name(name: str) -> bool:
     return name not in {"", ".", ".."} and not set(name) & set("/\\\0")
 
 
-def _split(location: str, key: str, name: object) -> tuple[str, str, Slice]:
-    """Split `table@slot^begin@end@size`."""
+def _split(problems: Problems, key: str, name: object) -> tuple[str, str, Slice] | None:
+    """Split `table@slot^begin@end@size`; return `None` if a name is not of that form."""
     if not isinstance(name, str):
-        raise CheckpointError(location, f"its name is not text: {shown(name)}", TENSORKEY, key)
+        problems.add(f"its name is not text: {shown(name)}", TENSORKEY, key)
+        return None
     full, caret, where = name.rpartition("^")
     table, at, slot = full.rpartition("@")
     if not caret or not at:
         problem = f"{name!r} is not of the form table@slot^begin@end@size"
-        raise CheckpointError(location, problem, TENSORKEY, key)
+        problems.add(problem, TENSORKEY, key)
+        return None
     try:
         return table, slot, Slice.parse(where)
     except ValueError as error:
-        raise CheckpointError(location, str(error), TENSORKEY, key) from error
+        problems.add(str(error), TENSORKEY, key)
+        return None

@@ -11,6 +11,7 @@ from asyncloader.errors import CheckpointError, TruncatedShardError
 from .files import INDEX, TENSORKEY
 from .header import FIRST, PREFIX, header_length, parse_header
 from .index import parse_catalog
+from .problems import Problems
 from .safetensors import is_weight_map, parse_weight_map
 from .strict_json import MAX_NAMES
 
@@ -53,10 +54,10 @@ class _UnwrittenError(Exception):
 
 def _shards(mark: Path) -> set[str]:
     if mark.name == INDEX:
-        catalog = parse_catalog(str(mark.parent), _written(mark), b"{}")
+        catalog = parse_catalog(Problems(str(mark.parent)), _written(mark), b"{}")
         return set(catalog.tensors.shards.values())  # without TENSORKEY, tables are tensors, too
     if is_weight_map(mark.name):
-        catalog = parse_weight_map(str(mark.parent), _written(mark), mark.name)
+        catalog = parse_weight_map(Problems(str(mark.parent)), _written(mark), mark.name)
         return set(catalog.tensors.shards.values())
     return {mark.name}
 
@@ -80,4 +81,4 @@ def _check_length(folder: Path, shard: str, *, recis: bool) -> None:
             raise _UnwrittenError(shard)
         length = header_length(str(folder), shard, start, found.st_size)
         file.seek(PREFIX)
-        parse_header(str(folder), shard, file.read(length), found.st_size, recis=recis)
+        parse_header(Problems(str(folder)), shard, file.read(length), found.st_size, recis=recis)

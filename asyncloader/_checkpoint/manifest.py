@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from asyncloader._storage.protocol import opening_error, read_exactly, read_text
 from asyncloader._threads.collector import undisturbed
 from asyncloader._threads.jobs import for_each, run_jobs
-from asyncloader.errors import CheckpointChangedError, CheckpointError
+from asyncloader.errors import CheckpointChangedError, CheckpointError, ReadError
 
 from .files import INDEX, SIDECAR
 from .header import FIRST, PREFIX, ShardHeader, check_covered, header_length, parse_header
+from .problems import Problem, Problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from .blocks import Block
     from .index import Catalog, Place
-    from .sidecar import ShardDigests, Sidecar
+    from .sidecar import ShardDigests
 
 
 # Most headers fit, and one read is half the time of two.
@@ -63,14 +64,19 @@ class Manifest:
         return found
 
     @property
-    def warnings(self) -> tuple[str, ...]:
+    def oddities(self) -> tuple[Problem, ...]:
         """What is odd but does no harm."""
         surplus = (
-            f"{header.shard}: {header.surplus} bytes after the last block, ignored"
-            for _, header in sorted(self.headers.items())
+            Problem(shard, None, f"{header.surplus} bytes after the last block, ignored")
+            for shard, header in sorted(self.headers.items())
             if header.surplus
         )
-        return (*self.catalog.warnings, *surplus)
+        return (*self.catalog.oddities, *surplus)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The same in words."""
+        return tuple(map(str, self.oddities))
 
 
 async def read_manifest(
@@ -80,11 +86,21 @@ async def read_manifest(
     *,
     parallel: int,
     executor: Executor,
+    problems: Problems | None = None,
 ) -> Manifest:
     """Read the headers of `shards`, `parallel` at a time; parse them on threads.
 
-    Whoever replaces a checkpoint takes its `index` away first and puts the new one there last. So
-    where `index` is still the one that was read, once all shards are open, they belong to it.
+    A program that replaces a checkpoint takes its `index` away first and puts the new one there
+    last. So where `index` is still the one that was read, once all shards are open, they belong to
+    it.
+
+    Args:
+        storage: The folder.
+        catalog: What it holds.
+        shards: The files.
+        parallel: How many headers are read at a time.
+        executor: For parsing.
+        problems: Receives what is wrong with headers; if `None`, the first problem is raised.
 
     Raises:
         CheckpointChangedError: If it was replaced meanwhile.
@@ -95,6 +111,7 @@ async def read_manifest(
     headers: dict[str, ShardHeader] = {}
     failures: dict[str, CheckpointError] = {}
     turns = asyncio.Lock()
+    problems = Problems(storage.location) if problems is None else problems
 
     async def read(shard: str) -> None:
         if catalog.header is not None and catalog.header.shard == shard:
@@ -102,10 +119,12 @@ async def read_manifest(
             return
         try:
             headers[shard] = await read_header(
-                storage, shard, executor=executor, catalog=catalog, turns=turns
+                storage, shard, executor=executor, catalog=catalog, turns=turns, problems=problems
             )
         except CheckpointError as error:
             failures[shard] = error
+        except ReadError as error:
+            problems.error(error)
 
     await for_each(shards, read, workers=parallel, name="asyncloader-header")
     await check_unchanged(storage, catalog.source)  # first: it explains the failures
@@ -113,7 +132,8 @@ async def read_manifest(
         first, *others = (failures[shard] for shard in sorted(failures))
         for other in others:
             first.add_note(f"also: {other}")
-        raise first
+        for error in (first, *others):
+            problems.error(error)
     return Manifest(storage.location, catalog, headers)
 
 
@@ -137,16 +157,33 @@ async def check_unchanged(storage: Storage, source: str) -> None:
 
 
 async def read_header(
-    storage: Storage, shard: str, *, executor: Executor, catalog: Catalog, turns: asyncio.Lock
+    storage: Storage,
+    shard: str,
+    *,
+    executor: Executor,
+    catalog: Catalog,
+    turns: asyncio.Lock,
+    problems: Problems,
 ) -> ShardHeader:
     """Read one header; a large one when it is its turn.
 
+    Args:
+        storage: The folder.
+        shard: The file.
+        executor: For parsing.
+        catalog: What the folder holds.
+        turns: Held while a large header is read.
+        problems: Receives what is wrong with blocks, or their digests.
+
     Raises:
-        CheckpointError: If the shard is no good.
+        CheckpointError: If nothing can be made of it.
         ReadError: If the storage failed.
     """
-    where = storage.location
-    digests = None if catalog.sidecar is None else _digests_of(where, shard, catalog.sidecar)
+    where, digests = storage.location, None
+    if catalog.sidecar is not None:
+        digests = catalog.sidecar.shards.get(shard)
+        if digests is None:
+            problems.add(f"{INDEX} names it, but {SIDECAR} has no digests of it", shard)
     size = await _size_of(storage, shard, catalog)
     start = bytearray(min(_FIRST_READ, size))
     await read_exactly(storage, shard, 0, [memoryview(start)])
@@ -157,7 +194,7 @@ async def read_header(
             text += await read_text(storage, shard, PREFIX + len(text), length - len(text))
         except ValueError as error:
             raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
-        parse = partial(_parse, where, shard, text, size, digests, recis=catalog.recis)
+        parse = partial(_parse, problems, shard, text, size, digests, recis=catalog.recis)
         if len(text) <= _FIRST_READ:  # done before a thread could have begun
             return parse()
         [header] = await run_jobs(executor, [undisturbed(parse)])
@@ -165,7 +202,7 @@ async def read_header(
 
 
 def _parse(
-    where: str,
+    problems: Problems,
     shard: str,
     text: bytearray,
     size: int,
@@ -173,8 +210,8 @@ def _parse(
     *,
     recis: bool,
 ) -> ShardHeader:
-    header = parse_header(where, shard, text, size, recis=recis, digests=digests)
-    check_covered(where, header, surplus=recis)
+    header = parse_header(problems, shard, text, size, recis=recis, digests=digests)
+    check_covered(problems, header, surplus=recis)
     return header
 
 
@@ -188,10 +225,3 @@ async def _size_of(storage: Storage, shard: str, catalog: Catalog) -> int:
         raise CheckpointError(where, problem, shard) from error
     except OSError as error:
         raise opening_error(where, shard, error) from error
-
-
-def _digests_of(where: str, shard: str, sidecar: Sidecar) -> ShardDigests:
-    digests = sidecar.shards.get(shard)
-    if digests is None:
-        raise CheckpointError(where, f"{INDEX} names it, but {SIDECAR} has no digests of it", shard)
-    return digests

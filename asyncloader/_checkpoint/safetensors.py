@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from .header import ShardHeader
+    from .problems import Problems
 
 
 SHARDED = "model.safetensors.index.json"
@@ -72,22 +73,26 @@ def in_words(names: Sequence[str]) -> str:
 def catalog_of_file(header: ShardHeader) -> Catalog:
     """Return the names in one file's header."""
     keys = {key: key for key in header.blocks}
-    return Catalog(Places(keys, dict.fromkeys(keys, header.shard)), {}, header.shard, header=header)
+    places, file = Places(keys, dict.fromkeys(keys, header.shard)), header.shard
+    return Catalog(places, {}, file, (file,), header=header)
 
 
-def parse_weight_map(location: str, text: bytes | bytearray, name: str = SHARDED) -> Catalog:
+def parse_weight_map(problems: Problems, text: bytes | bytearray, name: str = SHARDED) -> Catalog:
     """Read the text of `SHARDED`, or of another file of its kind.
 
     Raises:
-        CheckpointError: If it is not what it should be.
+        CheckpointError: If it is not such JSON.
     """
-    value = json_object(location, name, text, members_of_objects)
+    value = json_object(problems.location, name, text, members_of_objects)
     weight_map = value.get("weight_map")
     if not isinstance(weight_map, dict):
         problem = f"its weight_map is {shown(weight_map)}, not an object {{tensor: file}}"
-        raise CheckpointError(location, problem, name)
+        raise CheckpointError(problems.location, problem, name)
+    sound = {}
     for key, shard in weight_map.items():
-        if not isinstance(shard, str) or not is_file_name(shard):
-            problem = f"its file {shown(shard)} is not a plain file name"
-            raise CheckpointError(location, problem, name, key)
-    return Catalog(Places({key: key for key in weight_map}, weight_map), {}, name)
+        if isinstance(shard, str) and is_file_name(shard):
+            sound[key] = shard
+        else:
+            problems.add(f"its file {shown(shard)} is not a plain file name", name, key)
+    places = Places({key: key for key in sound}, sound)
+    return Catalog(places, {}, name, tuple(sorted(set(sound.values()))))

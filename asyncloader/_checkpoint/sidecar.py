@@ -18,6 +18,7 @@ into the same folder and left the sidecar of the old one behind, it is known for
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from itertools import chain
@@ -33,7 +34,9 @@ from .slices import Slice
 from .strict_json import BadJsonError, parse_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from .problems import Problems
 
 
 DIGEST_CHUNK = 8 << 20
@@ -99,10 +102,11 @@ class Sidecar:
 
     shards: Mapping[str, ShardDigests]
     parts: Mapping[str, tuple[PartRows, ...]] = field(default_factory=dict)
-    """By table."""
+    """By table, of a sidecar that is to be written."""
 
     unread: object = None
-    """The same as JSON has it, where nobody has asked for all of it."""
+    """The same as JSON has it, of one that was read: to look at all of it takes longer than all
+    else."""
 
     def spread(self, location: str, table: str, slice_: Slice) -> PartRows | None:
         """Read how the rows of one part are spread, if that is known.
@@ -110,13 +114,23 @@ class Sidecar:
         Raises:
             CheckpointError: If that is damaged.
         """
-        try:
+        with _damage(location):
             for entry in _list(_object(self.unread).get(table, [])):
                 if _object(entry).get("slice") == str(slice_):
                     return part_of_json(entry)
-        except (KeyError, ValueError) as error:
-            raise _bad(location, f"damaged: {error}") from error
         return None
+
+    def all_spread(self, location: str) -> dict[str, tuple[PartRows, ...]]:
+        """Read how the rows of all parts are spread, by table.
+
+        Raises:
+            CheckpointError: If that is damaged.
+        """
+        with _damage(location):
+            return {
+                table: tuple(part_of_json(entry) for entry in _list(entries))
+                for table, entries in _object(self.unread).items()
+            }
 
 
 def render_sidecar(sidecar: Sidecar) -> bytes:
@@ -134,13 +148,12 @@ def render_sidecar(sidecar: Sidecar) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
-def parse_sidecar(location: str, text: bytes | bytearray, *, parts: bool) -> Sidecar | None:
+def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
     """Read the file; return `None` if it is of a format that is not known here.
 
     Args:
         location: The checkpoint, for messages.
         text: Of the file.
-        parts: Whether to look at how rows are spread, too, which takes longer than all else.
 
     Raises:
         CheckpointError: If it is not what it should be.
@@ -158,15 +171,12 @@ def parse_sidecar(location: str, text: bytes | bytearray, *, parts: bool) -> Sid
     if said != (_ALGORITHM, DIGEST_CHUNK) or type(said[1]) is not int:
         wanted = f"those of its format {_ALGORITHM!r} of {DIGEST_CHUNK} bytes"
         raise _bad(location, f"damaged: its digests are {shown(said)}, {wanted}")
-    try:
+    with _damage(location):
         return Sidecar(
             files={name: _digest(text) for name, text in _object(value["files"]).items()},
             shards=shards_of_json(value["shards"]),
-            parts=_parts(value["parts"]) if parts else {},
-            unread=None if parts else value["parts"],
+            unread=value["parts"],
         )
-    except (KeyError, ValueError) as error:
-        raise _bad(location, f"damaged: {error}") from error
 
 
 def whole_chunks(begin: int, end: int, nbytes: int) -> range:
@@ -181,28 +191,46 @@ def chunks_around(begin: int, end: int, nbytes: int) -> tuple[int, int]:
     return first * DIGEST_CHUNK, min(last * DIGEST_CHUNK, nbytes)
 
 
-def check_files(location: str, sidecar: Sidecar, texts: Mapping[str, bytes | bytearray]) -> bool:
+def check_files(
+    problems: Problems, sidecar: Sidecar, texts: Mapping[str, bytes | bytearray]
+) -> bool:
     """Say whether the sidecar was written with this `index`.
 
     Args:
-        location: The checkpoint, for messages.
+        problems: Receives the files that are not what was written with it.
         sidecar: What it says.
-        texts: The files that it has digests of, by name.
+        texts: `index`, and other files that it has digests of, by name.
+    """
+    known = sidecar.files.get(INDEX) == digest_of(texts[INDEX])
+    if not known and not texts[INDEX].endswith(b"\n"):
+        return False  # RecIS wrote it: a damaged one of ours would still end like this
+    for name, text in texts.items():
+        check_file(problems, sidecar, name, text)
+    return known
+
+
+def check_file(problems: Problems, sidecar: Sidecar, name: str, text: bytes | bytearray) -> None:
+    """Compare a file with its digest."""
+    wanted, found = sidecar.files.get(name), digest_of(text)
+    if found != wanted:
+        problem = (
+            f"is not what was written: {SIDECAR} has the digest {wanted}, it has {found}; copy it "
+            "again"
+        )
+        problems.add(problem, name)
+
+
+@contextlib.contextmanager
+def _damage(location: str) -> Iterator[None]:
+    """Say that what the block reads is damaged.
 
     Raises:
-        CheckpointError: If it was, but a file is not what was written with it.
+        CheckpointError: If it is.
     """
-    found = {name: digest_of(text) for name, text in texts.items()}
-    if sidecar.files.get(INDEX) != found[INDEX] and not texts[INDEX].endswith(b"\n"):
-        return False  # RecIS wrote it: a damaged one of ours would still end like this
-    for name, digest in found.items():
-        if sidecar.files.get(name) != digest:
-            problem = (
-                f"is not what was written: {SIDECAR} has the digest {sidecar.files.get(name)}, "
-                f"it has {digest}; copy it again"
-            )
-            raise CheckpointError(location, problem, name)
-    return True
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise _bad(location, f"damaged: {error}") from error
 
 
 def _bad(location: str, problem: str, key: str | None = None) -> CheckpointError:
@@ -258,13 +286,6 @@ def shards_of_json(value: object) -> dict[str, ShardDigests]:
 def part_as_json(part: PartRows) -> dict[str, Any]:
     """Return how rows are spread as JSON has it."""
     return {"slice": str(part.slice), "rows": part.rows, "offsets": part.offsets}
-
-
-def _parts(value: object) -> dict[str, tuple[PartRows, ...]]:
-    return {
-        table: tuple(part_of_json(entry) for entry in _list(entries))
-        for table, entries in _object(value).items()
-    }
 
 
 def _shard(value: object) -> ShardDigests:

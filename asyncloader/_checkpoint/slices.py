@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 DEFAULT_SLICE_SIZE = 65536
 # Positions are computed as unsigned 64-bit numbers by the kernels; RecIS keeps them in 32 bits.
@@ -60,6 +67,11 @@ class Slice:
     def accepts(self, id_: int) -> bool:
         """Whether the id, as it stands on disk, belongs to this slice."""
         return self.begin <= (id_ & _UINT64) % self.size < self.end
+
+    def strays(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Say which ids do not belong to this slice."""
+        positions = ids.view(np.uint64) % np.uint64(self.size)
+        return (positions < np.uint64(self.begin)) | (positions >= np.uint64(self.end))
 
     def covers(self, other: Slice) -> bool:
         """Whether every id of `other` is certain to be one of ours."""

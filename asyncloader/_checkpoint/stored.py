@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from asyncloader.errors import CheckpointError
+from .parts import row_problems
+from .problems import Problems
 
 if TYPE_CHECKING:
     from .blocks import Block
@@ -109,17 +110,9 @@ def stored_tensor(manifest: Manifest, name: str) -> Stored:
     Raises:
         CheckpointError: If its blocks do not fit together, or a shard lacks one.
     """
-    first, *others = (manifest.block(place) for place in places_of(manifest.catalog, name))
-    if not others:
-        return Stored(name=name, dtype=first.dtype, shape=first.shape, blocks=(first,))
-    for block in (first, *others):
-        if not block.shape or (block.dtype, block.shape[1:]) != (first.dtype, first.shape[1:]):
-            problem = (
-                f"is {block.dtype} {list(block.shape)}, but another part of {name!r}, "
-                f"{first.key!r} in {first.shard}, is {first.dtype} {list(first.shape)}: "
-                "their rows differ"
-            )
-            raise CheckpointError(manifest.location, problem, block.shard, block.key)
-    rows = first.rows + sum(block.rows for block in others)
-    shape = (rows, *first.shape[1:])
-    return Stored(name=name, dtype=first.dtype, shape=shape, blocks=(first, *others))
+    blocks = tuple(manifest.block(place) for place in places_of(manifest.catalog, name))
+    first, shape = blocks[0], blocks[0].shape
+    if len(blocks) > 1:
+        Problems(manifest.location).take(row_problems(name, blocks))
+        shape = (sum(block.rows for block in blocks), *shape[1:])
+    return Stored(name=name, dtype=first.dtype, shape=shape, blocks=blocks)

@@ -9,6 +9,7 @@ from the text before any is made.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -39,9 +40,9 @@ _ROOM = 32 << 20
 _SMALL = 1 << 20
 _STEP = 1 << 16  # stays in a processor's cache
 _QUOTE = ord('"')
-# By character.
-_BEFORE_NUMBER = np.isin(np.arange(256), list(b":,[ \t\n\r"))
-_IN_NUMBER = np.isin(np.arange(256), list(b".eE0123456789"))
+_STRING = re.compile(rb'"[^"]*"')
+# With a sign before it that may stand before a number, and none behind it that goes on with it.
+_NEGATIVE_ZERO = re.compile(rb"-0(?<=[:,[\s]-0)(?![.eE0-9])")
 
 
 class BadJsonError(ValueError):
@@ -99,22 +100,10 @@ def parse_object(text: Text, expected: Callable[[dict[str, Any]], int]) -> Parse
 
 
 def has_negative_zero(text: Text) -> bool:
-    """Say whether a number of it is `-0`, which is a float to some readers and 0 to others."""
-    array = np.frombuffer(text, np.uint8)
-    if not _count(array, "-"):
-        return False
-    if not len(_negative_zeros(array)):
+    """Say whether a number of it is `-0`: a float to safetensors, who refuses it, and 0 to us."""
+    if not _count(np.frombuffer(text, np.uint8), "-") or not _NEGATIVE_ZERO.search(text):
         return False  # as in `layer-0`
-    array = np.frombuffer(_unescaped(text), np.uint8)
-    quotes = np.flatnonzero(array == _QUOTE)
-    return bool((np.searchsorted(quotes, _negative_zeros(array)) % 2 == 0).any())
-
-
-def _negative_zeros(array: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return where `-0` stands as a number would; before a number is something, and behind it."""
-    at: NDArray[np.int64] = np.flatnonzero(array[1:-2] == ord("-")) + 1
-    at = at[array[at + 1] == ord("0")]
-    return at[_BEFORE_NUMBER[array[at - 1]] & ~_IN_NUMBER[array[at + 2]]]
+    return _NEGATIVE_ZERO.search(_STRING.sub(b"", _unescaped(text))) is not None
 
 
 def _unescaped(text: Text) -> bytes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from .load_info import ID, default_load_info
+from asyncloader._checkpoint.parts import ID, gaps, repeated, without_rows
+
+from .load_info import default_load_info
 from .targets import TensorTargets
 
 if TYPE_CHECKING:
@@ -215,40 +216,24 @@ def _choose_table(  # noqa: PLR0917
         return
     wanted = [slot for slot in dict.fromkeys(listed) if slot in target.slots]
     choice.missing += [f"{source}@{slot}" for slot in wanted if slot not in slots]
-    found = {slot: _by_slice(slots[slot]) for slot in wanted if slot in slots}
+    held = [slot for slot in wanted if slot in slots]
     choice.missing += _gaps(source, slots[ID], target.slice)
-    for slot in (ID, *found):
-        choice.problems += _repeated(source, slot, slots[slot])
-    for part in slots[ID]:
-        if target.slice.disjoint(part.slice):
-            continue
-        lacking = [slot for slot, parts in found.items() if part.slice not in parts]
-        choice.problems += [
-            f"the checkpoint has ids of table {source!r} for slice {part.slice}, "
-            f"but not their {slot!r}"
-            for slot in lacking
-        ]
-        if not lacking:
-            places = {slot: parts[part.slice] for slot, parts in found.items()}
-            choice.parts.append(
-                PartChoice(
-                    target=target, child=child, source=source, claimed=part.slice,
-                    ids=part.place, slots=places,
-                )
-            )  # fmt: skip
-
-
-def _by_slice(parts: Sequence[Part]) -> dict[Slice, Place]:
-    return {part.slice: part.place for part in parts}
-
-
-def _repeated(source: str, slot: str, parts: Sequence[Part]) -> list[str]:
-    """Two blocks of one slice: nobody could say which rows go with which ids."""
-    return [
-        f"the checkpoint has {source}@{slot} twice for slice {one.slice}: "
-        f"{one.place.key!r} and {other.place.key!r}"
-        for one, other in itertools.pairwise(parts)
-        if one.slice == other.slice
+    ids = [part for part in slots[ID] if not target.slice.disjoint(part.slice)]
+    for slot in (ID, *held):
+        choice.problems += map(str, repeated(source, slot, slots[slot]))
+        choice.problems += map(str, without_rows(source, slot, ids, slots[slot]))
+    found = {slot: {part.slice: part.place for part in slots[slot]} for slot in held}
+    choice.parts += [
+        PartChoice(
+            target=target,
+            child=child,
+            source=source,
+            claimed=part.slice,
+            ids=part.place,
+            slots={slot: places[part.slice] for slot, places in found.items()},
+        )
+        for part in ids
+        if all(part.slice in places for places in found.values())
     ]
 
 
@@ -258,16 +243,8 @@ def _gaps(source: str, parts: Sequence[Part], wanted: Slice) -> list[str]:
     if any(part.slice.size != size for part in parts):
         return []
     begin, end = (wanted.begin, wanted.end) if wanted.size == size else (0, size)
-    gaps = []
-    for part in parts:
-        if part.slice.begin > begin:
-            gaps.append((begin, min(part.slice.begin, end)))
-        begin = max(begin, part.slice.end)
-        if begin >= end:
-            break
-    if begin < end:
-        gaps.append((begin, end))
-    return [f"{source}@id[{a}, {b}) of {size}" for a, b in gaps if a < b]
+    found = gaps((part.slice for part in parts), begin, end)
+    return [f"{source}@{ID}[{a}, {b}) of {size}" for a, b in found]
 
 
 def _unexpected(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from asyncloader._checkpoint import parts
+
 if TYPE_CHECKING:
     from .targets import Targets
 
 
-ID = "id"
-
+ID = parts.ID
 LoadInfo = dict[str, dict[str, list[str]]]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.files import SIDECAR
-from asyncloader.errors import CheckpointError, PlanError
+from asyncloader._checkpoint.parts import ID, count_problems, id_problems, spread_problems
+from asyncloader._checkpoint.problems import Problems
+from asyncloader.errors import PlanError
 
 from .casts import Cast, can_cast, cast_hint
 from .hints import RENAME, did_you_mean
-from .load_info import ID
 from .plan import LoadPlan, PartLoad, TableLoad
 from .targets import RowType
 from .tensor_loads import match_tensors
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from .casts import Casting
     from .choice import Choice, PartChoice
     from .targets import TableTarget
-
-
-_IDS = "int64"
 
 
 def plan_load(
@@ -100,12 +97,7 @@ def _rows_among(manifest: Manifest, part: PartChoice, ids: Block) -> range | Non
     spread = sidecar.spread(manifest.location, part.source, part.claimed)
     if spread is None:
         return None
-    if spread.rows != ids.rows:
-        problem = (
-            f"has {ids.rows} ids of slice {part.claimed}, but {SIDECAR} says {spread.rows}; "
-            "copy both files again"
-        )
-        raise CheckpointError(manifest.location, problem, ids.shard, ids.key)
+    Problems(manifest.location).take(spread_problems(spread, ids))
     return spread.among(wanted)
 
 
@@ -170,14 +162,8 @@ class _TableBuilder:
         return len(self.layers) - 1
 
     def _problems(self, part: PartChoice, ids: Block, slots: dict[str, Block]) -> list[str]:
-        if ids.dtype.torch != _IDS or len(ids.shape) != 1:
-            return [
-                (
-                    f"{part.source}@{ID} is {ids.dtype} {list(ids.shape)} "
-                    f"({ids.shard}, key {ids.key!r}); "
-                    f"ids are {_IDS} [n]"
-                )
-            ]
+        if odd := list(map(str, id_problems(f"{part.source}@{ID}", ids))):
+            return odd
         problems = []
         for slot, block in slots.items():
             want = self.target.slots[slot]
@@ -190,11 +176,8 @@ class _TableBuilder:
                     f"slot {slot!r} of table {self.target.name!r} has rows of {want}, "
                     f"{part.source}@{slot} in the checkpoint has {have}{hint}"
                 )
-            elif block.rows != ids.rows:
-                problems.append(
-                    f"{part.source}@{slot} has {block.rows} rows ({block.shard}, {block.key!r}), "
-                    f"but there are {ids.rows} ids ({ids.shard}, {ids.key!r})"
-                )
+            else:
+                problems += map(str, count_problems(f"{part.source}@{slot}", ids, block))
         return problems
 
     def _note_casts(self, part: PartChoice, slots: Mapping[str, Block]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asyncloader._checkpoint.blocks import Columns
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from collections.abc import Set as AbstractSet
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -41,8 +41,8 @@ class TensorTarget:
     """Tensors of the same number are the same memory under several names."""
 
 
-class TensorTargets(Mapping[str, TensorTarget]):
-    """Dense tensors by name, as columns. A `TensorTarget` is made when it is asked for.
+class TensorTargets(Columns[TensorTarget]):
+    """Dense tensors by name.
 
     Args:
         names: `[n]`, all different.
@@ -51,7 +51,7 @@ class TensorTargets(Mapping[str, TensorTarget]):
         memory: `[n]`; equal numbers are the same memory. `None` where all are different.
     """
 
-    __slots__ = ("_numbers", "kinds", "memory", "types")
+    __slots__ = ("kinds", "memory", "types")
 
     def __init__(
         self,
@@ -60,50 +60,19 @@ class TensorTargets(Mapping[str, TensorTarget]):
         kinds: NDArray[np.int64] | None = None,
         memory: Sequence[int] | None = None,
     ) -> None:
-        self._numbers = {name: number for number, name in enumerate(names)}
+        super().__init__(names)
         self.types = types
         self.kinds = np.zeros(0, np.int64) if kinds is None else kinds
         self.memory = memory
+        assert len(self.kinds) == len(self)
+        assert memory is None or len(memory) == len(self)
 
-    @classmethod
-    def of(cls, targets: Iterable[TensorTarget]) -> TensorTargets:
-        """Return targets as columns."""
-        known = list(targets)
-        types: dict[BlockType, int] = {}
-        kinds = [types.setdefault((t.type.dtype, t.type.shape), len(types)) for t in known]
-        return cls(
-            [one.name for one in known],
-            tuple(types),
-            np.array(kinds, np.int64),
-            [one.memory for one in known],
-        )
-
-    def __repr__(self) -> str:
-        return f"<TensorTargets {len(self)} tensors>"
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._numbers
-
-    def __getitem__(self, name: str) -> TensorTarget:
-        number = self._numbers[name]
+    def at(self, number: int) -> TensorTarget:
+        """Return the tensor in that place of the columns."""
         dtype, shape = self.types[self.kinds[number]]
         kind = RowType(shape=shape, dtype=dtype)
         memory = number if self.memory is None else self.memory[number]
-        return TensorTarget(name=name, type=kind, memory=memory)
-
-    def names(self) -> AbstractSet[str]:
-        """Return all names, as a set."""
-        return self._numbers.keys()
-
-    def numbers(self, names: Iterable[str]) -> list[int]:
-        """Return where in the columns each name stands."""
-        return list(map(self._numbers.__getitem__, names))
+        return TensorTarget(name=self._names[number], type=kind, memory=memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

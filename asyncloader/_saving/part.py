@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from asyncloader._checkpoint.files import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.parts import gaps, overlaps
 from asyncloader._checkpoint.sidecar import (
     PartRows,
     ShardDigests,
@@ -198,14 +198,12 @@ def _check_slices(table: str, parts: list[PartRows]) -> None:
     parts.sort(key=lambda part: part.slice)
     claims = [part.slice for part in parts if part.slice.begin < part.slice.end]
     remedy = "give each rank's table slice=gen_slice(shard_index, shard_num)"
-    for one, other in itertools.pairwise(claims):
-        if one.size != other.size or one.end > other.begin:
-            raise ValueError(
-                f"table {table!r}: one rank's slice is {one}, another's {other}, which overlap; "
-                f"{remedy}"
-            )
-    claimed = sum(claim.end - claim.begin for claim in claims)
-    if not claims or claimed < claims[0].size:
+    for one, other in overlaps(claims):
+        raise ValueError(
+            f"table {table!r}: one rank's slice is {one}, another's {other}, which overlap; "
+            f"{remedy}"
+        )
+    if not claims or any(gaps(claims, 0, claims[0].size)):
         raise ValueError(
             f"table {table!r}: the slices of the ranks that saved it leave ids out "
             f"({', '.join(map(str, claims)) or 'they are empty'}); {remedy}, and save it on every "

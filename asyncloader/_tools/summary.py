@@ -165,7 +165,7 @@ def _kind(catalog: Catalog, file: str | None) -> Kind:
 def _digests(catalog: Catalog) -> Digests:
     if catalog.sidecar is not None:
         return "present"
-    return "ignored" if any(SIDECAR in warning for warning in catalog.warnings) else "absent"
+    return "ignored" if any(odd.file == SIDECAR for odd in catalog.oddities) else "absent"
 
 
 def _table(manifest: Manifest, name: str) -> TableSummary:

@@ -23,6 +23,7 @@ MODULES = {
     "load": "loads",
     "read": "loads",
     "runs": "loads",
+    "rules": "rules",
 }
 """Where each target is."""
 

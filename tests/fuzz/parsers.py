@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from asyncloader._checkpoint.header import ShardHeader
+from asyncloader._checkpoint.problems import Problems
 
 __all__ = ["TARGETS", "header", "names", "weight_map"]
 
@@ -126,6 +127,7 @@ async def _header(content: bytes, *, is_recis: bool) -> ShardHeader:
         executor=None,  # type: ignore[arg-type]  # nothing is handed to it
         catalog=Catalog(Places({}, {}), {}, source, recis=is_recis),
         turns=asyncio.Lock(),
+        problems=Problems(WHERE),
     )
 
 
@@ -195,7 +197,7 @@ def _catalog(files: dict[str, bytes]) -> Catalog:
         if name in files
     }
     sidecar = texts.pop(SIDECAR, None)
-    return parse_recis(WHERE, "auto", texts, sidecar)
+    return parse_recis(Problems(WHERE), texts, sidecar)
 
 
 async def _text(content: bytes, name: str) -> bytearray:
@@ -212,7 +214,7 @@ def weight_map(data: bytes) -> None:
     if SHARDED not in files:
         return
     text = files[SHARDED]
-    found = ours(lambda: parse_weight_map(WHERE, at_once(_text(text, SHARDED))))
+    found = ours(lambda: parse_weight_map(Problems(WHERE), at_once(_text(text, SHARDED))))
     wanted = judged(lambda: strict_weight_map(text))
     assert (found is None) == (wanted is None), (text, found, wanted)
     if found is not None and wanted is not None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from asyncloader._checkpoint.parts import ID, table_problems
+from asyncloader._checkpoint.problems import Problems
 from asyncloader._checkpoint.stored import stored_tensor
 from asyncloader._loading.reading import read_stored
-from asyncloader._planning.load_info import ID
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.allocation import shards_of, stored_slot
 from asyncloader._tools.duplicates import count_duplicates
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._checkpoint.slices import Slice
     from asyncloader._checkpoint.stored import Stored
     from asyncloader._loading.session import Session
 
@@ -171,47 +171,16 @@ def _describe(manifest: Manifest, metadata: Mapping[str, str]) -> Source:
 
 def _table(manifest: Manifest, name: str) -> StoredTable:
     parts = manifest.catalog.tables[name]
-    if ID not in parts:
-        problem = f"table {name!r} has no ids: nobody can say whose its rows are"
-        raise CheckpointError(manifest.location, problem)
+    blocks = {
+        slot: {part.slice: manifest.block(part.place) for part in of_slot}
+        for slot, of_slot in parts.items()
+    }
+    Problems(manifest.location).take(table_problems(name, parts, blocks))
     stored = {slot: stored_slot(manifest, name, slot) for slot in parts}
-    cuts = {slot: _cuts(manifest, name, slot) for slot in parts}
-    for slot, cut in cuts.items():
-        if cut != cuts[ID]:
-            problem = (
-                f"the rows of {f'{name}@{slot}'!r} are not those of its ids: parts or their "
-                "numbers of rows differ; `asyncloader verify` says more"
-            )
-            raise CheckpointError(manifest.location, problem)
     return StoredTable(
         name=name,
-        slice_size=_slice_size(manifest.location, name, [part.slice for part in parts[ID]]),
+        slice_size=parts[ID][0].slice.size,
         ranks=len(parts[ID]),
         ids=stored.pop(ID),
         slots=stored,
     )
-
-
-def _cuts(manifest: Manifest, name: str, slot: str) -> list[tuple[object, int]]:
-    """Return the slice of each part, and its rows."""
-    parts = manifest.catalog.tables[name][slot]
-    return [(part.slice, manifest.block(part.place).rows) for part in parts]
-
-
-def _slice_size(location: str, name: str, slices: list[Slice]) -> int:
-    """Return the size of slices, in order, that cover it."""
-    size, end = slices[0].size, 0
-    for one in slices:
-        if one.size != size:
-            problem = f"table {name!r} has slices of different sizes: {size} and {one.size}"
-            raise CheckpointError(location, problem)
-        if one.begin > end:
-            break
-        end = max(end, one.end)
-    if end < size:
-        problem = (
-            f"table {name!r}: positions from {end} on lie in no slice: the part of a rank is "
-            "missing; `asyncloader verify` says more"
-        )
-        raise CheckpointError(location, problem)
-    return size

@@ -49,6 +49,4 @@ async def refuse_strays(session: Session, source: Source) -> None:
 def _strays(claimed: Slice, ids: Tensor) -> int:
     if claimed.is_whole:
         return 0
-    positions = ids.numpy().view(np.uint64) % np.uint64(claimed.size)
-    inside = (positions >= np.uint64(claimed.begin)) & (positions < np.uint64(claimed.end))
-    return len(positions) - int(np.count_nonzero(inside))
+    return int(np.count_nonzero(claimed.strays(ids.numpy())))

@@ -21,11 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from asyncloader._checkpoint.blocks import Block
+    from asyncloader._checkpoint.problems import AllProblems
     from asyncloader._loading.progress import Meter
     from asyncloader._loading.session import Session
     from asyncloader._planning.reads import Piece, Read
-
-    from .findings import Findings
 
 
 _RANGES = 3
@@ -60,21 +59,21 @@ class Watched:
             if len(odd):
                 self.no_bools.append((begin + int(odd[0]), len(odd)))
 
-    def tell(self, findings: Findings) -> None:
+    def tell(self, problems: AllProblems) -> None:
         """Tell what was wrong."""
         block = self.block
         if self.damaged:
-            findings.problem(
+            problems.add(
                 f"bytes {self._ranges()} are not those that were written, {SIDECAR} has other "
                 "digests; copy the file again, or take another checkpoint",
-                file=block.shard,
-                name=block.key,
+                block.shard,
+                block.key,
             )
         if self.no_bools:
             count = sum(count for _, count in self.no_bools)
             text = f"{count:,} bytes of a bool tensor are neither 0 nor 1, the first at byte "
             text += f"{block.offset + min(self.no_bools)[0]} of the file"
-            findings.problem(text, file=block.shard, name=block.key)
+            problems.add(text, block.shard, block.key)
 
     def _ranges(self) -> str:
         ranges: list[tuple[int, int]] = []
@@ -96,7 +95,7 @@ class Inspector:
 
     session: Session
     meter: Meter
-    findings: Findings
+    problems: AllProblems
     compared: int = 0
     """Digests."""
 
@@ -110,13 +109,13 @@ class Inspector:
         ]
         plan = partial(plan_reads, Extents.of(extents), chunk_bytes=limits.read_bytes, gap_bytes=0)
         [reads] = await run_jobs(self.session.threads.kernels, [plan])
-        failed = len(self.findings.found)
+        failed = len(self.problems.found)
         pool = StagingPool(max(limits.read_bytes, DIGEST_CHUNK))
         read = partial(self._read, watched, pool)
         await for_each(reads, read, workers=limits.parallel, name="asyncloader-verify")
-        complete = len(self.findings.found) == failed
+        complete = len(self.problems.found) == failed
         for one in watched:
-            one.tell(self.findings)
+            one.tell(self.problems)
             self.compared += one.compared
         return complete
 
@@ -127,9 +126,7 @@ class Inspector:
             try:
                 await read_exactly(self.session.storage, read.shard, read.offset, views)
             except ReadError as error:
-                end = read.offset + read.length
-                text = f"bytes [{read.offset}, {end}) cannot be read: {error.problem}"
-                self.findings.problem(text, file=read.shard)
+                self.problems.error(error)
             else:
                 look = partial(_look_at_all, watched, read.pieces, views)
                 await run_jobs(self.session.threads.kernels, [look])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from asyncloader._checkpoint.problems import Problem
+
 if TYPE_CHECKING:
-    from asyncloader.errors import CheckpointError
+    from collections.abc import Iterable
 
 
 Severity = Literal["problem", "note"]
@@ -26,37 +28,15 @@ class Finding:
     """The block's key in that file, or the table, or `table@slot`."""
 
     def __str__(self) -> str:
-        where = [] if self.file is None else [self.file]
-        where += [] if self.name is None else [repr(self.name)]
-        return ": ".join((*where, self.text))
+        return str(Problem(self.file or "", self.name, self.text))
 
 
-@dataclass(slots=True)
-class Findings:
-    """Collects findings; from any thread."""
-
-    found: list[Finding] = field(default_factory=list)
-
-    def problem(self, text: str, *, file: str | None = None, name: str | None = None) -> None:
-        """Add a problem."""
-        self.found.append(Finding(severity="problem", text=text, file=file, name=name))
-
-    def note(self, text: str, *, file: str | None = None, name: str | None = None) -> None:
-        """Add a note."""
-        self.found.append(Finding(severity="note", text=text, file=file, name=name))
-
-    def error(self, error: CheckpointError) -> None:
-        """Add what a reader would have raised."""
-        self.problem(error.problem, file=error.shard, name=error.key)
-
-    def of(self, severity: Severity) -> tuple[Finding, ...]:
-        """Return those of one kind, by file and name."""
-        chosen = {finding for finding in self.found if finding.severity == severity}
-        return tuple(sorted(chosen, key=_order))
-
-
-def _order(finding: Finding) -> tuple[str, str, str]:
-    return finding.file or "", finding.name or "", finding.text
+def findings(severity: Severity, found: Iterable[Problem]) -> tuple[Finding, ...]:
+    """Return what was found, by file and name."""
+    return tuple(
+        Finding(severity=severity, text=one.text, file=one.file or None, name=one.key)
+        for one in sorted(found, key=lambda one: (one.file, one.key or "", one.text))
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from asyncloader._checkpoint.blocks import Block
+    from asyncloader._checkpoint.problems import Problems
     from asyncloader._checkpoint.sidecar import PartRows
     from asyncloader._checkpoint.slices import Slice
-
-    from .findings import Findings
 
 
 # Ids looked at together: what that takes besides them is a few MB.
@@ -41,14 +40,13 @@ class _Part:
     """How many positions are below each cut."""
 
     def see(self, ids: NDArray[np.int64]) -> None:
-        positions = ids.view(np.uint64) % np.uint64(self.claim.size)
-        outside = positions < np.uint64(self.claim.begin)
-        outside |= positions >= np.uint64(self.claim.end)
+        outside = self.claim.strays(ids)
         count = int(np.count_nonzero(outside))
         if count and not self.strays:
             self.example = int(ids[int(np.argmax(outside))])
         self.strays += count
         if self.ascending:
+            positions = ids.view(np.uint64) % np.uint64(self.claim.size)
             self.ascending = bool(self.last <= positions[0])
             self.ascending &= bool(np.all(positions[:-1] <= positions[1:]))
             self.last = positions[-1]
@@ -60,7 +58,7 @@ def check_part(
     claim: Slice,
     block: Block,
     told: PartRows | None,
-    findings: Findings,
+    problems: Problems,
 ) -> None:
     """Check the ids of one part.
 
@@ -69,7 +67,7 @@ def check_part(
         claim: The slice that the block claims.
         block: Where they stand.
         told: What the sidecar says of their order, if it does.
-        findings: Receives what is wrong.
+        problems: Receives what is wrong.
     """
     begin, length = claim.begin, claim.end - claim.begin
     cuts = [begin + length * number // SUB_SLICES for number in range(1, SUB_SLICES)]
@@ -77,29 +75,29 @@ def check_part(
     for window in _windows(ids):
         part.see(window)
     if part.strays:
-        findings.problem(
+        problems.add(
             f"{part.strays:,} of {len(ids):,} ids do not lie in its slice {claim}, such as "
             f"{part.example}: nobody loads them",
-            file=block.shard,
-            name=block.key,
+            block.shard,
+            block.key,
         )
     if told is not None:
-        _check_order(part, block, told, findings)
+        _check_order(part, block, told, problems)
 
 
-def _check_order(part: _Part, block: Block, told: PartRows, findings: Findings) -> None:
+def _check_order(part: _Part, block: Block, told: PartRows, problems: Problems) -> None:
     if not part.ascending:
         text = "its ids are not sorted by slice position, but the sidecar says where rows begin"
-        findings.problem(text, file=block.shard, name=block.key)
+        problems.add(text, block.shard, block.key)
         return
     wrong = np.flatnonzero(part.below != np.array(told.offsets[1:-1]))
     if len(wrong):
         first = int(wrong[0])
-        findings.problem(
+        problems.add(
             f"sub-slice {first + 1} of {SUB_SLICES} begins at row {part.below[first]}, but the "
             f"sidecar says {told.offsets[first + 1]}; offsets that are wrong: {len(wrong)}",
-            file=block.shard,
-            name=block.key,
+            block.shard,
+            block.key,
         )
 
 

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import os
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from asyncloader._checkpoint.safetensors import catalog_of_file
+from asyncloader._checkpoint.problems import AllProblems
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import open_session
 from asyncloader._memory.allocation import zeros
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.duplicates import count_duplicates
 from asyncloader._tools.room import check_room, free_memory
+from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 from asyncloader.options import ReadOptions
 
 from .bytes import Inspector, Watched, memories
-from .findings import Findings, Verification
+from .findings import Verification, findings
 from .ids import check_part
-from .names import read_names
-from .shards import check_layout, read_shards
-from .sidecars import check_parts, with_digests
-from .structure import TableIds, check_catalog
+from .structure import TableIds, read_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from asyncloader._checkpoint.blocks import Block
-    from asyncloader._checkpoint.index import Catalog
-    from asyncloader._checkpoint.sidecar import PartRows
-    from asyncloader._checkpoint.slices import Slice
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
 
-    from .names import Names
-    from .shards import Shard
+    from .structure import Structure
 
 
 _ID_BYTES = 8
@@ -63,6 +57,7 @@ async def averify(
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
+        CheckpointChangedError: If it was replaced meanwhile.
         CheckpointError: If the folder cannot be listed.
         MemoryError: If the ids of a table do not fit into memory.
     """
@@ -74,106 +69,80 @@ async def averify(
 
 async def verify_session(session: Session, meter: Meter) -> Verification:
     """Look at everything in a checkpoint that is open; raises what `averify` does."""
-    findings = Findings()
-    names = await read_names(session, findings)
-    check = _Check(session=session, names=names, findings=findings, meter=meter)
-    await check.read_headers()
-    await check.read_bytes()
+    problems = AllProblems(session.location)
+    try:
+        structure = await read_structure(
+            session.storage,
+            problems,
+            file=session.file,
+            there=await _listed(session),
+            executor=session.threads.kernels,
+            parallel=session.options.parallel,
+        )
+    except CheckpointNotFoundError:
+        await session.catalog()  # knows how to say what is there instead
+        raise
+    inspector = Inspector(session, meter, problems)
+    await _read_bytes(inspector, structure)
     meter.finish()
-    return check.result()
+    return Verification(
+        location=session.location,
+        kind=structure.kind,
+        problems=findings("problem", problems.found),
+        notes=findings("note", problems.notes),
+        files=structure.files,
+        tables=len(structure.tables),
+        tensors=structure.tensors,
+        blocks=sum(len(header.blocks) for header in structure.headers.values()),
+        ids=sum(ids.rows for ids in structure.tables),
+        bytes_read=meter.read,
+        digests=inspector.compared,
+        seconds=meter.seconds,
+    )
 
 
-@dataclass(slots=True, kw_only=True)
-class _Check:
-    """One verification under way."""
+async def _listed(session: Session) -> frozenset[str]:
+    def names() -> frozenset[str]:
+        if session.file is None:
+            return frozenset(os.listdir(session.storage.location))  # noqa: PTH208  # names
+        return frozenset([session.file])
 
-    session: Session
-    names: Names
-    findings: Findings
-    meter: Meter
-    shards: dict[str, Shard] = field(default_factory=dict)
-    tables: list[TableIds] = field(default_factory=list)
-    told: Mapping[str, Mapping[Slice, PartRows]] = field(default_factory=dict)
-    tensors: int = 0
-    compared: int = 0
+    try:
+        return await session.on_disk(names)
+    except ReadStalledError:  # an OSError, too
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+    except OSError as error:
+        problem = f"cannot be listed: {error.strerror}"
+        raise CheckpointError(session.location, problem) from error
 
-    async def read_headers(self) -> None:
-        names = self.names
-        self.shards = await read_shards(
-            self.session, names.shards, names.source, self.findings, recis=names.recis
-        )
-        await run_jobs(self.session.threads.kernels, [self._check_structure])
 
-    def _check_structure(self) -> None:
-        names, findings = self.names, self.findings
-        for shard in self.shards.values():
-            check_layout(shard, findings, recis=names.recis)
-        if names.sidecar is None:
-            findings.note("no digests: bytes cannot be verified, only the structure")
-        else:
-            self.shards = with_digests(names.sidecar, self.shards, names.shards, findings)
-        catalog = self._catalog()
-        if catalog is None:
-            return
-        self.tensors = len(catalog.tensors)
-        self.tables = check_catalog(
-            self.session.location, catalog, names.refused, self.shards, findings
-        )
-        if names.sidecar is not None:
-            self.told = check_parts(names.sidecar, self.tables, findings)
-
-    def _catalog(self) -> Catalog | None:
-        if self.names.catalog is not None or self.names.source not in self.shards:
-            return self.names.catalog
-        return catalog_of_file(self.shards[self.names.source].header)
-
-    async def read_bytes(self) -> None:
-        blocks = {
-            (block.shard, block.key): block
-            for shard in self.shards.values()
-            for block in shard.header.blocks.values()
-        }
-        self.meter.total = sum(block.nbytes for block in blocks.values())
-        inspector = Inspector(self.session, self.meter, self.findings)
-        for ids in self.tables:  # one table at a time, its ids have to be kept
-            await self._read_ids(inspector, ids)
-            for block in ids.parts.values():
-                blocks.pop((block.shard, block.key), None)
-        await inspector.inspect([Watched(block) for block in blocks.values()])
-        self.compared = inspector.compared
-
-    async def _read_ids(self, inspector: Inspector, ids: TableIds) -> None:
-        [kept] = await run_jobs(self.session.threads.kernels, [partial(_Kept.of, ids)])
-        complete = await inspector.inspect(kept.watched)
-        if complete:  # or some ids are zeros that nobody wrote
-            told = self.told.get(ids.table, {})
-            check = partial(kept.check, told, self.findings)
-            await run_jobs(self.session.threads.kernels, [check])
-
-    def result(self) -> Verification:
-        return Verification(
-            location=self.session.location,
-            kind=self.names.kind,
-            problems=self.findings.of("problem"),
-            notes=self.findings.of("note"),
-            files=len(self.shards) + self.names.others,
-            tables=len(self.tables),
-            tensors=self.tensors,
-            blocks=sum(len(shard.header.blocks) for shard in self.shards.values()),
-            ids=sum(ids.rows for ids in self.tables),
-            bytes_read=self.meter.read,
-            digests=self.compared,
-            seconds=self.meter.seconds,
-        )
+async def _read_bytes(inspector: Inspector, structure: Structure) -> None:
+    """Read all blocks; those of ids one table at a time, as they have to be kept."""
+    blocks = {
+        (block.shard, block.key): block
+        for header in structure.headers.values()
+        for block in header.blocks.values()
+    }
+    inspector.meter.total = sum(block.nbytes for block in blocks.values())
+    kernels = inspector.session.threads.kernels
+    for ids in structure.tables:
+        [kept] = await run_jobs(kernels, [partial(_Kept.of, ids)])
+        if await inspector.inspect(kept.watched):  # or some ids are zeros that nobody wrote
+            await run_jobs(kernels, [partial(kept.check, inspector.problems)])
+        del kept
+        for block in ids.parts.values():
+            blocks.pop((block.shard, block.key), None)
+    await inspector.inspect([Watched(block) for block in blocks.values()])
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
     """The ids of one table, in memory."""
 
-    table: str
-    ids: NDArray[np.int64]
-    parts: tuple[tuple[Slice, Block], ...]
+    ids: TableIds
+    array: NDArray[np.int64]
     watched: tuple[Watched, ...]
 
     @classmethod
@@ -188,17 +157,17 @@ class _Kept:
         sizes = [block.nbytes for block in ids.parts.values()]
         views = memories(array.data.cast("B"), sizes) if ids.rows else [None] * len(sizes)
         blocks = zip(ids.parts.values(), views, strict=True)
-        watched = tuple(Watched(block, view) for block, view in blocks)
-        return cls(ids.table, array, tuple(ids.parts.items()), watched)
+        return cls(ids, array, tuple(Watched(block, view) for block, view in blocks))
 
-    def check(self, told: Mapping[Slice, PartRows], findings: Findings) -> None:
+    def check(self, problems: AllProblems) -> None:
         """Check all of them; they are sorted afterwards."""
         begin = 0
-        for claim, block in self.parts:
-            part = self.ids[begin : begin + block.rows]
-            check_part(part, claim, block, told.get(claim), findings)
+        for claim, block in self.ids.parts.items():
+            part = self.array[begin : begin + block.rows]
+            check_part(part, claim, block, self.ids.told.get(claim), problems)
             begin += block.rows
-        count, example = count_duplicates(self.ids)
+        assert begin == len(self.array)
+        count, example = count_duplicates(self.array)
         if count:
-            text = f"{count:,} of {len(self.ids):,} ids come twice or more, such as {example}"
-            findings.problem(f"{text}: the later row would win", name=self.table)
+            text = f"{count:,} of {len(self.array):,} ids come twice or more, such as {example}"
+            problems.add(f"{text}: the later row would win", None, self.ids.table)
