@@ -1,13 +1,13 @@
 """Reads the entries of a shard's header: dtypes, shapes, offsets.
 
-All of them at once, column by column; if anything is odd, the entries are looked at one by one to
-say which one it is.
+All of them at once, column by column: each different pair of dtype and shape is looked at once, and
+offsets are compared as arrays. What is wrong is named, and the rest read again without it.
 """
 
 from __future__ import annotations
 
 from itertools import chain, repeat
-from operator import itemgetter
+from operator import itemgetter, le
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from .files import SIDECAR
 from .sidecar import DIGEST_CHUNK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from .dtypes import DType
     from .problems import Problems
@@ -59,22 +59,81 @@ def read_entries(
         recis: Whether dtypes may be spelled as RecIS does.
     """
     dtypes = RECIS_DTYPES if recis else DTYPES
-    try:
-        if not only_fields:
-            _check_lengths(entries)
-        blocks = _blocks(shard, entries, dtypes, start)
-    except _OddError:
-        sound = {}
-        for key, entry in entries.items():
-            if (problem := _problem(entry, dtypes)) is None:
-                sound[key] = entry
-            else:
-                problems.add(problem, shard, key)
-        assert len(sound) < len(entries), "the columns are odd, and no entry is"
-        blocks = _blocks(shard, sound, dtypes, start)
+    while True:
+        try:
+            blocks = _blocks(shard, entries, dtypes, start, only_fields=only_fields)
+        except _WrongEntriesError as error:
+            keys, wrong = list(entries), error.problems
+            for number in sorted(wrong):
+                problems.add(wrong[number], shard, keys[number])
+            entries = {key: entries[key] for n, key in enumerate(keys) if n not in wrong}
+        else:
+            break
     if digests is not None:
         blocks.digests = _digests(problems, blocks, digests.blocks)
     return blocks
+
+
+class _WrongEntriesError(Exception):
+    """Says what is wrong with entries, by their numbers."""
+
+    def __init__(self, problems: dict[int, str]) -> None:
+        super().__init__(problems)
+        assert problems
+        self.problems = problems
+
+
+def _blocks(
+    shard: str,
+    entries: Mapping[str, Any],
+    dtypes: Mapping[str, DType],
+    start: int,
+    *,
+    only_fields: bool,
+) -> Blocks:
+    """Read all entries at once.
+
+    Raises:
+        _WrongEntriesError: If some are wrong; perhaps others are, too.
+    """
+    values = entries.values()
+    if not are_all(values, dict) or not (only_fields or set(map(len, values)) <= {len(FIELDS)}):
+        _refuse_if(_field_problem, values)
+    try:
+        rows = list(map(_FIELDS, values))
+    except KeyError:
+        _refuse_if(_field_problem, values)
+        raise
+    names, shapes, ranges = zip(*rows, strict=True) if rows else ((), (), ())
+    # As text, the hash of which is another one in each process. That of a tuple of sizes is not: of
+    # a million shapes that were made to have one hash, a dict would take hours.
+    try:
+        texts, kinds = numbered(map(orjson.dumps, zip(names, shapes, strict=True)))
+        types = [_type(name, shape, dtypes) for name, shape in map(orjson.loads, texts)]
+    except (TypeError, ValueError):  # TypeError: lists too deep to be written
+        _refuse_if(lambda row: _type_problem(row, dtypes), rows)
+        raise
+    if not _are_ranges(ranges):
+        _refuse_if(_range_problem, ranges)
+    bounds = np.fromiter(chain.from_iterable(ranges), np.int64, 2 * len(ranges)).reshape(-1, 2)
+    nbytes = bounds[:, 1] - bounds[:, 0]
+    taken = np.array([_nbytes(dtype, shape) for dtype, shape in types], np.int64)[kinds]
+    if len(other := np.flatnonzero((taken >= 0) & (taken != nbytes))):
+        raise _WrongEntriesError({n: _size_problem(rows[n], taken[n]) for n in other.tolist()})
+    return Blocks(
+        shard,
+        entries,
+        types=[torch_type(dtype, shape) for dtype, shape in types],
+        kinds=kinds,
+        offsets=bounds[:, 0] + start,
+        nbytes=nbytes,
+    )
+
+
+def _refuse_if(problem_of: Callable[[Any], str | None], values: Iterable[object]) -> None:
+    problems = {n: problem for n, one in enumerate(values) if (problem := problem_of(one))}
+    if problems:
+        raise _WrongEntriesError(problems)
 
 
 def _digests(
@@ -83,124 +142,78 @@ def _digests(
     """Return the digests of those blocks that have one for each chunk."""
     counts = np.fromiter(map(len, map(known.get, blocks, repeat(()))), np.int64, len(blocks))
     wrong = np.flatnonzero(counts != -(-blocks.nbytes // DIGEST_CHUNK)).tolist()
-    for number in wrong:
-        block = blocks.at(number)
+    refused = set()
+    for number, block in ((number, blocks.at(number)) for number in wrong):
         problem = f"{SIDECAR} has {counts[number]} digests for its {block.nbytes} bytes"
-        problems.add(problem, blocks.shard, block.key)
-    refused = {blocks.at(number).key for number in wrong}
+        problems.add(problem, block.shard, block.key)
+        refused.add(block.key)
     return {key: of for key, of in known.items() if key not in refused} if refused else known
 
 
-class _OddError(Exception):
-    """Something is wrong with one of the entries."""
-
-
-def _check_lengths(entries: Mapping[str, Any]) -> None:
-    if any(isinstance(entry, dict) and len(entry) != len(FIELDS) for entry in entries.values()):
-        raise _OddError
-
-
-def _blocks(
-    shard: str,
-    entries: Mapping[str, Any],
-    dtypes: Mapping[str, DType],
-    start: int,
-) -> Blocks:
-    """Read all entries at once, column by column.
-
-    Raises:
-        _OddError: If `_problem` would name a problem of one of them.
-    """
-    try:
-        rows = list(map(_FIELDS, entries.values()))
-    except (KeyError, TypeError) as error:
-        raise _OddError from error
-    names, shapes, ranges = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
-    sound = _are_lists_of_sizes(shapes, _INT64_MAX) and _are_lists_of_sizes(ranges, _OFFSET_MAX)
-    if not sound or not are_all(names, str):
-        raise _OddError
-    if any(map(_PAIR.__ne__, map(len, ranges))):
-        raise _OddError
-    different = set(names)
-    called = {name: dtype for name in different if (dtype := dtype_called(name, dtypes))}
-    if len(called) < len(different):
-        raise _OddError
-    # As text, the hash of which is another one in each process. That of a tuple of sizes is not: of
-    # a million shapes that were made to have one hash, a dict would take hours.
-    texts, kinds = numbered(map(orjson.dumps, zip(names, shapes, strict=True)))
-    known = [(called[name], tuple(shape)) for name, shape in map(orjson.loads, texts)]
-    bounds = np.fromiter(chain.from_iterable(ranges), np.int64, 2 * len(ranges)).reshape(-1, 2)
-    if any(_is_immense(shape, dtype.bits) for dtype, shape in known):
-        raise _OddError
-    sizes = (-1 if (bits := dtype.bits) is None else _nbytes(shape, bits) for dtype, shape in known)
-    taken = np.fromiter(sizes, np.int64, len(known))[kinds]
-    nbytes = bounds[:, 1] - bounds[:, 0]
-    if ((nbytes != taken) & (taken >= 0) | (nbytes < 0)).any():
-        raise _OddError
-    return Blocks(
-        shard,
-        entries,
-        types=[torch_type(dtype, shape) for dtype, shape in known],
-        kinds=kinds,
-        offsets=bounds[:, 0] + start,
-        nbytes=nbytes,
-    )
-
-
 def are_all(values: Iterable[object], kind: type) -> bool:
-    """Say whether all are of that type, and not of one derived from it."""
+    """Say whether all are of that type, and not of one derived from it: `true` is no number."""
     return set(map(type, values)) <= {kind}
 
 
-def _are_lists_of_sizes(values: Sequence[Any], limit: int) -> bool:
-    """Say whether these are lists of sizes; `true` is not one."""
-    if not are_all(values, list):
-        return False
-    numbers = list(chain.from_iterable(values))
-    if not numbers:
-        return True
-    return are_all(numbers, int) and min(numbers) >= 0 and max(numbers) <= limit
-
-
-def _problem(entry: object, dtypes: Mapping[str, DType]) -> str | None:
-    """Say what is wrong with an entry."""
-    return _field_problem(entry, dtypes) or _size_problem(entry, dtypes)
-
-
-def _field_problem(entry: object, dtypes: Mapping[str, DType]) -> str | None:
+def _field_problem(entry: object) -> str | None:
     if not isinstance(entry, dict) or not entry.keys() >= set(FIELDS):
         return f"its entry lacks dtype, shape or data_offsets: {shown(entry)}"
     if more := entry.keys() - set(FIELDS):
         return f"its entry has {shown(min(more))} besides dtype, shape and data_offsets"
-    name, shape, offsets = _FIELDS(entry)
-    if not isinstance(name, str) or dtype_called(name, dtypes) is None:
-        return f"unknown dtype {shown(name)}; known are {', '.join(dtypes)}"
-    if not _are_sizes(shape):
-        return f"shape {shown(shape)} is not a list of sizes"
-    if not _are_sizes(offsets, _OFFSET_MAX) or len(offsets) != _PAIR or offsets[0] > offsets[1]:
-        return f"data_offsets {shown(offsets)} are not [begin, end]"
     return None
 
 
-def _size_problem(entry: Any, dtypes: Mapping[str, DType]) -> str | None:  # noqa: ANN401  # sound
-    name, shape, (begin, end) = _FIELDS(entry)
-    dtype = dtype_called(name, dtypes)
-    bits = None if dtype is None else dtype.bits
-    if _is_immense(shape, bits):
-        return f"shape {shown(shape)} is beyond what 64 bits can count"
-    if bits is not None and (taken := _nbytes(shape, bits)) != end - begin:
-        return (
-            f"data_offsets {[begin, end]} hold {end - begin} bytes, but {name} of "
-            f"shape {shown(shape)} takes {taken}; the file is corrupt "
-            "(RecIS 1.0.0 writes this for rows of rank 2 or 3)"
-        )
+def _type(
+    name: object, shape: object, dtypes: Mapping[str, DType]
+) -> tuple[DType, tuple[int, ...]]:
+    """Return dtype and shape.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    dtype = dtype_called(name, dtypes) if isinstance(name, str) else None
+    if dtype is None:
+        raise ValueError(f"unknown dtype {shown(name)}; known are {', '.join(dtypes)}")
+    if not isinstance(shape, list) or not _are_sizes(shape, _INT64_MAX):
+        raise ValueError(f"shape {shown(shape)} is not a list of sizes")
+    if _is_immense(shape, dtype.bits):
+        raise ValueError(f"shape {shown(shape)} is beyond what 64 bits can count")
+    return dtype, tuple(shape)
+
+
+def _type_problem(row: tuple[object, object, object], dtypes: Mapping[str, DType]) -> str | None:
+    try:
+        _type(*row[:2], dtypes)
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _are_sizes(values: object, limit: int = _INT64_MAX) -> bool:
-    if not isinstance(values, list):
+def _are_sizes(numbers: Sequence[Any], limit: int) -> bool:
+    if not are_all(numbers, int):
         return False
-    return all(type(value) is int and 0 <= value <= limit for value in values)
+    return min(numbers, default=0) >= 0 and max(numbers, default=0) <= limit
+
+
+def _are_ranges(values: Sequence[Any]) -> bool:
+    """Say whether these are lists `[begin, end]`."""
+    if not are_all(values, list) or not set(map(len, values)) <= {_PAIR}:
+        return False
+    bounds = list(chain.from_iterable(values))
+    return _are_sizes(bounds, _OFFSET_MAX) and all(map(le, bounds[::2], bounds[1::2]))
+
+
+def _range_problem(value: object) -> str | None:
+    return None if _are_ranges([value]) else f"data_offsets {shown(value)} are not [begin, end]"
+
+
+def _size_problem(row: tuple[str, list[int], list[int]], taken: int) -> str:
+    name, shape, bounds = row
+    return (
+        f"data_offsets {bounds} hold {bounds[1] - bounds[0]} bytes, but {name} of shape "
+        f"{shown(shape)} takes {taken}; the file is corrupt "
+        "(RecIS 1.0.0 writes this for rows of rank 2 or 3)"
+    )
 
 
 def _is_immense(shape: Sequence[int], bits: int | None) -> bool:
@@ -210,9 +223,11 @@ def _is_immense(shape: Sequence[int], bits: int | None) -> bool:
     return _product((size for size in shape if size), 1) > _INT64_MAX
 
 
-def _nbytes(shape: Sequence[int], bits: int) -> int:
-    """Return the bytes of a tensor; `_INT64_MAX`, which no file has, if that is no such number."""
-    size = 0 if 0 in shape else _product(shape, bits)
+def _nbytes(dtype: DType, shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor: -1 if nobody knows, `_INT64_MAX` if no file has so many."""
+    if dtype.bits is None:
+        return -1
+    size = 0 if 0 in shape else _product(shape, dtype.bits)
     return _INT64_MAX if size % 8 else min(size // 8, _INT64_MAX)
 
 

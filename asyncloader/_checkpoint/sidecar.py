@@ -80,16 +80,21 @@ class PartRows:
     offsets: tuple[int, ...]
     """First row of each of 256 equal sub-slices, and the number of rows."""
 
+    @property
+    def cuts(self) -> list[int]:
+        """The first position of each sub-slice but the first."""
+        begin, share = self.slice.begin, self.slice.end - self.slice.begin
+        return [begin + share * number // SUB_SLICES for number in range(1, SUB_SLICES)]
+
     def among(self, wanted: Slice) -> range:
         """Return the rows of the sub-slices that `wanted`, of the same size, meets.
 
         The first sub-slice's are also what the part may hold of ids below its slice, the last one's
         what it may hold beyond: that is how rows are sorted.
         """
-        begin, share = self.slice.begin, self.slice.end - self.slice.begin
-        cuts = [begin + share * number // SUB_SLICES for number in range(1, SUB_SLICES)]
-        first = bisect_right(cuts, wanted.begin) if wanted.begin > begin else 0
-        last = bisect_left(cuts, wanted.end) + 1 if wanted.end < self.slice.end else SUB_SLICES
+        part, cuts = self.slice, self.cuts
+        first = bisect_right(cuts, wanted.begin) if wanted.begin > part.begin else 0
+        last = bisect_left(cuts, wanted.end) + 1 if wanted.end < part.end else SUB_SLICES
         return range(self.offsets[first], self.offsets[last])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -46,6 +45,17 @@ class Watched:
     no_bools: list[tuple[int, int]] = field(default_factory=list)
     """Where the first byte was that is neither 0 nor 1, and how many there were, by read."""
 
+    @property
+    def grain(self) -> int:
+        """Bytes that can only be looked at together."""
+        return 1 if self.block.digests is None else DIGEST_CHUNK
+
+    def room(self, piece: Piece, arena: Arena) -> memoryview:
+        """Return memory for some of its bytes."""
+        if self.memory is not None:
+            return self.memory[piece.position : piece.position + piece.length]
+        return arena.take(piece.length).numpy().data
+
     def look(self, begin: int, view: memoryview) -> None:
         """Look at bytes from `begin` on, whole chunks of them; belongs on a thread."""
         if self.block.digests is not None:
@@ -78,13 +88,12 @@ class Watched:
     def _ranges(self) -> str:
         ranges: list[tuple[int, int]] = []
         for number in sorted(self.damaged):
-            begin = number * DIGEST_CHUNK
-            end = min(begin + DIGEST_CHUNK, self.block.nbytes)
+            begin = self.block.offset + number * DIGEST_CHUNK
+            end = min(begin + DIGEST_CHUNK, self.block.offset + self.block.nbytes)
             if ranges and ranges[-1][1] == begin:
                 begin, _ = ranges.pop()
             ranges.append((begin, end))
-        at = self.block.offset
-        named = ", ".join(f"[{at + begin}, {at + end})" for begin, end in ranges[:_RANGES])
+        named = ", ".join(f"[{begin}, {end})" for begin, end in ranges[:_RANGES])
         more = len(ranges) - _RANGES
         return named + (f" and {more} more ranges" if more > 0 else "")
 
@@ -103,7 +112,7 @@ class Inspector:
         """Look at all bytes of some blocks; return whether all of them could be read."""
         limits = self.session.options
         extents = [
-            Extent(one.block.shard, one.block.offset, one.block.nbytes, number, 0, _grain(one))
+            Extent(one.block.shard, one.block.offset, one.block.nbytes, number, 0, one.grain)
             for number, one in enumerate(watched)
             if one.block.nbytes
         ]
@@ -122,7 +131,7 @@ class Inspector:
     async def _read(self, watched: Sequence[Watched], pool: StagingPool, read: Read) -> None:
         async with self.session.budget.reserve(read.length):
             arena = Arena(pool, read.length, len(read.pieces))
-            views = [_room(watched[piece.sink], piece, arena) for piece in read.pieces]
+            views = [watched[piece.sink].room(piece, arena) for piece in read.pieces]
             try:
                 await read_exactly(self.session.storage, read.shard, read.offset, views)
             except ReadError as error:
@@ -137,24 +146,8 @@ class Inspector:
         self.meter.note(read=read.length, wanted=read.length, current=current)
 
 
-def _grain(one: Watched) -> int:
-    return 1 if one.block.digests is None else DIGEST_CHUNK
-
-
-def _room(one: Watched, piece: Piece, arena: Arena) -> memoryview:
-    if one.memory is not None:
-        return one.memory[piece.position : piece.position + piece.length]
-    return arena.take(piece.length).numpy().data
-
-
 def _look_at_all(
     watched: Sequence[Watched], pieces: Sequence[Piece], views: Sequence[memoryview]
 ) -> None:
     for (number, position, _), view in zip(pieces, views, strict=True):
         watched[number].look(position, view)
-
-
-def memories(whole: memoryview, sizes: Sequence[int]) -> list[memoryview]:
-    """Cut memory into parts that follow each other."""
-    ends = list(itertools.accumulate(sizes))
-    return [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]

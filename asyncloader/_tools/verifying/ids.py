@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,35 +23,6 @@ if TYPE_CHECKING:
 _WINDOW = 1 << 18
 
 
-@dataclass(slots=True)
-class _Part:
-    """What was seen of a part so far."""
-
-    claim: Slice
-    cuts: NDArray[np.uint64]
-    """First position of each sub-slice but the first."""
-
-    strays: int = 0
-    example: int = 0
-    ascending: bool = True
-    last: np.uint64 = field(default_factory=lambda: np.uint64(0))
-    below: NDArray[np.int64] = field(default_factory=lambda: np.zeros(SUB_SLICES - 1, np.int64))
-    """How many positions are below each cut."""
-
-    def see(self, ids: NDArray[np.int64]) -> None:
-        outside = self.claim.strays(ids)
-        count = int(np.count_nonzero(outside))
-        if count and not self.strays:
-            self.example = int(ids[int(np.argmax(outside))])
-        self.strays += count
-        if self.ascending:
-            positions = ids.view(np.uint64) % np.uint64(self.claim.size)
-            self.ascending = bool(self.last <= positions[0])
-            self.ascending &= bool(np.all(positions[:-1] <= positions[1:]))
-            self.last = positions[-1]
-            self.below += np.searchsorted(positions, self.cuts)
-
-
 def check_part(
     ids: NDArray[np.int64],
     claim: Slice,
@@ -65,40 +35,42 @@ def check_part(
     Args:
         ids: int64 `[n]`.
         claim: The slice that the block claims.
-        block: Where they stand.
-        told: What the sidecar says of their order, if it does.
+        block: The block that holds them.
+        told: Their order, if the sidecar says something of it.
         problems: Receives what is wrong.
     """
-    begin, length = claim.begin, claim.end - claim.begin
-    cuts = [begin + length * number // SUB_SLICES for number in range(1, SUB_SLICES)]
-    part = _Part(claim, np.array(cuts, np.uint64))
+    strays = example = 0
     for window in _windows(ids):
-        part.see(window)
-    if part.strays:
-        problems.add(
-            f"{part.strays:,} of {len(ids):,} ids do not lie in its slice {claim}, such as "
-            f"{part.example}: nobody loads them",
-            block.shard,
-            block.key,
-        )
-    if told is not None:
-        _check_order(part, block, told, problems)
-
-
-def _check_order(part: _Part, block: Block, told: PartRows, problems: Problems) -> None:
-    if not part.ascending:
-        text = "its ids are not sorted by slice position, but the sidecar says where rows begin"
+        outside = claim.strays(window)
+        count = int(np.count_nonzero(outside))
+        if count and not strays:
+            example = int(window[int(np.argmax(outside))])
+        strays += count
+    if strays:
+        text = f"{strays:,} of {len(ids):,} ids do not lie in its slice {claim}, such as {example}"
+        problems.add(f"{text}: nobody loads them", block.shard, block.key)
+    if told is not None and (text := _disorder(ids, told)):
         problems.add(text, block.shard, block.key)
-        return
-    wrong = np.flatnonzero(part.below != np.array(told.offsets[1:-1]))
-    if len(wrong):
-        first = int(wrong[0])
-        problems.add(
-            f"sub-slice {first + 1} of {SUB_SLICES} begins at row {part.below[first]}, but the "
-            f"sidecar says {told.offsets[first + 1]}; offsets that are wrong: {len(wrong)}",
-            block.shard,
-            block.key,
-        )
+
+
+def _disorder(ids: NDArray[np.int64], told: PartRows) -> str:
+    """Say where ids are in another order than the sidecar says."""
+    cuts, last = np.array(told.cuts, np.uint64), np.uint64(0)
+    below = np.zeros(len(cuts), np.int64)  # how many positions are below each cut
+    for window in _windows(ids):
+        positions = window.view(np.uint64) % np.uint64(told.slice.size)
+        if positions[0] < last or np.any(positions[1:] < positions[:-1]):
+            return "its ids are not sorted by slice position, but the sidecar says where rows begin"
+        below += np.searchsorted(positions, cuts)
+        last = positions[-1]
+    wrong = np.flatnonzero(below != np.array(told.offsets[1:-1])).tolist()
+    if not wrong:
+        return ""
+    first = wrong[0]
+    return (
+        f"sub-slice {first + 1} of {SUB_SLICES} begins at row {below[first]}, but the sidecar says "
+        f"{told.offsets[first + 1]}; offsets that are wrong: {len(wrong)}"
+    )
 
 
 def _windows(ids: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

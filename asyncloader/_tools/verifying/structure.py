@@ -7,46 +7,40 @@ never read, and what loads, but cannot be what was meant.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.catalog import CatalogReader, find_source, is_recis
 from asyncloader._checkpoint.files import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
 from asyncloader._checkpoint.index import Catalog, Places
-from asyncloader._checkpoint.manifest import Manifest, read_manifest
-from asyncloader._checkpoint.parts import (
-    ID,
-    id_problems,
-    overlaps,
-    spread_problems,
-    table_problems,
-)
+from asyncloader._checkpoint.manifest import read_manifest
+from asyncloader._checkpoint.parts import ID, id_problems, overlaps, spread_problems, table_problems
 from asyncloader._checkpoint.safetensors import is_weight_map
 from asyncloader._checkpoint.sidecar import check_file
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from concurrent.futures import Executor
 
     from asyncloader._checkpoint.blocks import Block
     from asyncloader._checkpoint.header import ShardHeader
     from asyncloader._checkpoint.index import Part, Place
+    from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._checkpoint.problems import AllProblems
-    from asyncloader._checkpoint.sidecar import PartRows, Sidecar
+    from asyncloader._checkpoint.sidecar import PartRows
     from asyncloader._checkpoint.slices import Slice
     from asyncloader._storage.protocol import Storage
 
 
 _SHARD = re.compile(r".+\.safetensors")
 _PART = re.compile(r".+/part_[0-9]+_[0-9]+", re.DOTALL)
-# A load reads no description, so no load bounds it.
-_DESCRIPTION_MOST = 1 << 30
+_DESCRIPTION_MOST = 1 << 30  # no load reads it, so none bounds it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class TableIds:
     """The ids of one table, as far as they are sound."""
 
@@ -55,7 +49,7 @@ class TableIds:
     """By the slice that the block claims, in order."""
 
     told: Mapping[Slice, PartRows]
-    """How rows are spread, of parts of which the sidecar says as many rows as there are."""
+    """How the rows of a part are spread, where the sidecar says as many rows as there are."""
 
     @property
     def rows(self) -> int:
@@ -65,16 +59,14 @@ class TableIds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """What a checkpoint holds, as far as it is sound."""
+    """A checkpoint, as far as it is sound."""
 
     kind: str
-    """`RecIS checkpoint`, `safetensors file` or `Hugging Face folder`."""
-
     headers: Mapping[str, ShardHeader]
     tensors: int
-    tables: tuple[TableIds, ...]
+    tables: list[TableIds]
     files: int
-    """How many were read."""
+    """How many there are to read."""
 
 
 async def read_structure(
@@ -105,39 +97,30 @@ async def read_structure(
         return sorted(there)
 
     source = await find_source(storage, file, names)
-    recis = is_recis(source, file)
+    recis, is_map = is_recis(source, file), is_weight_map(source)
     reader = CatalogReader(storage, executor, problems)
-    catalog, files = Catalog(Places({}, {}), {}, source, recis=recis), set[str]()
-    if recis or is_weight_map(source):  # whether or not anything names them
-        files = {name for name in there if _SHARD.fullmatch(name)}
-    known = False
+    shards = sorted(filter(_SHARD.fullmatch, there)) if recis or is_map else []
+    # Where no file says what there is, each shard is looked at by itself.
+    catalog, known = Catalog(Places({}, {}), {}, source, tuple(shards), recis=recis), False
     with problems.caught():
         catalog = await reader.read(source, recis=recis, digests=True)
         known = True
-    for name in files - set(catalog.files) if known else ():
-        text = (
-            f"{source} does not name this file, so nobody reads it; left behind by an older save?"
-        )
-        problems.note(text, name)
     if DESCRIPTION in there and catalog.sidecar is not None:
         with problems.caught():
-            described = await reader.text(DESCRIPTION, _DESCRIPTION_MOST)
-            check = partial(check_file, problems, catalog.sidecar, DESCRIPTION, described)
+            text = await reader.text(DESCRIPTION, _DESCRIPTION_MOST)
+            check = partial(check_file, problems, catalog.sidecar, DESCRIPTION, text)
             await run_jobs(executor, [check])
+    for name in set(shards) - set(catalog.files):
+        odd = f"{source} does not name this file, so nobody reads it; left behind by an older save?"
+        problems.note(odd, name)
     manifest = await read_manifest(
-        storage,
-        catalog,
-        sorted(catalog.files if known else files),
-        parallel=parallel,
-        executor=executor,
-        problems=problems,
+        storage, catalog, catalog.files, parallel=parallel, executor=executor, problems=problems
     )
-    tables: tuple[TableIds, ...] = ()
-    if known:
-        [tables] = await run_jobs(executor, [_Check(manifest, problems).run])
-    others = {INDEX, TENSORKEY, SIDECAR, DESCRIPTION} & there if recis else {source} - set(files)
+    [tables] = await run_jobs(executor, [partial(_check, manifest, problems, known=known)])
+    others = {INDEX, TENSORKEY, SIDECAR, DESCRIPTION} & there if recis else {source}
+    kind = "RecIS checkpoint" if recis else "Hugging Face folder" if is_map else "safetensors file"
     return Structure(
-        kind=_kind(source, recis=recis),
+        kind=kind,
         headers=manifest.headers,
         tensors=len(catalog.tensors),
         tables=tables,
@@ -145,144 +128,129 @@ async def read_structure(
     )
 
 
-def _kind(source: str, *, recis: bool) -> str:
-    if recis:
-        return "RecIS checkpoint"
-    return "Hugging Face folder" if is_weight_map(source) else "safetensors file"
-
-
-@dataclass(slots=True)
-class _Check:
-    """Compares names, headers and the sidecar."""
-
-    manifest: Manifest
-    problems: AllProblems
-    unnamed: set[tuple[str, str]] = field(default_factory=set)
-    """Blocks that no name has led to yet: file and key."""
-
-    def run(self) -> tuple[TableIds, ...]:
-        catalog, headers = self.manifest.catalog, self.manifest.headers
-        for odd in self.manifest.oddities:
-            self.problems.note(odd.text, odd.file, odd.key)
-        self.unnamed = {(file, key) for file, header in headers.items() for key in header.blocks}
-        for file, header in headers.items():
-            self._note_strange_dtypes(file, header)
-        for place in catalog.tensors.values():
-            self._look_for_part(place)
-            self._block(place)
-        told: Mapping[str, tuple[PartRows, ...]] | None = None
-        if catalog.sidecar is None:
-            self.problems.note("no digests: bytes cannot be verified, only the structure")
-        else:
-            self._check_digests(catalog.sidecar)
-            with self.problems.caught():
-                told = catalog.sidecar.all_spread(self.manifest.location)
-        tables = tuple(
-            self._table(table, slots, None if told is None else told.get(table, ()))
-            for table, slots in catalog.tables.items()
-        )
-        for table in (told or {}).keys() - catalog.tables.keys():
-            self.problems.add(f"tells of this table, which {INDEX} does not name", SIDECAR, table)
-        for file, key in self.unnamed:
-            if not self.problems.blames(INDEX, key) and not self.problems.blames(TENSORKEY, key):
-                text = (
-                    f"stands in the shard, but {catalog.source} does not name it: nobody reads it"
-                )
-                self.problems.add(text, file, key)
-        return tables
-
-    def _note_strange_dtypes(self, file: str, header: ShardHeader) -> None:
-        if all(dtype.itemsize is not None for dtype, _ in header.blocks.types):
-            return
-        for block in header.blocks.values():
-            if block.dtype.itemsize is None:
-                text = f"is {block.dtype.name}, which torch does not have, so it cannot be loaded"
-                self.problems.note(text, file, block.key)
-
-    def _look_for_part(self, place: Place) -> None:
-        """Tell of a part of a table that is taken for a tensor, whose key would end in `^ `."""
-        if self.manifest.catalog.recis and _PART.fullmatch(place.key):
-            text = (
-                f"looks like a rank's part of a table, but {TENSORKEY} does not say of which, so "
-                "it is taken for a dense tensor"
-            )
-            if not self.problems.blames(TENSORKEY):
-                self.problems.add(text, INDEX, place.key)
-
-    def _block(self, place: Place) -> Block | None:
-        """Return the block at a place, unless it is known to be no good."""
-        if place.shard not in self.manifest.headers:
-            return None
-        try:
-            block = self.manifest.block(place)
-        except CheckpointError as error:
-            keys = {place.key, place.key.removesuffix("^ ")}
-            if not any(self.problems.blames(place.shard, key) for key in keys):
-                self.problems.error(error)
-            return None
-        self.unnamed.discard((block.shard, block.key))
-        return block
-
-    def _check_digests(self, sidecar: Sidecar) -> None:
-        """Tell of digests of what is not there."""
-        for file in sidecar.shards.keys() - set(self.manifest.catalog.files):
-            text = f"has digests of {file!r}, which {INDEX} does not name"
-            self.problems.add(text, SIDECAR)
-        for file, header in self.manifest.headers.items():
-            digests = sidecar.shards.get(file)
-            for key in digests.blocks.keys() - header.blocks.keys() if digests else ():
-                if not self.problems.blames(file, key):
-                    text = f"has digests of this block, which {file!r} does not have"
-                    self.problems.add(text, SIDECAR, key)
-
-    def _table(
-        self,
-        table: str,
-        slots: Mapping[str, tuple[Part, ...]],
-        told: tuple[PartRows, ...] | None,
-    ) -> TableIds:
-        """Check a table; `told` is what the sidecar says of it, or `None` if it says nothing."""
+def _check(manifest: Manifest, problems: AllProblems, *, known: bool) -> list[TableIds]:
+    """Compare names, headers and the sidecar; `known` says whether names could be read."""
+    catalog, headers = manifest.catalog, manifest.headers
+    for odd in manifest.oddities:
+        problems.note(odd.text, odd.file, odd.key)
+    _note_strange_dtypes(headers, problems)
+    find = partial(_find, manifest, problems)
+    found = [find(place) for place in catalog.tensors.values()]
+    if catalog.recis and not problems.blames(TENSORKEY):
+        _find_parts(catalog.tensors.block_keys.values(), problems)
+    tables = []
+    told = _told(manifest, problems)
+    for table, slots in catalog.tables.items():
         blocks: dict[str, dict[Slice, Block]] = {slot: {} for slot in slots}
-        for slot, parts in slots.items():
-            for part in parts:
-                block = self._block(part.place)
-                if block is not None:
-                    blocks[slot].setdefault(part.slice, block)
-                if block is not None and 0 in block.shape[1:]:
-                    text = f"{table}@{slot}: has the shape {list(block.shape)}, which are no rows"
-                    self.problems.add(f"{text} of anything", block.shard, block.key)
-        self.problems.take(table_problems(table, slots, blocks))
-        claims = {part.slice for part in slots.get(ID, ())}
-        if len({claim.size for claim in claims}) == 1:
-            for one, other in overlaps(claims):
-                text = f"positions [{other.begin}, {min(one.end, other.end)}) lie in several slices"
-                self.problems.add(text, None, table)
+        for slot, part in ((slot, part) for slot, parts in slots.items() for part in parts):
+            block = find(part.place)
+            found.append(block)
+            if block is not None:
+                blocks[slot].setdefault(part.slice, block)
+        _check_table(table, slots, blocks, problems)
         ids = {
             where: block
             for where, block in blocks.get(ID, {}).items()
             if not any(id_problems(table, block))
         }
-        agreed = {} if told is None else self._agreed(table, ids, claims, told)
-        return TableIds(table=table, parts=ids, told=agreed)
+        spread = {} if told is None else _spread(table, slots, ids, told.get(table, ()), problems)
+        tables.append(TableIds(table, ids, spread))
+    for table in (told or {}).keys() - catalog.tables.keys():
+        problems.add(f"tells of this table, which {INDEX} does not name", SIDECAR, table)
+    named = {(block.shard, block.key) for block in found if block is not None}
+    there = ((file, key) for file, header in headers.items() for key in header.blocks)
+    for file, key in there if known else ():
+        refused = problems.blames(INDEX, key) or problems.blames(TENSORKEY, key)
+        if (file, key) not in named and not refused:
+            text = f"stands in the shard, but {catalog.source} does not name it: nobody reads it"
+            problems.add(text, file, key)
+    return tables
 
-    def _agreed(
-        self,
-        table: str,
-        ids: Mapping[Slice, Block],
-        claims: set[Slice],
-        told: tuple[PartRows, ...],
-    ) -> dict[Slice, PartRows]:
-        """Return what the sidecar says of parts as they are."""
-        known = {part.slice: part for part in told}
-        for where in known.keys() - claims:
-            text = f"tells of a part {where} of this table, which {INDEX} does not name"
-            self.problems.add(text, SIDECAR, table)
-        for where in claims - known.keys():
-            self.problems.add(f"does not tell of its part {where}", SIDECAR, table)
-        agreed = {}
-        for where in known.keys() & ids.keys():
-            wrong = list(spread_problems(known[where], ids[where]))
-            self.problems.take(wrong)
-            if not wrong:
-                agreed[where] = known[where]
-        return agreed
+
+def _note_strange_dtypes(headers: Mapping[str, ShardHeader], problems: AllProblems) -> None:
+    for header in headers.values():
+        if any(dtype.itemsize is None for dtype, _ in header.blocks.types):
+            for block in header.blocks.values():
+                if block.dtype.itemsize is None:
+                    text = f"is {block.dtype.name}, which torch does not have"
+                    problems.note(f"{text}, so it cannot be loaded", block.shard, block.key)
+
+
+def _find_parts(keys: Iterable[str], problems: AllProblems) -> None:
+    """Tell of parts of tables that are taken for tensors: the keys of those end in `^ `."""
+    for key in filter(_PART.fullmatch, keys):
+        text = (
+            f"looks like a rank's part of a table, but {TENSORKEY} does not say of which, so it is "
+            "taken for a dense tensor"
+        )
+        problems.add(text, INDEX, key)
+
+
+def _find(manifest: Manifest, problems: AllProblems, place: Place) -> Block | None:
+    """Return the block at a place, unless it is known to be no good."""
+    if place.shard not in manifest.headers:
+        return None
+    try:
+        return manifest.block(place)
+    except CheckpointError as error:
+        keys = {place.key, place.key.removesuffix("^ ")}
+        if not any(problems.blames(place.shard, key) for key in keys):
+            problems.error(error)
+        return None
+
+
+def _told(manifest: Manifest, problems: AllProblems) -> Mapping[str, tuple[PartRows, ...]] | None:
+    """Return what the sidecar says of tables; tell of digests of blocks that are not there."""
+    catalog, headers = manifest.catalog, manifest.headers
+    if catalog.sidecar is None:
+        problems.note("no digests: bytes cannot be verified, only the structure")
+        return None
+    for file, digests in catalog.sidecar.shards.items():
+        if file not in catalog.files:
+            problems.add(f"has digests of {file!r}, which {INDEX} does not name", SIDECAR)
+        for key in digests.blocks.keys() - headers[file].blocks.keys() if file in headers else ():
+            if not problems.blames(file, key):
+                text = f"has digests of this block, which {file!r} does not have"
+                problems.add(text, SIDECAR, key)
+    told: Mapping[str, tuple[PartRows, ...]] | None = None
+    with problems.caught():
+        told = catalog.sidecar.all_spread(manifest.location)
+    return told  # noqa: RET504  # mypy does not know that the block may end early
+
+
+def _check_table(
+    table: str,
+    slots: Mapping[str, tuple[Part, ...]],
+    blocks: Mapping[str, Mapping[Slice, Block]],
+    problems: AllProblems,
+) -> None:
+    problems.take(table_problems(table, slots, blocks))
+    for slot, block in ((slot, one) for slot, of in blocks.items() for one in of.values()):
+        if 0 in block.shape[1:]:
+            text = f"has the shape {list(block.shape)}, which are no rows of anything"
+            problems.add(f"{table}@{slot}: {text}", block.shard, block.key)
+    claims = {part.slice for part in slots.get(ID, ())}
+    if len({claim.size for claim in claims}) == 1:
+        for one, other in overlaps(claims):
+            text = f"positions [{other.begin}, {min(one.end, other.end)}) lie in several slices"
+            problems.add(text, None, table)
+
+
+def _spread(
+    table: str,
+    slots: Mapping[str, tuple[Part, ...]],
+    ids: Mapping[Slice, Block],
+    told: tuple[PartRows, ...],
+    problems: AllProblems,
+) -> dict[Slice, PartRows]:
+    """Return what the sidecar says of parts as they are; tell of other parts."""
+    known, claims = {part.slice: part for part in told}, {part.slice for part in slots.get(ID, ())}
+    for where in known.keys() - claims:
+        text = f"tells of a part {where} of this table, which {INDEX} does not name"
+        problems.add(text, SIDECAR, table)
+    for where in claims - known.keys():
+        problems.add(f"does not tell of its part {where}", SIDECAR, table)
+    wrong = {w: list(spread_problems(known[w], ids[w])) for w in known.keys() & ids.keys()}
+    for found in wrong.values():
+        problems.take(found)
+    return {where: known[where] for where, found in wrong.items() if not found}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from asyncloader._checkpoint.problems import AllProblems
@@ -19,21 +20,21 @@ from asyncloader._tools.room import check_room, free_memory
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 from asyncloader.options import ReadOptions
 
-from .bytes import Inspector, Watched, memories
+from .bytes import Inspector, Watched
 from .findings import Verification, findings
 from .ids import check_part
-from .structure import TableIds, read_structure
+from .structure import read_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    import numpy as np
     from numpy.typing import NDArray
 
+    from asyncloader._checkpoint.slices import Slice
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
 
-    from .structure import Structure
+    from .structure import Structure, TableIds
 
 
 _ID_BYTES = 8
@@ -102,13 +103,11 @@ async def verify_session(session: Session, meter: Meter) -> Verification:
 
 
 async def _listed(session: Session) -> frozenset[str]:
-    def names() -> frozenset[str]:
-        if session.file is None:
-            return frozenset(os.listdir(session.storage.location))  # noqa: PTH208  # names
+    if session.file is not None:
         return frozenset([session.file])
-
+    listed = partial(os.listdir, session.storage.location)
     try:
-        return await session.on_disk(names)
+        return frozenset(await session.on_disk(listed))
     except ReadStalledError:  # an OSError, too
         raise
     except (FileNotFoundError, NotADirectoryError):
@@ -127,47 +126,42 @@ async def _read_bytes(inspector: Inspector, structure: Structure) -> None:
     }
     inspector.meter.total = sum(block.nbytes for block in blocks.values())
     kernels = inspector.session.threads.kernels
-    for ids in structure.tables:
-        [kept] = await run_jobs(kernels, [partial(_Kept.of, ids)])
-        if await inspector.inspect(kept.watched):  # or some ids are zeros that nobody wrote
-            await run_jobs(kernels, [partial(kept.check, inspector.problems)])
-        del kept
-        for block in ids.parts.values():
+    for table in structure.tables:
+        [room] = await run_jobs(kernels, [partial(_room_for, table)])
+        cuts = np.cumsum([block.rows for block in table.parts.values()], dtype=np.int64)
+        parts = dict(zip(table.parts, np.split(room, cuts), strict=False))
+        watched = [
+            Watched(block, parts[claim].view(np.uint8).data) for claim, block in table.parts.items()
+        ]
+        if await inspector.inspect(watched):  # or some ids are zeros that nobody wrote
+            check = partial(_check_ids, table, room, parts, inspector.problems)
+            await run_jobs(kernels, [check])
+        for block in table.parts.values():
             blocks.pop((block.shard, block.key), None)
     await inspector.inspect([Watched(block) for block in blocks.values()])
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """The ids of one table, in memory."""
+def _room_for(table: TableIds) -> NDArray[np.int64]:
+    """Return room for the ids of a table.
 
-    ids: TableIds
-    array: NDArray[np.int64]
-    watched: tuple[Watched, ...]
+    Raises:
+        MemoryError: If there is none.
+    """
+    check_room(f"the ids of table {table.table!r}", table.rows * _ID_BYTES, free_memory())
+    room: NDArray[np.int64] = zeros((table.rows,), torch.int64).numpy()
+    return room
 
-    @classmethod
-    def of(cls, ids: TableIds) -> _Kept:
-        """Make room for them; belongs on a thread.
 
-        Raises:
-            MemoryError: If there is none.
-        """
-        check_room(f"the ids of table {ids.table!r}", ids.rows * _ID_BYTES, free_memory())
-        array = zeros((ids.rows,), torch.int64).numpy()
-        sizes = [block.nbytes for block in ids.parts.values()]
-        views = memories(array.data.cast("B"), sizes) if ids.rows else [None] * len(sizes)
-        blocks = zip(ids.parts.values(), views, strict=True)
-        return cls(ids, array, tuple(Watched(block, view) for block, view in blocks))
-
-    def check(self, problems: AllProblems) -> None:
-        """Check all of them; they are sorted afterwards."""
-        begin = 0
-        for claim, block in self.ids.parts.items():
-            part = self.array[begin : begin + block.rows]
-            check_part(part, claim, block, self.ids.told.get(claim), problems)
-            begin += block.rows
-        assert begin == len(self.array)
-        count, example = count_duplicates(self.array)
-        if count:
-            text = f"{count:,} of {len(self.array):,} ids come twice or more, such as {example}"
-            problems.add(f"{text}: the later row would win", None, self.ids.table)
+def _check_ids(
+    table: TableIds,
+    ids: NDArray[np.int64],
+    parts: Mapping[Slice, NDArray[np.int64]],
+    problems: AllProblems,
+) -> None:
+    """Check all ids of a table; they are sorted afterwards."""
+    for claim, block in table.parts.items():
+        check_part(parts[claim], claim, block, table.told.get(claim), problems)
+    count, example = count_duplicates(ids)
+    if count:
+        text = f"{count:,} of {len(ids):,} ids come twice or more, such as {example}"
+        problems.add(f"{text}: the later row would win", None, table.table)
