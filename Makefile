@@ -79,7 +79,7 @@ clean: ## remove what the other targets made, .venv excepted
 .venv-lowest/installed: .venv/installed constraints-lowest.txt
 	@echo "Installing the lowest releases that are declared into .venv-lowest"
 	@.venv/bin/python -m venv --clear .venv-lowest
-	@grep -Ev '^(numba|numpy|rich|typer|opentelemetry-.*|prometheus-client|tenacity)==' constraints.txt \
+	@grep -Ev '^(numba|numpy|rich|typer|opentelemetry-.*|prometheus-client)==' constraints.txt \
 		> .venv-lowest/constraints.txt
 	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
 		--editable '.[metrics,otel]' $(LOWEST_TOOLS) \

@@ -26,8 +26,7 @@ from ._loading.transaction import run
 from ._planning.casts import checked_cast
 from ._table.protocol import UpdateCounts
 from ._threads.blocking import run_blocking
-from ._threads.collector import undisturbed
-from ._threads.jobs import run_jobs
+from ._threads.jobs import run_jobs, undisturbed
 from .options import ReadOptions
 
 if TYPE_CHECKING:

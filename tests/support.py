@@ -26,12 +26,14 @@ from asyncloader._planning.load_info import default_load_info
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets
 from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.disk import Disk
+from asyncloader._threads.pool import WorkerPool
 from asyncloader._threads.threads import Threads
 from asyncloader.options import ReadOptions
 from tests.oracle import TableData, flat_bytes, rows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._planning.targets import TensorTargets
     from asyncloader._storage.protocol import Storage
+    from asyncloader._threads.gate import Gate
 
 FDS = Path("/proc/self/fd")
 POISON = 0xA5
@@ -128,6 +131,17 @@ def running_tasks() -> set[asyncio.Task[object]]:
         return asyncio.all_tasks()
     except RuntimeError:
         return set()
+
+
+@contextlib.asynccontextmanager
+async def running_pool(size: int, gate: Gate | None = None) -> AsyncIterator[WorkerPool]:
+    """Hold threads that run; those that were given up on are not waited for."""
+    pool = WorkerPool(size, name="test", gate=gate)
+    await asyncio.to_thread(pool.start)
+    try:
+        yield pool
+    finally:
+        await asyncio.to_thread(pool.shutdown)
 
 
 @contextlib.contextmanager
@@ -249,6 +263,7 @@ class Run:
                 file=None,
                 storage=self.storage,
                 threads=threads,
+                disk=Disk(threads.reads),
                 options=ReadOptions(parallel=self.parallel, chunk_bytes=self.chunk_bytes),
                 budget=self.budget,
             )

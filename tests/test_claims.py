@@ -7,7 +7,6 @@ import gc
 import os
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +15,10 @@ import torch
 
 from asyncloader import Loader, LoadPlan, LoadReport
 from asyncloader._storage.local import LocalStorage
-from asyncloader._threads.lost import lost_memory
-from asyncloader._threads.patience import Patience
+from asyncloader._threads.call import lost_memory
+from asyncloader._threads.disk import Disk
 from tests.oracle import write_checkpoint
+from tests.support import running_pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -201,6 +201,7 @@ class Gate:
     def preadv(self, fd: int, views: Sequence[memoryview], offset: int, _: object) -> int:
         """Read; beyond the start of the file, when the gate is open."""
         if offset >= FAR:
+            self.thread = threading.current_thread()
             self.begun.set()
             self.opened.wait()
         return os.preadv(fd, views, offset)
@@ -215,10 +216,8 @@ async def test_memory_of_a_lost_read_is_known_though_who_waited_was_cancelled(
     (tmp_path / "file").write_bytes(bytes(FAR) + b"\1" * size)
     gate, buffer = Gate(), memoryview(bytearray(size))
     address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-    with ThreadPoolExecutor(4) as executor:
-        storage = LocalStorage(
-            tmp_path, executor=executor, patience=Patience(0.05), preadv=gate.preadv
-        )
+    async with running_pool(4) as pool:
+        storage = LocalStorage(tmp_path, disk=Disk(pool, seconds=0.05), preadv=gate.preadv)
         async with storage:
             reading = asyncio.ensure_future(
                 storage.on_thread("file", lambda read: read(FAR, [buffer]))
@@ -232,16 +231,15 @@ async def test_memory_of_a_lost_read_is_known_though_who_waited_was_cancelled(
             assert storage.lost == 1
             assert lost_memory() == [(address, address + size)]
         gate.opened.set()
+        await asyncio.to_thread(gate.thread.join)
     assert not lost_memory()
 
 
 async def test_a_lost_thread_begins_no_other_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(FAR) + b"\1" * 8)
     gate, buffer, later = Gate(), memoryview(bytearray(8)), bytearray(8)
-    with ThreadPoolExecutor(4) as executor:
-        storage = LocalStorage(
-            tmp_path, executor=executor, patience=Patience(0.05), preadv=gate.preadv
-        )
+    async with running_pool(4) as pool:
+        storage = LocalStorage(tmp_path, disk=Disk(pool, seconds=0.05), preadv=gate.preadv)
         async with storage:
             job: Callable[[Callable[[int, list[memoryview]], int]], int] = lambda read: (  # noqa: E731
                 read(FAR, [buffer]) + read(FAR, [memoryview(later)])
@@ -249,5 +247,6 @@ async def test_a_lost_thread_begins_no_other_read(tmp_path: Path) -> None:
             with pytest.raises(TimeoutError):
                 await storage.on_thread("file", job)
         gate.opened.set()
+        await asyncio.to_thread(gate.thread.join)
     assert bytes(buffer) == b"\1" * 8
     assert bytes(later) == bytes(8)

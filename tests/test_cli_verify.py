@@ -14,6 +14,7 @@ from asyncloader import CheckpointError, CheckpointNotFoundError, Progress, Read
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
 from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.disk import Disk
 from asyncloader._threads.threads import Threads
 from asyncloader._tools.verifying.verify import averify, verify_session
 from asyncloader.cli._app import run as command
@@ -684,6 +685,7 @@ async def verify_from(storage: MemoryStorage) -> Verification:
             file=None,
             storage=storage,
             threads=threads,
+            disk=Disk(threads.reads),
             options=replace(LIMITS, verify="off"),
             budget=ByteBudget(LIMITS.max_inflight_bytes),
         )

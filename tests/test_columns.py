@@ -23,7 +23,7 @@ from asyncloader._loading.destinations import describe_tensors
 from asyncloader._planning.choice import choose
 from asyncloader._planning.load_info import default_load_info
 from asyncloader._planning.targets import Targets, TensorTargets
-from asyncloader._threads.collector import undisturbed
+from asyncloader._threads.jobs import undisturbed
 from tests.oracle import write_checkpoint
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
 from asyncloader._loading.transaction import complete
 from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.disk import Disk
 from asyncloader._threads.threads import Threads
 from asyncloader.options import ReadOptions
 from tests.oracle import (
@@ -503,6 +504,7 @@ async def load_from(
             file=None,
             storage=storage,
             threads=threads,
+            disk=Disk(threads.reads),
             options=ReadOptions(parallel=how["parallel"], chunk_bytes=how["chunk_bytes"]),
             budget=ByteBudget(how["max_inflight_bytes"]),
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +11,8 @@ import pytest
 import torch
 
 from asyncloader import Loader
+from asyncloader._threads.gate import Gate
 from asyncloader._threads.lag import LagWatch
-from asyncloader._threads.pace import ReadPace, Seen
-from asyncloader._threads.throttle import Throttle, ThrottledExecutor
 from tests.live import build, publish
 from tests.support import nothing_left_behind
 
@@ -46,23 +43,21 @@ class Watched:
     times: Times = field(default_factory=Times)
 
     def __post_init__(self) -> None:
-        self.throttle = Throttle(cores=2)
-        self.watch = LagWatch(
-            self.throttle, bound=self.bound, pressure=self.pressure, clock=self.times
-        )
+        self.gate = Gate(most=1, cores=2)
+        self.watch = LagWatch(self.gate, bound=self.bound, pressure=self.pressure, clock=self.times)
 
     def ticks(self, lag: float, *, seconds: float) -> float:
         """Have ticks come so late for a while; return the pace after that."""
         for _ in range(round(seconds / 0.01)):
             self.times.now += 0.01
             self.watch.note(lag, self.times.now)
-        return self.throttle.pace
+        return self.gate.allowed
 
 
 async def test_a_loop_that_is_on_time_gets_full_speed_by_and_by() -> None:
     watched = Watched()
     async with watched.watch:
-        assert watched.throttle.pace == pytest.approx(0.3)
+        assert watched.gate.allowed == pytest.approx(0.3)
         paces = [watched.ticks(0.001, seconds=0.5) for _ in range(8)]
         assert paces == sorted(paces)
         assert 0.3 < paces[0] < 0.6
@@ -124,126 +119,6 @@ async def test_paces_do_not_grow_for_ever() -> None:
         paces = watched.watch.lag.paces
     assert 400 < len(paces) <= 1024
     assert [when for when, _ in paces] == sorted(when for when, _ in paces)
-
-
-@pytest.mark.parametrize(
-    ("pace", "places", "rest"), [(0.1, 1, 4.0), (0.25, 1, 1.0), (0.5, 1, 0.0), (0.98, 1, 0.0)]
-)
-def test_below_one_processor_each_job_is_followed_by_a_rest(
-    pace: float, places: int, rest: float
-) -> None:
-    """Of two processors, on a clock that only jobs and looks at it move."""
-    times = Times()
-    throttle = Throttle(cores=2, clock=times)
-    throttle.pace = pace
-    worked = 0.001
-
-    def job() -> None:
-        assert len(throttle._working) <= places
-        times.now += worked
-
-    rested: list[float] = []
-
-    def wait(timeout: float | None = None) -> bool:
-        assert timeout is not None
-        rested.append(timeout)
-        times.now += timeout
-        return False
-
-    throttle._changed.wait = wait  # type: ignore[method-assign]
-    throttle.work(job)
-    assert sum(rested) == pytest.approx(worked * rest)
-
-
-def test_as_many_work_at_a_time_as_the_pace_has_places_for() -> None:
-    throttle = Throttle(cores=4)
-    begun, gate = threading.Semaphore(0), threading.Semaphore(0)
-
-    def job() -> None:
-        begun.release()
-        gate.acquire()
-
-    with ThreadPoolExecutor(4) as pool:
-        paced = ThrottledExecutor(pool, throttle)
-        throttle.pace = 0.3
-        done = [paced.submit(job) for _ in range(4)]
-        begun.acquire()
-        assert not begun.acquire(blocking=False)
-        throttle.pace = 0.6
-        begun.acquire()
-        assert not begun.acquire(blocking=False)
-        throttle.pace = 1
-        for _ in range(2):
-            begun.acquire()
-        gate.release(4)
-        for one in done:
-            one.result()
-    assert repr(throttle) == "<Throttle 1.00: 0 working>"
-
-
-def test_a_rest_ends_when_full_speed_is_wanted() -> None:
-    times = Times()
-    throttle = Throttle(cores=1, clock=times)
-    throttle.pace = 0.5
-
-    def job() -> int:
-        times.now += 1.0  # a rest of a second on a clock that stands still: for ever
-        return 7
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(throttle.work, job)
-        while not throttle._working:
-            pass
-        throttle.pace = 1
-        assert first.result() == 7
-        assert pool.submit(throttle.work, lambda: 8).result() == 8
-
-
-def test_a_job_that_fails_gives_its_place_back() -> None:
-    throttle = Throttle(cores=1)
-    throttle.pace = 0.9
-
-    def fail() -> None:
-        raise OSError("no")
-
-    for _ in range(3):
-        with pytest.raises(OSError, match="no"):
-            throttle.work(fail)
-    assert throttle.work(lambda: 7) == 7
-
-
-@pytest.mark.parametrize("pace", [0.0, -1.0, 1.1, math.nan])
-def test_a_pace_that_makes_no_sense_is_refused(pace: float) -> None:
-    with pytest.raises(ValueError, match="at most 1"):
-        Throttle(cores=1).pace = pace
-
-
-async def test_a_read_that_waits_for_its_turn_can_be_taken_back() -> None:
-    throttle = Throttle(cores=1)
-    throttle.pace = 0.9
-    held, gate = threading.Event(), threading.Event()
-    ran: list[int] = []
-
-    def hold(_: Seen) -> None:
-        held.set()
-        gate.wait()
-
-    with ThreadPoolExecutor(4) as pool:
-        pace = ReadPace(pool, most=4, cores=4, throttle=throttle, clock=lambda: None)
-        first = asyncio.ensure_future(pace.run(hold))
-        await asyncio.to_thread(held.wait)
-        others = [
-            asyncio.ensure_future(pace.run(lambda _, n=n: ran.append(n)))  # type: ignore[misc]
-            for n in range(3)
-        ]
-        await asyncio.sleep(0)
-        for other in others:
-            other.cancel()
-        await asyncio.wait(others)
-        assert not first.done()
-        gate.set()
-        await first
-    assert not ran
 
 
 @pytest.mark.parametrize("how", [{"max_loop_lag": 0.005}, {"pressure": lambda: 0.5}])

@@ -3,16 +3,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
-import gc
-import itertools
 import os
 import random
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -24,13 +21,14 @@ from asyncloader._storage.direct import DirectReader
 from asyncloader._storage.local import LocalStorage
 from asyncloader._storage.preadv import preadv
 from asyncloader._storage.protocol import ThreadedStorage, fill, read_exactly, read_small, read_text
-from asyncloader._threads.jobs import run_jobs
-from asyncloader._threads.pace import Ran, ReadPace, Seen
-from tests.support import open_files
+from asyncloader._threads.call import Reading
+from asyncloader._threads.disk import Disk
+from asyncloader._threads.gate import Gate
+from asyncloader._threads.pool import WorkerPool
+from tests.support import open_files, running_pool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from concurrent.futures import Future
+    from collections.abc import Iterator, Sequence
 
     from asyncloader._storage.protocol import ReadInto
 
@@ -42,9 +40,9 @@ DEEP = 1 + (20 << 10)
 
 
 @pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as executor:
-        yield executor
+def disk() -> Iterator[Disk]:
+    with WorkerPool(4, name="test") as pool:
+        yield Disk(pool)
 
 
 @pytest.fixture
@@ -68,19 +66,19 @@ def opened(folder: Path) -> list[str]:
 @pytest.mark.parametrize("offset", [1, DEEP, DEEP - (4 << 10) - 10], ids=["start", "deep", "both"])
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 async def test_a_read_scatters_into_its_views(
-    folder: Path, pool: ThreadPoolExecutor, offset: int, *, direct: bool
+    folder: Path, disk: Disk, offset: int, *, direct: bool
 ) -> None:
     first, second = bytearray(3), bytearray(5)
-    async with LocalStorage(folder, executor=pool, direct_io=direct) as storage:
+    async with LocalStorage(folder, disk=disk, direct_io=direct) as storage:
         views = [memoryview(first), memoryview(second)]
         assert await storage.readinto("f2", offset + 7, views) == 8
     assert first + second == CONTENT[offset - 1 + 7 :][:8]
 
 
 async def test_only_the_first_read_gets_what_was_there_when_the_file_was_opened(
-    folder: Path, pool: ThreadPoolExecutor
+    folder: Path, disk: Disk
 ) -> None:
-    async with LocalStorage(folder, executor=pool) as storage:
+    async with LocalStorage(folder, disk=disk) as storage:
         await storage.size("f1")
         with (folder / "f1").open("r+b") as file:
             file.write(b"new")
@@ -91,11 +89,9 @@ async def test_only_the_first_read_gets_what_was_there_when_the_file_was_opened(
     assert second == b"new"
 
 
-async def test_a_read_at_the_end_is_short_and_then_empty(
-    folder: Path, pool: ThreadPoolExecutor
-) -> None:
+async def test_a_read_at_the_end_is_short_and_then_empty(folder: Path, disk: Disk) -> None:
     buffer = bytearray(10)
-    async with LocalStorage(folder, executor=pool) as storage:
+    async with LocalStorage(folder, disk=disk) as storage:
         size = await storage.size("f0")
         assert size == 1 + len(CONTENT)
         assert await storage.readinto("f0", size - 4, [memoryview(buffer)]) == 4
@@ -105,18 +101,18 @@ async def test_a_read_at_the_end_is_short_and_then_empty(
 
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 async def test_a_read_longer_than_one_step_is_whole(
-    tmp_path: Path, pool: ThreadPoolExecutor, *, direct: bool
+    tmp_path: Path, disk: Disk, *, direct: bool
 ) -> None:
     data = os.urandom(9 << 20)
     (tmp_path / "big").write_bytes(data)
     buffer = bytearray(len(data) + 10)
-    async with LocalStorage(tmp_path, executor=pool, direct_io=direct) as storage:
+    async with LocalStorage(tmp_path, disk=disk, direct_io=direct) as storage:
         assert await storage.readinto("big", 0, [memoryview(buffer)]) == len(data)
     assert buffer[: len(data)] == data
 
 
-async def test_few_descriptors_serve_many_files(folder: Path, pool: ThreadPoolExecutor) -> None:
-    async with LocalStorage(folder, executor=pool, descriptors=Descriptors(2)) as storage:
+async def test_few_descriptors_serve_many_files(folder: Path, disk: Disk) -> None:
+    async with LocalStorage(folder, disk=disk, descriptors=Descriptors(2)) as storage:
 
         async def first_byte(number: int) -> int:
             buffer = bytearray(1)
@@ -132,10 +128,8 @@ async def test_few_descriptors_serve_many_files(folder: Path, pool: ThreadPoolEx
     assert opened(folder) == []
 
 
-async def test_readers_of_one_file_share_its_descriptor(
-    folder: Path, pool: ThreadPoolExecutor
-) -> None:
-    async with LocalStorage(folder, executor=pool) as storage:
+async def test_readers_of_one_file_share_its_descriptor(folder: Path, disk: Disk) -> None:
+    async with LocalStorage(folder, disk=disk) as storage:
         async with asyncio.TaskGroup() as group:
             for _ in range(20):
                 group.create_task(storage.size("f1"))
@@ -157,32 +151,28 @@ def make_dangling(path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no FIFOs")
 @pytest.mark.parametrize("make", [os.mkfifo, make_folder, make_loop, make_dangling])
-async def test_only_regular_files_are_opened(
-    tmp_path: Path, pool: ThreadPoolExecutor, make: object
-) -> None:
+async def test_only_regular_files_are_opened(tmp_path: Path, disk: Disk, make: object) -> None:
     make(tmp_path / "odd")  # type: ignore[operator]  # one of the above
-    async with LocalStorage(tmp_path, executor=pool) as storage:
+    async with LocalStorage(tmp_path, disk=disk) as storage:
         with pytest.raises(OSError, match=r"regular file|symbolic link|[Nn]o such file|directory"):
             await storage.size("odd")
     assert opened(tmp_path) == []
 
 
-async def test_a_missing_folder_is_told_from_a_missing_file(
-    folder: Path, pool: ThreadPoolExecutor
-) -> None:
+async def test_a_missing_folder_is_told_from_a_missing_file(folder: Path, disk: Disk) -> None:
     for root, problem in ((folder / "x", "no such folder"), (folder / "f0", "not a folder")):
-        async with LocalStorage(root, executor=pool) as storage:
+        async with LocalStorage(root, disk=disk) as storage:
             with pytest.raises((FileNotFoundError, NotADirectoryError), match=problem):
                 await storage.size("index")
-    async with LocalStorage(folder, executor=pool) as storage:
+    async with LocalStorage(folder, disk=disk) as storage:
         with pytest.raises(FileNotFoundError, match="No such file"):
             await storage.size("index")
 
 
 async def test_who_is_cancelled_while_opening_leaves_no_descriptor(
-    folder: Path, pool: ThreadPoolExecutor
+    folder: Path, disk: Disk
 ) -> None:
-    async with LocalStorage(folder, executor=pool) as storage:
+    async with LocalStorage(folder, disk=disk) as storage:
         task = asyncio.ensure_future(storage.size("f1"))
         await asyncio.sleep(0)
         task.cancel()
@@ -248,94 +238,8 @@ async def test_a_small_file_is_read_whole_and_a_large_one_refused() -> None:
         await read_small(Stingy(b"abcdefgh", 3), "f", limit=7)
 
 
-class Gated(ThreadPoolExecutor):
-    """An executor whose threads wait at a gate before they do what they are told."""
-
-    def __init__(self) -> None:
-        super().__init__(2)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.arrived = threading.Semaphore(0)
-        self.submitted = 0
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401  # as the base has it
-        def wait_and_do() -> object:
-            self.arrived.release()
-            self.gate.wait()
-            return fn(*args, **kwargs)
-
-        self.submitted += 1
-        return super().submit(wait_and_do)
-
-
-CORES, MOST = 4, 9
-
-
-@pytest.mark.parametrize(
-    ("waits", "running", "limits"),
-    [
-        pytest.param(True, 1.0, [5, 6, 7, 8, 9, 9], id="a device is waited for"),
-        pytest.param(True, 0.2, [5, 6, 7, 8, 9, 9], id="a device and others"),
-        pytest.param(False, 1.0, [4, 4], id="nothing is waited for"),
-        pytest.param(False, 0.2, [3, 2, 2], id="others are waited for"),
-    ],
-)
-async def test_as_many_read_as_are_of_use(
-    pool: ThreadPoolExecutor, *, waits: bool, running: float, limits: list[int]
-) -> None:
-    moments = itertools.count()
-
-    def clock() -> Ran:
-        moment = next(moments)
-        return Ran(int(moment * running * 1e6), int(moment * (1 - running) * 1e6))
-
-    def job(seen: Seen) -> None:
-        seen.waited = waits
-
-    pace = ReadPace(pool, most=MOST, cores=CORES, clock=clock)
-    assert pace.limit == CORES
-    for limit in limits:
-        await pace.run(job)
-        assert pace.limit == limit
-
-
-async def test_the_pace_goes_back_to_the_usual_from_either_side(pool: ThreadPoolExecutor) -> None:
-    pace = ReadPace(pool, most=MOST, cores=CORES, clock=lambda: None)
-
-    def job(seen: Seen, *, waited: bool) -> None:
-        seen.waited = waited
-
-    limits = []
-    for waited in (True, True, False, False, False):
-        await pace.run(partial(job, waited=waited))
-        limits.append(pace.limit)
-    assert limits == [5, 6, 5, 4, 4]
-
-
-@pytest.mark.parametrize("extra", [0, 2])
-async def test_no_more_reads_run_than_the_pace_allows(extra: int) -> None:
-    def job(seen: Seen) -> int:
-        seen.waited = True
-        return 7
-
-    with Gated() as pool:
-        pace = ReadPace(pool, most=MOST, cores=CORES, clock=lambda: None)
-        for _ in range(extra):
-            await pace.run(job)
-        while pace._readers:  # noqa: ASYNC110  # a thread is about to see that nothing is left
-            await asyncio.sleep(0)
-        pool.gate.clear()
-        jobs = [asyncio.create_task(pace.run(job)) for _ in range(2 * MOST)]
-        for _ in range(10):
-            await asyncio.sleep(0)
-        submitted = pool.submitted
-        pool.gate.set()
-        assert submitted == extra + CORES + extra
-        assert await asyncio.gather(*jobs) == [7] * len(jobs)
-
-
 async def test_a_read_of_what_is_in_memory_knows_that_it_did_not_wait(
-    folder: Path, pool: ThreadPoolExecutor
+    folder: Path, disk: Disk
 ) -> None:
     """And one that did not get everything at once waits for the rest, and knows that."""
     await asyncio.to_thread((folder / "f2").read_bytes)
@@ -344,10 +248,10 @@ async def test_a_read_of_what_is_in_memory_knows_that_it_did_not_wait(
     def read() -> tuple[int, bool, int, bool]:
         fd = os.open(folder / "f2", os.O_RDONLY)
         try:
-            seen, late = Seen(), Seen()
-            count = preadv(fd, [memoryview(part) for part in parts], 6, seen)
+            first, late = Reading(), Reading()
+            count = preadv(fd, [memoryview(part) for part in parts], 6, first)
             beyond = preadv(fd, [memoryview(bytearray(10))], len(CONTENT) - 3, late)
-            return count, seen.waited, beyond, late.waited
+            return count, first.waited, beyond, late.waited
         finally:
             os.close(fd)
 
@@ -359,73 +263,9 @@ async def test_a_read_of_what_is_in_memory_knows_that_it_did_not_wait(
         assert not waited
 
 
-@pytest.mark.parametrize(("seconds", "limit"), [(1000, 2), (0, 3)], ids=["ran", "waited"])
-async def test_where_nobody_knows_what_a_read_waited_for_its_thread_does(
-    pool: ThreadPoolExecutor, seconds: int, limit: int
-) -> None:
-    calls = itertools.count()
-
-    def clock() -> Ran:
-        return Ran(next(calls) * seconds * 10**9, 0)
-
-    def job(seen: Seen) -> None:
-        seen.unsure = True
-
-    pace = ReadPace(pool, most=9, cores=2, clock=clock)
-    await pace.run(job)
-    assert pace.limit == limit
-
-
-async def test_readers_that_have_all_threads_let_others_have_a_turn() -> None:
-    order: list[str] = []
-    with ThreadPoolExecutor(1) as executor:
-        pace = ReadPace(executor, most=1, cores=1)
-
-        def job(_: Seen) -> None:
-            order.append("read")
-
-        gate = threading.Event()
-        first = asyncio.create_task(pace.run(lambda _: gate.wait()))
-        reads = [asyncio.create_task(pace.run(job)) for _ in range(5)]
-        await asyncio.sleep(0)
-        other = asyncio.get_running_loop().run_in_executor(executor, order.append, "other")
-        gate.set()
-        await asyncio.gather(first, other, *reads)
-    assert "read" in order[order.index("other") :]
-
-
-async def test_as_many_threads_read_as_the_pace_says_after_it_has_changed_too() -> None:
-    begun, gate = threading.Semaphore(0), threading.Semaphore(0)
-
-    def noted(seen: Seen, *, waited: bool) -> None:
-        seen.waited = waited
-
-    def held(seen: Seen, *, waited: bool) -> None:
-        seen.waited = waited
-        begun.release()
-        gate.acquire()
-
-    with ThreadPoolExecutor(6) as executor:
-        pace = ReadPace(executor, most=4, cores=1, clock=lambda: None)
-        for waited, limit in ((True, 4), (False, 1), (True, 4)):
-            for _ in range(4):
-                await pace.run(partial(noted, waited=waited))
-            assert pace.limit == limit
-            jobs = [asyncio.create_task(pace.run(partial(held, waited=waited))) for _ in range(9)]
-            for _ in range(limit):
-                await asyncio.to_thread(begun.acquire)
-            assert not begun.acquire(blocking=False)
-            gate.release(9)
-            await asyncio.gather(*jobs)
-            for _ in range(9 - limit):
-                begun.acquire()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="has no O_DIRECT")
-async def test_what_is_read_past_the_page_cache_was_opened_for_it(
-    folder: Path, pool: ThreadPoolExecutor
-) -> None:
-    async with LocalStorage(folder, executor=pool, direct_io=True) as storage:
+async def test_what_is_read_past_the_page_cache_was_opened_for_it(folder: Path, disk: Disk) -> None:
+    async with LocalStorage(folder, disk=disk, direct_io=True) as storage:
         await storage.size("f1")
         [number] = [
             int(entry.name)
@@ -435,192 +275,33 @@ async def test_what_is_read_past_the_page_cache_was_opened_for_it(
         assert fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT
 
 
-async def test_large_reads_go_by_the_pace_and_take_back_what_has_not_begun(
+async def test_large_reads_go_by_the_gate_and_take_back_what_has_not_begun(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "big").write_bytes(bytes(3 << 20))
     buffers = [bytearray(b"x" * (2 << 20)) for _ in range(8)]
-    with Gated() as pool:
-        async with LocalStorage(tmp_path, executor=pool, pace=ReadPace(pool, most=1)) as storage:
-            await storage.size("big")
-            pool.gate.clear()
-            before = pool.submitted
-            reads = [
-                asyncio.create_task(storage.readinto("big", 0, [memoryview(buffer)]))
-                for buffer in buffers
-            ]
-            for _ in range(5):
-                await asyncio.sleep(0)
-            assert pool.submitted == before + 1
-            for read in reads[1:]:
-                read.cancel()
-            for _ in range(5):
-                await asyncio.sleep(0)
-            assert [read.done() for read in reads] == [False] + [True] * 7
-            pool.gate.set()
-            assert await reads[0] == 2 << 20
+    reads = GatedReads()
+    async with (
+        running_pool(4, Gate(most=1)) as pool,
+        LocalStorage(tmp_path, disk=Disk(pool), preadv=reads) as storage,
+    ):
+        await storage.size("big")
+        reads.arrived.acquire()
+        reads.gate.clear()
+        tasks = [
+            asyncio.create_task(storage.readinto("big", DEEP, [memoryview(buffer)]))
+            for buffer in buffers
+        ]
+        await asyncio.to_thread(reads.arrived.acquire)
+        assert not reads.arrived.acquire(blocking=False)
+        for task in tasks[1:]:
+            task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert [task.done() for task in tasks] == [False] + [True] * 7
+        reads.gate.set()
+        assert await tasks[0] == 2 << 20
     assert [buffer[:1] for buffer in buffers] == [b"\0"] + [b"x"] * 7
-
-
-async def test_a_read_that_fails_or_never_begins_leaves_its_place(pool: ThreadPoolExecutor) -> None:
-    pace = ReadPace(pool, most=1, cores=1)
-
-    def fail(_: Seen) -> None:
-        raise OSError(errno.EIO, "I/O error")
-
-    for _ in range(3):
-        with pytest.raises(OSError, match="I/O error"):
-            await pace.run(fail)
-    jobs = [asyncio.create_task(pace.run(lambda _: 7)) for _ in range(3)]
-    await asyncio.sleep(0)
-    jobs[1].cancel()
-    done = await asyncio.gather(*jobs, return_exceptions=True)
-    assert [done[0], type(done[1]), done[2]] == [7, asyncio.CancelledError, 7]
-    assert pace.limit == 1
-
-
-async def test_a_read_that_no_thread_can_take_is_an_error_and_not_kept() -> None:
-    with ThreadPoolExecutor(1) as executor:
-        pass
-    pace = ReadPace(executor, most=2, cores=2)
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="shutdown"):
-            await pace.run(lambda _: 7)
-
-
-class Overtaken(ThreadPoolExecutor):
-    """Has a job carried out, and then says that there are no threads to be had.
-
-    As the real one may: it puts a job into its queue before it starts a thread.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(1)
-        self.refusing = True
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401  # as the base has it
-        if self.refusing:
-            fn(*args, **kwargs)
-            raise RuntimeError("can't start new thread")
-        return super().submit(fn, *args, **kwargs)
-
-
-async def test_a_read_that_was_taken_before_its_thread_was_refused_counts_once() -> None:
-    with Overtaken() as executor:
-        pace = ReadPace(executor, most=2, cores=2, clock=lambda: None)
-        for _ in range(3):
-            assert await pace.run(lambda _: 7) == 7
-        executor.refusing = False
-        assert await pace.run(lambda _: 8) == 8
-        assert await run_jobs(executor, [lambda: 9]) == [9]
-        executor.refusing = True
-        assert await run_jobs(executor, [lambda: 9]) == [9]
-
-
-class Queueing(ThreadPoolExecutor):
-    """Puts jobs into its queue while it says that there are no threads to be had."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-        self.refusing = True
-        self.queue: list[Callable[[], object]] = []
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401  # as the base has it
-        if self.refusing:
-            self.queue.append(partial(fn, *args, **kwargs))
-            raise RuntimeError("can't start new thread")
-        return super().submit(fn, *args, **kwargs)
-
-
-async def test_a_job_that_was_refused_does_not_run_later() -> None:
-    ran: list[str] = []
-    with Queueing() as executor:
-        pace = ReadPace(executor, most=2, cores=2)
-        with pytest.raises(RuntimeError, match="new thread"):
-            await pace.run(lambda _: ran.append("read"))
-        with pytest.raises(RuntimeError, match="new thread"):
-            await run_jobs(executor, [lambda: ran.append("job")])
-        for late in executor.queue:
-            late()
-        assert not ran
-        executor.refusing = False
-        assert await pace.run(lambda _: 7) == 7
-
-
-async def test_reads_whose_executor_drops_them_fail_and_are_not_cancelled() -> None:
-    held, gate = threading.Event(), threading.Event()
-
-    def hold(_: Seen) -> None:
-        held.set()
-        gate.wait()
-
-    executor = ThreadPoolExecutor(1)
-    busy = executor.submit(hold, Seen())
-    pace = ReadPace(executor, most=2, cores=2)
-    reads = [asyncio.create_task(pace.run(lambda _: 7)) for _ in range(3)]
-    await asyncio.to_thread(held.wait)
-    await asyncio.sleep(0)
-    executor.shutdown(wait=False, cancel_futures=True)
-    gate.set()
-    outcomes = await asyncio.gather(*reads, return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 3
-    await asyncio.to_thread(busy.result)
-
-
-async def test_reads_whose_executor_is_broken_fail() -> None:
-    def broken() -> None:
-        raise ValueError("no")
-
-    with ThreadPoolExecutor(1, initializer=broken) as executor:
-        pace = ReadPace(executor, most=1, cores=1)
-        with pytest.raises(RuntimeError, match=r"initializer|not usable"):
-            await pace.run(lambda _: 7)
-
-
-async def test_a_pace_that_slows_down_ends_readers_while_others_wait() -> None:
-    begun, order = threading.Semaphore(0), itertools.count()
-    crowded = itertools.count()  # each look at the clock finds that much more of waiting
-    # One for each round: a second read must not take what the first of another needs.
-    first, second = threading.Event(), threading.Event()
-
-    def job(_: Seen) -> None:
-        gate = first if next(order) < 4 else second
-        begun.release()
-        gate.wait()
-
-    with ThreadPoolExecutor(4) as executor:
-        pace = ReadPace(executor, most=4, cores=4, clock=lambda: Ran(0, next(crowded)))
-        reads = [asyncio.create_task(pace.run(job)) for _ in range(9)]
-        try:
-            for _ in range(4):
-                await asyncio.to_thread(begun.acquire)
-            first.set()  # they have waited for a processor, so that two go on
-            await asyncio.gather(*reads[:4])
-            for _ in range(2):
-                await asyncio.to_thread(begun.acquire)
-            assert pace.limit == 2
-            assert not begun.acquire(blocking=False)
-        finally:
-            first.set()
-            second.set()
-        await asyncio.gather(*reads)
-
-
-async def test_an_error_of_a_read_holds_on_to_nothing(pool: ThreadPoolExecutor) -> None:
-    pace = ReadPace(pool, most=1, cores=1)
-    buffer = bytearray(10)
-
-    def fail(_: Seen, view: memoryview) -> None:
-        raise OSError(errno.EIO, f"no {len(view)} bytes")
-
-    gc.disable()
-    try:
-        with pytest.raises(OSError, match="no 10 bytes"):
-            await pace.run(partial(fail, view=memoryview(buffer)))
-        assert await pace.run(lambda _: 7) == 7  # the thread is done with the one before
-        buffer.clear()  # fails where a view is left
-    finally:
-        gc.enable()
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="has no O_DIRECT")
@@ -633,8 +314,8 @@ def test_a_direct_read_gives_what_a_plain_one_does(shared: Path, data: st.DataOb
     plain = os.open(shared, os.O_RDONLY)
     try:
         both = [[memoryview(bytearray(size)) for size in sizes] for _ in range(2)]
-        count = DirectReader(step=8 << 10).preadv(fd, both[0], offset, Seen())
-        assert count == preadv(plain, both[1], offset, Seen())
+        count = DirectReader(step=8 << 10).preadv(fd, both[0], offset, Reading())
+        assert count == preadv(plain, both[1], offset, Reading())
         assert both[0] == both[1]
     finally:
         os.close(fd)
@@ -653,7 +334,7 @@ def test_a_file_whose_system_refuses_a_direct_read_is_read_all_the_same(tmp_path
         def read(number: int) -> int:
             gate.wait()
             begin = 5 + number
-            return reader.preadv(fd, [memoryview(target)[begin : begin + 100]], begin, Seen())
+            return reader.preadv(fd, [memoryview(target)[begin : begin + 100]], begin, Reading())
 
         with ThreadPoolExecutor(4) as together:  # all of them find out at the same time
             assert list(together.map(read, range(0, 400, 100))) == [100] * 4
@@ -671,10 +352,10 @@ class GatedReads:
         self.arrived = threading.Semaphore(0)
         self.done = 0
 
-    def __call__(self, fd: int, views: Sequence[memoryview], offset: int, seen: Seen) -> int:
+    def __call__(self, fd: int, views: Sequence[memoryview], offset: int, reading: Reading) -> int:
         self.arrived.release()
         self.gate.wait()
-        count = preadv(fd, views, offset, seen)
+        count = preadv(fd, views, offset, reading)
         self.done += 1
         return count
 
@@ -682,11 +363,11 @@ class GatedReads:
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("size", [4, 1 << 20], ids=["small", "large"])
 async def test_who_is_cancelled_while_reading_waits_until_nobody_writes_any_more(
-    tmp_path: Path, pool: ThreadPoolExecutor, times: int, size: int
+    tmp_path: Path, disk: Disk, times: int, size: int
 ) -> None:
     (tmp_path / "f").write_bytes(CONTENT * 40)
     buffer, reads = bytearray(size), GatedReads()
-    async with LocalStorage(tmp_path, executor=pool, preadv=reads) as storage:
+    async with LocalStorage(tmp_path, disk=disk, preadv=reads) as storage:
         await storage.size("f")  # open
         reads.arrived.acquire()
         reads.gate.clear()
@@ -711,35 +392,37 @@ async def test_who_is_cancelled_before_a_thread_has_begun_waits_for_nobody(
 ) -> None:
     (tmp_path / "f").write_bytes(CONTENT * 40)
     buffer, reads = bytearray(size), GatedReads()
-    with ThreadPoolExecutor(1) as pool:
-        async with LocalStorage(tmp_path, executor=pool, preadv=reads) as storage:
-            await storage.size("f")
-            busy = threading.Event()
-            pool.submit(busy.wait)
-            reading = asyncio.create_task(storage.readinto("f", DEEP - 1, [memoryview(buffer)]))
-            await asyncio.sleep(0)
-            reading.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await reading
-            busy.set()
+    async with (
+        running_pool(1) as pool,
+        LocalStorage(tmp_path, disk=Disk(pool), preadv=reads) as storage,
+    ):
+        await storage.size("f")
+        busy = threading.Event()
+        pool.submit(busy.wait)
+        reading = asyncio.create_task(storage.readinto("f", DEEP - 1, [memoryview(buffer)]))
+        await asyncio.sleep(0)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        busy.set()
     assert reads.done == 1  # when it was opened
     assert not any(buffer)
 
 
 async def test_a_reader_that_is_cancelled_disturbs_no_other(folder: Path) -> None:
     buffers = [bytearray(4) for _ in range(4)]
-    with Gated() as pool:
-        async with LocalStorage(folder, executor=pool) as storage:
-            pool.gate.clear()
-            readers = [
-                asyncio.create_task(storage.readinto("f3", DEEP, [memoryview(buffer)]))
-                for buffer in buffers
-            ]
-            await asyncio.sleep(0)
-            readers[0].cancel()  # the one that is opening the file for all
-            await asyncio.sleep(0)
-            pool.gate.set()
-            results = await asyncio.gather(*readers, return_exceptions=True)
+    async with running_pool(1) as pool, LocalStorage(folder, disk=Disk(pool)) as storage:
+        busy = threading.Event()
+        pool.submit(busy.wait)
+        readers = [
+            asyncio.create_task(storage.readinto("f3", DEEP, [memoryview(buffer)]))
+            for buffer in buffers
+        ]
+        await asyncio.sleep(0)
+        readers[0].cancel()  # the one that is opening the file for all
+        await asyncio.sleep(0)
+        busy.set()
+        results = await asyncio.gather(*readers, return_exceptions=True)
     assert isinstance(results[0], asyncio.CancelledError)
     assert results[1:] == [4, 4, 4]
     assert {bytes(buffer) for buffer in buffers[1:]} == {CONTENT[:4]}
@@ -748,7 +431,7 @@ async def test_a_reader_that_is_cancelled_disturbs_no_other(folder: Path) -> Non
 
 @pytest.mark.parametrize("max_open", [1, 2, 5])
 async def test_whoever_comes_and_goes_reads_right_and_leaves_no_descriptor(
-    folder: Path, pool: ThreadPoolExecutor, max_open: int
+    folder: Path, disk: Disk, max_open: int
 ) -> None:
     rng = random.Random(max_open)
 
@@ -763,9 +446,7 @@ async def test_whoever_comes_and_goes_reads_right_and_leaves_no_descriptor(
         assert buffer == (CONTENT[:3] if offset else bytes([number]) + CONTENT[:2])
 
     for _ in range(10):
-        async with LocalStorage(
-            folder, executor=pool, descriptors=Descriptors(max_open)
-        ) as storage:
+        async with LocalStorage(folder, disk=disk, descriptors=Descriptors(max_open)) as storage:
             users = [asyncio.create_task(use(storage, rng.randrange(6))) for _ in range(30)]
             for user in users:
                 if not rng.randrange(5):
@@ -776,10 +457,8 @@ async def test_whoever_comes_and_goes_reads_right_and_leaves_no_descriptor(
         assert opened(folder) == []
 
 
-async def test_a_file_replaced_during_a_load_is_not_read_on(
-    folder: Path, pool: ThreadPoolExecutor
-) -> None:
-    async with LocalStorage(folder, executor=pool, descriptors=Descriptors(1)) as storage:
+async def test_a_file_replaced_during_a_load_is_not_read_on(folder: Path, disk: Disk) -> None:
+    async with LocalStorage(folder, disk=disk, descriptors=Descriptors(1)) as storage:
         await storage.size("f0")
         (folder / "new").write_bytes(b"other content")
         (folder / "new").rename(folder / "f0")
@@ -792,12 +471,12 @@ async def test_a_file_replaced_during_a_load_is_not_read_on(
 
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 async def test_many_views_are_filled_step_by_step(
-    tmp_path: Path, pool: ThreadPoolExecutor, *, direct: bool
+    tmp_path: Path, disk: Disk, *, direct: bool
 ) -> None:
     data = os.urandom(11 << 20)
     (tmp_path / "big").write_bytes(data)
     buffers = [bytearray(size) for size in (3 << 20, 1, 5 << 20, 0, 3 << 20)]
-    async with LocalStorage(tmp_path, executor=pool, direct_io=direct) as storage:
+    async with LocalStorage(tmp_path, disk=disk, direct_io=direct) as storage:
         count = await storage.readinto("big", 0, [memoryview(buffer) for buffer in buffers])
     assert count == len(data)
     assert b"".join(buffers)[: len(data)] == data
@@ -809,10 +488,8 @@ async def test_text_is_not_read_beyond_its_first_zero_byte() -> None:
         await read_text(Stingy(b"{ab\0}", 3), "f", 1, 4)
 
 
-async def test_a_file_has_changed_once_it_is_another_one_or_gone(
-    folder: Path, pool: ThreadPoolExecutor
-) -> None:
-    async with LocalStorage(folder, executor=pool) as storage:
+async def test_a_file_has_changed_once_it_is_another_one_or_gone(folder: Path, disk: Disk) -> None:
+    async with LocalStorage(folder, disk=disk) as storage:
         await storage.size("f1")
         assert await storage.changed(["f1", "f2"]) == []
         (folder / "new").write_bytes((folder / "f1").read_bytes())
@@ -822,9 +499,7 @@ async def test_a_file_has_changed_once_it_is_another_one_or_gone(
         assert await storage.changed(["f2", "f1"]) == ["f1"]
 
 
-async def test_a_thread_that_is_lent_reads_as_often_as_it_likes(
-    folder: Path, pool: ThreadPoolExecutor
-) -> None:
+async def test_a_thread_that_is_lent_reads_as_often_as_it_likes(folder: Path, disk: Disk) -> None:
     """And what it is lent for runs there, not on the event loop's thread."""
 
     def job(read: ReadInto) -> tuple[bytes, threading.Thread]:
@@ -833,7 +508,7 @@ async def test_a_thread_that_is_lent_reads_as_often_as_it_likes(
         fill(read, "f3", 11, memoryview(second))
         return bytes(first + second), threading.current_thread()
 
-    async with LocalStorage(folder, executor=pool) as storage:
+    async with LocalStorage(folder, disk=disk) as storage:
         assert isinstance(storage, ThreadedStorage)
         found, thread = await storage.on_thread("f3", job)
     assert found == CONTENT[:3] + CONTENT[10:14]
@@ -841,9 +516,7 @@ async def test_a_thread_that_is_lent_reads_as_often_as_it_likes(
     assert not isinstance(Stingy(b"", 1), ThreadedStorage)
 
 
-async def test_who_is_cancelled_waits_for_the_thread_that_is_lent(
-    folder: Path, pool: ThreadPoolExecutor
-) -> None:
+async def test_who_is_cancelled_waits_for_the_thread_that_is_lent(folder: Path, disk: Disk) -> None:
     started, go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
     done = []
@@ -853,7 +526,7 @@ async def test_who_is_cancelled_waits_for_the_thread_that_is_lent(
         go_on.wait()
         done.append(True)
 
-    async with LocalStorage(folder, executor=pool) as storage:
+    async with LocalStorage(folder, disk=disk) as storage:
         task = asyncio.ensure_future(storage.on_thread("f1", job))
         await started.wait()
         task.cancel()

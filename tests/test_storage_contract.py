@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,8 +11,9 @@ import pytest
 from asyncloader._storage.local import LocalStorage
 from asyncloader._storage.protocol import ThreadedStorage, fill, read_exactly
 from asyncloader._storage.retrying import RetryingStorage, ThreadedRetryingStorage
+from asyncloader._threads.disk import Disk
 from tests.faulty import FaultyStorage, raises
-from tests.support import MemoryStorage, open_files
+from tests.support import MemoryStorage, open_files, running_pool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -61,11 +60,8 @@ BACKENDS: dict[str, Callable[[LocalStorage], Storage]] = {
 async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Storage]:
     (tmp_path / "f").write_bytes(CONTENT)
     (tmp_path / "g").write_bytes(b"")
-    with ThreadPoolExecutor(3) as pool:
-        for one in [pool.submit(os.getpid) for _ in range(3)]:
-            one.result()
-        async with LocalStorage(tmp_path, executor=pool) as local:
-            yield BACKENDS[request.param](local)
+    async with running_pool(3) as pool, LocalStorage(tmp_path, disk=Disk(pool)) as local:
+        yield BACKENDS[request.param](local)
     assert not [name for name in open_files() if name.startswith(str(tmp_path))]
 
 

@@ -25,6 +25,7 @@ from asyncloader import (
 )
 from asyncloader._checkpoint.sidecar import parse_sidecar
 from asyncloader._storage.local import LocalStorage
+from asyncloader._threads.disk import Disk
 from asyncloader._threads.threads import Threads
 from tests.oracle import TableData, edit_json, shard_header, write_checkpoint
 from tests.support import Run, data, rows_in, rows_on_disk, table_for, unchanged
@@ -363,7 +364,7 @@ async def load_while_replaced(path: Path, at: int) -> tuple[str, int]:
         after.insert(NEW.ids, rows, slot)
     saver = Saver(path=path, hashtables={"t": after}, tensors=NEW_TENSORS, parallel=5)
     table, tensors = table_for(OLD), {name: torch.zeros(3) for name in OLD_TENSORS}
-    async with Threads(reads=2) as threads, LocalStorage(path, executor=threads.reads) as real:
+    async with Threads(reads=2) as threads, LocalStorage(path, disk=Disk(threads.reads)) as real:
         storage = Replaced(real, at, saver.save)
         try:
             await Run(storage=storage, tables={"t": table}, tensors=tensors).load()

@@ -1,56 +1,22 @@
-"""Threads that can be given up on."""
+"""Threads that can be given up on, and how long they are waited for."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 
-from asyncloader._threads.patience import Errand, Patience, Pulse, StalledError
+from asyncloader._threads.call import Call, Reading, StalledError
+from asyncloader._threads.disk import Disk
 from asyncloader._threads.pool import WorkerPool
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-
-Side: TypeAlias = "Callable[[WorkerPool], Callable[[threading.Thread], object]]"
-
-
-def replace(pool: WorkerPool, thread: threading.Thread) -> None:
-    """Have another thread take a thread's place."""
-    if pool.strike_off(thread):
-        pool.start()
-
-
-def nothing() -> None:
-    """Do nothing."""
-
-
-@pytest.fixture
-def side() -> Iterator[Side]:
-    """Give what replaces threads elsewhere: starting one means waiting for it."""
-    with ThreadPoolExecutor(1) as executor:
-        executor.submit(nothing).result()
-        yield lambda pool: lambda thread: executor.submit(replace, pool, thread)
+from tests.support import running_pool
 
 
 def pool_of(size: int) -> WorkerPool:
-    return WorkerPool(size, name="test", initializer=nothing)
-
-
-@contextlib.asynccontextmanager
-async def running_pool(size: int) -> AsyncIterator[WorkerPool]:
-    pool = pool_of(size)
-    await asyncio.to_thread(pool.start)
-    try:
-        yield pool
-    finally:
-        await asyncio.to_thread(pool.shutdown)
+    return WorkerPool(size, name="test")
 
 
 def test_jobs_are_run_by_a_few_threads_and_return_or_raise() -> None:
@@ -97,238 +63,24 @@ def test_a_job_that_is_cancelled_before_it_begins_is_not_run() -> None:
     assert not ran.is_set()
 
 
-def test_a_thread_that_does_not_come_back_is_replaced_and_not_waited_for() -> None:
-    pool = pool_of(1)
-    gate, ended = threading.Event(), threading.Event()
-    stuck: list[threading.Thread] = []
-    begun = threading.Event()
+class Held:
+    """A call whose thread waits until it is let go on."""
 
-    def wait() -> None:
-        stuck.append(threading.current_thread())
-        begun.set()
-        gate.wait()
-        ended.set()
+    def __init__(self, pool: WorkerPool) -> None:
+        self.go_on, self.begun = threading.Event(), threading.Event()
+        self.call = Call(self._wait)
+        pool.put(self.call)
+        self.begun.wait()
+        assert self.call.thread is not None
+        self.thread = self.call.thread
 
-    pool.submit(wait)
-    begun.wait()
-    replace(pool, stuck[0])
-    replace(pool, stuck[0])  # once is enough
-    other = pool.submit(threading.current_thread).result()
-    assert other is not stuck[0]
-    pool.shutdown()  # returns
-    assert not ended.is_set()
-    gate.set()
-    stuck[0].join()
-    assert ended.is_set()
+    def _wait(self) -> None:
+        self.begun.set()
+        self.go_on.wait()
 
-
-def test_a_thread_that_comes_back_just_before_it_is_replaced_does_one_more_job_at_most() -> None:
-    for _ in range(50):
-        pool = pool_of(1)
-        thread = pool.submit(threading.current_thread).result()
-        replace(pool, thread)
-        assert pool.submit(int, "7").result() == 7
-        pool.shutdown()
-        thread.join()
-
-
-async def test_an_errand_that_ends_in_time_is_not_given_up(side: Side) -> None:
-    async with running_pool(2) as pool:
-        patience = Patience(60, replace=side(pool))
-        errand = Errand(partial(int, "7"))
-        pool.submit(errand.run)
-        assert await patience.wait_for(errand) == 7
-        wrong = Errand(partial(int, "x"))
-        pool.submit(wrong.run)
-        with pytest.raises(ValueError, match="invalid literal"):
-            await patience.wait_for(wrong)
-        assert repr(patience) == "<Patience 60 s: 0 under way, 0 lost>"
-        patience.close()
-
-
-async def test_an_errand_that_takes_too_long_is_given_up_and_its_result_is_late(side: Side) -> None:
-    gate, late = threading.Event(), threading.Event()
-    slow: list[str] = []
-    async with running_pool(1) as pool:
-        patience = Patience(0.05, replace=side(pool))
-        errand = Errand(gate.wait, late=lambda _: late.set())
-        pool.submit(errand.run)
-        with pytest.raises(StalledError, match=r"no answer from the storage for 0\.05 seconds"):
-            await patience.wait_for(errand, on_slow=partial(slow.append, "slow"))
-        assert (slow, patience.lost) == (["slow"], 1)
-        # There is a thread for it.
-        assert await patience.run(pool, partial(int, "7")) == 7
-        assert not late.is_set()
-        gate.set()
-        await asyncio.to_thread(late.wait)
-        patience.close()
-
-
-async def test_who_is_slow_is_waited_for_but_keeps_no_other_waiting(side: Side) -> None:
-    gate, slow = threading.Event(), asyncio.Event()
-    clock = itertools.count(step=0.4)  # each look comes so much later
-    async with running_pool(1) as pool:
-        patience = Patience(None, replace=side(pool), clock=lambda: next(clock))
-        errand = Errand(gate.wait, label="a file")
-        pool.submit(errand.run)
-        waiting = asyncio.create_task(patience.wait_for(errand, on_slow=slow.set))
-        await slow.wait()
-        assert await patience.run(pool, partial(int, "7")) == 7
-        assert not waiting.done()
-        assert patience.under_way() == ["a file"]
-        gate.set()
-        assert await waiting
-        assert patience.lost == 0
-        patience.close()
-
-
-async def test_time_in_which_nobody_looked_does_not_count(side: Side) -> None:
-    """The process was stopped, or its event loop was busy; the disk may have answered at once."""
-    gate, slow = threading.Event(), asyncio.Event()
-    clock = itertools.count(step=1000)
-    async with running_pool(1) as pool:
-        patience = Patience(4, replace=side(pool), clock=lambda: next(clock))
-        errand = Errand(gate.wait)
-        pool.submit(errand.run)
-        waiting = asyncio.create_task(patience.wait_for(errand, on_slow=slow.set))
-        await slow.wait()  # after three looks, not at the first
-        assert errand.waited < 4
-        gate.set()
-        assert await waiting
-        patience.close()
-
-
-def test_an_errand_of_several_calls_is_waited_for_call_by_call() -> None:
-    pulse = Pulse()
-    errand = Errand(threading.get_ident, pulse=pulse)
-    assert errand.passed(1) == 0  # nobody has begun
-    errand.thread = threading.current_thread()
-    assert errand.passed(1) == 1
-    assert errand.passed(1) == 2
-    pulse.beat()
-    assert errand.passed(1) == 1
-    assert errand.passed(1) == 2
-
-
-async def test_an_errand_that_nobody_has_begun_is_not_given_up(side: Side) -> None:
-    """It waits for others, who may be given up on; then its turn comes."""
-    gate = threading.Event()
-    async with running_pool(1) as pool:
-        patience = Patience(0.03, replace=side(pool))
-        stuck, behind = Errand(gate.wait), Errand(partial(int, "7"))
-        pool.submit(stuck.run)
-        pool.submit(behind.run)
-        first = asyncio.create_task(patience.wait_for(stuck))
-        assert await patience.wait_for(behind) == 7
-        with pytest.raises(StalledError):
-            await first
-        gate.set()
-        patience.close()
-
-
-async def test_an_error_that_comes_too_late_is_of_no_interest(side: Side) -> None:
-    gate, ended = threading.Event(), threading.Event()
-
-    def fail() -> None:
-        gate.wait()
-        ended.set()
-        raise ValueError("nobody hears this")
-
-    async with running_pool(1) as pool:
-        patience = Patience(0.02, replace=side(pool))
-        errand = Errand(fail)
-        running = pool.submit(errand.run)
-        with pytest.raises(StalledError):
-            await patience.wait_for(errand)
-        gate.set()
-        await asyncio.wrap_future(running)
-        assert ended.is_set()
-        patience.close()
-
-
-async def test_what_hangs_is_given_up_though_its_thread_cannot_be_replaced() -> None:
-    def fail(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    told: list[dict[str, object]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, facts: told.append(facts))
-    gate = threading.Event()
-    async with running_pool(1) as pool:
-        patience = Patience(0.02, replace=fail)
-        with pytest.raises(StalledError):
-            await patience.run(pool, gate.wait)
-        gate.set()
-        patience.close()
-    assert [str(facts["exception"]) for facts in told] == ["can't start new thread"]
-
-
-async def test_who_waits_for_ever_does(side: Side) -> None:
-    gate = threading.Event()
-    async with running_pool(1) as pool:
-        patience = Patience(None)
-        errand = Errand(gate.wait)
-        pool.submit(errand.run)
-        waiting = asyncio.create_task(patience.wait_for(errand))
-        for _ in range(10):
-            await asyncio.sleep(0)
-        assert not waiting.done()
-        gate.set()
-        assert await waiting
-
-
-def test_a_pool_that_has_lost_a_thread_and_gets_no_other_goes_on_with_those_it_has() -> None:
-    limit = Limit()
-    pool = WorkerPool(2, name="test", initializer=nothing, start=limit.start)
-    pool.start()
-    threads = list(pool._threads)
-    limit.reached = True
-    replace(pool, threads[0])
-    assert pool.submit(int, "7").result() == 7
-    pool.shutdown()
-
-
-def test_a_pool_that_has_no_thread_at_all_says_so_to_those_who_wait() -> None:
-    limit = Limit()
-    pool = WorkerPool(1, name="test", initializer=nothing, start=limit.start)
-    gate = waiting_at_a_gate(pool)
-    behind = pool.submit(int, "7")
-    [thread] = pool._threads
-    limit.reached = True
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        replace(pool, thread)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        behind.result()
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        pool.submit(int, "7")
-    limit.reached = False
-    assert pool.submit(int, "7").result() == 7
-    gate.set()
-    pool.shutdown()
-
-
-def test_a_thread_that_is_struck_off_while_a_pool_shuts_down_is_not_waited_for() -> None:
-    pool = pool_of(1)
-    gate = waiting_at_a_gate(pool)
-    [thread] = pool._threads
-    closing = threading.Thread(target=pool.shutdown)
-    closing.start()
-    pool.strike_off(thread)
-    closing.join()
-    gate.set()
-    thread.join()
-
-
-def waiting_at_a_gate(pool: WorkerPool) -> threading.Event:
-    """Have a thread of a pool wait, and return what lets it go on."""
-    gate, begun = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        begun.set()
-        gate.wait()
-
-    pool.submit(wait)
-    begun.wait()
-    return gate
+    def end(self) -> None:
+        self.go_on.set()
+        self.thread.join()
 
 
 class Limit:
@@ -341,3 +93,251 @@ class Limit:
         if self.reached:
             raise RuntimeError("can't start new thread")
         thread.start()
+
+
+def test_a_thread_that_does_not_come_back_is_replaced_and_not_waited_for() -> None:
+    pool = pool_of(1)
+    held = Held(pool)
+    pool.replace(held.call)
+    pool.replace(held.call)  # once is enough
+    other = pool.submit(threading.current_thread).result()
+    assert other is not held.thread
+    pool.shutdown()  # returns
+    assert not held.call.is_over
+    held.end()
+    assert held.call.is_over
+
+
+def test_a_thread_that_comes_back_just_before_it_is_replaced_stays() -> None:
+    for _ in range(50):
+        pool = pool_of(1)
+        call = Call(threading.current_thread)
+        pool.put(call)
+        thread = call.future.result()
+        pool.replace(call)
+        assert pool.submit(threading.current_thread).result() is thread
+        pool.shutdown()
+        assert not thread.is_alive()
+
+
+def test_a_pool_that_has_lost_a_thread_and_gets_no_other_goes_on_with_those_it_has() -> None:
+    limit = Limit()
+    pool = WorkerPool(2, name="test", start=limit.start)
+    pool.start()
+    held = Held(pool)
+    limit.reached = True
+    pool.replace(held.call)
+    assert pool.submit(int, "7").result() == 7
+    held.end()
+    pool.shutdown()
+
+
+def test_a_pool_that_has_no_thread_at_all_says_so_to_those_that_wait() -> None:
+    limit = Limit()
+    pool = WorkerPool(1, name="test", start=limit.start)
+    held = Held(pool)
+    behind = pool.submit(int, "7")
+    limit.reached = True
+    pool.replace(held.call)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        behind.result()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        pool.submit(int, "7")
+    limit.reached = False
+    assert pool.submit(int, "7").result() == 7
+    held.end()
+    pool.shutdown()
+
+
+def test_a_job_that_no_thread_can_take_does_not_run_later() -> None:
+    limit, ran = Limit(), threading.Event()
+    limit.reached = True
+    pool = WorkerPool(1, name="test", start=limit.start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        pool.submit(ran.set)
+    limit.reached = False
+    assert pool.submit(int, "7").result() == 7
+    pool.shutdown()
+    assert not ran.is_set()
+
+
+def test_a_thread_that_is_given_up_on_while_a_pool_shuts_down_is_not_waited_for() -> None:
+    pool = pool_of(1)
+    held = Held(pool)
+    closing = threading.Thread(target=pool.shutdown)
+    closing.start()
+    pool.replace(held.call)
+    closing.join()
+    held.end()
+
+
+# --- the disk
+
+
+async def test_a_call_that_ends_in_time_is_not_given_up() -> None:
+    async with running_pool(2) as pool:
+        disk = Disk(pool, seconds=60)
+        assert await disk.call(partial(int, "7")) == 7
+        with pytest.raises(ValueError, match="invalid literal"):
+            await disk.call(partial(int, "x"))
+        assert repr(disk) == "<Disk 60 s: 0 under way, 0 lost>"
+        disk.close()
+
+
+async def test_a_call_that_takes_too_long_is_given_up_and_its_result_is_late() -> None:
+    go_on, late = threading.Event(), threading.Event()
+    async with running_pool(1) as pool:
+        disk = Disk(pool, seconds=0.05)
+        with pytest.raises(StalledError, match=r"no answer from the storage for 0\.05 seconds"):
+            await disk.call(go_on.wait, late=lambda _: late.set())
+        assert disk.lost == 1
+        # There is a thread for it.
+        assert await disk.call(partial(int, "7")) == 7
+        assert not late.is_set()
+        go_on.set()
+        await asyncio.to_thread(late.wait)
+        disk.close()
+
+
+async def test_a_result_that_comes_when_its_caller_was_cancelled_is_late_too() -> None:
+    begun, go_on = asyncio.Event(), threading.Event()
+    late: list[int] = []
+    loop = asyncio.get_running_loop()
+
+    def job() -> int:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait()
+        return 7
+
+    async with running_pool(1) as pool:
+        disk = Disk(pool)
+        call = asyncio.ensure_future(disk.call(job, late=late.append))
+        await begun.wait()
+        call.cancel()
+        loop.call_soon(go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert late == [7]
+        disk.close()
+
+
+async def test_a_slow_call_is_waited_for_but_keeps_no_other_waiting() -> None:
+    go_on = threading.Event()
+    clock = itertools.count(step=0.4)  # each look comes so much later
+    async with running_pool(1) as pool:
+        disk = Disk(pool, clock=lambda: next(clock))
+        waiting = asyncio.create_task(disk.call(go_on.wait, label="a file"))
+        await asyncio.sleep(0)
+        assert await disk.call(partial(int, "7")) == 7  # on another thread
+        assert not waiting.done()
+        assert disk.under_way() == ["a file"]
+        go_on.set()
+        assert await waiting
+        assert disk.lost == 0
+        disk.close()
+
+
+async def test_time_in_which_nobody_looked_does_not_count() -> None:
+    """The process was stopped, or its event loop was busy; the disk may have answered at once."""
+    go_on = threading.Event()
+    clock = itertools.count(step=1000)
+    async with running_pool(1) as pool:
+        disk = Disk(pool, seconds=4, clock=lambda: next(clock))
+        waiting = asyncio.create_task(disk.call(go_on.wait))
+        await asyncio.sleep(0)
+        # Its thread is replaced after three looks, and not given up at the first.
+        assert await disk.call(partial(int, "7")) == 7
+        assert disk.lost == 0
+        go_on.set()
+        assert await waiting
+        disk.close()
+
+
+def test_a_call_of_several_reads_is_waited_for_read_by_read() -> None:
+    reading = Reading("a file")
+    call = Call(threading.get_ident, reading=reading)
+    assert call.passed(1) == 0  # no thread has begun
+    call.thread = threading.current_thread()
+    assert call.passed(1) == 1
+    assert call.passed(1) == 2
+    reading.begin(7, [memoryview(bytearray(3))])
+    assert call.passed(1) == 1
+    assert call.passed(1) == 2
+    assert str(reading) == "a file: bytes [7, 10)"
+
+
+async def test_a_call_that_no_thread_has_begun_is_not_given_up() -> None:
+    """It waits for others, which may be given up; then its turn comes."""
+    go_on = threading.Event()
+    async with running_pool(1) as pool:
+        disk = Disk(pool, seconds=0.03)
+        first = asyncio.create_task(disk.call(go_on.wait))
+        await asyncio.sleep(0)
+        assert await disk.call(partial(int, "7")) == 7
+        with pytest.raises(StalledError):
+            await first
+        go_on.set()
+        disk.close()
+
+
+async def test_an_error_that_comes_too_late_is_of_no_interest() -> None:
+    go_on = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def fail() -> None:
+        threads.append(threading.current_thread())
+        go_on.wait()
+        raise ValueError("no caller hears this")
+
+    async with running_pool(1) as pool:
+        disk = Disk(pool, seconds=0.02)
+        with pytest.raises(StalledError):
+            await disk.call(fail)
+        go_on.set()
+        await asyncio.to_thread(threads[0].join)
+        disk.close()
+
+
+async def test_a_call_that_hangs_is_given_up_though_its_thread_cannot_be_replaced() -> None:
+    limit, go_on = Limit(), threading.Event()
+    pool = WorkerPool(1, name="test", start=limit.start)
+    await asyncio.to_thread(pool.start)
+    limit.reached = True
+    disk = Disk(pool, seconds=0.02)
+    with pytest.raises(StalledError):
+        await disk.call(go_on.wait)
+    go_on.set()
+    disk.close()
+    pool.shutdown()
+
+
+async def test_a_disk_without_a_time_out_waits_for_ever() -> None:
+    go_on = threading.Event()
+    async with running_pool(1) as pool:
+        disk = Disk(pool)
+        waiting = asyncio.create_task(disk.call(go_on.wait))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        go_on.set()
+        assert await waiting
+        disk.close()
+
+
+async def test_a_disk_is_an_executor_whose_jobs_are_given_up_as_well() -> None:
+    go_on = threading.Event()
+    loop = asyncio.get_running_loop()
+    async with running_pool(1) as pool:
+        disk = Disk(pool, seconds=0.05)
+        executor = disk.executor("a small file")
+        assert await loop.run_in_executor(executor, int, "7") == 7
+        stuck = loop.run_in_executor(executor, go_on.wait)
+        await asyncio.sleep(0)
+        assert disk.under_way() in ([], ["a small file"])
+        with pytest.raises(StalledError):
+            await stuck
+        assert disk.lost == 1
+        assert await loop.run_in_executor(executor, int, "8") == 8
+        assert not executor.submit(int).exception()
+        go_on.set()
+        disk.close()

@@ -8,9 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._storage.protocol import opening_error, read_small
-from asyncloader._threads.collector import undisturbed
-from asyncloader._threads.jobs import run_jobs
-from asyncloader._threads.patience import StalledError
+from asyncloader._threads.call import StalledError
+from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 
 from .files import INDEX, SIDECAR, TENSORKEY

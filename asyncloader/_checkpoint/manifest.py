@@ -9,8 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._storage.protocol import opening_error, read_exactly, read_text
-from asyncloader._threads.collector import undisturbed
-from asyncloader._threads.jobs import for_each, run_jobs
+from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
 from asyncloader.errors import CheckpointChangedError, CheckpointError, ReadError
 
 from .files import INDEX, SIDECAR

@@ -18,7 +18,7 @@ import torch
 from asyncloader._checkpoint.dtypes import BY_TORCH
 from asyncloader._memory.pages import is_read_only
 from asyncloader._planning.targets import TensorTargets
-from asyncloader._threads.lost import lost_memory
+from asyncloader._threads.call import lost_memory
 
 from .checks import check_tensors
 

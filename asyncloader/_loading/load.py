@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader._planning.reads import Extents, plan_reads
 from asyncloader._storage.protocol import ThreadedStorage
-from asyncloader._threads.collector import undisturbed
-from asyncloader._threads.jobs import run_jobs
+from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import AsyncLoaderError
 
 from .indexing import Arrival, Indexer

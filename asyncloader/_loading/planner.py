@@ -16,8 +16,7 @@ from asyncloader._planning.hints import RENAME, did_you_mean
 from asyncloader._planning.load_info import checked_load_info, default_load_info
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets
-from asyncloader._threads.collector import undisturbed
-from asyncloader._threads.jobs import run_jobs
+from asyncloader._threads.jobs import run_jobs, undisturbed
 
 from .checks import describe_tables
 from .destinations import describe_tensors

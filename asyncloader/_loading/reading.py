@@ -11,8 +11,7 @@ import torch
 from asyncloader._memory.allocation import zeros
 from asyncloader._planning.plan import LoadPlan
 from asyncloader._planning.tensor_loads import TensorLoad, TensorLoads
-from asyncloader._threads.collector import undisturbed
-from asyncloader._threads.jobs import run_jobs
+from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
 
 from .destinations import describe_tensors

@@ -7,13 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from asyncloader._memory.allowance import processors
 from asyncloader._storage.descriptors import Descriptors
 from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.gate import Gate
 from asyncloader._threads.lag import LagWatch
-from asyncloader._threads.pace import ReadPace
 from asyncloader._threads.threads import Threads
-from asyncloader._threads.throttle import Throttle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -31,13 +29,9 @@ class Resources:
 
     threads: Threads
     budget: ByteBudget
-    pace: ReadPace
     descriptors: Descriptors
-    throttle: Throttle | None
-    """What threads keep to, if the event loop was promised something."""
-
     watch: LagWatch | None
-    """Sees to that."""
+    """Keeps what the event loop was promised, if that is anything."""
 
     wrap: Callable[[ThreadedStorage], ThreadedStorage]
     """Gets the files of a checkpoint, and returns what is read from in their place."""
@@ -57,30 +51,25 @@ async def open_resources(
         reads: Threads that read; `None` is as many as are of use for chunks of the usual size.
         wrap: Gets the files of a checkpoint, and returns what is read from in their place.
     """
-    throttle = Throttle(cores=processors()) if options.promises else None
     # No more threads than whole chunks fit into memory: the others would wait.
     count = max(options.max_inflight_bytes // options.read_bytes, 1)
     count = min(options.parallel, count) if reads is None else reads
-    async with (
-        _watch(throttle, options) as watch,
-        Threads(reads=count, throttle=throttle) as threads,
-    ):
+    gate = Gate(most=count)
+    async with _watch(gate, options) as watch, Threads(reads=count, gate=gate) as threads:
         yield Resources(
             options=options,
             threads=threads,
             budget=ByteBudget(options.max_inflight_bytes),
-            pace=ReadPace(threads.readers, most=count, throttle=throttle),
             descriptors=Descriptors(),
-            throttle=throttle,
             watch=watch,
             wrap=wrap,
         )
 
 
 def _watch(
-    throttle: Throttle | None, options: ReadOptions
+    gate: Gate, options: ReadOptions
 ) -> contextlib.AbstractAsyncContextManager[LagWatch | None]:
-    if throttle is None:
+    if not options.promises:
         return contextlib.nullcontext()
     bound = math.inf if options.max_loop_lag is None else options.max_loop_lag
-    return LagWatch(throttle, bound=bound, pressure=options.pressure)
+    return LagWatch(gate, bound=bound, pressure=options.pressure)

@@ -16,7 +16,8 @@ from asyncloader._checkpoint.safetensors import is_weight_map
 from asyncloader._storage.local import LocalStorage
 from asyncloader._storage.protocol import ThreadedStorage, read_error
 from asyncloader._storage.retrying import ThreadedRetryingStorage
-from asyncloader._threads.patience import Patience, StalledError
+from asyncloader._threads.call import StalledError
+from asyncloader._threads.disk import Disk
 from asyncloader.errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
@@ -67,13 +68,13 @@ class Session:
 
     storage: Storage
     threads: Threads
+    disk: Disk
+    """Has threads do what may block."""
+
     options: ReadOptions
     budget: ByteBudget
     retrying: RetryingStorage | None = None
     """The storage, if it tries again what fails."""
-
-    patience: Patience = field(default_factory=lambda: Patience(None))
-    """How long a thread is waited for that looks at files."""
 
     watch: LagWatch | None = None
     """Keeps the loop's lag within a bound, if there is one."""
@@ -108,7 +109,7 @@ class Session:
             LoadTimeoutError: If it passed.
         """
         async with _in_time(self.location, seconds) as late:
-            with late.noting(self.patience):
+            with late.noting(self.disk):
                 async with self.explaining():
                     yield
 
@@ -134,7 +135,7 @@ class Session:
         Raises:
             ReadStalledError: If it was given up.
         """
-        return await _on_disk(self.patience, self.threads, job, self.location)
+        return await _on_disk(self.disk, job, self.location)
 
     def _names(self) -> Sequence[str]:
         with contextlib.suppress(OSError):
@@ -210,12 +211,20 @@ async def open_session(
     """
     holding = open_resources(options) if runtime is None else runtime.lend()
     async with _in_time(path, options.timeout) as late, holding as resources:
-        patience = Patience(options.stall_timeout, replace=resources.threads.replace)
+        disk = Disk(resources.threads.reads, seconds=options.stall_timeout)
         look = partial(_root_and_file, path)
-        root, file = await _on_disk(patience, resources.threads, look, path)
+        root, file = await _on_disk(disk, look, path)
         # Of a weight map's files, the map chooses which.
         trusted = file is not None and not is_weight_map(file)
-        files = _files(root, options, resources, patience=patience, seen=seen, trusted=trusted)
+        files = LocalStorage(
+            root,
+            disk=disk,
+            descriptors=resources.descriptors,
+            seen=seen,
+            direct_io=options.direct_io,
+            # A file that the user has named may be a link to anywhere: nobody else chose it.
+            follow_symlinks=options.follow_symlinks or trusted,
+        )
         async with files:
             storage = _retrying(files, resources)
             session = Session(
@@ -224,12 +233,12 @@ async def open_session(
                 storage=storage,
                 retrying=storage,
                 threads=resources.threads,
-                patience=patience,
+                disk=disk,
                 options=_within(options, resources.options),
                 budget=resources.budget,
                 watch=resources.watch,
             )
-            with late.noting(patience):
+            with late.noting(disk):
                 async with session.explaining():
                     yield session
 
@@ -244,29 +253,6 @@ def _within(options: ReadOptions, shared: ReadOptions) -> ReadOptions:
     )
 
 
-def _files(
-    root: Path,
-    options: ReadOptions,
-    resources: Resources,
-    *,
-    patience: Patience,
-    seen: dict[str, tuple[int, ...]] | None,
-    trusted: bool,
-) -> LocalStorage:
-    return LocalStorage(
-        root,
-        executor=resources.threads.readers,
-        pace=resources.pace,
-        descriptors=resources.descriptors,
-        patience=patience,
-        throttle=resources.throttle,
-        seen=seen,
-        direct_io=options.direct_io,
-        # A file that the user has named may be a link to anywhere: no checkpoint chose it.
-        follow_symlinks=options.follow_symlinks or trusted,
-    )
-
-
 def _retrying(files: LocalStorage, resources: Resources) -> ThreadedRetryingStorage:
     storage = resources.wrap(files)
     if not isinstance(storage, ThreadedStorage):
@@ -275,9 +261,9 @@ def _retrying(files: LocalStorage, resources: Resources) -> ThreadedRetryingStor
     return ThreadedRetryingStorage(storage, lost=lambda: files.lost)
 
 
-async def _on_disk(patience: Patience, threads: Threads, job: Callable[[], T], location: str) -> T:
+async def _on_disk(disk: Disk, job: Callable[[], T], location: str) -> T:
     try:
-        return await patience.run(threads.reads, job, label=location)
+        return await disk.call(job, label=location)
     except StalledError as error:
         stalled = ReadStalledError(location, 0, 0, str(error))
         raise stalled from error
@@ -304,11 +290,11 @@ class _Lateness:
         self._under_way: list[str] = []
 
     @contextlib.contextmanager
-    def noting(self, patience: Patience) -> Iterator[None]:
+    def noting(self, disk: Disk) -> Iterator[None]:
         """Look what is being read just before the time-out passes."""
 
         def look() -> None:
-            self._under_way = patience.under_way()
+            self._under_way = disk.under_way()
 
         when = self.limit.when()
         if when is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from asyncloader._threads.jobs import run_jobs
-from asyncloader._threads.patience import Patience, StalledError
+from asyncloader._threads.call import StalledError
+from asyncloader._threads.disk import Disk
 from asyncloader._threads.pool import WorkerPool
 from asyncloader.errors import CheckpointError
 
@@ -15,9 +14,7 @@ from .source import candidate, named, newest
 
 if TYPE_CHECKING:
     import os
-    import threading
     from collections.abc import Callable, Collection
-    from concurrent.futures import Executor
     from pathlib import Path
 
     from .source import Candidate
@@ -34,25 +31,19 @@ class Looks:
     Args:
         source: A run folder, or a checkpoint.
         stall_timeout: Seconds after which a look without an answer is given up.
-        executor: Its threads start another one for that of such a look.
     """
 
-    def __init__(self, source: Path, *, stall_timeout: float | None, executor: Executor) -> None:
+    def __init__(self, source: Path, *, stall_timeout: float | None) -> None:
         self._source = source
-        self._executor = executor
         self._closed = False
-        self._workers = WorkerPool(1, name="asyncloader-look", initializer=int)
-        self._patience = Patience(stall_timeout, replace=self._replace)
-
-    async def start(self) -> None:
-        """Start its thread."""
-        await run_jobs(self._executor, [self._workers.start])
+        self._workers = WorkerPool(1, name="asyncloader-look")
+        self._disk = Disk(self._workers, seconds=stall_timeout)
 
     def close(self) -> None:
         """Look no more. Waits for a look that is under way if nobody waits for it any more."""
         self._closed = True
         # A command may still look at a disk that gives no answer: it will be given up.
-        self._workers.shutdown(wait=self._patience.is_idle)
+        self._workers.shutdown(wait=self._disk.is_idle)
 
     async def newest(self) -> Candidate:
         """Return the newest version.
@@ -82,7 +73,7 @@ class Looks:
 
     async def _run(self, job: Callable[[], T]) -> T:
         try:
-            return await self._patience.run(self._workers, job)
+            return await self._disk.call(job)
         except StalledError as error:
             raise CheckpointError(str(self._source), f"cannot be looked at: {error}") from error
         except RuntimeError as error:
@@ -90,8 +81,3 @@ class Looks:
                 raise
             problem = f"{str(self._source)!r}: left: use it within its `async with` block"
             raise RuntimeError(problem) from error
-
-    def _replace(self, thread: threading.Thread) -> None:
-        if self._workers.strike_off(thread):
-            with contextlib.suppress(RuntimeError):  # shut down: nobody begins another look
-                self._executor.submit(self._workers.start)

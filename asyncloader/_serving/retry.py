@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from typing import TYPE_CHECKING
 
 import torch
-from tenacity import AsyncRetrying, retry_if_exception, wait_exponential, wait_random
 
 from asyncloader.errors import (
     CheckpointChangedError,
@@ -17,14 +17,13 @@ from asyncloader.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
-
-    from tenacity import RetryCallState
+    from collections.abc import Iterator
 
     from .source import Files
 
 
 _LONGEST = 60.0
+_DOUBLINGS = 64  # a float would end at 1023
 _LOOKS = 6
 """At a version that is damaged, each after twice the pause of the one before: a minute in all, if
 the first pause is a second. No version is given up for good: once its files change, it is tried
@@ -89,26 +88,11 @@ class Copying:
         return may_pass(error)
 
 
-def retrying(
-    *,
-    passes: Callable[[BaseException], bool],
-    pause: float,
-    sleep: Callable[[float], Awaitable[None]],
-    failed: Callable[[RetryCallState], None],
-) -> AsyncRetrying:
-    """Return what tries again for as long as the fault may pass, with growing pauses.
+def pause_after(attempt: int, pause: float) -> float:
+    """Return the seconds between an attempt that failed, the first of which is 1, and the next.
 
-    Args:
-        passes: Says whether to try again after an error.
-        pause: Seconds before the second try; twice as long before each next, a minute at most. To
-            each up to a second is added at random, so that many services do not try at once.
-        sleep: Waits; what it raises ends the tries.
-        failed: Called before each pause.
+    Each pause is twice as long as the one before, a minute at most. To each up to a second is added
+    at random, so that many services do not try at once.
     """
-    return AsyncRetrying(
-        retry=retry_if_exception(passes),
-        wait=wait_exponential(multiplier=pause, max=_LONGEST) + wait_random(0, min(pause, 1)),
-        sleep=sleep,
-        before_sleep=failed,
-        reraise=True,
-    )
+    longer = pause * 2.0 ** min(attempt - 1, _DOUBLINGS)
+    return min(longer, _LONGEST) + random.uniform(0, min(pause, 1))  # noqa: S311  # no secret

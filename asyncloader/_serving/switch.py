@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncloader._threads.jobs import raising_first, settled
+from asyncloader._threads.pool import WorkerPool
 from asyncloader.errors import CheckpointChangedError, CheckpointError
 
 from .events import LoadCancelled, LoadFailed, RolledBack, Swapped
@@ -18,15 +19,13 @@ from .freeing import Freeing
 from .loading import RefusedError
 from .looking import Looks
 from .rest import Rest
-from .retry import Copying, retrying
+from .retry import Copying, pause_after
 from .shelf import Held
 from .state import LiveVersion
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
     from pathlib import Path
-
-    from tenacity import RetryCallState
 
     from .loading import VersionLoader
     from .shelf import Shelf
@@ -122,14 +121,13 @@ class Switch:
             raise RuntimeError(f"{self.description}: enter it once; make another one")
         self._opened = True
         self._loop = asyncio.get_running_loop()
-        self._pool = ThreadPoolExecutor(_THREADS, "asyncloader-live")
-        self._looks = Looks(self._source, stall_timeout=self._stall_timeout, executor=self._pool)
+        self._pool = WorkerPool(_THREADS, name="asyncloader-live")
+        self._looks = Looks(self._source, stall_timeout=self._stall_timeout)
         self._freeing = Freeing(self._pool, self._teller.tell)
         self._shelf.let_go = self._freeing.let_go
         self._loader.start(self._pool, self._freeing)
         async with self._changing:  # or commands would load beside it
             try:
-                await self._looks.start()
                 first = await self._rest.reached(self._looks.newest)
                 self._swap(await self._load_once(first))
             except BaseException:
@@ -278,39 +276,38 @@ class Switch:
         return await self._loader.load(wanted, attempt, confirm)
 
     async def _take_in(self, new: Candidate) -> None:
-        """Load a version and let it serve, however often that has to be tried."""
-        held, copying = None, Copying()
-        tries = retrying(
-            passes=copying.may_pass,
-            pause=self._retry_pause,
-            sleep=partial(self._pause_unless_newer, new),
-            failed=partial(self._failed, new),
-        )
-        try:
-            async for attempt in tries:
-                with attempt:
-                    new = await self._rest.reached(partial(self._still_newest, new))
-                    with copying.of(new.files):
-                        held = await self._load(new, attempt.retry_state.attempt_number)
-        except RefusedError as refused:
-            if refused.beside is None:
-                self._given_up.append((new.path, new.files))
-            else:
-                self._too_large = new.path, new.files, refused.beside
-        except _SupersededError:
-            raise
-        except Exception as error:  # noqa: BLE001  # build() may raise anything
-            self._given_up.append((new.path, new.files))
-            self._tell_failure(new, error, tries.statistics["attempt_number"], None)
+        """Load a version and let it serve."""
+        held = await self._loaded(new)
         if held is not None and self._wanted():
             self._swap(held)
         elif held is not None:
             self._drop(held)
 
-    def _failed(self, new: Candidate, tries: RetryCallState) -> None:
-        error = tries.outcome.exception() if tries.outcome is not None else None
-        if isinstance(error, Exception):
-            self._tell_failure(new, error, tries.attempt_number, tries.upcoming_sleep)
+    async def _loaded(self, tried: Candidate) -> Held | None:
+        """Load a version, however often that has to be tried; `None` if it will not do."""
+        new, copying = tried, Copying()
+        for number in itertools.count(1):
+            try:
+                new = await self._rest.reached(partial(self._still_newest, new))
+                with copying.of(new.files):
+                    return await self._load(new, number)
+            except RefusedError as refused:
+                if refused.beside is None:
+                    self._given_up.append((new.path, new.files))
+                else:
+                    self._too_large = new.path, new.files, refused.beside
+                break
+            except _SupersededError:
+                raise
+            except Exception as error:  # noqa: BLE001  # build() may raise anything
+                if not copying.may_pass(error):
+                    self._given_up.append((new.path, new.files))
+                    self._tell_failure(new, error, number, None)
+                    break
+                seconds = pause_after(number, self._retry_pause)
+                self._tell_failure(tried, error, number, seconds)
+            await self._pause_unless_newer(tried, seconds)
+        return None
 
     async def _pause_unless_newer(self, tried: Candidate, seconds: float) -> None:
         """Wait before the next try, and look for newer versions meanwhile."""

@@ -9,18 +9,19 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from asyncloader._threads.jobs import for_each, settled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
 
+    from asyncloader._threads.disk import Disk
 
-T = TypeVar("T")
 
-_MOST = 64
+_MOST = 256
 _CLOSERS = 8
+_NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
 
 class OpenFile:
@@ -30,32 +31,26 @@ class OpenFile:
         fd: Its descriptor.
         status: What it was when it was opened.
         start: Its first bytes, read then.
-        on_thread: Runs a job on a thread. Closing may wait for a network.
+        disk: Closes it, which may take a while: there are networks.
 
     Attributes:
         start: For the first read only: a file may change.
         users: Tasks that use it; belongs to the event loop.
     """
 
-    def __init__(
-        self,
-        fd: int,
-        status: os.stat_result,
-        start: bytes,
-        *,
-        on_thread: Callable[[Callable[[], None]], Awaitable[None]],
-    ) -> None:
+    def __init__(self, fd: int, status: os.stat_result, start: bytes, *, disk: Disk) -> None:
         self.status = status
         self.start = start
         self.users = 0
         self._fd = fd
-        self._on_thread = on_thread
+        self._disk = disk
         self._lock = threading.Lock()  # for the two below
         self._readers = 0
         self._is_closed = False
 
-    def use(self, job: Callable[[int], T]) -> T:
-        """Return `job(fd)`, on a thread; the descriptor stays that of this file meanwhile.
+    @contextlib.contextmanager
+    def using(self) -> Iterator[int]:
+        """Lend the descriptor to a thread; it stays that of this file for the length of the block.
 
         Raises:
             OSError: If it is closed: the thread was given up on, and has come back.
@@ -65,7 +60,7 @@ class OpenFile:
                 raise OSError(errno.EBADF, "the file was closed meanwhile")
             self._readers += 1
         try:
-            return job(self._fd)
+            yield self._fd
         finally:
             self._leave()
 
@@ -76,42 +71,45 @@ class OpenFile:
         if is_last:
             os.close(self._fd)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close it; if a thread that was given up on still reads, that one does when it is done."""
-        with contextlib.suppress(OSError):  # nothing was written: nothing is lost
-            await self._on_thread(self.close_here)
-
-    def close_here(self) -> None:
-        """Do that on this thread."""
         with self._lock:
             is_last = not self._is_closed and not self._readers
             self._is_closed = True
         if is_last:
             os.close(self._fd)
 
+    async def aclose(self) -> None:
+        """Close it on a thread."""
+        with contextlib.suppress(OSError):  # nothing was written: nothing is lost
+            await self._disk.call(self.close)
+
 
 class Descriptors:
-    """The open files of any number of storages; few of them stay open while nobody reads them.
+    """The open files of any number of storages, no more of them than the program can spare.
 
-    Belongs to one event loop.
+    A file stays open when nobody uses it, until its place is wanted for another one; the file that
+    was not used for longest goes first. Where all are used, whoever came first gets the first place
+    that becomes free. Belongs to one event loop.
 
     Args:
-        most: Files that stay open. `None` is 64, or a quarter of those that the process may have
-            open, if that is less: the others belong to the rest of the program.
+        most: Files that are open at a time. `None` is 256, or a quarter of those that the process
+            may have open, if that is less: the others belong to the rest of the program.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self._most = _allowed() if most is None else most
         self._files: OrderedDict[tuple[object, str], OpenFile] = OrderedDict()
-        self._waiting: list[asyncio.Future[None]] = []
-        self._busy = 0  # being opened or closed: what may free a descriptor soon
+        self._open = 0  # those, and what is being opened or closed
+        self._turns = asyncio.Lock()  # first come, first served
+        self._changed = asyncio.Event()
 
     def __repr__(self) -> str:
         users = sum(file.users for file in self._files.values())
-        return f"<Descriptors: {len(self._files)} of {self._most} open, {users} in use>"
+        return f"<Descriptors: {self._open} of {self._most} open, {users} in use>"
 
     def count(self, owner: object) -> tuple[int, int]:
-        """Return how many files of one storage are open, and how many read from them."""
+        """Return how many files of one storage are open, and how many tasks use them."""
         mine = self._of(owner)
         return len(mine), sum(file.users for file in mine.values())
 
@@ -122,82 +120,79 @@ class Descriptors:
             self._files.move_to_end((owner, name))
         return file
 
-    def add(self, owner: object, name: str, file: OpenFile) -> None:
-        """Note that a file is open."""
-        self._files[owner, name] = file
+    async def open(
+        self, owner: object, name: str, job: Callable[[], Awaitable[OpenFile]]
+    ) -> OpenFile:
+        """Return what `job` opens, once there is a place for it.
+
+        Where the process has no descriptor left, `job` is called again when one of ours is closed.
+
+        Raises:
+            OSError: If `job` did, and there is no hope.
+        """
+        most = self._most
+        while True:
+            await self._take_place(most)
+            try:
+                file = await job()
+            except OSError as error:
+                self._free(1)
+                if error.errno not in _NO_DESCRIPTORS or not self._open:
+                    raise
+                most = self._open
+            except BaseException:
+                self._free(1)
+                raise
+            else:
+                self._files[owner, name] = file
+                return file
 
     def release(self, file: OpenFile) -> None:
-        """Note that somebody who used a file does not do so any more."""
+        """Note that a task does not use a file any more."""
         file.users -= 1
+        assert file.users >= 0, "a file is released as often as it is used"
         if not file.users:
-            self._wake()
-
-    @contextlib.contextmanager
-    def opening(self) -> Iterator[None]:
-        """Note that a file is being opened or closed, for the length of the block."""
-        self._busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            self._wake()
-
-    async def make_room(self) -> None:
-        """Close files that nobody uses until there is room for one more."""
-        while len(self._files) >= self._most and await self._close_one():
-            pass
-
-    async def relieve(self) -> bool:
-        """Return once there may be one descriptor less in use; say whether there is hope of that.
-
-        For who is `opening` a file, when the process may have no more of them.
-        """
-        if await self._close_one():
-            return True
-        self._busy -= 1
-        try:
-            if not self._files and not self._busy:
-                return False
-            released: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(released)
-            await released
-        finally:
-            self._busy += 1
-        return True
+            self._changed.set()
 
     def take(self, owner: object) -> list[OpenFile]:
         """Return all files of one storage, and know nothing of them any more."""
         mine = self._of(owner)
         for key in mine:
             del self._files[key]
+        self._free(len(mine))
         return list(mine.values())
 
     async def close(self, owner: object) -> None:
-        """Close all files of one storage."""
-        with self.opening():
-            # Side by side: sixteen of them one by one took 1 ms.
-            await for_each(
-                self.take(owner), OpenFile.close, workers=_CLOSERS, name="asyncloader-close"
-            )
+        """Close all files of one storage, side by side: sixteen of them one by one took 1 ms."""
+        mine = self._of(owner)
+        await for_each(mine, self._close, workers=_CLOSERS, name="asyncloader-close")
 
-    def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            if not one.done():
-                one.set_result(None)
+    async def _take_place(self, most: int) -> None:
+        async with self._turns:
+            while self._open >= most:
+                idle = next((key for key, file in self._files.items() if not file.users), None)
+                if idle is not None:
+                    await settled(asyncio.ensure_future(self._close(idle)))
+                else:
+                    self._changed.clear()
+                    await self._changed.wait()
+            self._open += 1
+
+    async def _close(self, key: tuple[object, str]) -> None:
+        file = self._files.pop(key, None)  # before the await: nobody may take it meanwhile
+        if file is not None:
+            try:
+                await file.aclose()
+            finally:
+                self._free(1)
+
+    def _free(self, places: int) -> None:
+        self._open -= places
+        assert self._open >= 0, "a place is freed once"
+        self._changed.set()
 
     def _of(self, owner: object) -> dict[tuple[object, str], OpenFile]:
         return {key: file for key, file in self._files.items() if key[0] is owner}
-
-    async def _close_one(self) -> bool:
-        """Close the file that nobody has used for longest; say whether there was one."""
-        idle = next((key for key, file in self._files.items() if not file.users), None)
-        if idle is None:
-            return False
-        file = self._files.pop(idle)  # before the await: nobody may take it meanwhile
-        with self.opening():
-            await settled(asyncio.ensure_future(file.close()))
-        return True
 
 
 def close_aside(files: Iterable[OpenFile]) -> None:
@@ -206,7 +201,7 @@ def close_aside(files: Iterable[OpenFile]) -> None:
     def close_all() -> None:
         for file in files:
             with contextlib.suppress(OSError):
-                file.close_here()
+                file.close()
 
     with contextlib.suppress(RuntimeError):  # no thread to be had: they stay open
         _thread.start_new_thread(close_all, ())  # unlike `threading`'s, it is not waited for

@@ -22,7 +22,7 @@ from asyncloader._memory.pages import touch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncloader._threads.pace import Seen
+    from asyncloader._threads.call import Reading
 
 
 # What every device and file system is content with that we know of; most ask for 512.
@@ -48,19 +48,19 @@ class DirectReader:
         self._step = step
         self._of_thread = threading.local()
 
-    def preadv(self, fd: int, views: Sequence[memoryview], offset: int, seen: Seen) -> int:
+    def preadv(self, fd: int, views: Sequence[memoryview], offset: int, reading: Reading) -> int:
         """Fill `views`, one after the other, and return the bytes read; fewer at the file's end.
 
         Args:
             fd: The file.
             views: At most 1024.
             offset: Of the first byte.
-            seen: Learns that the device was waited for.
+            reading: Learns that the device was waited for.
 
         Raises:
             OSError: If the device failed.
         """
-        seen.waited = True
+        reading.waited = True
         staging = self._staging()
         total = sum(view.nbytes for view in views)
         rest = iter(views)

@@ -7,26 +7,21 @@ import contextlib
 import errno
 import os
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.jobs import for_each, settled
-from asyncloader._threads.lost import Writing
-from asyncloader._threads.pace import ReadPace, Seen
-from asyncloader._threads.patience import Patience, Pulse, StalledError
-from asyncloader._threads.throttle import ThrottledExecutor
 
 from .descriptors import Descriptors, OpenFile, close_aside
 from .opening import O_DIRECT, FileChangedError, identity, open_regular, status_of
 from .preadv import preadv
-from .protocol import ByteRange, scatter
+from .protocol import scatter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
-    from concurrent.futures import Executor
 
-    from asyncloader._threads.throttle import Throttle
+    from asyncloader._threads.disk import Disk
 
     from .preadv import PReadV
     from .protocol import ReadInto
@@ -36,15 +31,11 @@ T = TypeVar("T")
 
 # Read as soon as a file is open: most headers, and many an `index`, need no other hand-over then.
 _START = 16 << 10
-# Shorter reads do not keep others from the processors.
-_PACED = 1 << 20
-_NBYTES = attrgetter("nbytes")
 _LOOKERS = 8
-_NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
 
 class LocalStorage:
-    """Files in one folder, read by position on the threads of an executor.
+    """Files in one folder, read by position on a disk's threads.
 
     A read is one `preadv`, which needs no seek, no lock and no copy, so one descriptor serves all
     readers. Belongs to one event loop.
@@ -54,18 +45,14 @@ class LocalStorage:
     that a network file system has let go of is replaced by a new one.
 
     ```python
-    async with LocalStorage("/path", executor=pool) as storage:
+    async with LocalStorage("/path", disk=Disk(pool)) as storage:
         count = await storage.readinto("model.safetensors", 0, [memoryview(buffer)])
     ```
 
     Args:
         root: The folder.
-        executor: Its threads read.
-        pace: How many large reads run at a time, on these threads; `None` is one of its own, for
-            16 at most.
+        disk: Has threads read, and keeps to a stall time-out.
         descriptors: Keeps files open; `None` is one of its own.
-        patience: How long a thread is waited for; `None` is for ever.
-        throttle: What short reads keep to, if there is one; the pace has its own.
         seen: Which files there were when they were first opened.
         direct_io: Whether files are read past the page cache, where the file system lets us.
         follow_symlinks: Whether a file may be a symbolic link that leads out of the folder.
@@ -76,11 +63,8 @@ class LocalStorage:
         self,
         root: str | os.PathLike[str],
         *,
-        executor: Executor,
-        pace: ReadPace | None = None,
+        disk: Disk,
         descriptors: Descriptors | None = None,
-        patience: Patience | None = None,
-        throttle: Throttle | None = None,
         seen: dict[str, tuple[int, ...]] | None = None,
         direct_io: bool = False,
         follow_symlinks: bool = False,
@@ -89,11 +73,8 @@ class LocalStorage:
         self._flags = O_DIRECT if direct_io else 0
         self._preadv = preadv or _reader(past_cache=bool(self._flags))
         self._root = Path(root)
-        self._executor = executor
-        self._pace = pace or ReadPace(executor, most=16)
-        self._small = executor if throttle is None else ThrottledExecutor(executor, throttle)
+        self._disk = disk
         self._descriptors = descriptors or Descriptors()
-        self._patience = patience or Patience(None)
         self._opening: dict[str, asyncio.Lock] = {}
         self._stalls: dict[str, StalledError] = {}
         self._seen = {} if seen is None else seen
@@ -111,7 +92,7 @@ class LocalStorage:
     @property
     def lost(self) -> int:
         """Reads that were given up: their memory may be written to at any time."""
-        return self._patience.lost
+        return self._disk.lost
 
     async def __aenter__(self) -> Self:
         return self
@@ -121,11 +102,11 @@ class LocalStorage:
 
     async def aclose(self) -> None:
         """Close every descriptor. Nobody may be reading any more."""
-        if self._patience.lost:  # a disk that gives no answer may give none to this either
+        if self._disk.lost:  # a disk that gives no answer may give none to this either
             close_aside(self._descriptors.take(self))
         else:
             await settled(asyncio.ensure_future(self._descriptors.close(self)))
-        self._patience.close()
+        self._disk.close()
 
     async def size(self, name: str, /) -> int:
         """Return the length of a file in bytes."""
@@ -138,7 +119,7 @@ class LocalStorage:
 
         async def look(name: str) -> None:
             look_here = partial(status_of, self._root / name)
-            status = await self._on_executor(look_here, label=name)
+            status = await self._disk.call(look_here, label=name)
             if status is None or self._seen.get(name, identity(status)) != identity(status):
                 found.append(name)
 
@@ -147,77 +128,38 @@ class LocalStorage:
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         """Fill `views` from `offset` on; see `Storage`."""
+        reading = Reading(name, offset, views)
         async with self._using(name) as file:
-            size: int = sum(map(_NBYTES, views))
             start, file.start = file.start, b""
-            if 0 <= offset <= len(start) - size:
-                scatter(start[offset : offset + size], views)
-                return size
-            return await self._fill(name, offset, views, size, file)
-
-    async def _fill(
-        self, name: str, offset: int, views: Sequence[memoryview], size: int, file: OpenFile
-    ) -> int:
-        label, writing = ByteRange(name, offset, size), Writing()
-
-        def read(seen: Seen) -> int:
-            try:
-                writing.begin(views)
-                return self._read(name, file, views, offset, seen)
-            finally:
-                writing.end()
-
-        if size < _PACED:
-            job, lost = partial(read, Seen(waited=True)), writing.lose
-            return await self._on_executor(job, label=label, lost=lost)
-        return await self._pace.run(read, self._patience, label=label, lost=writing.lose)
+            if 0 <= offset <= len(start) - reading.length:
+                scatter(start[offset : offset + reading.length], views)
+                return reading.length
+            return await self._disk.call(partial(self._read, file, reading), reading=reading)
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
-        """Run `job` on one of the executor's threads; see `ThreadedStorage`."""
+        """Run `job` on one of the disk's threads; see `ThreadedStorage`."""
+        reading = Reading(name)
+
+        def read(offset: int, views: Sequence[memoryview]) -> int:
+            reading.begin(offset, views)
+            return self._read(file, reading)
+
         async with self._using(name) as file:
             file.start = b""
-            pulse, label, writing = Pulse(), ByteRange(name), Writing()
+            return await self._disk.call(partial(job, read), reading=reading)
 
-            def with_read(seen: Seen) -> T:
-                def read(offset: int, views: Sequence[memoryview]) -> int:
-                    label.note(offset, views)
-                    pulse.beat()
-                    writing.begin(views)
-                    return self._read(name, file, views, offset, seen)
-
-                try:
-                    return job(read)
-                finally:
-                    writing.end()
-
-            return await self._pace.run(
-                with_read, self._patience, label=label, pulse=pulse, lost=writing.lose
-            )
-
-    async def _on_executor(
-        self,
-        job: Callable[[], T],
-        *,
-        label: object = "",
-        lost: Callable[[], object] | None = None,
-    ) -> T:
-        return await self._patience.run(self._small, job, label=label, lost=lost)
-
-    def _read(
-        self, name: str, file: OpenFile, views: Sequence[memoryview], offset: int, seen: Seen
-    ) -> int:
+    def _read(self, file: OpenFile, reading: Reading) -> int:
         """Read, on a thread."""
-
-        def read(fd: int) -> int:
+        with file.using() as fd:
             try:
-                return self._preadv(fd, views, offset, seen)
+                count = self._preadv(fd, reading.views, reading.offset, reading)
             except OSError as error:
                 if error.errno != errno.ESTALE:
                     raise
-            self._renew(name, fd)
-            return self._preadv(fd, views, offset, seen)
-
-        return file.use(read)
+                self._renew(reading.name, fd)
+                count = self._preadv(fd, reading.views, reading.offset, reading)
+        assert 0 <= count <= reading.length, "what was read lies within its views"
+        return count
 
     def _renew(self, name: str, fd: int) -> None:
         """Have a descriptor that went stale stand for the same file again, for all its readers."""
@@ -244,52 +186,31 @@ class LocalStorage:
         lock = self._opening.setdefault(name, asyncio.Lock())
         before = self._stalls.get(name)
         async with lock:
-            # Who waited while another one did not get it opened has waited long enough.
+            # A task that waited while another one did not get it opened has waited long enough.
             if (stalled := self._stalls.get(name)) is not None and stalled is not before:
                 raise StalledError(stalled.seconds)
-            file = self._descriptors.find(self, name)
-            if file is None:
-                file = await self._open_first(name)
-                self._descriptors.add(self, name, file)
-            return file
-
-    async def _open_first(self, name: str) -> OpenFile:
-        await self._descriptors.make_room()
-        with self._descriptors.opening():
-            file = await self._open(name)
-        if self._seen.setdefault(name, identity(file.status)) != identity(file.status):
-            await settled(asyncio.ensure_future(file.close()))
-            raise FileChangedError(name)
-        return file
+            return self._descriptors.find(self, name) or await self._descriptors.open(
+                self, name, partial(self._open, name)
+            )
 
     async def _open(self, name: str) -> OpenFile:
         open_here = partial(self._open_here, self._root / name)
-        while True:
-            try:
-                return await self._patience.run(
-                    self._executor,
-                    open_here,
-                    label=name,
-                    late=OpenFile.close_here,
-                    discard=OpenFile.close,
-                )
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise await self._on_executor(partial(self._explained, error)) from error
-            except StalledError as error:
-                self._stalls[name] = error
-                raise
-            except OSError as error:
-                # Whoever else may need one gets it first: what we do not use is closed.
-                if error.errno not in _NO_DESCRIPTORS or not await self._descriptors.relieve():
-                    raise
+        try:
+            file = await self._disk.call(open_here, label=name, late=OpenFile.close)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise await self._disk.call(partial(self._explained, error)) from error
+        except StalledError as error:
+            self._stalls[name] = error
+            raise
+        if self._seen.setdefault(name, identity(file.status)) != identity(file.status):
+            await settled(asyncio.ensure_future(file.aclose()))
+            raise FileChangedError(name)
+        return file
 
     def _open_here(self, path: Path) -> OpenFile:
-        flags = os.O_RDONLY | self._flags
-        fd, status = open_regular(path, flags, follow=self._follow)
+        fd, status = open_regular(path, os.O_RDONLY | self._flags, follow=self._follow)
         try:
-            return OpenFile(
-                fd, status, self._start(fd, status.st_size), on_thread=self._on_executor
-            )
+            return OpenFile(fd, status, self._start(fd, status.st_size), disk=self._disk)
         except BaseException:
             os.close(fd)
             raise
@@ -297,7 +218,7 @@ class LocalStorage:
     def _start(self, fd: int, size: int) -> bytes:
         start = bytearray(min(size, _START))
         try:
-            count = self._preadv(fd, [memoryview(start)], 0, Seen(waited=True))
+            count = self._preadv(fd, [memoryview(start)], 0, Reading("", 0, ()))
         except OSError:  # whoever asks for these bytes hears of it
             return b""
         return bytes(start[:count])

@@ -15,10 +15,10 @@ from .protocol import views_after
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from asyncloader._threads.pace import Seen
+    from asyncloader._threads.call import Reading
 
 
-PReadV: TypeAlias = "Callable[[int, Sequence[memoryview], int, Seen], int]"
+PReadV: TypeAlias = "Callable[[int, Sequence[memoryview], int, Reading], int]"
 
 # One call into the kernel. A longer one may keep a processor from the event loop until it is done.
 _STEP = 8 << 20
@@ -57,16 +57,20 @@ def _steps(views: Sequence[memoryview]) -> Iterator[tuple[Sequence[memoryview], 
 
 if hasattr(os, "preadv"):
 
-    def preadv(fd: int, views: Sequence[memoryview], offset: int, seen: Seen) -> int:
-        """Fill views, and say whether that took bytes which were not in memory yet."""
+    def preadv(fd: int, views: Sequence[memoryview], offset: int, reading: Reading) -> int:
+        """Fill views, and note whether that took bytes which were not in memory yet."""
         done = 0
+        reading.unsure |= not _NOWAIT
         for step, length in _steps(views):
             touch(step)
-            count = (
-                0 if seen.waited or seen.unsure else _preadv_cached(fd, step, offset + done, seen)
-            )
+            count = 0
+            if not (reading.waited or reading.unsure):
+                try:  # as much as need not be waited for
+                    count = os.preadv(fd, step, offset + done, _NOWAIT)
+                except (OSError, NotImplementedError) as error:
+                    reading.unsure = _cannot_tell(error)
             if count < length:
-                seen.waited = not seen.unsure
+                reading.waited = not reading.unsure
                 left = views_after(step, count) if count else step
                 count += os.preadv(fd, left, offset + done + count)
             done += count
@@ -74,26 +78,23 @@ if hasattr(os, "preadv"):
                 break
         return done
 
-    def _preadv_cached(fd: int, views: Sequence[memoryview], offset: int, seen: Seen) -> int:
-        """Read as much as need not be waited for; nothing, where the system cannot tell."""
-        try:
-            if _NOWAIT:
-                return os.preadv(fd, views, offset, _NOWAIT)
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                return 0
-            if error.errno not in _CANNOT_TELL:
-                raise
-        except NotImplementedError:  # a C library without preadv2
-            pass
-        seen.unsure = True
-        return 0
+    def _cannot_tell(error: OSError | NotImplementedError) -> bool:
+        """Say whether the system cannot tell what is in memory.
+
+        Raises:
+            OSError: If reading failed.
+        """
+        if isinstance(error, OSError) and error.errno == errno.EAGAIN:
+            return False
+        if isinstance(error, OSError) and error.errno not in _CANNOT_TELL:
+            raise error
+        return True  # or a C library without preadv2
 
 else:  # Windows: one position a descriptor, so one reader at a time
     _seek_and_read = threading.Lock()
 
-    def preadv(fd: int, views: Sequence[memoryview], offset: int, seen: Seen) -> int:
-        seen.waited = True
+    def preadv(fd: int, views: Sequence[memoryview], offset: int, reading: Reading) -> int:
+        reading.waited = True
         with _seek_and_read, open(fd, "rb", buffering=0, closefd=False) as file:
             file.seek(offset)
             return file.readinto(views[0]) or 0

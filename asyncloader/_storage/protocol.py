@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from asyncloader._threads.patience import StalledError
+from asyncloader._threads.call import StalledError
 from asyncloader.errors import CheckpointError, ReadError, ReadStalledError
 
 from .opening import RefusedFileError
@@ -127,24 +126,6 @@ def fill(read: ReadInto, name: str, offset: int, view: memoryview) -> None:
         if count == 0:
             raise _ends_early(name, offset, view.nbytes, done)
         done += count
-
-
-@dataclass(slots=True)
-class ByteRange:
-    """Bytes of a file, in words."""
-
-    name: str
-    offset: int = 0
-    length: int = -1
-
-    def note(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Stand for other ones from now on."""
-        self.offset, self.length = offset, sum(map(_NBYTES, views))
-
-    def __str__(self) -> str:
-        if self.length < 0:
-            return self.name
-        return f"{self.name}: bytes [{self.offset}, {self.offset + self.length})"
 
 
 def read_error(name: str, offset: int, length: int, error: OSError) -> ReadError:

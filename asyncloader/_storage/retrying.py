@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
+import random
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from asyncloader._threads.patience import StalledError
+from asyncloader._threads.call import StalledError
 
 from .opening import FileChangedError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
-
-    from tenacity import RetryCallState
+    from collections.abc import Awaitable, Callable, Sequence
 
     from .protocol import ReadInto, Storage, ThreadedStorage
 
@@ -29,7 +27,7 @@ _log = logging.getLogger(__name__)
 _TRANSIENT = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN, errno.EINTR}
 _ATTEMPTS = 5
 _FIRST_PAUSE = 0.1
-_LONGEST_PAUSE = 1.0
+"""Seconds, at most; each pause may be twice as long as the one before."""
 
 
 def is_transient(error: BaseException) -> bool:
@@ -87,62 +85,50 @@ class RetryingStorage:
 
     async def size(self, name: str, /) -> int:
         """Return the length of a file in bytes; see `Storage`."""
-        return await self._persistently(partial(self._inner.size, name), name)
+        return await self._again(partial(self._inner.size, name), name)
 
     async def changed(self, names: Sequence[str], /) -> list[str]:
         """Say which files are others than they were; see `Storage`."""
-        return await self._persistently(partial(self._inner.changed, names), "")
+        return await self._again(partial(self._inner.changed, names), "")
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         """Fill `views` from `offset` on; see `Storage`."""
-        return await self._persistently(partial(self._inner.readinto, name, offset, views), name)
+        # The loop of `_again`, written out: one call less on the way of every read.
+        attempt = 0
+        while True:
+            try:
+                return await self._inner.readinto(name, offset, views)
+            except OSError as error:
+                attempt += 1
+                if (pause := self._pause(error, name, attempt)) is None:
+                    raise
+            await self._sleep(pause)
 
-    async def _persistently(self, call: Callable[[], Awaitable[T]], name: str) -> T:
-        try:
-            return await call()
-        except OSError as error:
-            if not is_transient(error):
-                raise
-            first = error
-        return await self._again(call, name, first)
+    async def _again(self, call: Callable[[], Awaitable[T]], name: str) -> T:
+        attempt = 0
+        while True:
+            try:
+                return await call()
+            except OSError as error:
+                attempt += 1
+                if (pause := self._pause(error, name, attempt)) is None:
+                    raise
+            await self._sleep(pause)
 
-    async def _again(self, call: Callable[[], Awaitable[T]], name: str, first: OSError) -> T:
-        from tenacity import AsyncRetrying  # noqa: PLC0415  # seldom
-
-        failures = iter([first])
-
-        async def attempt() -> T:
-            for failure in failures:  # the first attempt is that one
-                raise failure
-            return await call()
-
-        with _telling():
-            return await AsyncRetrying(sleep=self._sleep, **self._how(name))(attempt)
-
-    def _how(self, name: str) -> dict[str, Any]:
-        from tenacity import (  # noqa: PLC0415
-            retry_if_exception,
-            stop_after_attempt,
-            wait_random_exponential,
-        )
-
-        def note(state: RetryCallState) -> None:
-            self.retries += 1
-            error = state.outcome.exception() if state.outcome else None
-            # The first one is news; the report will count the others.
-            _log.log(
-                logging.WARNING if self.retries == 1 else logging.DEBUG,
-                "%s: %s: %s; trying again, %d of %d",
-                self.location, name, error, state.attempt_number, _ATTEMPTS - 1,
-            )  # fmt: skip
-
-        return {
-            "retry": retry_if_exception(is_transient),
-            "stop": stop_after_attempt(_ATTEMPTS),
-            "wait": wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
-            "before_sleep": note,
-            "reraise": True,
-        }
+    def _pause(self, error: OSError, name: str, attempt: int) -> float | None:
+        """Return how long to wait before the next attempt; `None` if there is none."""
+        if not is_transient(error):
+            return None
+        if attempt == _ATTEMPTS:
+            error.add_note(f"{_ATTEMPTS} times in a row; look at the disk or the network")
+            return None
+        self.retries += 1
+        # The first one is news; the report will count the others.
+        level = logging.WARNING if self.retries == 1 else logging.DEBUG
+        text = "%s: %s: %s; trying again, %d of %d"
+        _log.log(level, text, self.location, name, error, attempt, _ATTEMPTS - 1)
+        # Random, so that many readers do not come back at the same moment.
+        return random.uniform(0, _FIRST_PAUSE * 2 ** (attempt - 1))  # noqa: S311  # no secret
 
 
 class ThreadedRetryingStorage(RetryingStorage):
@@ -160,37 +146,16 @@ class ThreadedRetryingStorage(RetryingStorage):
 
         def with_read(read: ReadInto) -> T:
             def persistent(offset: int, views: Sequence[memoryview]) -> int:
-                try:
-                    return read(offset, views)
-                except OSError as error:
-                    if not is_transient(error):
-                        raise
-                    return self._again_here(partial(read, offset, views), name, error)
+                attempt = 0
+                while True:
+                    try:
+                        return read(offset, views)
+                    except OSError as error:
+                        attempt += 1
+                        if (pause := self._pause(error, name, attempt)) is None:
+                            raise
+                    self._rest(pause)
 
             return job(persistent)
 
         return await self._lender.on_thread(name, with_read)
-
-    def _again_here(self, call: Callable[[], int], name: str, first: OSError) -> int:
-        from tenacity import Retrying  # noqa: PLC0415
-
-        failures = iter([first])
-
-        def attempt() -> int:
-            for failure in failures:
-                raise failure
-            return call()
-
-        with _telling():
-            return Retrying(sleep=self._rest, **self._how(name))(attempt)
-
-
-@contextlib.contextmanager
-def _telling() -> Iterator[None]:
-    """Say of what failed again and again that it did."""
-    try:
-        yield
-    except OSError as error:
-        if is_transient(error):
-            error.add_note(f"{_ATTEMPTS} times in a row; look at the disk or the network")
-        raise

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from concurrent.futures import Future
+import functools
+import gc
+import os
+import threading
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ async def run_jobs(executor: Executor, jobs: Sequence[Callable[[], T]]) -> list[
     works: list[asyncio.Future[T]] = []
     try:
         for job in jobs:
-            works.append(_submitted(executor, job))  # noqa: PERF401  # those before a failure count
+            works.append(asyncio.wrap_future(executor.submit(job)))  # noqa: PERF401  # those before a failure count
         await asyncio.wait(works)
     except (asyncio.CancelledError, RuntimeError):
         await _all_done(works)
@@ -61,33 +64,6 @@ async def run_jobs(executor: Executor, jobs: Sequence[Callable[[], T]]) -> list[
     for work in works:
         work.exception()  # marks it retrieved: the first failure is what we report
     return [work.result() for work in works]
-
-
-def _submitted(executor: Executor, job: Callable[[], T]) -> asyncio.Future[T]:
-    """Have a thread run a job.
-
-    Raises:
-        RuntimeError: If there is none to be had. The job does not run then: an executor that fails
-            to start a thread has put it into its queue before, where another one may find it.
-    """
-    result: Future[T] = Future()
-    try:
-        executor.submit(carry_out, job, result)
-    except RuntimeError:
-        if result.cancel():
-            raise
-    return asyncio.wrap_future(result)
-
-
-def carry_out(job: Callable[[], T], result: Future[T]) -> None:
-    """Do a job for whoever waits for its result; nothing if that was withdrawn."""
-    if not result.set_running_or_notify_cancel():
-        return
-    try:
-        result.set_result(job())
-    except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
-        result.set_exception(error)
-        del result, job  # the error knows this frame
 
 
 async def _all_done(works: Sequence[asyncio.Future[T]]) -> None:
@@ -139,3 +115,41 @@ def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
     if len(others) > _NOTED:
         first.add_note(f"and {len(others) - _NOTED} more")
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+_resting: set[int] = set()
+"""Threads on whose behalf the garbage collector is off."""
+
+
+def undisturbed(job: Callable[[], T]) -> Callable[[], T]:
+    """Return a job of planning, with the garbage collector off while it runs.
+
+    Every so many new objects Python looks at all there are, for cycles: 80 ms in a process that has
+    torch, and all threads wait. Planning makes no cycles. A load of 100,000 tensors takes 2.3 s,
+    with the collector on 2.9 s.
+    """
+
+    @functools.wraps(job)
+    def run() -> T:
+        if not gc.isenabled():  # another thread rests it already; then this one may be disturbed
+            return job()
+        _resting.add(threading.get_ident())
+        gc.disable()
+        try:
+            return job()
+        finally:
+            gc.enable()
+            _resting.discard(threading.get_ident())
+
+    return run
+
+
+def _after_fork() -> None:
+    """Turn it on in a child process, whatever the threads of its parent were doing."""
+    if _resting:
+        _resting.clear()
+        gc.enable()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -14,7 +14,7 @@ from asyncloader._as_dict import AsDict
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .throttle import Throttle
+    from .gate import Gate
 
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class LagWatch:
     manager.
 
     Args:
-        throttle: Is given the pace.
+        gate: Is given the pace.
         bound: Seconds.
         pressure: Says how little room the program has for a load, 0 to 1: the pace is at most what
             is left. Called on the event loop, twenty times a second. What it raises is logged, and
@@ -85,13 +85,13 @@ class LagWatch:
 
     def __init__(
         self,
-        throttle: Throttle,
+        gate: Gate,
         *,
         bound: float,
         pressure: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._throttle = throttle
+        self._gate = gate
         self._bound = bound
         self._pressure = pressure
         self._clock = clock
@@ -147,7 +147,7 @@ class LagWatch:
             return
         self._note_time(now)
         self._decided = now
-        pace = self._throttle.pace
+        pace = self._gate.allowed
         late, early = self._worst_lately > self._bound, self._worst_lately < self._bound / 2
         self._in_vain = self._in_vain + 1 if pace <= _SLOWEST and not early else 0
         if self._in_vain >= _IN_VAIN:
@@ -171,15 +171,15 @@ class LagWatch:
         return max(1.0 - pressure, _SLOWEST)
 
     def _go(self, pace: float) -> None:
-        if self._paces and pace == self._throttle.pace:
+        if self._paces and pace == self._gate.allowed:
             return
-        self._throttle.pace = pace
+        self._gate.allowed = pace
         self._paces.append((self._clock() - self._start, pace))
         if len(self._paces) > _MOST_PACES:
             del self._paces[1::2]
 
     def _note_time(self, now: float) -> None:
-        self._held_back += (now - self._noted) * (1 - self._throttle.pace)
+        self._held_back += (now - self._noted) * (1 - self._gate.allowed)
         self._noted = now
 
     def _percentile(self, share: float) -> float:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import threading
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .jobs import carry_out
+from .call import Call
+from .gate import Gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
 
 T = TypeVar("T")
@@ -20,21 +24,17 @@ _LOOK_AGAIN = 0.5
 """Seconds. A thread that is waited for may be given up on meanwhile."""
 
 
-class _Job(NamedTuple):
-    do: Callable[[], object]
-    result: Future[Any]
-
-
 class WorkerPool(Executor):
-    """A fixed number of threads that run jobs, first come, first served.
+    """A fixed number of threads that carry calls out, first come, first served.
 
     What `ThreadPoolExecutor` lacks: a thread that does not come back, since the kernel keeps it
     waiting for a disk that is gone, can be struck off and replaced. Nobody waits for it any more,
     neither `shutdown` nor the end of the interpreter; should it ever come back, it ends.
 
     Args:
-        size: Threads. Started by `start`, or one by one as jobs come.
+        size: Threads. Started by `start`, or one by one as calls come.
         name: Of the threads, before their numbers.
+        gate: Says how many run at a time; `None` is one of its own.
         initializer: Called on each thread first; must not raise.
         start: Starts a thread; raises `RuntimeError` where there is none to be had.
     """
@@ -44,15 +44,17 @@ class WorkerPool(Executor):
         size: int,
         *,
         name: str,
-        initializer: Callable[[], object],
+        gate: Gate | None = None,
+        initializer: Callable[[], object] = int,
         start: Callable[[threading.Thread], None] = threading.Thread.start,
     ) -> None:
         self._size = size
         self._name = name
+        self._gate = gate or Gate(most=size, cores=size)
         self._initializer = initializer
         self._start_thread = start
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._lock = threading.Lock()  # for all below; held for moments only
+        self._queue: SimpleQueue[Call[Any] | None] = SimpleQueue()
+        self._lock = threading.Condition(threading.Lock())  # for all below; held for moments only
         self._threads: set[threading.Thread] = set()
         self._starting = 0
         self._started = 0
@@ -62,7 +64,17 @@ class WorkerPool(Executor):
         return f"<WorkerPool {self._name!r}: {len(self._threads)} of {self._size} threads>"
 
     def submit(self, job: Callable[..., T], /, *args: object, **kwargs: object) -> Future[T]:
-        """Have a thread run a job.
+        """Have a thread run a job that comes back for certain; else there is `Disk`.
+
+        Raises:
+            RuntimeError: If the pool is shut down, or there is not a single thread to be had.
+        """
+        call = Call(partial(job, *args, **kwargs))
+        self.put(call)
+        return call.future
+
+    def put(self, call: Call[Any]) -> None:
+        """Have a thread carry a call out.
 
         Raises:
             RuntimeError: If the pool is shut down, or there is not a single thread to be had.
@@ -71,9 +83,8 @@ class WorkerPool(Executor):
             raise RuntimeError(f"{self!r} is shut down")
         if len(self._threads) + self._starting < self._size:
             self._start_one()
-        result: Future[T] = Future()
-        self._jobs.put(_Job(partial(job, *args, **kwargs), result))
-        return result
+        call.queue = self._queue
+        self._gate.enter(call)
 
     def start(self) -> None:
         """Start all threads that do not run. Waits for each to run.
@@ -88,27 +99,39 @@ class WorkerPool(Executor):
             self._fail_all(error)
             raise
 
-    def strike_off(self, thread: threading.Thread) -> bool:
-        """Give up on a thread: `start` puts another in its place. Say whether it was one of ours.
+    def replace(self, call: Call[Any]) -> None:
+        """Give up on the thread of a call, and have another take its place.
 
         Waits for nothing, so that it may be called on an event loop.
         """
+        if call.thread is None or not self._gate.strike(call):
+            return
         with self._lock:
-            if thread not in self._threads:
-                return False
-            self._threads.discard(thread)
-            return True
+            self._threads.discard(call.thread)
+        try:  # starting a thread means waiting until it runs
+            _thread.start_new_thread(self._start_missing, ())
+        except RuntimeError as error:
+            if not self._threads:
+                self._fail_all(error)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002  # as the base has it
-        """Take no more jobs; wait for those that are there, but for no thread given up on."""
+        """Take no more calls; wait for those that are there, but for no thread given up on."""
         if cancel_futures:
-            raise NotImplementedError("jobs are withdrawn by whoever handed them in")
-        self._is_shut = True
-        self._jobs.put(None)
+            raise NotImplementedError("calls are withdrawn by whoever handed them in")
+        with self._lock:
+            self._is_shut = True
+            while wait and self._starting:
+                self._lock.wait()
+        self._queue.put(None)
         while wait and (thread := next(iter(self._threads.copy()), None)):
             thread.join(_LOOK_AGAIN)
             if not thread.is_alive():
-                self.strike_off(thread)
+                with self._lock:
+                    self._threads.discard(thread)
+
+    def _start_missing(self) -> None:
+        with contextlib.suppress(RuntimeError):  # those that wait have been told
+            self.start()
 
     def _start_one(self) -> bool:
         """Start a thread if one is missing; say whether one was.
@@ -135,6 +158,7 @@ class WorkerPool(Executor):
         finally:
             with self._lock:
                 self._starting -= 1
+                self._lock.notify_all()
                 if thread.ident is not None:
                     self._threads.add(thread)
         return True
@@ -142,24 +166,41 @@ class WorkerPool(Executor):
     def _serve(self) -> None:
         self._initializer()
         thread = threading.current_thread()
-        while (job := self._jobs.get()) is not None:
-            carry_out(*job)
-            del job  # or an idle thread would hold on to what it did last
-            if self._is_struck_off(thread):
-                return
-        self._jobs.put(None)  # for the next one
-
-    def _is_struck_off(self, thread: threading.Thread) -> bool:
-        if thread in self._threads:
-            return False
-        with self._lock:  # whoever started it may not have noted it yet
-            return thread not in self._threads and not self._starting
+        while (first := self._queue.get()) is not None:
+            call: Call[Any] | None = first
+            del first
+            while call is not None:
+                _carry_out(call, thread, self._gate)
+                following = self._gate.leave(call)
+                if call.is_struck:
+                    return
+                call = following
+                del following  # an idle thread would hold on to what it did last
+        self._queue.put(None)  # for the next one
 
     def _fail_all(self, error: RuntimeError) -> None:
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except Empty:
-                return
-            if job is not None and job.result.set_running_or_notify_cancel():
-                job.result.set_exception(error)
+        """Fail the calls that wait: there is no thread that would carry them out."""
+        with contextlib.suppress(Empty):
+            while True:
+                call = self._queue.get_nowait()
+                while call is not None:
+                    if call.future.set_running_or_notify_cancel():
+                        call.future.set_exception(error)
+                    call = self._gate.leave(call)
+
+
+def _carry_out(call: Call[Any], thread: threading.Thread, gate: Gate) -> None:
+    job, call.job = call.job, None  # the one that waits may hold on to the call
+    if job is None or not call.future.set_running_or_notify_cancel():
+        return  # it was withdrawn meanwhile
+    call.thread, call.begun = thread, gate.now()
+    before = gate.clock() if call.is_large else None
+    try:
+        result = job()
+    except BaseException as error:  # noqa: BLE001  # the one that waits raises it
+        call.fail(error)
+        del call, job  # the error knows this frame
+    else:
+        if call.is_large and call.reading is not None:
+            gate.learn(call.reading, before, gate.now() - call.begun)
+        call.succeed(result)

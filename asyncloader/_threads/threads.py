@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Self
 
 from asyncloader._memory.allowance import processors
 
+from .gate import Gate
 from .jobs import settled
 from .pool import WorkerPool
-from .throttle import ThrottledExecutor
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
     from types import TracebackType
-
-    from .throttle import Throttle
 
 
 # More than a handful do not build an id index faster: memory is the limit.
@@ -30,49 +27,39 @@ _NICE = 5
 class Threads:
     """Two pools: reads wait, kernels compute, and neither shall keep the other from running.
 
-    A thread that reads may never come back, and be replaced; those that compute always do, as they
-    touch no file.
+    A thread that reads may never come back, and be replaced (`Disk`); those that compute always do,
+    as they touch no file.
 
     They may be shared by several loads of one event loop. An async context manager: entering starts
     all threads, leaving joins them.
 
     Args:
         reads: Threads that read.
-        throttle: What their jobs keep to; `None` lets them go as fast as they can.
+        gate: Says how many run at a time; `None` is one of its own.
 
     Attributes:
         reads: Runs jobs on threads that read.
-        readers: Likewise, but they do not keep to the throttle: for a storage that does.
         kernels: Runs jobs on threads that compute.
+        gate: All of them keep to it.
     """
 
-    def __init__(self, *, reads: int, throttle: Throttle | None = None) -> None:
+    def __init__(self, *, reads: int, gate: Gate | None = None) -> None:
         self.kernel_count = min(processors(), _MOST_KERNELS)
-        self._throttle = throttle
-        self.readers = WorkerPool(reads, name="asyncloader-read", initializer=_step_back)
-        self._kernels = WorkerPool(
-            self.kernel_count, name="asyncloader-kernel", initializer=_step_back
+        self.gate = gate or Gate(most=reads)
+        self.reads = WorkerPool(
+            reads, name="asyncloader-read", gate=self.gate, initializer=_step_back
         )
-        self.reads: Executor = self.readers
-        self.kernels: Executor = self._kernels
-        if throttle is not None:
-            self.reads = ThrottledExecutor(self.readers, throttle)
-            self.kernels = ThrottledExecutor(self._kernels, throttle)
-
-    def replace(self, thread: threading.Thread) -> None:
-        """Have another thread take the place of one that reads, soon."""
-        if self.readers.strike_off(thread):
-            self._kernels.submit(self.readers.start)  # starting one means waiting for it
-        if self._throttle is not None:
-            self._throttle.forget(thread)
+        self.kernels = WorkerPool(
+            self.kernel_count, name="asyncloader-kernel", gate=self.gate, initializer=_step_back
+        )
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         try:
             # Starting a thread means waiting until it runs. Done on the event loop, and while
             # others keep the processors busy, sixteen held it up for 90 ms: the first starts them.
-            for pool in (self._kernels, self.readers):
-                await settled(loop.run_in_executor(self._kernels, pool.start))
+            for pool in (self.kernels, self.reads):
+                await settled(loop.run_in_executor(self.kernels, pool.start))
         except BaseException:
             await self._close()
             raise
@@ -90,14 +77,13 @@ class Threads:
         # Nobody is at work any more, but each thread still has to wake up to end. The readers are
         # joined off the loop; the few others, one of which did that, on it.
         loop = asyncio.get_running_loop()
-        if self._throttle is not None:
-            self._throttle.pace = 1  # or the loop would wait for threads that rest
+        self.gate.allowed = 1  # or the loop would wait for threads that rest
         try:
-            await settled(loop.run_in_executor(self._kernels, self.readers.shutdown))
+            await settled(loop.run_in_executor(self.kernels, self.reads.shutdown))
         except RuntimeError:  # no thread is to be had: then few run, or none
-            self.readers.shutdown()
+            self.reads.shutdown()
         finally:
-            self._kernels.shutdown()
+            self.kernels.shutdown()
 
 
 def _step_back() -> None:
