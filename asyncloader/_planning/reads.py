@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from asyncloader._checkpoint.blocks import numbered
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -22,6 +24,9 @@ _UNBOUNDED = 2**62
 
 MAX_PIECES = 1024
 """Buffers of one `preadv`: `IOV_MAX` of Linux and macOS."""
+
+
+_COLUMNS = ("offset", "length", "sink", "position", "grain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Extents:
     """Extents as columns."""
 
     shards: Sequence[str]
-    """The different files, in the order of their names."""
+    """The different files."""
 
     shard: NDArray[np.int64]
     """`[n]`; which of them."""
@@ -66,28 +71,20 @@ class Extents:
     def of(cls, extents: Iterable[Extent]) -> Extents:
         """Return extents as columns."""
         known = list(extents)
-        shards = {name: number for number, name in enumerate(sorted({e.shard for e in known}))}
-        table = [(shards[e.shard], e.offset, e.length, e.sink, e.position, e.grain) for e in known]
-        shard, *columns = np.array(table, np.int64).reshape(-1, 6).T
-        offset, length, sink, position, grain = columns
-        return cls(
-            shards=tuple(shards), shard=shard, offset=offset, length=length, sink=sink,
-            position=position, grain=grain,
-        )  # fmt: skip
+        shards, shard = numbered(one.shard for one in known)
+        table = np.array([[getattr(one, name) for name in _COLUMNS] for one in known], np.int64)
+        columns = dict(zip(_COLUMNS, table.reshape(-1, len(_COLUMNS)).T, strict=True))
+        return cls(shards=shards, shard=shard, **columns)
 
     def __add__(self, other: Extents) -> Extents:
-        shards = sorted({*self.shards, *other.shards})
-        numbers = {name: number for number, name in enumerate(shards)}
-
-        def renumbered(one: Extents) -> NDArray[np.int64]:
-            return np.array([numbers[name] for name in one.shards], np.int64)[one.shard]
-
+        shards, numbers = numbered((*self.shards, *other.shards))
+        cut = len(self.shards)
         return Extents(
-            shards=tuple(shards),
-            shard=np.concatenate([renumbered(self), renumbered(other)]),
+            shards=shards,
+            shard=np.concatenate([numbers[:cut][self.shard], numbers[cut:][other.shard]]),
             **{
                 name: np.concatenate([getattr(self, name), getattr(other, name)])
-                for name in ("offset", "length", "sink", "position", "grain")
+                for name in _COLUMNS
             },
         )
 
@@ -172,7 +169,9 @@ def plan_reads(extents: Extents, *, chunk_bytes: int, gap_bytes: int) -> list[Re
 
 def _cut(extents: Extents, chunk_bytes: int) -> Extents:
     """Sort extents as they lie on disk, and cut those that are longer than a chunk."""
-    order = np.lexsort((extents.length, extents.offset, extents.shard))
+    place = {name: number for number, name in enumerate(sorted(extents.shards))}
+    shard = np.array([place[name] for name in extents.shards], np.int64)[extents.shard]
+    order = np.lexsort((extents.length, extents.offset, shard))
     length, grain = extents.length[order], extents.grain[order]
     step = np.maximum(chunk_bytes // grain, 1) * grain
     counts = -(-length // step)

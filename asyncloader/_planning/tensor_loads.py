@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, overload
+from functools import partial
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
+
+from asyncloader._checkpoint.blocks import numbered
 
 from .casts import Cast, can_cast, cast_hint
 from .targets import RowType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -46,11 +49,10 @@ class TensorLoads(Sequence[TensorLoad]):
         offsets: int64 `[n]`; first byte, from the start of the file.
         nbytes: int64 `[n]`.
         digested: bool `[n]`; whether there are digests.
-        cast: bool `[n]`; whether it is converted to another dtype. None is, by default.
-        blocks: The blocks themselves, by number.
+        block: Returns a block by its number.
     """
 
-    __slots__ = ("_blocks", "cast", "digested", "names", "nbytes", "offsets", "shard", "shards")
+    __slots__ = ("block", "cast", "digested", "names", "nbytes", "offsets", "shard", "shards")
 
     def __init__(
         self,
@@ -61,8 +63,7 @@ class TensorLoads(Sequence[TensorLoad]):
         offsets: NDArray[np.int64],
         nbytes: NDArray[np.int64],
         digested: NDArray[np.bool_],
-        blocks: BlockSource,
-        cast: NDArray[np.bool_] | None = None,
+        block: Callable[[int], Block],
     ) -> None:
         self.names = names
         self.shards = shards
@@ -70,23 +71,26 @@ class TensorLoads(Sequence[TensorLoad]):
         self.offsets = offsets
         self.nbytes = nbytes
         self.digested = digested
-        self.cast = np.zeros(len(names), np.bool_) if cast is None else cast
-        self._blocks = blocks
+        self.block = block
+        self.cast = np.zeros(len(names), np.bool_)
+        """bool `[n]`; whether it is converted to another dtype."""
+
+        assert len(names) == len(shard) == len(offsets) == len(nbytes) == len(digested)
 
     @classmethod
     def of(cls, loads: Iterable[TensorLoad]) -> TensorLoads:
         """Return loads as columns. Several may have parts of one block."""
         known = list(loads)
         blocks = [load.block for load in known]
-        shards = {name: number for number, name in enumerate(sorted({b.shard for b in blocks}))}
+        shards, shard = numbered(block.shard for block in blocks)
         return cls(
             [load.name for load in known],
-            shards=tuple(shards),
-            shard=np.array([shards[block.shard] for block in blocks], np.int64),
+            shards=shards,
+            shard=shard,
             offsets=np.array([block.offset for block in blocks], np.int64),
             nbytes=np.array([block.nbytes for block in blocks], np.int64),
             digested=np.array([block.digests is not None for block in blocks], np.bool_),
-            blocks=blocks,
+            block=blocks.__getitem__,
         )
 
     def __repr__(self) -> str:
@@ -94,11 +98,6 @@ class TensorLoads(Sequence[TensorLoad]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TensorLoads) and tuple(self) == tuple(other)
-
-    __hash__ = None  # type: ignore[assignment]
 
     @overload
     def __getitem__(self, number: int, /) -> TensorLoad: ...
@@ -110,30 +109,6 @@ class TensorLoads(Sequence[TensorLoad]):
         if isinstance(number, slice):
             return tuple(self[one] for one in range(len(self))[number])
         return TensorLoad(name=self.names[number], block=self.block(number))
-
-    def block(self, number: int) -> Block:
-        """Return the block that fills that one."""
-        return self._blocks[number]
-
-
-class BlockSource(Protocol):
-    """Blocks by number."""
-
-    def __getitem__(self, number: int, /) -> Block:
-        """Return one."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """Blocks that are made when they are asked for."""
-
-    of_shards: Sequence[Blocks]
-    shard: NDArray[np.int64]
-    number: NDArray[np.int64]
-
-    def __getitem__(self, which: int, /) -> Block:
-        return self.of_shards[int(self.shard[which])].at(int(self.number[which]))
 
 
 def match_tensors(
@@ -161,9 +136,8 @@ def match_tensors(
     places = manifest.catalog.tensors
     keys = list(map(places.block_keys.__getitem__, chosen.values()))
     files = list(map(places.shards.__getitem__, chosen.values()))
-    shards = {name: number for number, name in enumerate(sorted(set(files)))}
+    shards, shard = numbered(files)
     of_shards = [manifest.headers[name].blocks for name in shards]
-    shard = np.fromiter(map(shards.__getitem__, files), np.int64, len(files))
     number = np.empty(len(keys), np.int64)
     by_shard = np.argsort(shard, kind="stable")
     cuts = np.searchsorted(shard[by_shard], np.arange(len(of_shards) + 1)).tolist()
@@ -174,19 +148,25 @@ def match_tensors(
     for odd in np.flatnonzero(number < 0).tolist():  # under a name that is known to be misspelt
         found = manifest.block(places[sources[odd]])
         number[odd] = of_shards[shard[odd]].numbers([found.key])[0]
-    starts = np.cumsum([0, *map(len, of_shards)])[:-1]
-    at = starts[shard] + number if len(shard) else number
+    assert (number >= 0).all()
+    at = np.cumsum([0, *map(len, of_shards)])[shard] + number
     loads = TensorLoads(
         list(chosen),
-        shards=tuple(shards),
+        shards=shards,
         shard=shard,
         offsets=_joined([blocks.offsets for blocks in of_shards])[at],
         nbytes=_joined([blocks.nbytes for blocks in of_shards])[at],
         digested=np.array([blocks.digested for blocks in of_shards], np.bool_)[shard],
-        blocks=_Found(of_shards, shard, number),
+        block=partial(_block, of_shards, shard, number),
     )
     casts = _casts(loads, _mismatches(loads, of_shards, at, targets), targets, problems, casting)
     return loads, casts
+
+
+def _block(
+    of_shards: Sequence[Blocks], shard: NDArray[np.int64], number: NDArray[np.int64], which: int
+) -> Block:
+    return of_shards[int(shard[which])].at(int(number[which]))
 
 
 def _joined(columns: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
