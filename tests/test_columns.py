@@ -54,7 +54,7 @@ entries: st.SearchStrategy[Any] = st.one_of(
 
 def problems_of(entries: dict[str, Any]) -> AllProblems:
     found, text = AllProblems("here"), orjson.dumps(entries)
-    parse_header(found, "shard", text, 8 + len(text) + 64, recis=False)
+    parse_header(found, "shard", text, 8 + len(text) + 64, recis=True)
     return found
 
 
@@ -68,7 +68,7 @@ def test_a_header_is_refused_as_a_whole_where_one_entry_would_be(entries: dict[s
     together = [one for one in problems_of(entries).found if "overlap" not in one.text]
     assert sorted(one.key or "" for one in together) == sorted(wrong)
     try:
-        header = parse_header(Problems("here"), "shard", text, 8 + len(text) + 64, recis=False)
+        header = parse_header(Problems("here"), "shard", text, 8 + len(text) + 64, recis=True)
     except CheckpointError as error:
         assert error.key in wrong or "overlap" in error.problem  # noqa: PT017
         return

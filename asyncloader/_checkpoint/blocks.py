@@ -175,40 +175,37 @@ class Blocks(Columns[Block]):
         return self.digests is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the blocks of a shard lie behind each other."""
-
-    blocks: Blocks
-    """Those that lie within the file and overlap no other."""
-
-    end: int
-    """Of the last of them, from the start of the file."""
-
-    gap: tuple[str, int] | None
-    """The first block that does not begin where the one before it ends, and where that is."""
-
-
-def lay_out(problems: Problems, blocks: Blocks, start: int, size: int) -> Layout:
-    """Check that blocks lie within the file, and that no two of them overlap.
+def lay_out(
+    problems: Problems, blocks: Blocks, start: int, size: int, *, whole: bool
+) -> tuple[Blocks, int]:
+    """Check that blocks lie within the file, one right behind the other.
 
     Args:
         problems: Receives the blocks of which that is not so.
         blocks: Of one shard. Those without bytes have to stand between others, too.
         start: Where its data begins.
         size: The file's length in bytes.
+        whole: Whether these are all blocks, so that no bytes between them belong to another.
+
+    Returns:
+        The blocks that lie within the file and overlap no other, and where the last of them ends.
     """
     order = np.lexsort((blocks.nbytes, blocks.offsets))
     begins, ends = blocks.offsets[order], (blocks.offsets + blocks.nbytes)[order]
     full = ends > begins  # a block without bytes overlaps none
     if (begins[full][1:] < ends[full][:-1]).any() or (ends[full] > size).any():
         refused = _refused(problems, blocks, order[full], size)
-        return lay_out(problems, blocks.without(refused), start, size)
+        return lay_out(problems, blocks.without(refused), start, size, whole=False)
     before = np.concatenate(([start], ends[:-1]))
     gaps = np.flatnonzero(begins != before).tolist()
-    gap = (blocks.at(order[gaps[0]]).key, int(before[gaps[0]])) if gaps else None
-    end = int(ends[-1]) if len(ends) else start
-    return Layout(blocks, end, gap)
+    if gaps and whole:  # another reader might find more in such a file
+        block = blocks.at(order[gaps[0]])
+        problem = (
+            f"begins at byte {block.offset} of the file, but what is before it ends at "
+            f"{before[gaps[0]]}: blocks stand back to back"
+        )
+        problems.add(problem, block.shard, block.key)
+    return blocks, int(ends[-1]) if len(ends) else start
 
 
 def _refused(problems: Problems, blocks: Blocks, order: NDArray[np.int64], size: int) -> set[str]:

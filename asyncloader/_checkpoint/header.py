@@ -4,12 +4,13 @@ A shard is a safetensors file: 8 bytes little-endian header length, that many by
 `{key: {"dtype", "shape", "data_offsets": [begin, end]}}`, then the data; offsets count from its
 first byte. Nothing that a header says is believed before it is checked against the length of the
 file: a block that this module returns lies within the file, overlaps no other, and is as long as
-its dtype and shape demand. What safetensors refuses is refused; `check_covered` has the one rule
-that does not hold for RecIS's files.
+its dtype and shape demand. What safetensors refuses is refused, but for bytes after the last block
+of a file of RecIS's.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
@@ -19,7 +20,6 @@ from asyncloader.errors import CheckpointError, TruncatedShardError
 from .blocks import lay_out
 from .entries import FIELDS, are_all, read_entries
 from .files import SIDECAR
-from .kinds import LOOKED_AT, kind_of
 from .sidecar import digest_of
 from .strict_json import BadJsonError, has_negative_zero, parse_object
 
@@ -35,10 +35,54 @@ if TYPE_CHECKING:
 PREFIX = 8
 # As much as safetensors itself allows: room for a million tensors in one shard.
 MAX_HEADER = 100_000_000
-FIRST = LOOKED_AT
+FIRST = 512
 """How many of a file's first bytes say what it is."""
 
 _METADATA = "__metadata__"
+# What a file begins with, what that is, and what to do. `torch.save` writes ZIP archives, and wrote
+# pickles before.
+_BEGINNINGS = (
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a Git LFS pointer, in place of the file that it stands for",
+        "fetch the file: `git lfs pull`",
+    ),
+    (
+        b"PK\x03\x04",
+        "a ZIP archive, such as torch.save writes (.pt, .bin)",
+        "load it with torch.load and write it with safetensors.torch.save_file",
+    ),
+    (b"GGUF", "a GGUF file, of llama.cpp", "take the safetensors file of the same model"),
+    (b"\x1f\x8b", "compressed with gzip", "unpack it: `gzip -d`"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it: `zstd -d`"),
+    (b"\xfd7zXZ\x00", "compressed with xz", "unpack it: `xz -d`"),
+    (b"BZh", "compressed with bzip2", "unpack it: `bzip2 -d`"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "convert it to safetensors"),
+    (b"\x93NUMPY", "a NumPy array (.npy)", "convert it to safetensors"),
+    (bytes(8), "zeros, as a copy that broke off leaves them", "copy the file again"),
+)
+_PATTERNS = (
+    (
+        re.compile(rb"\x80[\x02-\x05][\x8a\x95}(\x5dcq]"),
+        (
+            "a pickle, such as torch.save wrote; load it with torch.load and write it with "
+            "safetensors.torch.save_file"
+        ),
+    ),
+    (
+        re.compile(rb"\s*(<!doctype html|<html|<head|<body)", re.IGNORECASE),
+        "an HTML page: the download brought a web page; download the file again",
+    ),
+    (
+        re.compile(rb"\s*(<\?xml|<[a-z]+[ >])", re.IGNORECASE),
+        "an XML text, such as a store's error message; download the file again",
+    ),
+    (
+        re.compile(rb"\s*[{[]\s*[\"{}\[\]]"),
+        "JSON text, not tensors; if it lists a checkpoint's files, give its folder",
+    ),
+    (re.compile(rb".{257}ustar", re.DOTALL), "a tar archive; unpack it"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +97,6 @@ class ShardHeader:
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Free text, `__metadata__`."""
-
-    gap: tuple[str, int] | None = None
-    """The first block that does not begin where the one before it ends, and where that is."""
 
 
 def header_length(location: str, shard: str, start: bytes, size: int) -> int:
@@ -77,7 +118,7 @@ def header_length(location: str, shard: str, start: bytes, size: int) -> int:
         if PREFIX + length <= size:
             return length
         raise TruncatedShardError(location, shard, None, PREFIX, PREFIX + length, size)
-    kind = kind_of(start)
+    kind = _kind_of(start)
     if kind is not None:
         problem = f"is not a safetensors file but {kind}"
     elif len(start) < PREFIX:
@@ -137,33 +178,16 @@ def parse_header(
     )
     if has_negative_zero(text):
         problems.add("its header has -0 for a number, which is no size and no offset", shard)
-    layout = lay_out(problems, blocks, start, size)
-    if len(layout.blocks) < len(entries):  # bytes between blocks may be those of the others
-        return ShardHeader(shard, layout.blocks, 0, metadata)
-    return ShardHeader(shard, layout.blocks, size - layout.end, metadata, layout.gap)
-
-
-def check_covered(problems: Problems, header: ShardHeader, *, surplus: bool) -> None:
-    """Refuse a file of which bytes belong to no block: another reader might find more in it.
-
-    Args:
-        problems: Receives a gap between two blocks, or before the first, or bytes after the last.
-        header: What the file declares.
-        surplus: Whether there may be bytes after the last block.
-    """
-    if header.gap is not None:
-        key, end = header.gap
+    whole = len(blocks) == len(entries)
+    sound, end = lay_out(problems, blocks, start, size, whole=whole)
+    surplus = size - end if len(sound) == len(entries) else 0
+    if surplus and not recis:
         problem = (
-            f"begins at byte {header.blocks[key].offset} of the file, but what is before it ends "
-            f"at {end}: blocks stand back to back"
+            f"{surplus} bytes after its last block belong to none, safetensors itself refuses such "
+            "a file; copy it again"
         )
-        problems.add(problem, header.shard, key)
-    if header.surplus and not surplus:
-        problem = (
-            f"{header.surplus} bytes after its last block belong to none, safetensors itself "
-            "refuses such a file; copy it again"
-        )
-        problems.add(problem, header.shard)
+        problems.add(problem, shard)
+    return ShardHeader(shard, sound, surplus, metadata)
 
 
 def _members(entries: Mapping[str, object]) -> int:
@@ -190,3 +214,16 @@ def _check_digest(problems: Problems, shard: str, text: Text, wanted: str) -> No
         problem = f"bytes [0, {end}), its header, are not those that were written: {SIDECAR} has "
         problem += f"the digest {wanted}, they have {found}; copy the file again"
         problems.add(problem, shard)
+
+
+def _kind_of(start: bytes) -> str | None:
+    """Return what a file is and what to do; `None` if its beginning does not tell.
+
+    Args:
+        start: Its first bytes, best `FIRST` of them.
+    """
+    for beginning, kind, advice in _BEGINNINGS:
+        if start.startswith(beginning):
+            return f"{kind}; {advice}"
+    text = start.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    return next((kind for pattern, kind in _PATTERNS if pattern.match(text)), None)

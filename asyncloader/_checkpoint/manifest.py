@@ -13,7 +13,7 @@ from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
 from asyncloader.errors import CheckpointChangedError, CheckpointError, ReadError
 
 from .files import INDEX, SIDECAR
-from .header import FIRST, PREFIX, ShardHeader, check_covered, header_length, parse_header
+from .header import FIRST, PREFIX, ShardHeader, header_length, parse_header
 from .problems import Problem, Problems
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from .blocks import Block
     from .index import Catalog, Place
-    from .sidecar import ShardDigests
 
 
 # Most headers fit, and one read is half the time of two.
@@ -193,25 +192,13 @@ async def read_header(
             text += await read_text(storage, shard, PREFIX + len(text), length - len(text))
         except ValueError as error:
             raise CheckpointError(where, f"its header is not JSON: {error}", shard) from error
-        parse = partial(_parse, problems, shard, text, size, digests, recis=catalog.recis)
+        parse = partial(
+            parse_header, problems, shard, text, size, recis=catalog.recis, digests=digests
+        )
         if len(text) <= _FIRST_READ:  # done before a thread could have begun
             return parse()
         [header] = await run_jobs(executor, [undisturbed(parse)])
         return header
-
-
-def _parse(
-    problems: Problems,
-    shard: str,
-    text: bytearray,
-    size: int,
-    digests: ShardDigests | None,
-    *,
-    recis: bool,
-) -> ShardHeader:
-    header = parse_header(problems, shard, text, size, recis=recis, digests=digests)
-    check_covered(problems, header, surplus=recis)
-    return header
 
 
 async def _size_of(storage: Storage, shard: str, catalog: Catalog) -> int:

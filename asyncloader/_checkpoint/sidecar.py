@@ -145,7 +145,7 @@ def render_sidecar(sidecar: Sidecar) -> bytes:
         "digest": _ALGORITHM,
         "chunk_bytes": DIGEST_CHUNK,
         "files": sidecar.files,
-        "shards": shards_as_json(sidecar.shards),
+        "shards": sidecar.shards,
         "parts": {
             table: [part_as_json(part) for part in rows] for table, rows in sidecar.parts.items()
         },
@@ -275,16 +275,13 @@ def _digest(value: object) -> str:
     return value
 
 
-def shards_as_json(shards: Mapping[str, ShardDigests]) -> dict[str, Any]:
-    """Return digests as JSON has them."""
-    return {
-        shard: {"header": digests.header, "blocks": digests.blocks}
-        for shard, digests in shards.items()
-    }
-
-
 def shards_of_json(value: object) -> dict[str, ShardDigests]:
-    """Read what `shards_as_json` returned; raise `KeyError` or `ValueError` if it is not that."""
+    """Read the digests of shards.
+
+    Raises:
+        KeyError: If something is missing.
+        ValueError: If it is something else.
+    """
     return {shard: _shard(entry) for shard, entry in _object(value).items()}
 
 

@@ -17,7 +17,6 @@ from asyncloader._checkpoint.sidecar import (
     part_as_json,
     part_of_json,
     render_sidecar,
-    shards_as_json,
     shards_of_json,
 )
 from asyncloader._checkpoint.strict_json import MAX_NAMES, MAX_SIDECAR
@@ -104,7 +103,7 @@ def render_part(part: RankPart) -> bytes:
             "ranks": part.ranks,
             "numbers": part.numbers,
             "sizes": part.sizes,
-            "digests": shards_as_json(part.digests),
+            "digests": part.digests,
             "names": part.names,
             "description": part.description,
             "rows": {table: part_as_json(rows) for table, rows in part.rows.items()},
