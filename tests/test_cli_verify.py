@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -706,6 +708,15 @@ async def test_wherever_reading_fails_the_rest_is_looked_at(tmp_path: Path) -> N
             found = await verify_from(storage)
             assert any("bad" in problem for problem in problems(found)), problems(found)
             assert found.files >= clean.files - 1
+
+
+def test_names_and_headers_are_looked_at_without_torch_and_numba() -> None:
+    """Importing them takes longer than looking at names and headers does."""
+    code = (
+        "import sys, asyncloader._tools.verifying.structure; "
+        "sys.exit(bool({'torch', 'numba'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 async def test_progress_counts_every_byte_once(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
@@ -73,17 +74,11 @@ class Places(Mapping[str, Place]):
             {name: place.shard for name, place in places.items()},
         )
 
-    def __repr__(self) -> str:
-        return f"<Places of {len(self)} tensors>"
-
     def __len__(self) -> int:
         return len(self.block_keys)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.block_keys)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.block_keys
 
     def __getitem__(self, name: str) -> Place:
         return Place(self.block_keys[name], self.shards[name])
@@ -137,27 +132,25 @@ def parse_catalog(
         sparse = json_object(problems.location, TENSORKEY, tensorkey, len)
     tables: dict[str, dict[str, list[Part]]] = {}
     for key in filter(sparse.__contains__, blocks):
-        if (found := _split(problems, key, sparse[key])) is not None:
-            table, slot, where = found
+        with problems.about(TENSORKEY, key):
+            table, slot, where = _split(sparse[key])
             part = Part(where, Place(key, shards[blocks[key]]))
             tables.setdefault(table, {}).setdefault(slot, []).append(part)
     if not sparse.keys() <= blocks.keys():
         for key in filter(lambda key: key not in blocks, sparse):
             if not problems.blames(INDEX, key):
                 problems.add(f"is named here but not in {INDEX}", TENSORKEY, key)
+    dense = {key: blocks[key] for key in blocks if key not in sparse} if sparse else blocks
+    in_order = attrgetter("slice", "place.key")
     return Catalog(
-        _dense(problems, shards, _without(blocks, sparse)),
+        _dense(problems, shards, dense),
         {
-            table: {slot: _in_order(parts) for slot, parts in slots.items()}
+            table: {slot: tuple(sorted(parts, key=in_order)) for slot, parts in slots.items()}
             for table, slots in tables.items()
         },
         files=tuple(sorted(shards.values())),
         recis=True,
     )
-
-
-def _without(blocks: Mapping[str, int], sparse: Mapping[str, object]) -> Mapping[str, int]:
-    return {key: blocks[key] for key in blocks if key not in sparse} if sparse else blocks
 
 
 def _dense(problems: Problems, shards: Mapping[int, str], blocks: Mapping[str, int]) -> Places:
@@ -172,10 +165,6 @@ def _dense(problems: Problems, shards: Mapping[int, str], blocks: Mapping[str, i
                 problems.add(problem, INDEX, key)
     numbers = map(blocks.__getitem__, keys.values())
     return Places(keys, dict(zip(keys, map(shards.__getitem__, numbers), strict=True)))
-
-
-def _in_order(parts: list[Part]) -> tuple[Part, ...]:
-    return tuple(sorted(parts, key=lambda part: (part.slice, part.place.key)))
 
 
 def json_object(
@@ -216,31 +205,34 @@ def _parse_index(
         raise CheckpointError(problems.location, "lacks file_index or block_index", INDEX)
     shards: dict[int, str] = {}
     for name, number in files.items():
-        given = f"file_index gives {name!r} the number {shown(number)}"
-        if not is_file_name(name):
-            problems.add(f"{name[:200]!r} is not a plain file name", INDEX)
-        elif type(number) is not int or number < 0:
-            problems.add(f"{given}, which is not its own", INDEX)
-        elif number in shards:
-            problems.add(f"{given}, which is not its own: {shards[number]!r} has it", INDEX)
-        else:
-            shards[number] = name
+        with problems.about(INDEX):
+            shards[_number_of_its_own(name, number, shards)] = name
     if set(map(type, blocks.values())) <= {int} and set(blocks.values()) <= shards.keys():
         return shards, blocks
-    return shards, {
-        key: number for key, number in blocks.items() if _has_shard(problems, key, number, shards)
-    }
+    sound = {}
+    for key, number in blocks.items():
+        with problems.about(INDEX, key):
+            sound[key] = _known_number(number, shards)
+    return shards, sound
 
 
-def _has_shard(problems: Problems, key: str, number: object, shards: Mapping[int, str]) -> bool:
+def _number_of_its_own(name: str, number: object, others: Mapping[int, str]) -> int:
+    if not is_file_name(name):
+        raise ValueError(f"{name[:200]!r} is not a plain file name")
+    problem = f"file_index gives {name!r} the number {shown(number)}, which is not its own"
+    if type(number) is not int or number < 0:
+        raise ValueError(problem)
+    if number in others:
+        raise ValueError(f"{problem}: {others[number]!r} has it")
+    return number
+
+
+def _known_number(number: object, shards: Mapping[int, str]) -> int:
     if type(number) is not int:
-        problems.add(f"shard {shown(number)} is not a number", INDEX, key)
-    elif number not in shards:
-        problem = f"points to shard number {number}, which file_index does not name"
-        problems.add(problem, INDEX, key)
-    else:
-        return True
-    return False
+        raise ValueError(f"shard {shown(number)} is not a number")
+    if number not in shards:
+        raise ValueError(f"points to shard number {number}, which file_index does not name")
+    return number
 
 
 def is_file_name(name: str) -> bool:
@@ -248,19 +240,16 @@ def is_file_name(name: str) -> bool:
     return name not in {"", ".", ".."} and not set(name) & set("/\\\0")
 
 
-def _split(problems: Problems, key: str, name: object) -> tuple[str, str, Slice] | None:
-    """Split `table@slot^begin@end@size`; return `None` if a name is not of that form."""
+def _split(name: object) -> tuple[str, str, Slice]:
+    """Split `table@slot^begin@end@size`.
+
+    Raises:
+        ValueError: If it is not of that form.
+    """
     if not isinstance(name, str):
-        problems.add(f"its name is not text: {shown(name)}", TENSORKEY, key)
-        return None
+        raise ValueError(f"its name is not text: {shown(name)}")  # noqa: TRY004  # it is data
     full, caret, where = name.rpartition("^")
     table, at, slot = full.rpartition("@")
     if not caret or not at:
-        problem = f"{name!r} is not of the form table@slot^begin@end@size"
-        problems.add(problem, TENSORKEY, key)
-        return None
-    try:
-        return table, slot, Slice.parse(where)
-    except ValueError as error:
-        problems.add(str(error), TENSORKEY, key)
-        return None
+        raise ValueError(f"{name!r} is not of the form table@slot^begin@end@size")
+    return table, slot, Slice.parse(where)

@@ -77,6 +77,14 @@ class Problems:
         except (CheckpointError, ReadError) as error:
             self.error(error)
 
+    @contextlib.contextmanager
+    def about(self, file: str, key: str | None = None) -> Iterator[None]:
+        """Take a `ValueError` of the block as what is wrong with an entry, and leave the block."""
+        try:
+            yield
+        except ValueError as error:
+            self.add(str(error), file, key)
+
 
 class AllProblems(Problems):
     """Collects all problems, from any thread."""

@@ -87,7 +87,7 @@ def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
     for destination, found in info.items():
         if destination in targets.tables:
             for source, slots in found.items():
-                _choose_table(choice, catalog, targets, destination, source, slots)
+                _choose_table(choice, destination, source, slots)
         elif destination in targets.tensors:
             _choose_tensor(choice, destination, found)
         else:
@@ -190,15 +190,8 @@ def _tie(choice: Choice) -> None:
     choice.missing += [source for name, source in choice.lacking.items() if name not in tied]
 
 
-def _choose_table(  # noqa: PLR0917
-    choice: Choice,
-    catalog: Catalog,
-    targets: Targets,
-    child: str,
-    source: str,
-    listed: Sequence[str],
-) -> None:
-    target = targets.tables[child]
+def _choose_table(choice: Choice, child: str, source: str, listed: Sequence[str]) -> None:
+    target = choice.targets.tables[child]
     if ID not in listed:
         choice.problems.append(f"table {child!r} from {source!r}: load_info must list 'id'")
     unknown = [slot for slot in listed if slot != ID and slot not in target.slots]
@@ -207,7 +200,7 @@ def _choose_table(  # noqa: PLR0917
         f"add_slot() it, or leave it out with filter_func"
         for slot in unknown
     ]
-    slots = catalog.tables.get(source)
+    slots = choice.catalog.tables.get(source)
     if slots is None:
         choice.missing.append(source)
         return
