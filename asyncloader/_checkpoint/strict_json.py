@@ -1,12 +1,13 @@
-"""Reads the JSON of files that nobody vouches for. Text in, an object out, or why not.
+r"""Reads the JSON of files that nobody vouches for. Text in, an object out, or why not.
 
 Stricter than orjson, and bounded.
 
-- A key may stand twice in an object: orjson keeps the last one, other readers the first, so a
-  reader may load what another one has not checked. `{"a": 1, "a": 2}` has two colons and becomes one
-  member. So colons are counted in the text and members in the object. A colon in a name counts too
-  much, so there are three counts, the cheap ones first: all colons; those behind a quote or a space,
-  which leaves `{"kernel:0": 1}` one; those outside of strings, which leaves `{"a\\":": 1}` one.
+- A key may stand twice in an object. Of its values orjson keeps the last, other readers the first:
+  a reader may load a value that another one has not checked. `{"a": 1, "a": 2}` has two colons and
+  becomes one member. So colons are counted in the text, and members in the object. A name with a
+  colon would spoil the count, so there are three, the cheap ones first: all colons; colons behind a
+  quote or a space, of which `{"kernel:0": 1}` has one; colons outside of strings, of which
+  `{"a\":": 1}` has one.
 - Objects take up to 30 times the room of their text. How much they can take is computed from the
   brackets and colons of the text, before an object is made.
 """

@@ -125,20 +125,22 @@ async def _read_bytes(inspector: Inspector, structure: Structure) -> None:
         for block in header.blocks.values()
     }
     inspector.meter.total = sum(block.nbytes for block in blocks.values())
-    kernels = inspector.session.threads.kernels
     for table in structure.tables:
-        [room] = await run_jobs(kernels, [partial(_room_for, table)])
-        cuts = np.cumsum([block.rows for block in table.parts.values()], dtype=np.int64)
-        parts = dict(zip(table.parts, np.split(room, cuts), strict=False))
-        watched = [
-            Watched(block, parts[claim].view(np.uint8).data) for claim, block in table.parts.items()
-        ]
-        if await inspector.inspect(watched):  # or some ids are zeros that nobody wrote
-            check = partial(_check_ids, table, room, parts, inspector.problems)
-            await run_jobs(kernels, [check])
+        await _read_ids(inspector, table)
         for block in table.parts.values():
             blocks.pop((block.shard, block.key), None)
     await inspector.inspect([Watched(block) for block in blocks.values()])
+
+
+async def _read_ids(inspector: Inspector, table: TableIds) -> None:
+    kernels = inspector.session.threads.kernels
+    [room] = await run_jobs(kernels, [partial(_room_for, table)])
+    cuts = np.cumsum([block.rows for block in table.parts.values()], dtype=np.int64)
+    parts = dict(zip(table.parts, np.split(room, cuts), strict=False))
+    blocks = ((block, parts[claim].view(np.uint8).data) for claim, block in table.parts.items())
+    if await inspector.inspect([Watched(*one) for one in blocks]):  # or some ids were not read
+        check = partial(_check_ids, table, room, parts, inspector.problems)
+        await run_jobs(kernels, [check])
 
 
 def _room_for(table: TableIds) -> NDArray[np.int64]:
