@@ -1,7 +1,7 @@
 """Where the bytes of a shard's tensors stand.
 
-As columns, one entry a block: a checkpoint may have a million of them, and a Python object each,
-made and looked after, costs more than reading a small block does.
+Blocks are columns, with one entry a block. A checkpoint may have a million blocks, and to make a
+Python object for each costs more than to read a small block.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Block:
     nbytes: int
 
     digests: tuple[str, ...] | None = None
-    """Of each chunk of its bytes, where they are known: see `sidecar`."""
+    """Of each chunk of its bytes, if they are known: see `sidecar`."""
 
     @property
     def rows(self) -> int:
@@ -117,7 +117,7 @@ class Blocks(Columns[Block]):
         kinds: int64 `[n]`; which of `types` each block has.
         offsets: int64 `[n]`; first byte, from the start of the file.
         nbytes: int64 `[n]`.
-        digests: Of each block's chunks, by key, where they are known.
+        digests: Of each block's chunks, by key, if they are known.
     """
 
     __slots__ = ("digests", "kinds", "nbytes", "offsets", "shard", "types")
@@ -181,8 +181,8 @@ def lay_out(
     """Check that blocks lie within the file, one right behind the other.
 
     Args:
-        problems: Receives the blocks of which that is not so.
-        blocks: Of one shard. Those without bytes have to stand between others, too.
+        problems: Receives the blocks that lie elsewhere.
+        blocks: Of one shard. A block without bytes has to stand between others, too.
         start: Where its data begins.
         size: The file's length in bytes.
         whole: Whether these are all blocks, so that no bytes between them belong to another.
@@ -214,7 +214,7 @@ def _refused(problems: Problems, blocks: Blocks, order: NDArray[np.int64], size:
     Args:
         problems: Receives them.
         blocks: All blocks.
-        order: int64 `[m]`; those that have bytes, as they lie in the file.
+        order: int64 `[m]`; the blocks that have bytes, as they lie in the file.
         size: The file's length in bytes.
     """
     last, refused = None, set[str]()

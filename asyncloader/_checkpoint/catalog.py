@@ -1,4 +1,4 @@
-"""Reads which names a checkpoint holds, whatever it is: RecIS's, Hugging Face's, or one file."""
+"""Reads the names in a checkpoint: of RecIS's, of Hugging Face's, or of one file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from asyncloader.options import Verify
 
 
-# What a storage raises where there is no such file; it has a `strerror` that says what is missing.
+# A storage raises these where there is no such file; `strerror` says which one is missing.
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
@@ -48,14 +48,14 @@ async def read_catalog(
     file: str | None = None,
     names: Callable[[], Awaitable[Sequence[str]]] | None = None,
 ) -> Catalog:
-    """Read which names there are, and where; parse on a thread, the loop goes on meanwhile.
+    """Read which names there are, and where. Parsing is done on a thread.
 
     Args:
         storage: The folder.
         executor: For parsing.
         file: The one safetensors file to look at, or the weight map, instead of the folder that
             holds it.
-        names: Lists the folder, for models whose names are not known beforehand.
+        names: Lists the folder, to find a model under another name than the usual ones.
         verify: Whether to take the digests along, if there are any.
 
     Raises:
@@ -94,8 +94,8 @@ async def find_source(
 ) -> str:
     """Return the file that says which names there are.
 
-    A folder that has `index` is a checkpoint of RecIS's, others are Hugging Face's; so is one that
-    has a model but no `tensorkey.json`, whatever else is called `index` there.
+    A folder with `index` and `tensorkey.json` is a checkpoint of RecIS's. Others are Hugging
+    Face's, also where some file is called `index`.
 
     Raises:
         CheckpointNotFoundError: If there is none.
@@ -142,14 +142,14 @@ async def _absence(storage: Storage, name: str) -> OSError | None:
 
 @dataclass(frozen=True, slots=True)
 class CatalogReader:
-    """Reads files of names, and hands what is wrong with them to `problems`."""
+    """Reads files of names, and hands their problems to `problems`."""
 
     storage: Storage
     executor: Executor
     problems: Problems
 
     async def read(self, source: str, *, recis: bool, digests: bool) -> Catalog:
-        """Read what `find_source` found.
+        """Read the file that `find_source` found.
 
         Args:
             source: The file.
@@ -210,7 +210,7 @@ def parse_recis(
     """Parse all files of names together.
 
     Args:
-        problems: Receives what is wrong with one, and where they contradict each other.
+        problems: Receives wrong entries, and contradictions between files.
         files: `index` and `tensorkey.json`, unless that could not be read.
         text: The sidecar, if there is one and it is wanted.
 

@@ -72,7 +72,7 @@ DTYPES = {dtype.name: dtype for dtype in _KNOWN}
 """By the header's spelling."""
 
 RECIS_DTYPES = DTYPES | {"bool": _KNOWN[0]}
-"""Likewise; RecIS's own saver writes `bool` in lower case, which safetensors refuses."""
+"""By the spelling of RecIS, whose own saver writes `bool` in lower case: safetensors refuses it."""
 
 BY_TORCH = {dtype.torch: dtype for dtype in _KNOWN}
 """By torch's name."""
@@ -88,7 +88,7 @@ def dtype_called(name: str, known: Mapping[str, DType]) -> DType | None:
 
 
 def torch_type(dtype: DType, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...]]:
-    """Return the dtype and shape that torch has for those of a header.
+    """Return torch's dtype and shape, given the header's.
 
     Two `F4` are one element of torch's, along the last dimension. Where that is odd torch has none.
     """
@@ -100,7 +100,7 @@ def torch_type(dtype: DType, shape: tuple[int, ...]) -> tuple[DType, tuple[int, 
 
 
 def header_shape(dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that a header has for a tensor: what `torch_type` takes.
+    """Return the header's shape, given torch's dtype and shape.
 
     Raises:
         ValueError: If no header can have it.

@@ -1,7 +1,7 @@
 """Reads the entries of a shard's header: dtypes, shapes, offsets.
 
-All of them at once, column by column: each different pair of dtype and shape is looked at once, and
-offsets are compared as arrays. What is wrong is named, and the rest read again without it.
+All entries are read at once, column by column: each different pair of dtype and shape is looked at
+once, and offsets are compared as arrays. Wrong entries are named, and the others read again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 FIELDS = ("dtype", "shape", "data_offsets")
-"""What an entry has, and nothing else."""
+"""The members of an entry; it has no others."""
 
 _INT64_MAX = 2**63 - 1
 # Of an offset. Where the data begins, at most `MAX_HEADER`, is added to it.
@@ -54,7 +54,7 @@ def read_entries(
         shard: The file's name.
         entries: As JSON has them.
         start: Where the data begins.
-        digests: What the sidecar says of the shard.
+        digests: The shard's digests in the sidecar.
         only_fields: Whether it is known that no entry has more than its fields.
         recis: Whether dtypes may be spelled as RecIS does.
     """
@@ -75,7 +75,7 @@ def read_entries(
 
 
 class _WrongEntriesError(Exception):
-    """Says what is wrong with entries, by their numbers."""
+    """Carries the problems of entries, by their numbers."""
 
     def __init__(self, problems: dict[int, str]) -> None:
         super().__init__(problems)
@@ -139,7 +139,7 @@ def _refuse_if(problem_of: Callable[[Any], str | None], values: Iterable[object]
 def _digests(
     problems: Problems, blocks: Blocks, known: Mapping[str, tuple[str, ...]]
 ) -> Mapping[str, tuple[str, ...]]:
-    """Return the digests of those blocks that have one for each chunk."""
+    """Return the digests of all blocks that have one for each chunk."""
     counts = np.fromiter(map(len, map(known.get, blocks, repeat(()))), np.int64, len(blocks))
     wrong = np.flatnonzero(counts != -(-blocks.nbytes // DIGEST_CHUNK)).tolist()
     refused = set()
@@ -224,7 +224,7 @@ def _is_immense(shape: Sequence[int], bits: int | None) -> bool:
 
 
 def _nbytes(dtype: DType, shape: Sequence[int]) -> int:
-    """Return the bytes of a tensor: -1 if nobody knows, `_INT64_MAX` if no file has so many."""
+    """Return the bytes of a tensor; -1 if that is unknown, `_INT64_MAX` if no file has so many."""
     if dtype.bits is None:
         return -1
     size = 0 if 0 in shape else _product(shape, dtype.bits)

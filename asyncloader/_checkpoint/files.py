@@ -9,7 +9,7 @@ TENSORKEY = "tensorkey.json"
 """The block names of tables."""
 
 DESCRIPTION = "torch_rank_weights_embs_table_multi_shard.json"
-"""What RecIS writes for people and other tools; nobody needs it to load."""
+"""A description for people and other tools. No load reads it."""
 
 SIDECAR = "asyncloader.json"
 """Digests: ours."""

@@ -36,11 +36,11 @@ PREFIX = 8
 # As much as safetensors itself allows: room for a million tensors in one shard.
 MAX_HEADER = 100_000_000
 FIRST = 512
-"""How many of a file's first bytes say what it is."""
+"""So many of a file's first bytes say which kind of file it is."""
 
 _METADATA = "__metadata__"
-# What a file begins with, what that is, and what to do. `torch.save` writes ZIP archives, and wrote
-# pickles before.
+# The beginning of a file, its kind, and advice. `torch.save` writes ZIP archives, and wrote pickles
+# before.
 _BEGINNINGS = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -87,7 +87,7 @@ _PATTERNS = (
 
 @dataclass(frozen=True, slots=True)
 class ShardHeader:
-    """What one shard file declares."""
+    """The content of one shard, as its header declares it."""
 
     shard: str
     blocks: Blocks
@@ -110,7 +110,7 @@ def header_length(location: str, shard: str, start: bytes, size: int) -> int:
 
     Raises:
         TruncatedShardError: If the file ends within its header.
-        CheckpointError: If it is no safetensors file; it says what else, where that is known.
+        CheckpointError: If it is no safetensors file; it names the kind of file, if that is known.
     """
     length = int.from_bytes(start[:PREFIX], "little")
     begins = start[PREFIX : PREFIX + 1] in {b"", b"{", b" "}
@@ -147,13 +147,13 @@ def parse_header(
     """Read the JSON of a header.
 
     Args:
-        problems: Receives what is wrong: a block that does not fit its offsets, the file or the
-            other blocks; digests that are not those of this header.
+        problems: Receives blocks that do not fit their offsets, the file or the other blocks, and
+            digests of another header.
         shard: The file's name.
         text: The header, without the 8 bytes before it.
         size: The file's length in bytes.
-        recis: Whether it is a shard of RecIS's, who spells dtypes in a way of his own.
-        digests: What the sidecar says of the shard.
+        recis: Whether it is a shard of RecIS's, which has a spelling of its own for dtypes.
+        digests: The shard's digests in the sidecar.
 
     Raises:
         CheckpointError: If it is not such JSON.
@@ -217,7 +217,7 @@ def _check_digest(problems: Problems, shard: str, text: Text, wanted: str) -> No
 
 
 def _kind_of(start: bytes) -> str | None:
-    """Return what a file is and what to do; `None` if its beginning does not tell.
+    """Return the kind of a file, and advice; `None` if its beginning does not tell.
 
     Args:
         start: Its first bytes, best `FIRST` of them.

@@ -98,19 +98,19 @@ class Catalog:
     """The file that says so."""
 
     files: tuple[str, ...] = ()
-    """All shards that it names, in order, those without a block included."""
+    """All shards that it names, in order, also shards without a block."""
 
     sidecar: Sidecar | None = None
     """Digests of all that it names, if there are any and they are wanted."""
 
     oddities: tuple[Problem, ...] = ()
-    """What is odd but does no harm."""
+    """Oddities that do no harm."""
 
     header: ShardHeader | None = None
     """That of `source`, if it is the one shard that there is."""
 
     recis: bool = False
-    """Whether it is in RecIS's format, whatever `source` is called."""
+    """Whether it is in RecIS's format."""
 
 
 def parse_catalog(
@@ -178,8 +178,8 @@ def json_object(
     Args:
         location: The checkpoint, for messages.
         name: Of the file.
-        text: What is in it.
-        expected: How many members it has, with those of objects within: see `parse_object`.
+        text: Its content.
+        expected: Counts its members, and the members of objects within: see `parse_object`.
 
     Raises:
         CheckpointError: If it holds something else.
@@ -191,7 +191,7 @@ def json_object(
 
 
 def members_of_objects(value: Mapping[str, object]) -> int:
-    """Count the members of an object and of those that are its members."""
+    """Count the members of an object, and the members of these."""
     return len(value) + sum(len(one) for one in value.values() if isinstance(one, dict))
 
 

@@ -35,7 +35,7 @@ _LARGE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A checkpoint's names, and the blocks of those shards whose headers were read."""
+    """A checkpoint's names, and the blocks of all shards whose headers were read."""
 
     location: str
     catalog: Catalog
@@ -63,7 +63,7 @@ class Manifest:
 
     @property
     def oddities(self) -> tuple[Problem, ...]:
-        """What is odd but does no harm."""
+        """Oddities that do no harm."""
         surplus = (
             Problem(shard, None, f"{header.surplus} bytes after the last block, ignored")
             for shard, header in sorted(self.headers.items())
@@ -94,11 +94,11 @@ async def read_manifest(
 
     Args:
         storage: The folder.
-        catalog: What it holds.
+        catalog: Its names.
         shards: The files.
         parallel: How many headers are read at a time.
         executor: For parsing.
-        problems: Receives what is wrong with headers; if `None`, the first problem is raised.
+        problems: Receives the problems of headers; if `None`, the first one is raised.
 
     Raises:
         CheckpointChangedError: If it was replaced meanwhile.
@@ -169,9 +169,9 @@ async def read_header(
         storage: The folder.
         shard: The file.
         executor: For parsing.
-        catalog: What the folder holds.
+        catalog: The folder's names.
         turns: Held while a large header is read.
-        problems: Receives what is wrong with blocks, or their digests.
+        problems: Receives the problems of blocks and digests.
 
     Raises:
         CheckpointError: If nothing can be made of it.

@@ -38,13 +38,13 @@ def table_problems(
     Args:
         table: Its name.
         slots: The parts of each slot, in the order of their slices.
-        blocks: Those of them whose blocks are sound, by slot and slice.
+        blocks: The blocks of parts, by slot and slice, as far as they are sound.
     """
     for slot, of_slot in blocks.items():
         yield from row_problems(f"{table}@{slot}", list(of_slot.values()))
         yield from repeated(table, slot, slots[slot])
     if ID not in slots:
-        yield Problem("", table, "the table has no ids: nobody can say whose its rows are")
+        yield Problem("", table, "the table has no ids, so its rows belong to no id")
         return
     yield from slice_problems(table, [part.slice for part in slots[ID]])
     for slot, parts in slots.items():
@@ -73,7 +73,7 @@ def row_problems(name: str, blocks: Sequence[Block]) -> Iterator[Problem]:
 
 
 def repeated(table: str, slot: str, parts: Sequence[Part]) -> Iterator[Problem]:
-    """Yield parts of one slice: nobody could say which rows go with which ids."""
+    """Yield parts of one slice: which of them belongs to the ids is unknown."""
     for one, other in itertools.pairwise(parts):
         if one.slice == other.slice:
             first, second = one.place, other.place

@@ -1,8 +1,8 @@
-"""What is wrong with a checkpoint: one set of rules finds it, and a load and `verify` share it.
+"""The problems of a checkpoint. One set of rules finds them, for a load and for `verify`.
 
-A rule hands a problem to `Problems`. Those of a load raise it at once. `AllProblems`, of `verify`,
-keep it, and the rule goes on as if the entry that is to blame were not there. Where a rule cannot
-go on, because a text is no JSON, say, it raises the error itself, and `Problems.caught` keeps it.
+A rule hands a problem to `Problems`. In a load they raise it at once. In `verify` they are
+`AllProblems`, which keep it, and the rule goes on as if the wrong entry were not there. A rule that
+cannot go on, because a text is no JSON, say, raises the error; `Problems.caught` keeps it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Problems:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Take what the block raises, and leave the block."""
+        """Take an error of the `with` block, and end the block."""
         try:
             yield
         except (CheckpointError, ReadError) as error:
@@ -79,7 +79,7 @@ class Problems:
 
     @contextlib.contextmanager
     def about(self, file: str, key: str | None = None) -> Iterator[None]:
-        """Take a `ValueError` of the block as what is wrong with an entry, and leave the block."""
+        """Take a `ValueError` of the `with` block as the problem of an entry, and end the block."""
         try:
             yield
         except ValueError as error:
@@ -95,7 +95,7 @@ class AllProblems(Problems):
         """Each of them once."""
 
         self.notes: dict[Problem, None] = {}
-        """What is odd and does no harm."""
+        """Oddities that do no harm."""
 
         self._blamed: set[tuple[str, str | None]] = set()
 

@@ -1,4 +1,4 @@
-"""Reads what plain safetensors files say of themselves: one file, or a folder of Hugging Face's.
+"""Reads the names in plain safetensors files: one file, or a folder of Hugging Face's.
 
 The key in a file's header is the tensor's name, as it stands. Of several files `SHARDED` says which
 tensor stands in which: `{"metadata": {...}, "weight_map": {tensor: file}}`.
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 SHARDED = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# By what their libraries call them: transformers, diffusers, peft. The first one found counts; one
-# without a variant before those with one.
+# The names that libraries give: transformers, diffusers, peft. The first one found counts, and a
+# file without a variant comes before a file with one.
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
 _INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
 # A shard, `model.fp16-00001-of-00002.safetensors`, is no variant.
@@ -42,7 +42,7 @@ def is_weight_map(name: str) -> bool:
 
 
 def model_in(location: str, names: Iterable[str]) -> str | None:
-    """Return which file of a folder says what its model is: a weight map, or the only file.
+    """Return the file of a folder that names a model's tensors: a weight map, or the only file.
 
     Raises:
         CheckpointError: If several variants of a model are equally good.
@@ -65,7 +65,7 @@ def model_in(location: str, names: Iterable[str]) -> str | None:
 
 
 def in_words(names: Sequence[str]) -> str:
-    """Say what a folder holds."""
+    """Name the files of a folder."""
     more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
     return ", ".join(map(repr, sorted(names)[:_NAMED])) + more if names else "nothing"
 

@@ -1,7 +1,6 @@
 """The sidecar `asyncloader.json`: digests of all bytes, and where the rows of sub-slices begin.
 
-RecIS neither writes nor reads it. A checkpoint without one is as good as ever, only that nobody
-can say whether its bytes are still those that were written.
+RecIS neither writes nor reads it. A checkpoint without a sidecar can be loaded, and not verified.
 
     {"format": 1, "digest": "xxh3-128", "chunk_bytes": 8388608,
      "files":  {"index": digest, "tensorkey.json": digest},
@@ -12,8 +11,8 @@ A block's chunks are counted from its own first byte; the last one may be shorte
 is that of the shard's bytes before its data. Rows of a part are sorted by their slice position, and
 `offsets[i]` is the first row whose position is not below that of the part's sub-slice i of 256.
 
-The digest of `index` ties the sidecar to the checkpoint: when another program has written a new one
-into the same folder and left the sidecar of the old one behind, it is known for what it is.
+The digest of `index` ties the sidecar to the checkpoint. Another program may write a new checkpoint
+into the folder, and leave the old sidecar: then the digest differs.
 """
 
 from __future__ import annotations
@@ -89,8 +88,8 @@ class PartRows:
     def among(self, wanted: Slice) -> range:
         """Return the rows of the sub-slices that `wanted`, of the same size, meets.
 
-        The first sub-slice's are also what the part may hold of ids below its slice, the last one's
-        what it may hold beyond: that is how rows are sorted.
+        Rows of ids below the part's slice belong to the first sub-slice, rows of ids beyond it to
+        the last: that is how rows are sorted.
         """
         part, cuts = self.slice, self.cuts
         first = bisect_right(cuts, wanted.begin) if wanted.begin > part.begin else 0
@@ -161,7 +160,7 @@ def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
         text: Of the file.
 
     Raises:
-        CheckpointError: If it is not what it should be.
+        CheckpointError: If it is damaged.
     """
     try:
         value = parse_object(text, _members).value
@@ -184,26 +183,14 @@ def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
         )
 
 
-def whole_chunks(begin: int, end: int, nbytes: int) -> range:
-    """Return the numbers of the chunks that lie whole within bytes `[begin, end)` of a block."""
-    last = chunk_count(nbytes) if end >= nbytes else end // DIGEST_CHUNK
-    return range(-(-begin // DIGEST_CHUNK), last)
-
-
-def chunks_around(begin: int, end: int, nbytes: int) -> tuple[int, int]:
-    """Return the smallest range of whole chunks around bytes `[begin, end)` of a block."""
-    first, last = begin // DIGEST_CHUNK, chunk_count(end)
-    return first * DIGEST_CHUNK, min(last * DIGEST_CHUNK, nbytes)
-
-
 def check_files(
     problems: Problems, sidecar: Sidecar, texts: Mapping[str, bytes | bytearray]
 ) -> bool:
     """Say whether the sidecar was written with this `index`.
 
     Args:
-        problems: Receives the files that are not what was written with it.
-        sidecar: What it says.
+        problems: Receives the files that were not written with it.
+        sidecar: With digests of files.
         texts: `index`, and other files that it has digests of, by name.
     """
     known = sidecar.files.get(INDEX) == digest_of(texts[INDEX])
@@ -227,7 +214,7 @@ def check_file(problems: Problems, sidecar: Sidecar, name: str, text: bytes | by
 
 @contextlib.contextmanager
 def _damage(location: str) -> Iterator[None]:
-    """Say that what the block reads is damaged.
+    """Say that the sidecar is damaged where the `with` block cannot read it.
 
     Raises:
         CheckpointError: If it is.
@@ -300,7 +287,7 @@ def _shard(value: object) -> ShardDigests:
 
 
 def part_of_json(value: object) -> PartRows:
-    """Read what `part_as_json` returned; raise `KeyError` or `ValueError` if it is not that."""
+    """Read a value of `part_as_json`; raise `KeyError` or `ValueError` if it is none."""
     entry = _object(value)
     rows, offsets, text = entry["rows"], _list(entry["offsets"]), entry["slice"]
     if not isinstance(text, str) or type(rows) is not int:

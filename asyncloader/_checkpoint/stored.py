@@ -1,4 +1,4 @@
-"""What a checkpoint holds under one name, however many ranks wrote it."""
+"""The tensors of a checkpoint by name, also where several ranks wrote one of them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Stored:
 
     @property
     def memory(self) -> int:
-        """Bytes that it takes in memory, of its dtype; of one that torch lacks those on disk."""
+        """Bytes that it takes in memory; the bytes on disk if torch lacks its dtype."""
         itemsize = self.dtype.itemsize
         return self.nbytes if itemsize is None else math.prod(self.shape) * itemsize
 
@@ -83,7 +83,7 @@ def cut_rows(block: Block, begin: int, end: int) -> Block | None:
         offset=block.offset + begin * row,
         nbytes=(end - begin) * row,
         shape=(end - begin, *block.shape[1:]),
-        digests=None,  # those are of chunks of the whole block
+        digests=None,  # they are of chunks of the whole block
     )
 
 
@@ -105,7 +105,7 @@ def places_of(catalog: Catalog, name: str) -> tuple[Place, ...]:
 
 
 def stored_tensor(manifest: Manifest, name: str) -> Stored:
-    """Return what is stored under a name that is there, and whose headers were read.
+    """Return the tensor of a name whose headers were read.
 
     Raises:
         CheckpointError: If its blocks do not fit together, or a shard lacks one.

@@ -1,4 +1,4 @@
-r"""Reads the JSON of files that nobody vouches for. Text in, an object out, or why not.
+r"""Reads the JSON of files that may be hostile. Text in, an object or a `BadJsonError` out.
 
 Stricter than orjson, and bounded.
 
@@ -36,10 +36,10 @@ MAX_NAMES = 128 << 20
 MAX_SIDECAR = 256 << 20
 """Bytes of the sidecar, which says a hundred of each block, and two thousand of each part."""
 
-# What an object, a list and a member take, with its key, while orjson parses: measured. Numbers and
+# Bytes of an object, a list and a member with its key, while orjson parses: measured. Numbers and
 # text take no more than 22 times their length.
 _OBJECT, _LIST, _MEMBER = 232, 88, 112
-# What they may take in all: as much for a byte as in a header of tensors whose names are short, and
+# The bytes that all may take: for a byte of text as in a header of tensors with short names, and
 # room for small files on top.
 _ROOM_PER_BYTE = 16
 _ROOM = 32 << 20
@@ -52,7 +52,7 @@ _NEGATIVE_ZERO = re.compile(rb"-0(?<=[:,[\s]-0)(?![.eE0-9])")
 
 
 class BadJsonError(ValueError):
-    """The text is not what it should be.
+    """The text is no such object.
 
     Attributes:
         key: The one to blame, if there is one.
@@ -106,14 +106,14 @@ def parse_object(text: Text, expected: Callable[[dict[str, Any]], int]) -> Parse
 
 
 def has_negative_zero(text: Text) -> bool:
-    """Say whether a number of it is `-0`: a float to safetensors, who refuses it, and 0 to us."""
+    """Say whether a number is `-0`: a float to safetensors, which refuses it, and 0 to orjson."""
     if not _count(np.frombuffer(text, np.uint8), "-") or not _NEGATIVE_ZERO.search(text):
         return False  # as in `layer-0`
     return _NEGATIVE_ZERO.search(_STRING.sub(b"", _unescaped(text))) is not None
 
 
 def _unescaped(text: Text) -> bytes:
-    """Return the text without what is escaped in it, so that quotes begin and end strings."""
+    """Return the text without escaped characters: each quote then begins or ends a string."""
     return bytes(text).replace(b"\\\\", b"").replace(b'\\"', b"")
 
 

@@ -1,4 +1,4 @@
-"""Writes what `_index` and `_header` read: the names and texts of a checkpoint's files."""
+"""Writes the names and texts of a checkpoint's files, which `index` and `header` read."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def render_json(value: Mapping[str, object]) -> bytes:
 
 
 def describe_tensor(key: str, dtype: DType, shape: tuple[int, ...]) -> dict[str, object]:
-    """Return what `DESCRIPTION` says of a dense tensor."""
+    """Return the entry of a dense tensor in `DESCRIPTION`."""
     facts = {"name": key, "dtype": dtype.torch, "shape": shape}
     return {**facts, "dense": True, "dimension": 0, "is_hashmap": False}
 
@@ -88,7 +88,7 @@ def describe_tensor(key: str, dtype: DType, shape: tuple[int, ...]) -> dict[str,
 def describe_embedding(
     key: str, dtype: DType, shape: tuple[int, ...], *, ids: str
 ) -> dict[str, object]:
-    """Return what `DESCRIPTION` says of a table's embeddings; `ids` is the key of their ids."""
+    """Return the entry of a table's embeddings in `DESCRIPTION`; `ids` is the key of their ids."""
     return {
         "name": key,
         "dtype": dtype.torch,
@@ -105,7 +105,7 @@ def describe_embedding(
 def describe_slot(
     dtype: DType, shape: tuple[int, ...], *, begin: int, end: int
 ) -> dict[str, object]:
-    """Return what `DESCRIPTION` says of ids and other slots: their entry in the header."""
+    """Return the entry of ids and other slots in `DESCRIPTION`: as in the header."""
     return {
         "dense": False,
         "dtype": dtype.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunks_around, digest_of, whole_chunks
+from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
 from asyncloader.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Verifier:
         """Return which bytes of a block to read where `[begin, end)` are wanted."""
         if not self.widen or block.digests is None:
             return begin, end
-        return chunks_around(begin, end, block.nbytes)
+        first, last = begin // DIGEST_CHUNK, chunk_count(end)
+        return first * DIGEST_CHUNK, min(last * DIGEST_CHUNK, block.nbytes)
 
     def windows(
         self, block: Block, begins: NDArray[np.int64], chunk_bytes: int
@@ -67,7 +68,9 @@ class Verifier:
         """
         if block.digests is None:
             return range(begin, begin)
-        chunks = whole_chunks(begin, begin + view.nbytes, block.nbytes)
+        end = begin + view.nbytes
+        last = chunk_count(block.nbytes) if end >= block.nbytes else end // DIGEST_CHUNK
+        chunks = range(chunk_count(begin), last)
         for number in chunks:
             first = number * DIGEST_CHUNK
             last = min(first + DIGEST_CHUNK, block.nbytes)

@@ -1,4 +1,4 @@
-"""Which values may be converted to another dtype on their way, and what that is called."""
+"""Says which values may be converted to another dtype on their way."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def cast_hint(source: DType, target: DType) -> str:
 
 
 def checked_cast(cast: object) -> Casting | None:
-    """Return what may be asked for.
+    """Return an allowed `cast`.
 
     Raises:
         ValueError: If it is something else.

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 10
-# What `torch.compile`, FSDP and activation checkpointing put into the names of a `state_dict()`.
+# `torch.compile`, FSDP and activation checkpointing put these into the names of a `state_dict()`.
 _OF_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-# And what DistributedDataParallel puts before them all.
+# DistributedDataParallel puts this before all names.
 _OF_PARALLEL = "module"
 
 
@@ -50,13 +50,13 @@ class Choice:
     """The dense tensors to load, and from which source each."""
 
     shared: dict[str, str] = field(default_factory=dict)
-    """Likewise, but their memory is filled by one of `tensors`."""
+    """The dense tensors whose memory one of `tensors` fills, and from which source each."""
 
     lacking: dict[str, str] = field(default_factory=dict)
     """The dense tensors whose source is not in the checkpoint, and that source."""
 
     tied: list[str] = field(default_factory=list)
-    """Those of `lacking` whose memory is filled by one of `tensors` all the same."""
+    """The tensors of `lacking` whose memory one of `tensors` fills all the same."""
 
     skipped: tuple[str, ...] = ()
     parts: list[PartChoice] = field(default_factory=list)
@@ -122,12 +122,12 @@ def _choose_by_own_name(choice: Choice) -> None:
 
 
 def _choose_wrapped(choice: Choice) -> None:
-    """Find tensors that were saved as a wrapped model has them, by the names of the bare one."""
+    """Find the tensors of a bare model under the names of a wrapped one."""
     kept = {
         name: [part for part in name.split(".") if part not in _OF_WRAPPERS]
         for name in choice.catalog.tensors.block_keys
     }
-    # Who calls a part of a model `module` has it in some names: here nothing fits, and all have it.
+    # A model with a part `module` has that in some names: here no name fits, and all have it.
     if not choice.tensors and all(parts[0] == _OF_PARALLEL for parts in kept.values() if parts):
         kept = {name: parts[1:] for name, parts in kept.items()}
     bare: dict[str, list[str]] = {}
@@ -176,7 +176,7 @@ def _share(choice: Choice) -> None:
 
 
 def _tie(choice: Choice) -> None:
-    """Of tensors that are not in the checkpoint, tell those apart that are filled nevertheless.
+    """Find the tensors that are not in the checkpoint, and are filled nevertheless.
 
     safetensors' `save_model`, and others, write tied weights once.
     """
@@ -243,7 +243,7 @@ def _gaps(source: str, parts: Sequence[Part], wanted: Slice) -> list[str]:
 def _unexpected(
     catalog: Catalog, info: LoadInfo, targets: Targets, tensors: AbstractSet[str]
 ) -> Iterable[str]:
-    """Yield what is there but asked for by nobody; of tensors, all but `tensors`."""
+    """Yield the names that the load does not ask for; of tensors, all but `tensors`."""
     tables = dict[str, set[str]]()
     for destination in info.keys() & targets.tables.keys():
         for source, slots in info[destination].items():

@@ -1,4 +1,4 @@
-"""Guesses what a misspelt name was to be."""
+"""Guesses the right spelling of a name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 RENAME = ": rename them with filter_func"
 
 # Comparing took 40 µs a pair of common lengths, and grows with their product: where there is much
-# to compare, nobody reads that far.
+# to compare, no reader gets that far.
 _NAMES, _CANDIDATES, _LENGTH = 5, 200, 200
 _PREFIXES = 3
 
@@ -25,8 +25,8 @@ def did_you_mean(
 
     Args:
         names: Asked for, but not there.
-        candidates: There, but asked for by nobody.
-        rename: What to do if all names differ alike.
+        candidates: There, but not asked for.
+        rename: Advice for names that all differ alike.
     """
     found, how = _other_prefix(names, candidates)
     if not found:
@@ -52,7 +52,7 @@ def _other_prefix(names: Sequence[str], candidates: Sequence[str]) -> tuple[dict
 
 
 def _prefixes(names: Sequence[str], candidates: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield what some name has less, and more, than what is there; whole parts of names."""
+    """Yield the prefix that a name lacks, or has too much; whole parts of names."""
     for name in names[:_NAMES]:
         for other in candidates:
             if len(other) > len(name):

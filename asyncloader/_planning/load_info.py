@@ -23,7 +23,7 @@ def default_load_info(targets: Targets) -> LoadInfo:
 
 
 def checked_load_info(info: object) -> LoadInfo:
-    """Return what a `filter_func` returned, if it is of the right form.
+    """Return the value of a `filter_func`, if it is of the right form.
 
     Raises:
         TypeError: If it is something else.

@@ -89,7 +89,7 @@ class TableLoad:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """What a load would do. Nothing was read but names and headers."""
+    """All that a load will do. Only names and headers have been read."""
 
     location: str
     tensors: TensorLoads
@@ -97,7 +97,7 @@ class LoadPlan:
     """Destinations whose memory is filled under another name, and that name."""
 
     again: Sequence[TensorLoad] = ()
-    """The blocks of those of them that the checkpoint has too: read only to be compared."""
+    """The blocks of `shared` that the checkpoint has too: read only to be compared."""
 
     skipped: tuple[str, ...]
     """Tensors that load_info does not ask for."""
@@ -107,12 +107,12 @@ class LoadPlan:
     """Asked for, not in the checkpoint: `tensor`, `table`, or `table@slot`."""
 
     unexpected: tuple[str, ...]
-    """In the checkpoint, asked for by nobody."""
+    """In the checkpoint, not asked for."""
 
     warnings: tuple[str, ...]
 
     casts: tuple[Cast, ...] = ()
-    """What is converted to another dtype on its way, in the order of load_info."""
+    """The values that are converted to another dtype on their way, in the order of load_info."""
 
     @cached_property
     def nbytes(self) -> int:

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 def plan_load(
     manifest: Manifest, choice: Choice, *, strict: bool, casting: Casting | None = None
 ) -> LoadPlan:
-    """Check every block that was chosen against its destination, and say what to read.
+    """Check every chosen block against its destination, and plan the load.
 
     Args:
         manifest: With the headers of all chosen shards.
-        choice: What `choose` found.
+        choice: From `choose`.
         strict: Whether something that is missing is a problem.
         casting: Which dtypes may be converted; by default another dtype is a problem.
 
@@ -44,7 +44,7 @@ def plan_load(
     problems = list(dict.fromkeys(choice.problems))
     targets = choice.targets.tensors
     tensors, casts = match_tensors(manifest, choice.tensors, targets, problems, casting)
-    # Not loaded, but wrong all the same if it does not fit.
+    # Not loaded, and wrong all the same if they do not fit.
     again, _ = match_tensors(manifest, choice.shared, targets, problems, casting)
     tables: dict[str, _TableBuilder] = {}
     for part in choice.parts:
@@ -86,7 +86,7 @@ def _fillers(choice: Choice) -> dict[str, str]:
 
 
 def _rows_among(manifest: Manifest, part: PartChoice, ids: Block) -> range | None:
-    """Return the rows among which those wanted stand, if the sidecar knows.
+    """Return the rows among which the wanted rows stand, if the sidecar knows.
 
     Raises:
         CheckpointError: If it says of other rows where they stand.

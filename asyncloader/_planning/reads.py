@@ -1,4 +1,4 @@
-"""Which single reads carry out a plan. No I/O; the result is what an executor would issue."""
+"""Cuts a plan into single reads. No I/O."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 GAP = -1
-"""The sink of bytes that nobody wants."""
+"""The sink of bytes that no sink wants."""
 
 # More than any file has, and sums of it and an offset stay within int64.
 _UNBOUNDED = 2**62
@@ -121,7 +121,7 @@ class Read:
 
     @property
     def surplus(self) -> int:
-        """Bytes that nobody wants."""
+        """Bytes that no sink wants."""
         return int(self.lengths[self.sinks == GAP].sum())
 
 
@@ -168,7 +168,7 @@ def plan_reads(extents: Extents, *, chunk_bytes: int, gap_bytes: int) -> list[Re
 
 
 def _cut(extents: Extents, chunk_bytes: int) -> Extents:
-    """Sort extents as they lie on disk, and cut those that are longer than a chunk."""
+    """Sort extents as they lie on disk, and cut extents that are longer than a chunk."""
     place = {name: number for number, name in enumerate(sorted(extents.shards))}
     shard = np.array([place[name] for name in extents.shards], np.int64)[extents.shard]
     order = np.lexsort((extents.length, extents.offset, shard))

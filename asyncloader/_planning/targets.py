@@ -1,4 +1,4 @@
-"""What there is to fill, as plain values."""
+"""Describes destinations, as plain values."""
 
 from __future__ import annotations
 

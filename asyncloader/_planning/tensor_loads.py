@@ -123,8 +123,8 @@ def match_tensors(
     Args:
         manifest: With the headers of all their shards.
         chosen: Destinations, and the source of each.
-        targets: What the destinations can take.
-        problems: Receives those that do not fit.
+        targets: The destinations.
+        problems: Receives the tensors that do not fit.
         casting: Which dtypes may be converted.
 
     Returns:
@@ -199,7 +199,7 @@ def _casts(
     problems: list[str],
     casting: Casting | None,
 ) -> list[Cast]:
-    """Return which blocks are converted; describe those that fit in no way."""
+    """Return the conversions; describe the blocks that fit in no way."""
     casts = []
     for number in mismatches:
         name, block = loads.names[number], loads.block(number)

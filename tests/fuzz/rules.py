@@ -1,4 +1,4 @@
-"""One set of rules: what `verify` finds in names and headers, and what a load makes of them."""
+"""One set of rules: `verify` of names and headers, against the plan of a load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["TARGETS", "rules"]
 
 LOADABLE = (
-    "does not name it: nobody reads it",
+    "does not name it: no load reads it",
     "looks like a rank's part",
     "lie in no slice",
     "lie in several slices",
@@ -41,7 +41,7 @@ LOADABLE = (
     "does not tell of its part",
     "tells of",
 )
-"""What is wrong and loads, as no load looks at it: a load reports what it lacks, and no more."""
+"""Problems that no load looks at: it reports the names that it lacks, and no more."""
 
 
 def rules(data: bytes) -> None:
@@ -52,7 +52,7 @@ def rules(data: bytes) -> None:
 
 
 def check_rules(files: Mapping[str, bytes]) -> bool:
-    """Check that what is sound can be planned and what is not cannot; say whether it is."""
+    """Check that a sound checkpoint can be planned and another cannot; say whether it is sound."""
     storage = MemoryStorage(dict(files))
     file = SINGLE if set(files) == {SINGLE} else None
     found, refusal = asyncio.run(_both(storage, file))
@@ -104,7 +104,7 @@ async def _plan(storage: MemoryStorage, file: str | None, executor: ThreadPoolEx
 
 
 def _everything(manifest: Manifest) -> Targets:
-    """Return destinations that take whatever there is."""
+    """Return destinations that take everything."""
     catalog = manifest.catalog
     blocks = [manifest.block(place) for place in catalog.tensors.values()]
     types, kinds = numbered((block.dtype, block.shape) for block in blocks)

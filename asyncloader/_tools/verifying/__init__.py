@@ -1,1 +1,1 @@
-"""What `asyncloader verify` does: looks at everything, and lists all that is wrong."""
+"""Looks at everything in a checkpoint, and lists all problems: `asyncloader verify`."""

@@ -32,7 +32,7 @@ _RANGES = 3
 
 @dataclass(slots=True)
 class Watched:
-    """A block, and what was seen of it so far."""
+    """A block, and the problems of its bytes so far."""
 
     block: Block
     memory: memoryview | None = None
@@ -40,10 +40,10 @@ class Watched:
 
     compared: int = 0
     damaged: list[int] = field(default_factory=list)
-    """Chunks that are not what was written."""
+    """Numbers of the chunks whose digest is another one."""
 
     no_bools: list[tuple[int, int]] = field(default_factory=list)
-    """Where the first byte was that is neither 0 nor 1, and how many there were, by read."""
+    """For each read, the place of the first byte that is neither 0 nor 1, and their number."""
 
     @property
     def grain(self) -> int:
@@ -70,7 +70,7 @@ class Watched:
                 self.no_bools.append((begin + int(odd[0]), len(odd)))
 
     def tell(self, problems: AllProblems) -> None:
-        """Tell what was wrong."""
+        """Tell all problems."""
         block = self.block
         if self.damaged:
             problems.add(

@@ -1,4 +1,4 @@
-"""What was found to be wrong or odd, and what was looked at."""
+"""The result of `verify`: problems, notes, and how much was looked at."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Finding:
 
 
 def findings(severity: Severity, found: Iterable[Problem]) -> tuple[Finding, ...]:
-    """Return what was found, by file and name."""
+    """Return findings by file and name."""
     return tuple(
         Finding(severity=severity, text=one.text, file=one.file or None, name=one.key)
         for one in sorted(found, key=lambda one: (one.file, one.key or "", one.text))
@@ -41,7 +41,7 @@ def findings(severity: Severity, found: Iterable[Problem]) -> tuple[Finding, ...
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What was looked at, and what was found."""
+    """How much was looked at, and everything that was found."""
 
     location: str
     kind: str
@@ -50,7 +50,7 @@ class Verification:
     problems: tuple[Finding, ...]
     notes: tuple[Finding, ...]
     files: int
-    """Files that were read, those with names and digests included."""
+    """Files that were read, also the files with names and digests."""
 
     tables: int
     tensors: int

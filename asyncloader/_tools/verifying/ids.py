@@ -1,4 +1,4 @@
-"""Checks ids: whether they lie where they claim to, come once, and are in order."""
+"""Checks whether ids lie in the slice of their block, and are in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.slices import Slice
 
 
-# Ids looked at together: what that takes besides them is a few MB.
+# Ids looked at together: that takes a few MB besides them.
 _WINDOW = 1 << 18
 
 
@@ -37,7 +37,7 @@ def check_part(
         claim: The slice that the block claims.
         block: The block that holds them.
         told: Their order, if the sidecar says something of it.
-        problems: Receives what is wrong.
+        problems: Receives strays and disorder.
     """
     strays = example = 0
     for window in _windows(ids):
@@ -48,7 +48,7 @@ def check_part(
         strays += count
     if strays:
         text = f"{strays:,} of {len(ids):,} ids do not lie in its slice {claim}, such as {example}"
-        problems.add(f"{text}: nobody loads them", block.shard, block.key)
+        problems.add(f"{text}: no load takes them", block.shard, block.key)
     if told is not None and (text := _disorder(ids, told)):
         problems.add(text, block.shard, block.key)
 

@@ -1,7 +1,7 @@
-"""Looks at all of a checkpoint but its bytes: names, headers, tables, and what the sidecar says.
+"""Looks at a checkpoint without its bytes: names, headers, tables, sidecar.
 
-The rules are those of a load. Only what no load looks at is looked for here: what is there and is
-never read, and what loads, but cannot be what was meant.
+The rules are those of a load. The rules here are about things that no load looks at: data that no
+load reads, and tables that load, but not as they were saved.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ async def read_structure(
 
     Args:
         storage: The folder.
-        problems: Receives what is wrong or odd.
+        problems: Receives problems and oddities.
         file: The one file to look at, instead of the folder that holds it.
         there: The names of all files.
         executor: For parsing.
@@ -100,7 +100,7 @@ async def read_structure(
     recis, is_map = is_recis(source, file), is_weight_map(source)
     reader = CatalogReader(storage, executor, problems)
     shards = sorted(filter(_SHARD.fullmatch, there)) if recis or is_map else []
-    # Where no file says what there is, each shard is looked at by itself.
+    # If no file says which names there are, each shard is looked at by itself.
     catalog, known = Catalog(Places({}, {}), {}, source, tuple(shards), recis=recis), False
     with problems.caught():
         catalog = await reader.read(source, recis=recis, digests=True)
@@ -111,7 +111,9 @@ async def read_structure(
             check = partial(check_file, problems, catalog.sidecar, DESCRIPTION, text)
             await run_jobs(executor, [check])
     for name in set(shards) - set(catalog.files):
-        odd = f"{source} does not name this file, so nobody reads it; left behind by an older save?"
+        odd = (
+            f"{source} does not name this file, so no load reads it; left behind by an older save?"
+        )
         problems.note(odd, name)
     manifest = await read_manifest(
         storage, catalog, catalog.files, parallel=parallel, executor=executor, problems=problems
@@ -162,7 +164,7 @@ def _check(manifest: Manifest, problems: AllProblems, *, known: bool) -> list[Ta
     for file, key in there if known else ():
         refused = problems.blames(INDEX, key) or problems.blames(TENSORKEY, key)
         if (file, key) not in named and not refused:
-            text = f"stands in the shard, but {catalog.source} does not name it: nobody reads it"
+            text = f"stands in the shard, but {catalog.source} does not name it: no load reads it"
             problems.add(text, file, key)
     return tables
 
@@ -177,7 +179,7 @@ def _note_strange_dtypes(headers: Mapping[str, ShardHeader], problems: AllProble
 
 
 def _find_parts(keys: Iterable[str], problems: AllProblems) -> None:
-    """Tell of parts of tables that are taken for tensors: the keys of those end in `^ `."""
+    """Tell of parts of tables that are taken for tensors: a tensor's key ends in `^ `."""
     for key in filter(_PART.fullmatch, keys):
         text = (
             f"looks like a rank's part of a table, but {TENSORKEY} does not say of which, so it is "
@@ -200,7 +202,7 @@ def _find(manifest: Manifest, problems: AllProblems, place: Place) -> Block | No
 
 
 def _told(manifest: Manifest, problems: AllProblems) -> Mapping[str, tuple[PartRows, ...]] | None:
-    """Return what the sidecar says of tables; tell of digests of blocks that are not there."""
+    """Return how the sidecar says rows are spread; tell of digests of blocks that are not there."""
     catalog, headers = manifest.catalog, manifest.headers
     if catalog.sidecar is None:
         problems.note("no digests: bytes cannot be verified, only the structure")
@@ -243,7 +245,7 @@ def _spread(
     told: tuple[PartRows, ...],
     problems: AllProblems,
 ) -> dict[Slice, PartRows]:
-    """Return what the sidecar says of parts as they are; tell of other parts."""
+    """Return how rows are spread, of parts as they are; tell of other parts."""
     known, claims = {part.slice: part for part in told}, {part.slice for part in slots.get(ID, ())}
     for where in known.keys() - claims:
         text = f"tells of a part {where} of this table, which {INDEX} does not name"

@@ -54,7 +54,7 @@ async def averify(
         options: How to read.
 
     Returns:
-        All that is wrong or odd, and how much was looked at.
+        All problems and oddities, and how much was looked at.
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
@@ -69,7 +69,7 @@ async def averify(
 
 
 async def verify_session(session: Session, meter: Meter) -> Verification:
-    """Look at everything in a checkpoint that is open; raises what `averify` does."""
+    """Look at everything in a checkpoint that is open; raise as `averify` does."""
     problems = AllProblems(session.location)
     try:
         structure = await read_structure(
@@ -81,7 +81,7 @@ async def verify_session(session: Session, meter: Meter) -> Verification:
             parallel=session.options.parallel,
         )
     except CheckpointNotFoundError:
-        await session.catalog()  # knows how to say what is there instead
+        await session.catalog()  # says which files are there instead
         raise
     inspector = Inspector(session, meter, problems)
     await _read_bytes(inspector, structure)
@@ -118,7 +118,7 @@ async def _listed(session: Session) -> frozenset[str]:
 
 
 async def _read_bytes(inspector: Inspector, structure: Structure) -> None:
-    """Read all blocks; those of ids one table at a time, as they have to be kept."""
+    """Read all blocks; ids one table at a time, as they have to be kept."""
     blocks = {
         (block.shard, block.key): block
         for header in structure.headers.values()
