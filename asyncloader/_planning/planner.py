@@ -80,9 +80,13 @@ def _fillers(choice: Choice) -> dict[str, str]:
     also = (*choice.shared, *choice.tied)
     if not also:
         return {}
-    memory = {name: choice.targets.tensors[name].memory for name in (*choice.tensors, *also)}
-    fillers = {memory[name]: name for name in choice.tensors}
-    return {name: fillers[memory[name]] for name in also}
+    targets = choice.targets.tensors
+    assert targets.memory is not None, "tensors share memory, and all are said to have their own"
+    memory = targets.memory.__getitem__
+    fillers = dict(zip(map(memory, targets.numbers(choice.tensors)), choice.tensors, strict=True))
+    return {
+        name: fillers[memory(one)] for name, one in zip(also, targets.numbers(also), strict=True)
+    }
 
 
 def _rows_among(manifest: Manifest, part: PartChoice, ids: Block) -> range | None:

@@ -30,18 +30,7 @@ class RowType:
         return f"{self.dtype} {list(self.shape)}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorTarget:
-    """A dense tensor."""
-
-    name: str
-    type: RowType
-
-    memory: int
-    """Tensors of the same number are the same memory under several names."""
-
-
-class TensorTargets(Columns[TensorTarget]):
+class TensorTargets(Columns[RowType]):
     """Dense tensors by name.
 
     Args:
@@ -67,12 +56,10 @@ class TensorTargets(Columns[TensorTarget]):
         assert len(self.kinds) == len(self)
         assert memory is None or len(memory) == len(self)
 
-    def at(self, number: int) -> TensorTarget:
-        """Return the tensor in that place of the columns."""
+    def at(self, number: int) -> RowType:
+        """Return the type of the tensor in that place of the columns."""
         dtype, shape = self.types[self.kinds[number]]
-        kind = RowType(shape=shape, dtype=dtype)
-        memory = number if self.memory is None else self.memory[number]
-        return TensorTarget(name=self._names[number], type=kind, memory=memory)
+        return RowType(shape=shape, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -203,7 +203,7 @@ def _casts(
     casts = []
     for number in mismatches:
         name, block = loads.names[number], loads.block(number)
-        want = targets[name].type
+        want = targets[name]
         have = RowType(shape=block.shape, dtype=block.dtype)
         if have.shape == want.shape and can_cast(have.dtype, want.dtype, casting):
             loads.cast[number] = True
