@@ -77,6 +77,7 @@ def cut_rows(block: Block, begin: int, end: int) -> Block | None:
         return None
     if (begin, end) == (0, block.rows):
         return block
+    assert 0 <= begin < end <= block.rows
     row = block.nbytes // block.rows
     return replace(
         block,

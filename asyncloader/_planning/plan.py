@@ -49,6 +49,10 @@ class PartLoad:
     ids: Block
     slots: Mapping[str, Block]
 
+    def __post_init__(self) -> None:
+        assert 0 <= self.reach.start <= self.reach.stop <= self.rows
+        assert all(block.rows == self.rows for block in self.slots.values())
+
     @property
     def rows(self) -> int:
         """Rows on disk."""

@@ -67,6 +67,9 @@ class Extents:
     position: NDArray[np.int64]
     grain: NDArray[np.int64]
 
+    def __post_init__(self) -> None:
+        assert {len(getattr(self, name)) for name in _COLUMNS} == {len(self.shard)}
+
     @classmethod
     def of(cls, extents: Iterable[Extent]) -> Extents:
         """Return extents as columns."""
@@ -136,6 +139,7 @@ def plan_reads(extents: Extents, *, chunk_bytes: int, gap_bytes: int) -> list[Re
     chunk_bytes = min(chunk_bytes, _UNBOUNDED)
     pieces = _cut(extents, chunk_bytes)
     count = len(pieces.offset)
+    assert (pieces.length > 0).all(), "an extent without bytes is none to read"
     if not count:
         return []
     ends = pieces.offset + pieces.length
