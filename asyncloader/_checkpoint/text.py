@@ -68,7 +68,7 @@ def render_index(files: Mapping[str, int], blocks: Mapping[str, int]) -> bytes:
     """Return the text of `index`: shard file → number, and key → number of its shard.
 
     It ends in a newline, which RecIS never writes: a sidecar of ours that an `index` of RecIS has
-    outlived is known by that (see `_sidecar`), even where all names are the same.
+    outlived is known by that (see `sidecar`), even where all names are the same.
     """
     index = {"block_index": blocks, "file_index": files}
     return orjson.dumps(index, option=orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
