@@ -85,6 +85,19 @@ def check_timeout(timeout: float | None, name: str = "timeout") -> None:
         raise ValueError(f"{name} must be positive or None, got {timeout}")
 
 
+def check_count(count: object, name: str) -> None:
+    """Refuse what is no positive number of things.
+
+    Raises:
+        TypeError: If it is no int.
+        ValueError: If it is not positive.
+    """
+    if type(count) is not int:
+        raise TypeError(f"{name} must be an int, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{name} must be positive, got {count}")
+
+
 def check_callable(function: object, name: str, *, awaited: bool = False) -> None:
     """Refuse what cannot be called, or would do nothing when it is.
 

@@ -6,12 +6,9 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from ._arguments import as_dict, check_callable, checked_path
-from ._serving.loading import VersionLoader, check_options
-from ._serving.shelf import Shelf
-from ._serving.state import LiveState, LiveVersion
-from ._serving.switch import Switch
-from ._serving.telling import Teller
+from ._arguments import as_dict, check_callable, check_count, checked_path
+from ._serving.service import Service
+from ._serving.state import LiveVersion
 
 if TYPE_CHECKING:
     import os
@@ -21,6 +18,7 @@ if TYPE_CHECKING:
 
     from ._serving.events import Event
     from ._serving.model import Model
+    from ._serving.state import LiveState
     from ._table.hashtable import HashTable
 
 __all__ = ["Live"]
@@ -102,43 +100,31 @@ class Live:
         for name, value in (("poll", poll), ("retry_pause", retry_pause)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name, count in (("keep", keep), ("max_memory", max_memory)):
-            if count is not None and type(count) is not int:
-                raise TypeError(f"{name} must be an int, got {count!r}")
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be positive, got {count}")
-        options = {"strict": True, **as_dict(loader_options, "loader_options")}
-        read_options = check_options(path, options)
-        self._teller = Teller(on_event)
-        self._shelf = Shelf(keep=keep)
-        self._loader = VersionLoader(
+        check_count(keep, "keep")
+        if max_memory is not None:
+            check_count(max_memory, "max_memory")
+        self._service = Service(
+            path,
             build,
             check,
-            options=options,
-            read_options=read_options,
-            max_memory=max_memory,
-            shelf=self._shelf,
-            tell=self._teller.tell,
-        )
-        self._switch = Switch(
-            path,
-            shelf=self._shelf,
-            loader=self._loader,
-            teller=self._teller,
+            on_event,
+            keep=keep,
             poll=poll,
+            loader_options={"strict": True, **as_dict(loader_options, "loader_options")},
+            max_memory=max_memory,
             retry_pause=retry_pause,
-            stall_timeout=read_options.stall_timeout,
         )
+        self._shelf = self._service.shelf
 
     def __repr__(self) -> str:
-        return f"<Live {self._switch.description}, {self._shelf!r}>"
+        return f"<Live {self._service!r}, {self._shelf!r}>"
 
     async def __aenter__(self) -> Self:
-        await self._switch.open()
+        await self._service.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._switch.close()
+        await self._service.close()
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Model]:
@@ -168,22 +154,12 @@ class Live:
     @property
     def versions(self) -> tuple[LiveVersion, ...]:
         """All versions in memory, in the order in which they last began to serve."""
-        held, serving = self._shelf.now
-        return tuple(LiveVersion.of(one, serving=one is serving) for one in held)
+        return self._service.versions
 
     @property
     def state(self) -> LiveState:
         """All that a status page shows."""
-        versions, loading = self.versions, self._loader.loading
-        return LiveState(
-            versions=versions,
-            following=self._switch.following,
-            loading=None if loading is None else loading.name,
-            progress=self._loader.progress,
-            problem=self._teller.problem,
-            trouble=self._teller.trouble,
-            nbytes=sum(version.nbytes for version in versions),
-        )
+        return self._service.state
 
     async def rollback(self) -> LiveVersion:
         """Go back to the version that served before, and stay there until `resume()`.
@@ -202,7 +178,7 @@ class Live:
             CheckpointError: If `check` refused it, or raised, which is the cause then.
             Exception: What loading it raised. Nothing has changed in any of these cases.
         """
-        return await self._switch.rollback()
+        return await self._service.rollback()
 
     async def load(self, version: str | os.PathLike[str]) -> LiveVersion:
         """Let a version serve that was chosen on purpose, and stay there until `resume()`.
@@ -226,8 +202,8 @@ class Live:
         name = checked_path(version, "version")
         if not name:
             raise ValueError("version is empty: it names a sub-folder, or is a path")
-        return await self._switch.load(name)
+        return await self._service.load(name)
 
     async def resume(self) -> None:
         """Follow the newest version again, also one that was given up. Does not wait for it."""
-        self._switch.resume()
+        self._service.resume()

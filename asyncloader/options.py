@@ -7,7 +7,7 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict
 
-from ._arguments import check_callable, check_timeout, checked_switch
+from ._arguments import check_callable, check_count, check_timeout, checked_switch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -80,11 +80,7 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
-            value = getattr(self, name)
-            if type(value) is not int:
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            check_count(getattr(self, name), name)
         if self.verify not in _VERIFY:
             known = ", ".join(map(repr, _VERIFY))
             raise ValueError(f"verify is one of {known}, got {self.verify!r}")

@@ -33,7 +33,7 @@ from asyncloader import (
     load_tensors,
 )
 from asyncloader._memory.allowance import processors
-from asyncloader._serving.room import row_bytes
+from asyncloader._serving.model import row_bytes
 from asyncloader._tools.verifying.verify import averify
 from tests.checkpoints import LIMITS
 from tests.folders import content

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from asyncloader._serving.freeing import Freeing
 from asyncloader._serving.model import Model
-from asyncloader._serving.shelf import Held, Shelf
+from asyncloader._serving.shelf import Freeing, Held, Shelf
 from asyncloader._serving.source import Candidate, Files
 
 if TYPE_CHECKING:

@@ -1,28 +1,30 @@
-"""What happens to a service's model, as values."""
+"""What happens to a service's model, as values, and where it is told: to the log and a listener."""
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asyncloader._as_dict import AsDict
 from asyncloader._memory.sizes import size_text
+from asyncloader.errors import AsyncLoaderError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from asyncloader._loading.report import LoadReport
+
+
+_log = logging.getLogger("asyncloader")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Event(AsDict):
     version: str
-    """The version's name: that of its folder."""
-
     location: str
-    """Its folder."""
-
     at: float = field(default_factory=time.time)
-    """When, in seconds since 1970."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON takes them, and the kind of event, under `"kind"`."""
@@ -31,10 +33,16 @@ class _Event(AsDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadStarted(_Event):
-    """A version is about to be loaded."""
+    """A version is about to be loaded.
+
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        at: When it happened, in seconds since 1970.
+        attempt: 1 for the first try.
+    """
 
     attempt: int
-    """1 for the first try."""
 
     def __str__(self) -> str:
         again = f", try {self.attempt}" if self.attempt > 1 else ""
@@ -43,11 +51,18 @@ class LoadStarted(_Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFinished(_Event):
-    """A version is in memory. Whether it serves, `check` has yet to say."""
+    """A version is in memory. Whether it serves, `check` has yet to say.
+
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        at: When it happened, in seconds since 1970.
+        report: What the load did.
+        nbytes: The memory that the version takes, as predicted from its plan.
+    """
 
     report: LoadReport
     nbytes: int
-    """What it takes of memory, as predicted from its plan."""
 
     def __str__(self) -> str:
         return str(self.report)
@@ -55,12 +70,20 @@ class LoadFinished(_Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFailed(_Event):
-    """A version could not be loaded. The one that served before goes on serving."""
+    """A version could not be loaded. The version that served before goes on serving.
+
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        at: When it happened, in seconds since 1970.
+        error: What the load raised.
+        attempt: 1 for the first try.
+        retry_in: Seconds until the next try; `None` where another try would fail likewise.
+    """
 
     error: Exception
     attempt: int
     retry_in: float | None
-    """Seconds until the next try; `None` where another one would fail likewise."""
 
     def __str__(self) -> str:
         error = f"{type(self.error).__name__}: {self.error}"
@@ -70,7 +93,13 @@ class LoadFailed(_Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadCancelled(_Event):
-    """A load was given up: for a rollback, another version, or the end of the service."""
+    """A load was given up: for a rollback, another version, or the end of the service.
+
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        at: When it happened, in seconds since 1970.
+    """
 
     def __str__(self) -> str:
         return f"{self.location}: load given up"
@@ -78,11 +107,19 @@ class LoadCancelled(_Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionRefused(_Event):
-    """A version that could be loaded will not serve: it would not fit, or `check` said no."""
+    """A version that could be loaded will not serve: it would not fit, or `check` said no.
+
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        at: When it happened, in seconds since 1970.
+        reason: Why it will not serve.
+        error: What `check` raised, or a `ValueError` where it returned a false value; `None` if
+            the version would not fit.
+    """
 
     reason: str
     error: Exception | None
-    """What `check` raised."""
 
     def __str__(self) -> str:
         return f"{self.location}: refused, {self.reason}"
@@ -90,7 +127,14 @@ class VersionRefused(_Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swapped(_Event):
-    """Whoever asks from now on gets this version."""
+    """Every `use()` gets this version from now on.
+
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        at: When it happened, in seconds since 1970.
+        previous: The name of the version that served before; `None` if this is the first.
+    """
 
     previous: str | None
 
@@ -101,7 +145,14 @@ class Swapped(_Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolledBack(_Event):
-    """Likewise, but it is the version that served before `previous`."""
+    """Every `use()` gets this version again, which served before `previous`.
+
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        at: When it happened, in seconds since 1970.
+        previous: The name of the version that served until now.
+    """
 
     previous: str
 
@@ -111,7 +162,14 @@ class RolledBack(_Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Freed(_Event):
-    """The memory of a version was given back."""
+    """The memory of a version was given back.
+
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        at: When it happened, in seconds since 1970.
+        nbytes: How much memory it took, as predicted from its plan.
+    """
 
     nbytes: int
 
@@ -129,3 +187,50 @@ Event: TypeAlias = (
     | RolledBack
     | Freed
 )
+
+
+class Teller:
+    """Tells the log and a listener what happens, on the event loop, and remembers what is wrong.
+
+    Args:
+        listener: Gets every event. What it raises is logged; serving goes on.
+    """
+
+    def __init__(self, listener: Callable[[Event], object] | None) -> None:
+        self._listener = listener
+        self._troubles: dict[object, str] = {}
+        self.problem: LoadFailed | VersionRefused | None = None
+        """What kept the newest version from serving, until one serves."""
+
+    @property
+    def trouble(self) -> str:
+        """What is in the way now; empty if nothing is."""
+        return "; ".join(dict.fromkeys(self._troubles.copy().values()))
+
+    def note(self, about: object, trouble: str) -> None:
+        """Note what is in the way, and log it when that begins; an empty text says it is over."""
+        if trouble and about not in self._troubles:
+            _log.warning("%s", trouble)
+        if trouble:
+            self._troubles[about] = trouble
+        else:
+            self._troubles.pop(about, None)
+
+    def tell(self, event: Event) -> None:
+        """Say that something has happened."""
+        level = logging.INFO
+        if isinstance(event, LoadFailed | VersionRefused):
+            self.problem, level = event, logging.WARNING
+        elif isinstance(event, Swapped | RolledBack):
+            self.problem = None
+        if not isinstance(event, LoadFinished):  # the loader has logged its report
+            # A traceback tells whose code failed, where it was not ours.
+            error = getattr(event, "error", None)
+            mine = error is None or isinstance(error, AsyncLoaderError | OSError)
+            _log.log(level, "%s", event, exc_info=None if mine else error)
+        if self._listener is None:
+            return
+        try:
+            self._listener(event)
+        except Exception:  # noqa: BLE001  # a user's function may raise anything
+            _log.exception("on_event failed; the version that serves is not affected")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import time
 import traceback
@@ -16,8 +15,7 @@ from asyncloader._threads.jobs import run_jobs
 from asyncloader.loader import Loader
 
 from .events import LoadCancelled, LoadFinished, LoadStarted, VersionRefused
-from .model import model_of
-from .room import row_bytes, tensor_bytes
+from .model import model_of, row_bytes, tensor_bytes
 from .shelf import Held
 
 if TYPE_CHECKING:
@@ -30,9 +28,8 @@ if TYPE_CHECKING:
     from asyncloader.options import ReadOptions
 
     from .events import Event
-    from .freeing import Freeing
     from .model import Model
-    from .shelf import Shelf
+    from .shelf import Freeing, Shelf
     from .source import Candidate
 
 
@@ -40,17 +37,21 @@ _SHORT = 80
 
 
 class RefusedError(Exception):
-    """A version will not serve; an event has said so.
+    """A version will not serve.
 
     Attributes:
         reason: Why.
         beside: The bytes of versions in memory beside which it would not fit, if that is why.
+        error: What `check` raised, if that is why.
     """
 
-    def __init__(self, reason: str, beside: int | None = None) -> None:
-        super().__init__(reason, beside)
+    def __init__(
+        self, reason: str, *, beside: int | None = None, error: Exception | None = None
+    ) -> None:
+        super().__init__(reason)
         self.reason = reason
         self.beside = beside
+        self.error = error
 
 
 def check_options(source: Path, options: Mapping[str, Any]) -> ReadOptions:
@@ -75,7 +76,7 @@ class VersionLoader:
         check: Callable[[Model], object] | None,
         *,
         options: Mapping[str, Any],
-        read_options: ReadOptions,
+        inflight_bytes: int,
         max_memory: int | None,
         shelf: Shelf,
         tell: Callable[[Event], object],
@@ -83,7 +84,7 @@ class VersionLoader:
         self._build = build
         self._check = check
         self._options = options
-        self._read_options = read_options
+        self._inflight_bytes = inflight_bytes
         self._max_memory = max_memory
         self._shelf = shelf
         self._tell = tell
@@ -114,12 +115,11 @@ class VersionLoader:
             confirm: Awaited at last; raises if it has become another one meanwhile.
 
         Raises:
-            RefusedError: If it shall not serve.
+            RefusedError: If it shall not serve; an event has said so.
             Exception: What building and loading raise.
         """
-        version, location = wanted.name, str(wanted.path)
-        self.loading, self.progress, self._refused = wanted, None, False
-        self._tell(LoadStarted(version=version, location=location, attempt=attempt))
+        self.loading, self.progress = wanted, None
+        self._tell(LoadStarted(**wanted.names, attempt=attempt))
         model = None
         try:
             model = await self._built(wanted)
@@ -128,8 +128,11 @@ class VersionLoader:
             _clear_frames(error)  # they know the model
             if model is not None:
                 self._freeing.free(model, None)
-            if isinstance(error, asyncio.CancelledError) and not self._refused:
-                self._tell(LoadCancelled(version=version, location=location))
+            if isinstance(error, asyncio.CancelledError):
+                self._tell(LoadCancelled(**wanted.names))
+            elif isinstance(error, RefusedError):
+                refused = VersionRefused(**wanted.names, reason=error.reason, error=error.error)
+                self._tell(refused)
             raise
         finally:
             del model
@@ -153,12 +156,8 @@ class VersionLoader:
         for name, table in model.tables.items():
             if hasattr(table, "__len__") and len(table):
                 raise TypeError(f"build() made a table {name!r} that holds ids: make new ones")
-        mine = _memory_of(model)
         for held in self._shelf.held:
-            theirs = set[int]()
-            with contextlib.suppress(RuntimeError):  # let go of meanwhile: it has no memory
-                theirs = _memory_of(held.model)
-            if mine & theirs:
+            if model.shares_memory_with(held.model):
                 raise TypeError(
                     f"build() returned tables or tensors of version {held.candidate.name!r} again: "
                     "make new ones each time"
@@ -169,19 +168,15 @@ class VersionLoader:
     ) -> Held:
         predicted: list[int] = []
         options = self._options
-        if not self._shelf.held:  # nobody is served yet whom a load could be in the way of
+        if not self._shelf.held:  # no request is served yet that a load could hold up
             options = {**options, "max_loop_lag": None, "pressure": None}
         prepare = partial(self._prepare, model, wanted, options, predicted)
         [loader] = await run_jobs(self._executor, [prepare])
         model.report = report = await loader.aload()
         held = Held(model, wanted, predicted[0], time.time())
-        self._tell(
-            LoadFinished(
-                version=wanted.name, location=str(wanted.path), report=report, nbytes=held.nbytes
-            )
-        )
+        self._tell(LoadFinished(**wanted.names, report=report, nbytes=held.nbytes))
         self._keep_spare(held.nbytes)
-        await self._pass_check(model, wanted)
+        await self._pass_check(model)
         await confirm()
         return held
 
@@ -193,14 +188,14 @@ class VersionLoader:
         dense = tensor_bytes(model)
 
         def on_plan(plan: LoadPlan) -> None:
-            predicted.append(self._predict(plan, dense + row_bytes(plan, model), wanted))
+            predicted.append(self._predict(plan, dense + row_bytes(plan, model)))
 
         own = {"progress": self._note_progress, "on_plan": on_plan}
         return Loader(wanted.path, model.tables, model.tensors, **{**options, **own})
 
-    def _predict(self, plan: LoadPlan, nbytes: int, wanted: Candidate) -> int:
-        """Return what a version will take, or refuse it. What nobody uses gives way."""
-        inflight = min(self._read_options.max_inflight_bytes, plan.nbytes)
+    def _predict(self, plan: LoadPlan, nbytes: int) -> int:
+        """Return what a version will take, or refuse it. Versions without users give way."""
+        inflight = min(self._inflight_bytes, plan.nbytes)
         most = self._max_memory
         if most is None:
             return nbytes
@@ -211,8 +206,7 @@ class VersionLoader:
                 f"and {size_text(inflight)} of reads under way: more than max_memory, "
                 f"{size_text(most)}"
             )
-            self._tell_refused(wanted, reason)
-            raise RefusedError(reason, beside)
+            raise RefusedError(reason, beside=beside)
         while self._shelf.nbytes + nbytes + inflight > most and self._shelf.spare():
             pass
         return nbytes
@@ -224,34 +218,21 @@ class VersionLoader:
             spare = min(spare, max(self._max_memory - self._shelf.keep * nbytes, 0))
         SPARE.allow(self, spare)
 
-    async def _pass_check(self, model: Model, wanted: Candidate) -> None:
+    async def _pass_check(self, model: Model) -> None:
         if self._check is None:
             return
-        verdict: object = None
         try:
             verdict = await self._call(partial(self._check, model))
         except asyncio.CancelledError as error:
             if _is_cancelled():
                 raise
-            reason = "check was cancelled by something of its own"
-            self._tell_refused(wanted, reason)
-            raise RefusedError(reason) from error
+            raise RefusedError("check was cancelled by something of its own") from error
         except Exception as error:
             reason = f"check raised {type(error).__name__}: {error}"
-            self._tell_refused(wanted, reason, error)
-            raise RefusedError(reason) from error
+            raise RefusedError(reason, error=error) from error
         if not passed(verdict):
             reason = f"check returned {shortened(verdict)}"
-            self._tell_refused(wanted, reason, ValueError(reason))
-            raise RefusedError(reason)
-
-    def _tell_refused(self, wanted: Candidate, reason: str, error: Exception | None = None) -> None:
-        self._refused = True
-        self._tell(
-            VersionRefused(
-                version=wanted.name, location=str(wanted.path), reason=reason, error=error
-            )
-        )
+            raise RefusedError(reason, error=ValueError(reason))
 
     async def _call(self, function: Callable[[], object]) -> object:
         """Call a user's function on a thread; await on the event loop what it returns."""
@@ -295,13 +276,6 @@ def shortened(value: object) -> str:
     """Return a value's text, or its type where that is long."""
     text = repr(value)
     return text if len(text) <= _SHORT else f"a {type(value).__name__}"
-
-
-def _memory_of(model: Model) -> set[int]:
-    """Return what tells a model's tables and tensors from those of another."""
-    storages = (tensor.untyped_storage() for tensor in model.tensors.values())
-    tensors = {storage.data_ptr() for storage in storages if storage.nbytes()}
-    return tensors | {id(table) for table in model.tables.values()}
 
 
 def _clear_frames(error: BaseException) -> None:

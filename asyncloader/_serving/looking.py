@@ -1,36 +1,37 @@
-"""Looks at the source on a thread, which is given up if the disk gives no answer."""
+"""Looks at the source on a thread, and waits until no file of a version is written to any more."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from asyncloader._threads.call import StalledError
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.pool import WorkerPool
 from asyncloader.errors import CheckpointError
 
-from .source import candidate, named, newest
-
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Collection
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from .source import Candidate
+    from .source import Candidate, Files
 
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+_REMEMBERED = 100
+_NAMED = 3
 
 
 class Looks:
-    """Says which versions there are. Belongs to one event loop.
-
-    All of it raises `CheckpointError` if it got no answer, and `RuntimeError` once it is closed.
+    """Calls functions that look at the source on a thread. Belongs to one event loop.
 
     Args:
         source: A run folder, or a checkpoint.
-        stall_timeout: Seconds after which a look without an answer is given up.
+        stall_timeout: Seconds after which a look is given up if the disk gives no answer.
     """
 
     def __init__(self, source: Path, *, stall_timeout: float | None) -> None:
@@ -40,40 +41,21 @@ class Looks:
         self._disk = Disk(self._workers, seconds=stall_timeout)
 
     def close(self) -> None:
-        """Look no more. Waits for a look that is under way if nobody waits for it any more."""
+        """Look no more. Waits for the thread, unless a look is still waited for."""
         self._closed = True
         # A command may still look at a disk that gives no answer: it will be given up.
         self._workers.shutdown(wait=self._disk.is_idle)
 
-    async def newest(self) -> Candidate:
-        """Return the newest version.
+    async def __call__(self, look: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what `look` returns.
 
         Raises:
-            CheckpointNotFoundError: If there is none.
+            CheckpointError: If there was no answer.
+            RuntimeError: If this is closed.
+            Exception: What `look` raises.
         """
-        return await self._run(partial(newest, self._source))
-
-    async def at(self, path: Path) -> Candidate:
-        """Return the version at a path.
-
-        Raises:
-            CheckpointNotFoundError: If there is none.
-        """
-        return await self._run(partial(candidate, path))
-
-    async def named(self, version: str | os.PathLike[str]) -> Path:
-        """Return where a version is: a sub-folder of the source, or any other path."""
-        return await self._run(partial(named, self._source, version))
-
-    async def is_older(
-        self, found: Candidate, serving: Candidate, served: Collection[Candidate]
-    ) -> bool:
-        """Say whether what was found came before what serves; see `Candidate.is_older_than`."""
-        return await self._run(partial(found.is_older_than, serving, served))
-
-    async def _run(self, job: Callable[[], T]) -> T:
         try:
-            return await self._disk.call(job)
+            return await self._disk.call(partial(look, *args, **kwargs))
         except StalledError as error:
             raise CheckpointError(str(self._source), f"cannot be looked at: {error}") from error
         except RuntimeError as error:
@@ -81,3 +63,69 @@ class Looks:
                 raise
             problem = f"{str(self._source)!r}: left: use it within its `async with` block"
             raise RuntimeError(problem) from error
+
+
+class Rest:
+    """Knows for how long the files of versions have been as they are.
+
+    No time of a file is compared with a clock: that of a file server may be wrong.
+
+    Args:
+        seconds: For which files have to be seen unchanged.
+        note: Gets what is waited for, and an object that stands for the wait; an empty text once
+            it is over.
+        clock: Seconds, ever growing.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        note: Callable[[object, str], object],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds = seconds
+        self._note = note
+        self._clock = clock
+        self._since: dict[Path, tuple[Files, float]] = {}
+
+    async def reached(self, look: Callable[[], Awaitable[Candidate | None]]) -> Candidate:
+        """Return a version once two looks, some time apart, have found the same files.
+
+        Args:
+            look: Returns it as it is now; `None` where that is unknown. An error of it ends the
+                wait.
+        """
+        wait = object()
+        seen: Candidate | None = None
+        try:
+            while True:
+                began = self._clock()
+                found = await look()
+                left = self._seconds
+                if found is not None:
+                    left = self._left(found, began)
+                    if not left:
+                        return found
+                    if seen is not None and seen.path == found.path and seen.files != found.files:
+                        self._note(wait, _waits(found, seen))
+                    seen = found
+                await asyncio.sleep(left)
+        finally:
+            self._note(wait, "")
+
+    def _left(self, found: Candidate, began: float) -> float:
+        """Return for how long files have to stay as a look has found them that began then."""
+        files, since = self._since.pop(found.path, (None, 0.0))
+        if files != found.files:
+            since = self._clock()
+        self._since[found.path] = found.files, since
+        if len(self._since) > _REMEMBERED:
+            del self._since[next(iter(self._since))]
+        return max(since + self._seconds - began, 0.0)
+
+
+def _waits(found: Candidate, before: Candidate) -> str:
+    names = found.files.changed_since(before.files)
+    text = ", ".join(map(repr, names[:_NAMED])) + ("" if len(names) <= _NAMED else ", …")
+    return f"{found.path}: is being written to ({text}); it is loaded once its files stand still"

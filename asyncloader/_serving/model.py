@@ -1,7 +1,8 @@
-"""One version of a model in memory."""
+"""One version of a model in memory, and how much of it that takes."""
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,8 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader._loading.report import LoadReport
+    from asyncloader._planning.plan import LoadPlan
     from asyncloader._table.hashtable import HashTable
 
+
+# The id itself, and two words of the index, which begins half full.
+_ID_BYTES = 8 + 16
 
 _Contents: TypeAlias = "tuple[Mapping[str, HashTable], Mapping[str, Tensor], nn.Module | None]"
 
@@ -25,9 +30,8 @@ _Contents: TypeAlias = "tuple[Mapping[str, HashTable], Mapping[str, Tensor], nn.
 class Model:
     """One version of a model: its tables and tensors, all of one checkpoint.
 
-    Nothing in it changes while it is pinned. Once it is let go by everybody and its memory has been
-    given back, its attributes raise `RuntimeError`: who still asks has kept it beyond the `with`
-    block that pinned it.
+    Nothing in it changes while it is pinned. Once its memory has been given back, its attributes
+    raise `RuntimeError`: the caller has kept it beyond the `with` block that pinned it.
     """
 
     __slots__ = ("_contents", "_path", "_report")
@@ -106,9 +110,47 @@ class Model:
         return self._contents
 
     def take_contents(self) -> object:
-        """Return what takes memory; whoever drops it gives that back."""
+        """Return what takes memory, which is given back when the caller drops it."""
         contents, self._contents = self._contents, None
         return contents
+
+    def shares_memory_with(self, other: Model) -> bool:
+        """Say whether a table or a tensor of both is the same, unless the other's were given back.
+
+        Looks at every tensor.
+        """
+        if (theirs := other._contents) is None:
+            return False
+        return not _identities(*self._held[:2]).isdisjoint(_identities(*theirs[:2]))
+
+
+def tensor_bytes(model: Model) -> int:
+    """Return the bytes that a model's tensors take; tensors that share memory count once."""
+    storages = {
+        (storage.device, storage.data_ptr()): storage.nbytes()
+        for storage in (tensor.untyped_storage() for tensor in model.tensors.values())
+    }
+    return sum(storages.values())
+
+
+def row_bytes(plan: LoadPlan, model: Model) -> int:
+    """Return the bytes that a model's tables take once a plan is carried out.
+
+    An estimate where the checkpoint was written by another number of ranks.
+    """
+    return sum(load.expected * _bytes_a_row(model.tables[load.name]) for load in plan.tables)
+
+
+def _bytes_a_row(table: HashTable) -> int:
+    slots = table.slots().values()
+    return _ID_BYTES + sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots)
+
+
+def _identities(tables: Mapping[str, HashTable], tensors: Mapping[str, Tensor]) -> set[int]:
+    """Return what tells tables and tensors from those of another model."""
+    storages = (tensor.untyped_storage() for tensor in tensors.values())
+    memory = {storage.data_ptr() for storage in storages if storage.nbytes()}
+    return memory | {id(table) for table in tables.values()}
 
 
 def model_of(path: Path, built: object) -> Model:

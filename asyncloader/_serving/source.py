@@ -6,7 +6,7 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 from asyncloader._checkpoint.files import INDEX, SIDECAR, TENSORKEY
 from asyncloader.errors import CheckpointNotFoundError
@@ -22,6 +22,13 @@ _NAMES = frozenset((INDEX, TENSORKEY, SIDECAR))
 
 Identity: TypeAlias = tuple[int, ...]
 """Device, inode, size, time of the last change of the bytes."""
+
+
+class Names(TypedDict):
+    """Which version something is about."""
+
+    version: str
+    location: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,11 @@ class Candidate:
     def name(self) -> str:
         """The name of its folder."""
         return self.path.name
+
+    @property
+    def names(self) -> Names:
+        """What events say of it."""
+        return {"version": self.name, "location": str(self.path)}
 
     def brings_news_to(self, before: Candidate) -> bool:
         """Say whether a load would find anything else than it did before."""

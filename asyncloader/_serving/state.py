@@ -16,31 +16,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveVersion(AsDict):
-    """A version in memory."""
+    """A version in memory.
+
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        serving: Whether it is the version that serves.
+        users: How many `use()` blocks pin it.
+        nbytes: The memory that it takes, in bytes, as predicted from its plan.
+        seconds: How long its load took.
+        loaded_at: When it was loaded, in seconds since 1970.
+    """
 
     version: str
-    """Its name: that of its folder."""
-
     location: str
     serving: bool
     users: int
-    """`use()` blocks that it is pinned by."""
-
     nbytes: int
-    """What it takes of memory, as predicted from its plan."""
-
     seconds: float
-    """How long its load took."""
-
     loaded_at: float
-    """When it was loaded, in seconds since 1970."""
 
     @classmethod
     def of(cls, held: Held, *, serving: bool) -> LiveVersion:
         """Describe a version as it is now."""
         return cls(
-            version=held.candidate.name,
-            location=str(held.candidate.path),
+            **held.candidate.names,
             serving=serving,
             users=held.users,
             nbytes=held.nbytes,
@@ -51,26 +51,25 @@ class LiveVersion(AsDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveState(AsDict):
-    """A moment of a service's model."""
+    """A moment of a service's model.
+
+    Attributes:
+        versions: All versions in memory; the version that serves is the last.
+        following: Whether new versions are taken in; not after `rollback()` or `load()`, until
+            `resume()`.
+        loading: The name of the version that is being loaded; `None` if none is.
+        progress: How far that load has come.
+        problem: What kept the newest version from serving, until one serves.
+        trouble: What is in the way now: a run folder that is gone, a version that is still being
+            written to, or the newest version that is left and is older than the one that serves;
+            empty if nothing is.
+        nbytes: Memory of all versions, in bytes.
+    """
 
     versions: tuple[LiveVersion, ...]
-    """All that are in memory, the one that serves last."""
-
     following: bool
-    """Whether new versions are taken in; not after `rollback()` or `load()`, until `resume()`."""
-
     loading: str | None
-    """The version that is being loaded."""
-
     progress: Progress | None
-    """How far that has come."""
-
     problem: LoadFailed | VersionRefused | None
-    """What kept the newest version from serving, until one serves."""
-
     trouble: str = ""
-    """What is in the way: a run folder that is gone, a version that is still being written to, or
-    one that is older than what serves and is the newest that is left; empty if nothing is."""
-
     nbytes: int
-    """Memory of all versions, in bytes."""

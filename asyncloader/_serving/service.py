@@ -1,0 +1,262 @@
+"""A service's model: its beginning and end, and the commands that choose a version on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from asyncloader._threads.jobs import settled
+from asyncloader._threads.pool import WorkerPool
+from asyncloader.errors import CheckpointChangedError, CheckpointError
+
+from .events import Teller
+from .following import Follower
+from .loading import VersionLoader, check_options
+from .looking import Looks, Rest
+from .shelf import Freeing, Shelf
+from .source import candidate, named, newest
+from .state import LiveState, LiveVersion
+from .switch import Switch, cancel
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+    from pathlib import Path
+
+    from .events import Event
+    from .model import Model
+    from .source import Candidate
+
+
+_log = logging.getLogger("asyncloader")
+
+# One builds and checks; one gives memory back meanwhile.
+_THREADS = 2
+_LOOK = 1.0
+"""Seconds for which files have to stay as they are; `poll`, if that is less."""
+
+_OVERTAKEN = "was still being written to when another command came, which took its place"
+
+
+class Service:
+    """Takes turns among following, commands, and the end. Belongs to one event loop.
+
+    A command stops following first, or it would wait for a load, or for the pause before the next
+    try. A command that loads waits for the end of a copy before its turn, and the next command ends
+    that wait. `Live` documents arguments and commands.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        build: Callable[[], object],
+        check: Callable[[Model], object] | None,
+        on_event: Callable[[Event], object] | None,
+        *,
+        keep: int,
+        poll: float,
+        loader_options: Mapping[str, Any],
+        max_memory: int | None,
+        retry_pause: float,
+    ) -> None:
+        self._source = source
+        read_options = check_options(source, loader_options)
+        self._teller = Teller(on_event)
+        self.shelf = Shelf(keep=keep)
+        self._loader = VersionLoader(
+            build,
+            check,
+            options=loader_options,
+            inflight_bytes=read_options.max_inflight_bytes,
+            max_memory=max_memory,
+            shelf=self.shelf,
+            tell=self._teller.tell,
+        )
+        self._looks = Looks(source, stall_timeout=read_options.stall_timeout)
+        self._rest = Rest(min(poll, _LOOK), note=self._teller.note)
+        self._switch = Switch(self.shelf, self._loader, self._looks, self._teller)
+        self._follower = Follower(
+            source, self._switch, self._rest, poll=poll, retry_pause=retry_pause
+        )
+        self._opened = False
+        self._closing = False
+        self._waiting: set[asyncio.Task[Any]] = set()  # for a copy to end, for a command
+        self._loading: set[asyncio.Task[Any]] = set()  # for a command
+        self._orders = 0
+        self._commands = 0  # that change the version, or wait for their turn
+        self._resumed = 0
+
+    def __repr__(self) -> str:
+        state = "left" if self._closing else "open" if self._opened else "not entered"
+        return f"{str(self._source)!r}: {state}"
+
+    @property
+    def versions(self) -> tuple[LiveVersion, ...]:
+        """All versions in memory, in the order in which they last began to serve."""
+        held, serving = self.shelf.now
+        return tuple(LiveVersion.of(one, serving=one is serving) for one in held)
+
+    @property
+    def state(self) -> LiveState:
+        """How it is now. May be asked for on any thread."""
+        versions, loading = self.versions, self._loader.loading
+        return LiveState(
+            versions=versions,
+            following=self._follower.is_on,
+            loading=None if loading is None else loading.name,
+            progress=self._loader.progress,
+            problem=self._teller.problem,
+            trouble=self._teller.trouble,
+            nbytes=sum(version.nbytes for version in versions),
+        )
+
+    async def open(self) -> None:
+        """Load the first version, and begin to follow.
+
+        Raises:
+            RuntimeError: If this is not the first time.
+            Exception: What kept the first version from serving.
+        """
+        if self._opened:
+            raise RuntimeError(f"{self!r}: enter it once; make another one")
+        self._opened = True
+        self._loop = asyncio.get_running_loop()
+        self._pool = WorkerPool(_THREADS, name="asyncloader-live")
+        self._freeing = self._switch.freeing = Freeing(self._pool, self._teller.tell)
+        self.shelf.let_go = self._freeing.let_go
+        self._loader.start(self._pool, self._freeing)
+        async with self._switch.turn:  # or commands would load beside it
+            try:
+                first = await self._rest.reached(lambda: self._looks(newest, self._source))
+                self._switch.swap(await self._switch.load_once(first))
+            except BaseException:
+                await settled(asyncio.ensure_future(self._wind_up()))
+                raise
+        self._following = self._loop.create_task(self._follower.run(), name="asyncloader-live")
+
+    async def close(self) -> None:
+        """End whatever is under way, and let all versions go."""
+        self._closing = True
+        await settled(asyncio.ensure_future(self._stop()))
+
+    async def _stop(self) -> None:
+        self._following.cancel()
+        cancel(self._waiting | self._loading)
+        self._follower.end()  # if that gets lost
+        await asyncio.wait([self._following])
+        async with self._switch.turn:  # what had it has wound up
+            await self._wind_up()
+
+    async def _wind_up(self) -> None:
+        self._closing = True
+        self.shelf.close()
+        await self._freeing.wait()
+        self._loader.stop()
+        self._looks.close()
+        self._pool.shutdown()  # its threads are idle
+
+    async def rollback(self) -> LiveVersion:
+        """Go back to the version that served before, and stay there."""
+        self._must_be_open()
+        held = self.shelf.find(self._before())  # before a load is given up for nothing
+        self._order()
+        if held is not None and not self._commands:
+            # Following sees that it is not wanted any more, however long it takes to stop.
+            self._follower.turn_off()
+            if self._switch.swap(held, back=True):
+                return LiveVersion.of(held, serving=True)
+        async with self._on_purpose():
+            before = self._before()
+            if self.shelf.find(before) is None:
+                before = await self._still_there(before)
+            return await self._bring(before, back=True)
+
+    async def load(self, version: str) -> LiveVersion:
+        """Let a version serve that was chosen on purpose, and stay there."""
+        self._must_be_open()
+        path = await self._looks(named, self._source, version)
+        found = await self._looks(candidate, path)  # before a load is given up for nothing
+        self._must_be_open()
+        order = self._order()
+        wanted: Candidate | None = found
+        if self.shelf.find(found) is None:
+            at_rest = self._rest.reached(lambda: self._looks(candidate, path))
+            wanted = await self._switch.attempted(at_rest, self._waiting)
+        self._must_be_open()
+        if wanted is None or order != self._orders:
+            raise CheckpointError(str(path), _OVERTAKEN)
+        async with self._on_purpose():
+            return await self._bring(wanted)
+
+    def resume(self) -> None:
+        """Follow again."""
+        self._must_be_open()
+        self._order()
+        self._resumed += 1
+        self._follower.turn_on(anew=True)
+        _log.info("%s: follows the newest version again", self._source)
+
+    def _order(self) -> int:
+        """Take the place of a command that waits for a copy to end; return our number."""
+        self._orders += 1
+        cancel(self._waiting)
+        return self._orders
+
+    @contextlib.asynccontextmanager
+    async def _on_purpose(self) -> AsyncIterator[None]:
+        """Have a turn, during which following is off; it stays off if all went well."""
+        self._must_be_open()
+        followed, resumed = self._follower.is_on, self._resumed
+        self._follower.turn_off()
+        self._commands += 1
+        try:
+            async with self._switch.turn:
+                self._must_be_open()
+                yield
+        except BaseException:
+            if followed:
+                self._follower.turn_on()
+            raise
+        else:
+            if self._resumed == resumed:  # an earlier command may have failed, and set it again
+                self._follower.turn_off()
+        finally:
+            self._commands -= 1
+
+    def _before(self) -> Candidate:
+        before = self.shelf.before
+        if before is None:
+            raise LookupError(f"no version served before {self.shelf.serving.candidate.name!r}")
+        return before
+
+    async def _bring(self, wanted: Candidate, *, back: bool = False) -> LiveVersion:
+        self._must_be_open()
+        held = self.shelf.find(wanted)
+        if held is None or not self._switch.swap(held, back=back):
+            load = self._switch.load_once(wanted)
+            held = await self._switch.attempted(load, self._loading)
+            if held is None:
+                raise RuntimeError(f"{self!r}: left meanwhile")
+            self._switch.swap(held, back=back)
+        return LiveVersion.of(held, serving=True)
+
+    async def _still_there(self, wanted: Candidate) -> Candidate:
+        """Return a version as it is now: what has not changed since it served is at rest."""
+        found = await self._looks(candidate, wanted.path)
+        if found.brings_news_to(wanted):
+            raise CheckpointChangedError(
+                str(wanted.path),
+                "another checkpoint has taken the place of the one that served before; "
+                "load(version) takes what is there now",
+            )
+        return found
+
+    def _must_be_open(self) -> None:
+        if self._opened and asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                f"{self!r}: belongs to the event loop that it was entered on, and was called on "
+                "another one"
+            )
+        if self._closing or not self._opened:
+            raise RuntimeError(f"{self!r}: use it within its `async with` block")
