@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .model import targets
     from .options import ReadOptions
     from .reader import CheckpointReader, aload_tensors, load_tensors
-    from .runs import latest
+    from .runs import alatest, latest
     from .saver import Saver
 
 __version__ = "0.1.0"
@@ -98,6 +98,7 @@ __all__ = [
     "VersionRefused",
     "WriteBlock",
     "__version__",
+    "alatest",
     "aload_tensors",
     "gen_slice",
     "latest",
@@ -136,7 +137,7 @@ _MODULES = {
     "model": "targets",
     "options": "ReadOptions",
     "reader": "CheckpointReader aload_tensors load_tensors",
-    "runs": "latest",
+    "runs": "alatest latest",
     "saver": "Saver",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -1,7 +1,7 @@
 """Run folders, in which a trainer keeps its checkpoints: one sub-folder each.
 
 RecIS's trainer lists the sub-folders' names in a text file, `checkpoint`, a line each, the newest
-last. All of this blocks; it belongs on a thread.
+last. All of this blocks, and belongs on a thread, but for `alatest`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ import os
 import re
 import stat
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._arguments import checked_path
-from ._checkpoint.files import INDEX
-from ._checkpoint.index import is_file_name
-from ._checkpoint.lacking import lack_of
-from ._checkpoint.safetensors import model_in
-from .errors import CheckpointError, CheckpointNotFoundError
+from ._checkpoint.files import INDEX, TENSORKEY
+from ._checkpoint.header import FIRST, PREFIX, header_length, parse_header
+from ._checkpoint.index import is_file_name, parse_catalog
+from ._checkpoint.problems import Problems
+from ._checkpoint.safetensors import is_weight_map, model_in, parse_weight_map
+from ._checkpoint.strict_json import MAX_NAMES
+from ._threads.call import StalledError
+from ._threads.disk import Disk
+from ._threads.pool import WorkerPool
+from .errors import CheckpointError, CheckpointNotFoundError, TruncatedShardError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
     "Version",
+    "alatest",
     "is_run_folder",
     "latest",
     "listed",
@@ -41,20 +48,26 @@ _LIST = "checkpoint"
 _HIDDEN = "."
 # Only the end of the list counts; it grows for as long as the run goes on.
 _LAST_BYTES = 64 << 10
+_SAFETENSORS = ".safetensors"
+_STALL_TIMEOUT = 120.0
 _NUMBER = re.compile("([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """A sub-folder of a run folder."""
+    """A sub-folder of a run folder.
+
+    Attributes:
+        name: Its name.
+        committed: Whether it holds `index`, which is written last; or a model, as Hugging Face's
+            folders do.
+        modified: When the file that says so was written, or else when the folder was changed, in
+            seconds since 1970.
+    """
 
     name: str
     committed: bool
-    """Whether it holds `index`, which is written last; or a model, as Hugging Face's folders do."""
-
     modified: float
-    """When the file that says so was written, or else when the folder was changed, in seconds since
-    1970."""
 
 
 def latest(run_folder: str | os.PathLike[str]) -> Path:
@@ -63,8 +76,7 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
     That is the last line of its text file `checkpoint` that names a sub-folder with `index`, or
     with a model as Hugging Face has it; where no line does, the sub-folder whose `index`, or model,
     is the newest. One of which shards are missing or short, since it is still being copied, is
-    passed over, with a warning. Looks at the file system and so blocks: in a coroutine, `await
-    asyncio.to_thread(latest, run_folder)`.
+    passed over, with a warning. Looks at the file system and so blocks; `alatest` does not.
 
     Raises:
         CheckpointNotFoundError: If there is none.
@@ -73,7 +85,7 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
     folder = Path(checked_path(run_folder, "run_folder"))
     lacking: list[str] = []
     for path in _newest_first(folder):
-        lack = lack_of(_mark(path))
+        lack = _lack_of(_mark(path))
         if not lack:
             return path
         lacking.append(f"{path.name!r}: {lack}")
@@ -82,6 +94,25 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
         return newest_committed(folder)  # it says why there is none
     problem = f"no finished checkpoint here, copy the rest of one: {'; '.join(lacking)}"
     raise CheckpointNotFoundError(str(folder), problem)
+
+
+async def alatest(run_folder: str | os.PathLike[str]) -> Path:
+    """Return what `latest` returns, without blocking the event loop: a thread looks.
+
+    Raises:
+        CheckpointNotFoundError: If there is none.
+        CheckpointError: If the folder cannot be listed, or its disk gives no answer for two
+            minutes.
+    """
+    folder = checked_path(run_folder, "run_folder")
+    # Of its own: the loop's executor would wait, at the end of the program, for a disk that hangs.
+    workers = WorkerPool(1, name="asyncloader-look")
+    try:
+        return await Disk(workers, seconds=_STALL_TIMEOUT).call(partial(latest, folder))
+    except StalledError as error:
+        raise CheckpointError(folder, f"cannot be looked at: {error}") from error
+    finally:
+        workers.shutdown(wait=False)
 
 
 def newest_committed(folder: Path) -> Path:
@@ -93,9 +124,8 @@ def newest_committed(folder: Path) -> Path:
     """
     for path in _newest_first(folder):
         return path
-    if _is_committed(folder):
-        problem = "no run folder but a checkpoint itself; use it as it is"
-    else:
+    problem = "no run folder but a checkpoint itself; use it as it is"
+    if not _is_committed(folder):
         problem = (
             f"no committed checkpoint here; looked for sub-folders that hold {INDEX!r}, which is "
             f"written last, or a safetensors model, those first that the text file {_LIST!r} names"
@@ -113,15 +143,15 @@ def versions(run_folder: str | os.PathLike[str]) -> tuple[Version, ...]:
     checked_path(run_folder, "run_folder")
     try:
         with os.scandir(run_folder) as entries:
-            names = [entry.name for entry in entries if _is_folder(entry)]
-            names = [name for name in names if not name.startswith(_HIDDEN)]
+            shown = [entry for entry in entries if not entry.name.startswith(_HIDDEN)]
+            names = [one.name for one in shown if os.path.isdir(one)]  # noqa: PTH112  # odd links
     except (FileNotFoundError, NotADirectoryError) as error:
         problem = f"no run folder: {error.strerror}"
         raise CheckpointNotFoundError(os.fspath(run_folder), problem) from error
     except OSError as error:
         raise CheckpointError(os.fspath(run_folder), f"cannot be listed: {error}") from error
     found = [version for name in names if (version := _version(Path(run_folder), name))]
-    return tuple(sorted(found, key=_age))
+    return tuple(sorted(found, key=lambda version: (version.modified, name_order(version.name))))
 
 
 def is_run_folder(path: str | os.PathLike[str]) -> bool:
@@ -182,10 +212,6 @@ def _version(folder: Path, name: str) -> Version | None:
     return Version(name=name, committed=mark is not None, modified=modified)
 
 
-def _is_folder(path: os.DirEntry[str]) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112  # Path's own raises for odd links
-
-
 def _is_committed(path: Path) -> bool:
     return _mark(path) is not None
 
@@ -201,12 +227,73 @@ def _mark(path: Path) -> Path | None:
     return None if name is None else path / name
 
 
-def _age(version: Version) -> tuple[float, list[str | int]]:
-    """Order by time; versions of the same moment by name, numbers by their value."""
-    return version.modified, name_order(version.name)
-
-
 def name_order(name: str) -> list[str | int]:
     """Return what orders names by the numbers in them: `ckpt_9` comes before `ckpt_10`."""
     parts = _NUMBER.split(name)  # text and numbers take turns
     return [int(part) if n % 2 else part for n, part in enumerate(parts)]
+
+
+def _lack_of(mark: Path | None) -> str:
+    """Say which file is missing or short, as while it is copied; a load tells other faults.
+
+    Args:
+        mark: The file that names the shards, or the only one; `None` if it is gone.
+
+    Returns:
+        A sentence; empty if no file is.
+    """
+    if mark is None:
+        return "it was removed"
+    try:
+        if mark.stat().st_size > MAX_NAMES and not mark.name.endswith(_SAFETENSORS):
+            return ""
+        for shard in sorted(_shards(mark)):
+            _check_length(mark.parent, shard, recis=mark.name == INDEX)
+        if mark.name == INDEX:
+            _written(mark.parent / TENSORKEY)
+    except FileNotFoundError as error:
+        return f"{os.path.basename(error.filename)!r} is missing"  # noqa: PTH119  # text
+    except TruncatedShardError as error:
+        return str(error)
+    except _UnwrittenError as unwritten:
+        return f"{str(unwritten)!r} is not written yet"
+    except (OSError, CheckpointError):
+        pass
+    return ""
+
+
+class _UnwrittenError(Exception):
+    """A file has its name, maybe its length, and not yet its content."""
+
+
+def _shards(mark: Path) -> set[str]:
+    """Return the names of a checkpoint's shards."""
+    if mark.name == INDEX:
+        catalog = parse_catalog(Problems(str(mark.parent)), _written(mark), b"{}")
+        return set(catalog.tensors.shards.values())  # without TENSORKEY, tables are tensors, too
+    if is_weight_map(mark.name):
+        catalog = parse_weight_map(Problems(str(mark.parent)), _written(mark), mark.name)
+        return set(catalog.tensors.shards.values())
+    return {mark.name}
+
+
+def _written(names: Path) -> bytes:
+    """Return the text of a JSON file, unless it is cut short: it ends where its braces do."""
+    text = names.read_bytes()
+    if not text or text.count(b"{") > text.count(b"}"):
+        raise _UnwrittenError(names.name)
+    return text
+
+
+def _check_length(folder: Path, shard: str, *, recis: bool) -> None:
+    """Raise if a shard is not as long as its header says."""
+    found = (folder / shard).stat()
+    if not stat.S_ISREG(found.st_mode):  # opening a FIFO would hang
+        return
+    with (folder / shard).open("rb") as file:
+        start = file.read(FIRST)
+        if len(start) >= PREFIX and not any(start[:PREFIX]):  # its room was taken first
+            raise _UnwrittenError(shard)
+        length = header_length(str(folder), shard, start, found.st_size)
+        file.seek(PREFIX)
+        parse_header(Problems(str(folder)), shard, file.read(length), found.st_size, recis=recis)

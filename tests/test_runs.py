@@ -16,6 +16,7 @@ from asyncloader import (
     CheckpointNotFoundError,
     Live,
     Loader,
+    alatest,
     latest,
     load_tensors,
 )
@@ -47,6 +48,18 @@ def test_the_newest_is_the_last_that_the_list_names(run: Path) -> None:
     (run / "checkpoint").write_text("b\na\nc\n")
     assert latest(run) == latest(str(run)) == run / "c"
     Loader(latest(run)).load()
+
+
+@pytest.mark.both_loops
+async def test_the_newest_can_be_awaited(run: Path) -> None:
+    """The loop's tests fail if a look blocks it."""
+    assert await alatest(run) == await alatest(str(run)) == run / "b"
+    (run / "checkpoint").write_text("a\n")
+    assert await alatest(run) == run / "a"
+    with pytest.raises(CheckpointNotFoundError, match="no run folder"):
+        await alatest(run / "elsewhere")
+    with pytest.raises(TypeError, match="run_folder must be a path"):
+        await alatest(3)  # type: ignore[arg-type]  # the very thing
 
 
 @pytest.mark.parametrize(
