@@ -10,15 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ._serving.events import (
-    LoadCancelled,
-    LoadFailed,
-    LoadFinished,
-    LoadStarted,
-    RolledBack,
-    Swapped,
-    VersionRefused,
-)
+from ._serving import events
 
 try:
     from opentelemetry.context import Context
@@ -36,7 +28,6 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
     from ._loading.trace import Span
-    from ._serving.events import Event
 
 __all__ = ["LiveSpans", "trace_to"]
 
@@ -61,7 +52,7 @@ def trace_to(tracer: Tracer) -> Callable[[Span], None]:
     There are as many spans of a kind as there were steps: a load of 10 GB has 600 reads or more,
     with as many spans. One whose step failed looks like any other; the error is the load's.
 
-    Times are right to a millisecond, by the clock as it is when this is called: a clock that is set
+    Times are right to a millisecond, by the clock as it is when this is called; setting the clock
     afterwards does not move them.
 
     Args:
@@ -89,15 +80,15 @@ class LiveSpans:
 
     A load's span begins when the load does, one for each try, and ends when it has failed, or when
     its version serves or was refused: it includes `check`, and an event `loaded` says when that
-    began. Its `asyncloader.outcome` is `served`, `failed`, `refused` or `cancelled`; of those that
-    failed or were refused, status and exception are recorded. A swap is a span without length, a
+    began. Its `asyncloader.outcome` is `served`, `failed`, `refused` or `cancelled`; where
+    it failed or was refused, status and exception are recorded. A swap is a span without length, a
     child of the load that brought the version; the steps of the load are its children too, if
     `trace` listens to them. Other attributes are `asyncloader.version`, `.location`, `.attempt`,
     `.bytes`, `.memory_bytes`, `.retry_in_seconds`, and, of swaps, `.previous` and `.back`.
 
     A load is a child of the span that is current where it was asked for (entering, `load()`,
-    `rollback()`), and a load that follows the run folder of the one where the `Live` was entered:
-    if that span is still recorded when the load begins. Otherwise it is a trace of its own.
+    `rollback()`). A load that follows the run folder is a child of the span in which the `Live` was
+    entered, if that is still recorded when the load begins; otherwise it is a trace of its own.
 
     Belongs to one `Live`, and to its event loop.
 
@@ -112,20 +103,20 @@ class LiveSpans:
     def __repr__(self) -> str:
         return f"<LiveSpans: {'no load' if self._load is None else self._load.location}>"
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Take in what happened: `Live(..., on_event=spans)`."""
         match event:
-            case LoadStarted():
+            case events.LoadStarted():
                 self._begin(event)
-            case LoadFinished():
+            case events.LoadFinished():
                 self._note_loaded(event)
-            case LoadFailed():
+            case events.LoadFailed():
                 self._note_failed(event)
-            case VersionRefused():
+            case events.VersionRefused():
                 self._end(event, "refused", error=event.error, problem=event.reason)
-            case LoadCancelled():
+            case events.LoadCancelled():
                 self._end(event, "cancelled")
-            case Swapped() | RolledBack():
+            case events.Swapped() | events.RolledBack():
                 self._swap(event)
 
     def trace(self, step: Span) -> None:
@@ -136,7 +127,7 @@ class LiveSpans:
         else:
             _record(self._tracer, step, epoch=load.epoch, context=set_span_in_context(load.span))
 
-    def _begin(self, event: LoadStarted) -> None:
+    def _begin(self, event: events.LoadStarted) -> None:
         span = self._tracer.start_span(
             "asyncloader.load",
             _open_context(),
@@ -149,19 +140,19 @@ class LiveSpans:
         )
         self._load = _Load(span=span, location=event.location, epoch=_epoch())
 
-    def _note_loaded(self, event: LoadFinished) -> None:
+    def _note_loaded(self, event: events.LoadFinished) -> None:
         if self._load is not None:
             self._load.span.set_attribute("asyncloader.bytes", event.report.bytes_read)
             self._load.span.set_attribute("asyncloader.memory_bytes", event.nbytes)
             self._load.span.add_event("loaded", timestamp=_nanoseconds(event.at))
 
-    def _note_failed(self, event: LoadFailed) -> None:
+    def _note_failed(self, event: events.LoadFailed) -> None:
         if self._load is not None and event.retry_in is not None:
             self._load.span.set_attribute("asyncloader.retry_in_seconds", event.retry_in)
         problem = f"{type(event.error).__name__}: {event.error}"
         self._end(event, "failed", error=event.error, problem=problem)
 
-    def _swap(self, event: Swapped | RolledBack) -> None:
+    def _swap(self, event: events.Swapped | events.RolledBack) -> None:
         # Going back at once comes before the load that it gives up has ended.
         load = self._load
         brought = load if load is not None and load.location == event.location else None
@@ -169,7 +160,7 @@ class LiveSpans:
         attributes: dict[str, str | bool] = {
             "asyncloader.version": event.version,
             "asyncloader.location": event.location,
-            "asyncloader.back": isinstance(event, RolledBack),
+            "asyncloader.back": isinstance(event, events.RolledBack),
         }
         if event.previous is not None:
             attributes["asyncloader.previous"] = event.previous
@@ -182,7 +173,12 @@ class LiveSpans:
             self._end(event, "served")
 
     def _end(
-        self, event: Event, outcome: str, *, error: Exception | None = None, problem: str = ""
+        self,
+        event: events.Event,
+        outcome: str,
+        *,
+        error: Exception | None = None,
+        problem: str = "",
     ) -> None:
         load, self._load = self._load, None
         if load is None:
@@ -191,7 +187,8 @@ class LiveSpans:
             load.span.record_exception(error, timestamp=_nanoseconds(event.at))
         if problem:
             load.span.set_status(Status(StatusCode.ERROR, problem))
-        load.end(outcome, event.at)
+        load.span.set_attribute("asyncloader.outcome", outcome)
+        load.span.end(_nanoseconds(event.at))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -201,11 +198,6 @@ class _Load:
     span: OpenSpan
     location: str
     epoch: int
-
-    def end(self, outcome: str, at: float) -> None:
-        """End its span, `at` in seconds since 1970."""
-        self.span.set_attribute("asyncloader.outcome", outcome)
-        self.span.end(_nanoseconds(at))
 
 
 def _open_context() -> Context | None:
@@ -234,7 +226,7 @@ def _record(tracer: Tracer, step: Span, *, epoch: int, context: Context | None) 
 
 def _epoch() -> int:
     """Return when `time.perf_counter` was 0, in nanoseconds since 1970."""
-    # Of several looks the quickest: whoever is interrupted between two clocks gets a wrong answer.
+    # Of several looks the quickest: a look that is interrupted between two clocks is wrong.
     looks = [
         (time.perf_counter_ns(), time.time_ns(), time.perf_counter_ns()) for _ in range(_SAMPLES)
     ]
