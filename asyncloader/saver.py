@@ -9,31 +9,30 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
-
-from ._arguments import as_dict, check_callable, check_progress, check_timeout, checked_path
+from ._arguments import (
+    as_dict,
+    check_callable,
+    check_count,
+    check_progress,
+    check_timeout,
+    checked_path,
+)
 from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter
 from ._loading.progress_bar import progress_bar
-from ._loading.staging import StagingPool
-from ._saving.commit import Commit
-from ._saving.contents import Contents
-from ._saving.layout import WriteBlock, checked_blocks, lay_out
-from ._saving.report import SaveReport
-from ._saving.save import Save
-from ._saving.save_id import Agreed, checked_save_id, fresh_save_id, shared_save_id
-from ._saving.writing import CHUNK, Means
+from ._saving.save import Order, save
+from ._saving.save_id import checked_save_id
 from ._storage.folder import LocalFolder
 from ._threads.blocking import run_blocking
-from ._threads.budget import ByteBudget
-from ._threads.jobs import run_jobs
-from ._threads.threads import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    import torch
+
     from ._loading.progress import Progress
-    from ._saving.layout import ShardLayout
+    from ._saving.layout import WriteBlock
+    from ._saving.report import SaveReport
     from ._storage.folder import Folder
     from ._table.protocol import SavableSnapshot, SavableTable
 
@@ -44,9 +43,6 @@ _log = logging.getLogger(__name__)
 _INFLIGHT = 128 << 20
 _PATIENCE = 1800.0
 """Seconds that rank 0 waits for the others."""
-
-_DEAD_AFTER = 1800.0
-"""Seconds without a change after which what ranks have staged for another save is removed."""
 
 
 def every_block(blocks: list[WriteBlock]) -> list[WriteBlock]:
@@ -113,34 +109,31 @@ class Saver:
         progress: Callable[[Progress], object] | bool | None = None,
     ) -> None:
         _check_order(shard_index, shard_num)
-        for name, value in (
-            ("shard_index", shard_index),
-            ("shard_num", shard_num),
-            ("parallel", parallel),
-            ("max_inflight_bytes", max_inflight_bytes),
-        ):
-            if type(value) is not int:
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value <= 0 and name != "shard_index":
-                raise ValueError(f"{name} must be positive, got {value}")
+        if type(shard_index) is not int:
+            raise TypeError(f"shard_index must be an int, got {shard_index!r}")
+        check_count(shard_num, "shard_num")
+        check_count(parallel, "parallel")
+        check_count(max_inflight_bytes, "max_inflight_bytes")
         if not 0 <= shard_index < shard_num:
             raise ValueError(f"shard_index is 0 to shard_num - 1, got {shard_index} of {shard_num}")
         check_timeout(timeout)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
-        self._rank = shard_index
-        self._ranks = shard_num
-        self._parallel = parallel
-        self._path = checked_path(path, "path")
         self._tables = as_dict(hashtables, "hashtables")
-        self._tensors = as_dict(tensors, "tensors")
-        self._filter = filter_func
-        self._save_id = None if save_id is None else checked_save_id(save_id)
-        self._timeout = timeout
-        self._max_inflight_bytes = max_inflight_bytes
         self._progress = progress
-        check_tables(self._tables, self._tensors, able="snapshot")
-        check_tensors(self._tensors, able="saved")
+        self._order = Order(
+            path=checked_path(path, "path"),
+            rank=shard_index,
+            ranks=shard_num,
+            parallel=parallel,
+            tensors=as_dict(tensors, "tensors"),
+            filter_func=filter_func,
+            save_id=None if save_id is None else checked_save_id(save_id),
+            timeout=timeout,
+            max_inflight_bytes=max_inflight_bytes,
+        )
+        check_tables(self._tables, self._order.tensors, able="snapshot")
+        check_tensors(self._order.tensors, able="saved")
 
     @classmethod
     def to(
@@ -165,9 +158,10 @@ class Saver:
         return cls(path=path, hashtables=hashtables, tensors=tensors, **options)
 
     def __repr__(self) -> str:
-        rank = f"rank {self._rank} of {self._ranks}, " if self._ranks > 1 else ""
-        what = f"{len(self._tables)} tables, {len(self._tensors)} tensors"
-        return f"<Saver {self._path!r}: {rank}{what}>"
+        order = self._order
+        rank = f"rank {order.rank} of {order.ranks}, " if order.ranks > 1 else ""
+        what = f"{len(self._tables)} tables, {len(order.tensors)} tensors"
+        return f"<Saver {order.path!r}: {rank}{what}>"
 
     def asave(self) -> Coroutine[Any, Any, SaveReport]:
         """Save, on the caller's event loop, which goes on serving meanwhile.
@@ -191,7 +185,7 @@ class Saver:
             snapshots = [table.snapshot() for table in self._tables.values()]
         except Exception as error:  # noqa: BLE001  # raised once rank 0 knows of it
             snapshots = error
-        return self._asave(snapshots, partial(LocalFolder, self._path))
+        return self._asave(snapshots, partial(LocalFolder, self._order.path))
 
     async def _asave(
         self, snapshots: list[SavableSnapshot] | Exception, open_folder: Callable[[], Folder]
@@ -201,7 +195,9 @@ class Saver:
             if listener is True:
                 listener = stack.enter_context(progress_bar("saving"))
             meter = Meter(0, None if isinstance(listener, bool) else _apart(listener))
-            return await self._save(snapshots, meter, open_folder)
+            report = await save(self._order, snapshots, meter, open_folder)
+        _log.info("%s", report)
+        return report
 
     def save(self) -> SaveReport:
         """Save, and return when it is done; raises what `asave` raises.
@@ -211,110 +207,6 @@ class Saver:
         signals, the loop, and with it every callback, is on another thread.
         """
         return run_blocking(self.asave)
-
-    async def _save(
-        self,
-        snapshots: list[SavableSnapshot] | Exception,
-        meter: Meter,
-        open_folder: Callable[[], Folder],
-    ) -> SaveReport:
-        writers = min(self._parallel, max(self._max_inflight_bytes // CHUNK, 1))
-        async with Threads(reads=writers) as threads:
-            [folder] = await run_jobs(threads.reads, [open_folder])
-            agreed = await self._agreed_save_id(threads)
-            save_id = agreed.save_id
-            commit = Commit(folder, save_id, self._rank, self._ranks, _DEAD_AFTER)
-            try:
-                contents, layouts = await self._planned(snapshots, threads, commit)
-                meter.total = sum(layout.size - len(layout.head) for layout in layouts)
-                save = Save(
-                    contents=contents,
-                    layouts=layouts,
-                    commit=commit,
-                    means=Means(
-                        folder=folder,
-                        threads=threads,
-                        budget=ByteBudget(self._max_inflight_bytes),
-                        staging=StagingPool(CHUNK),
-                        meter=meter,
-                        parallel=writers,
-                    ),
-                    timeout=self._timeout,
-                    tensors={
-                        str(
-                            name
-                        ): f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-                        for name, tensor in self._tensors.items()
-                    },
-                )
-                await save.run()
-            finally:
-                await agreed.close()
-        report = SaveReport(
-            location=folder.location,
-            save_id=save_id,
-            shard_index=self._rank,
-            shard_num=self._ranks,
-            committed=save.committed,
-            bytes_written=sum(layout.size for layout in layouts),
-            seconds=meter.seconds,
-            shards=tuple(layout.file for layout in layouts),
-            tables={name: rows.rows for name, rows in contents.part_rows().items()},
-            tensors=tuple(block.name for block in contents.blocks if block.table is None),
-        )
-        _log.info("%s", report)
-        return report
-
-    async def _planned(
-        self, snapshots: list[SavableSnapshot] | Exception, threads: Threads, commit: Commit
-    ) -> tuple[Contents, tuple[ShardLayout, ...]]:
-        """Return what to write; if that fails, rank 0 is told, and need not wait for this rank."""
-        try:
-            return await self._plan(snapshots, threads)
-        except BaseException as error:
-            if self._rank:
-                reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-                await run_jobs(threads.reads, [partial(commit.refuse, reason)])
-            raise
-
-    async def _agreed_save_id(self, threads: Threads) -> Agreed:
-        if self._save_id is not None:
-            return Agreed(self._save_id)
-        if self._ranks == 1:
-            return Agreed(fresh_save_id())
-        return await shared_save_id(
-            self._path, self._rank, self._ranks, timeout=self._timeout, executor=threads.reads
-        )
-
-    async def _plan(
-        self, snapshots: list[SavableSnapshot] | Exception, threads: Threads
-    ) -> tuple[Contents, tuple[ShardLayout, ...]]:
-        if isinstance(snapshots, Exception):
-            raise snapshots
-        contents = Contents()
-
-        def gather() -> None:
-            _wait_for_devices(snapshots, self._tensors)
-            for snapshot in snapshots:
-                if self._ranks == 1 and not snapshot.slice.is_whole:
-                    raise ValueError(
-                        f"table {snapshot.name!r} holds the ids of slice {snapshot.slice} alone, "
-                        "but shard_num is 1: pass this rank's shard_index and shard_num"
-                    )
-                contents.add_table(snapshot)
-            if self._rank == 0:
-                contents.add_tensors(self._tensors)
-
-        def decide(chosen: object) -> tuple[ShardLayout, ...]:
-            blocks = checked_blocks(offered, chosen)
-            contents.keep(blocks)
-            return lay_out(blocks, rank=self._rank, ranks=self._ranks, writers=self._parallel)
-
-        await run_jobs(threads.kernels, [gather])
-        offered = contents.blocks
-        chosen = self._filter(list(offered))
-        [layouts] = await run_jobs(threads.kernels, [partial(decide, chosen)])
-        return contents, layouts
 
 
 def _check_order(shard_index: object, shard_num: object) -> None:
@@ -341,14 +233,3 @@ def _apart(
             raise RuntimeError(f"progress raised {error!r}") from error
 
     return tell
-
-
-def _wait_for_devices(
-    snapshots: list[SavableSnapshot], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Wait for what the caller has left to do on GPUs, on whatever streams: we read on others."""
-    devices = {tensor.device for tensor in tensors.values()}
-    devices |= {snapshot.device for snapshot in snapshots}
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)

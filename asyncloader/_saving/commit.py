@@ -14,37 +14,28 @@ The commit, by rank 0, once every rank's part is there and synced:
    freed meanwhile, so it takes milliseconds whatever the size.
 3. The new `index` moves into place.
 
-The folder is synced after each step. If one fails, all moves are undone, in reverse. Whoever looks,
-at any moment and after a crash at any moment, sees the old checkpoint whole, or none, or the new
-one whole. (A reader that has read one `index` and opens shards of the other notices: see
+The folder is synced after each step. If one fails, all moves are undone, in reverse. A reader sees,
+at any moment and after a crash at any moment, the old checkpoint whole, or none, or the new one
+whole. (A reader that has read one `index` and opens shards of the other notices: see
 `read_manifest`.) What a crash between 1 and 3 has moved away is put back by the next save.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.files import INDEX, TENSORKEY
 from asyncloader.errors import SaveError
 
-from .old_files import STAGING, old_files
+from .leftovers import OLD, STAGING, old_files, recover, remove_dead, remove_staging
 from .part import merge_parts, parse_part, render_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from asyncloader._storage.folder import Folder
 
     from .part import RankPart
-
-
-_log = logging.getLogger(__name__)
-
-_OLD = "old"
 
 
 @dataclass(slots=True)
@@ -73,59 +64,12 @@ class Commit:
         """
         self.folder.make("")
         if self.rank == 0:
-            self._recover()
+            recover(self.folder)
         old_files(self.folder)
         self.folder.make(self.staging)
         for name in (_part_name(self.rank), _failure_name(self.rank)):
             with contextlib.suppress(FileNotFoundError):
                 self.folder.remove(f"{self.staging}/{name}")
-
-    def _recover(self) -> None:
-        """Clear up after saves that were cut off in their commit, or just after it.
-
-        Where there is no `index`, what they had moved away is put back; where there is one, it is
-        out of date. So there is never more than one old checkpoint that has been moved away.
-        """
-        names = self.folder.names("")
-        stagings = [
-            name.removesuffix("/")
-            for name in names
-            if name.startswith(STAGING) and name.endswith("/")
-        ]
-        dead = [staging for staging in stagings if f"{_OLD}/" in self.folder.names(staging)]
-        if INDEX in names:
-            for staging in dead:
-                self._remove_old(staging)
-            return
-        for staging in dead:
-            if INDEX in self.folder.names(f"{staging}/{_OLD}"):
-                self._put_back(staging)
-                return
-
-    def _put_back(self, staging: str) -> None:
-        """Make a checkpoint again of what a dead save had moved away."""
-        old = f"{staging}/{_OLD}"
-        aside = self.folder.names(old)
-        if TENSORKEY in aside:  # it goes last, so all that is left is the dead save's own
-            for name in old_files(self.folder):
-                self.folder.move(name, f"{staging}/{name}")
-        for name in aside:
-            if name != INDEX:
-                self.folder.move(f"{old}/{name}", name)
-        self.folder.sync("")
-        self.folder.move(f"{old}/{INDEX}", INDEX)
-        self.folder.sync("")
-
-    def _remove_old(self, staging: str) -> None:
-        """Remove what was moved away; `index` first, so that nobody takes the rest for whole."""
-        old = f"{staging}/{_OLD}"
-        names = self.folder.names(old)
-        if INDEX in names:
-            self.folder.remove(f"{old}/{INDEX}")
-            self.folder.sync(old)
-        for name in names:
-            if name != INDEX:
-                self.folder.remove(f"{old}/{name}")
 
     def publish(self, part: RankPart) -> None:
         """Say that all of this rank's shards are on the disk."""
@@ -163,7 +107,7 @@ class Commit:
             raise SaveError(self.folder.location, str(error)) from error
         for name, text in texts.items():
             self._write(f"{self.staging}/{name}", text)
-        self.folder.make(f"{self.staging}/{_OLD}")
+        self.folder.make(f"{self.staging}/{OLD}")
         self.folder.sync(self.staging)
         new = [name for part in parts for name in part.numbers]
         new += [name for name in texts if name != INDEX]
@@ -175,7 +119,7 @@ class Commit:
             raise
 
     def _swap(self, old: list[str], new: list[str]) -> None:
-        aside = f"{self.staging}/{_OLD}"
+        aside = f"{self.staging}/{OLD}"
         if INDEX in old:
             self._move(INDEX, f"{aside}/{INDEX}")
             self._sync_both(aside)
@@ -228,14 +172,14 @@ class Commit:
 
     def clean(self) -> None:
         """Remove what was staged, and what dead saves have left behind. Fails with a warning."""
-        self._quietly(self._remove_dead)
-        self._quietly(lambda: self._remove_staging(self.staging))
+        remove_dead(self.folder, self.staging, self.dead_after)
+        remove_staging(self.folder, self.staging)
 
     def abandon(self, files: list[str], reason: str) -> None:
         """Remove what this rank has staged, and tell rank 0; as rank 0, whose save it is, all."""
         if self.rank == 0:
             if not self._moved:
-                self._quietly(lambda: self._remove_staging(self.staging, keep_old=True))
+                remove_staging(self.folder, self.staging, keep_old=True)
             return
         for name in (_part_name(self.rank), *files):
             with contextlib.suppress(OSError):
@@ -250,46 +194,6 @@ class Commit:
         with contextlib.suppress(OSError, SaveError):  # why it failed counts more
             self.begin()
             self.abandon([], reason)
-
-    def _quietly(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except OSError as error:
-            _log.warning("%s: left-overs could not be removed: %s", self.folder.location, error)
-
-    def _remove_dead(self) -> None:
-        """Remove the staging folders in which nobody works any more. We hold the lock."""
-        now = self.folder.changed_at(self.staging)
-        for name in self.folder.names(""):
-            staging = name.removesuffix("/")
-            if name.startswith(STAGING) and name.endswith("/") and staging != self.staging:
-                # Whoever saves alone would hold the lock.
-                alone = staging.startswith(f"{STAGING}1-")
-                if alone or now - self.folder.changed_at(staging) > self.dead_after:
-                    self._quietly(partial(self._remove_staging, staging))
-
-    def _remove_staging(self, staging: str, *, keep_old: bool = False) -> None:
-        """Remove a staging folder.
-
-        Args:
-            staging: Its name.
-            keep_old: Not if there is somebody's old checkpoint in it.
-        """
-        try:
-            names = self.folder.names(staging)
-        except FileNotFoundError:
-            return
-        old = f"{staging}/{_OLD}"
-        if f"{_OLD}/" in names:
-            if keep_old and self.folder.names(old):
-                return
-            self._remove_old(staging)
-        for name in names:
-            if name.endswith("/"):
-                self.folder.remove_folder(f"{staging}/{name.removesuffix('/')}")
-            else:
-                self.folder.remove(f"{staging}/{name}")
-        self.folder.remove_folder(staging)
 
     def _read_part(self, rank: int) -> RankPart:
         name = self._part_file(rank)

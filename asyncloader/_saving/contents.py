@@ -39,12 +39,31 @@ class Contents:
 
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add_table(self, snapshot: SavableSnapshot) -> None:
-        """Add all that a table holds. May take long, and belongs on a thread.
+    def gather(
+        self,
+        snapshots: Sequence[SavableSnapshot],
+        tensors: Mapping[str, torch.Tensor],
+        rank: int,
+        ranks: int,
+    ) -> None:
+        """Add all that this rank saves. May take long, and belongs on a thread.
 
         Raises:
             ValueError: If some of it cannot be saved.
         """
+        devices = {tensor.device for tensor in tensors.values()}
+        _wait_for_devices(devices | {snapshot.device for snapshot in snapshots})
+        for snapshot in snapshots:
+            if ranks == 1 and not snapshot.slice.is_whole:
+                raise ValueError(
+                    f"table {snapshot.name!r} holds the ids of slice {snapshot.slice} alone, "
+                    "but shard_num is 1: pass this rank's shard_index and shard_num"
+                )
+            self._add_table(snapshot)
+        if rank == 0:
+            self._add_tensors(tensors)
+
+    def _add_table(self, snapshot: SavableSnapshot) -> None:
         for child, count in snapshot.counts().items():
             self._orders[str(child)] = RowOrder(snapshot, child)
             self._add(child, ID, snapshot.slice, torch.int64, (count,))
@@ -67,12 +86,7 @@ class Contents:
             )
         )
 
-    def add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add dense tensors.
-
-        Raises:
-            ValueError: If one has a dtype that no checkpoint can hold.
-        """
+    def _add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             dtype = dtype_of(f"tensors[{name!r}]", tensor.dtype)
             self.blocks.append(
@@ -101,7 +115,7 @@ class Contents:
         return IdSource(order) if block.slot == ID else RowSource(order, block.slot)
 
     def changed(self) -> tuple[str, ...]:
-        """Name the tensors that somebody has written to since `keep`."""
+        """Name the tensors that were written to since `keep`."""
         return tuple(
             block.name
             for block, source in self.sources.items()
@@ -114,7 +128,7 @@ class Contents:
         for block in self.blocks:
             if block.table is not None and block.slot == ID and block.slice is not None:
                 count = block.shape[0]
-                # Without rows nobody has sorted them.
+                # Without rows there was nothing to sort.
                 offsets = self._orders[block.table].offsets if count else (0,) * (SUB_SLICES + 1)
                 rows[block.table] = PartRows(block.slice, count, offsets)
         return rows
@@ -130,3 +144,10 @@ def dtype_of(what: str, dtype: torch.dtype) -> DType:
     if known is None:
         raise ValueError(f"{what} is {dtype}, which no checkpoint can hold")
     return known
+
+
+def _wait_for_devices(devices: set[torch.device]) -> None:
+    """Wait for what the caller has left to do on GPUs, on any stream: we read on others."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

@@ -1,12 +1,12 @@
-"""What tells one save from another, so that nobody takes a dead save's part for this one's."""
+"""What tells one save from another, so that a dead save's part is not taken for this one's."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import uuid
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,7 +16,7 @@ from asyncloader._threads.jobs import settled
 from asyncloader.errors import SaveError, SaveTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Callable
     from concurrent.futures import Executor
 
     from torch._C._distributed_c10d import Store
@@ -54,34 +54,26 @@ def fresh_save_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-async def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Agreed:
-    """A save_id that all ranks have."""
-
-    save_id: str
-    close: Callable[[], Awaitable[None]] = _nothing
-    """To be awaited once the save is over, whether it worked or not."""
-
-
-async def shared_save_id(
+@contextlib.asynccontextmanager
+async def agreed_save_id(
+    given: str | None,
     path: str,
     rank: int,
     ranks: int,
     *,
     timeout: float | None,  # noqa: ASYNC109  # with an error of ours
     executor: Executor,
-) -> Agreed:
-    """Return one that rank 0 draws and tells the others, through torch.distributed's store.
+) -> AsyncIterator[str]:
+    """Yield a save_id that all ranks have, for the length of a save.
 
-    Not by a collective: those of the program may be under way at the same time, and a collective
-    cannot be cancelled. Each rank counts its saves to a path, so the n-th of one belongs to the
-    n-th of the others; a rank whose n-th comes when rank 0's is over is out of step, and told so.
+    If none is given, rank 0 of several draws one and tells the others, through torch.distributed's
+    store. Not by a collective: those of the program may be under way at the same time, and a
+    collective cannot be cancelled. Each rank counts its saves to a path, so the n-th of one belongs
+    to the n-th of the others; a rank whose n-th comes when rank 0's is over is out of step, and
+    told so.
 
     Args:
+        given: What the user gave.
         path: The folder.
         rank: Ours.
         ranks: How many there are.
@@ -93,6 +85,9 @@ async def shared_save_id(
         SaveError: If the save that this would be a part of is over.
         SaveTimeoutError: If rank 0 did not tell in time.
     """
+    if given is not None or ranks == 1:
+        yield given or fresh_save_id()
+        return
     store = _store(rank, ranks)
     loop = asyncio.get_running_loop()
 
@@ -105,7 +100,11 @@ async def shared_save_id(
     if rank == 0:
         save_id = fresh_save_id()
         await ask(store.set, key, save_id)
-        return Agreed(save_id, partial(ask, store.set, over, "yes"))
+        try:
+            yield save_id
+        finally:
+            await ask(store.set, over, "yes")
+        return
     start = loop.time()
     while not await ask(store.check, [key]):
         if timeout is not None and loop.time() - start > timeout:
@@ -119,7 +118,7 @@ async def shared_save_id(
         )
         raise SaveError(path, problem)
     told: bytes = await ask(store.get, key)
-    return Agreed(told.decode())
+    yield told.decode()
 
 
 def _store(rank: int, ranks: int) -> Store:

@@ -8,14 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, ShardDigests, chunk_count, digest_of
-from asyncloader._loading.staging import Arena
+from asyncloader._loading.staging import Arena, StagingPool
 from asyncloader._threads.jobs import for_each, run_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from asyncloader._loading.progress import Meter
-    from asyncloader._loading.staging import StagingPool
     from asyncloader._storage.folder import Folder, WritableFile
     from asyncloader._threads.budget import ByteBudget
     from asyncloader._threads.threads import Threads
@@ -37,9 +36,9 @@ class Means:
     folder: Folder
     threads: Threads
     budget: ByteBudget
-    staging: StagingPool
     meter: Meter
     parallel: int
+    staging: StagingPool = field(default_factory=partial(StagingPool, CHUNK))
 
 
 class Piece(NamedTuple):
