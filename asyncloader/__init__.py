@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from ._table.protocol import UpdateCounts
     from ._table.slots import Slot
     from ._threads.lag import LoopLag
+    from ._tools.converting.convert import Conversion
+    from ._tools.diffing.difference import Difference
+    from ._tools.folders import RunSummary
+    from ._tools.summary import CheckpointSummary
+    from ._tools.verifying.findings import Verification
     from .errors import (
         AsyncLoaderError,
         CheckpointChangedError,
@@ -52,6 +57,18 @@ if TYPE_CHECKING:
     from .reader import CheckpointReader, aload_tensors, load_tensors
     from .runs import alatest, latest
     from .saver import Saver
+    from .tools import (
+        aconvert,
+        adiff,
+        aempty_like,
+        ainspect,
+        averify,
+        convert,
+        diff,
+        empty_like,
+        inspect,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
@@ -62,6 +79,9 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "CheckpointReader",
+    "CheckpointSummary",
+    "Conversion",
+    "Difference",
     "Event",
     "Freed",
     "HashTable",
@@ -84,6 +104,7 @@ __all__ = [
     "ReadOptions",
     "ReadStalledError",
     "RolledBack",
+    "RunSummary",
     "Runtime",
     "SaveError",
     "SaveReport",
@@ -95,15 +116,26 @@ __all__ = [
     "Swapped",
     "TruncatedShardError",
     "UpdateCounts",
+    "Verification",
     "VersionRefused",
     "WriteBlock",
     "__version__",
+    "aconvert",
+    "adiff",
+    "aempty_like",
+    "ainspect",
     "alatest",
     "aload_tensors",
+    "averify",
+    "convert",
+    "diff",
+    "empty_like",
     "gen_slice",
+    "inspect",
     "latest",
     "load_tensors",
     "targets",
+    "verify",
 ]
 
 # Imported when somebody asks for them: torch takes seconds, and many commands do without.
@@ -127,6 +159,11 @@ _MODULES = {
     "_table.protocol": "UpdateCounts",
     "_table.slots": "Slot",
     "_threads.lag": "LoopLag",
+    "_tools.converting.convert": "Conversion",
+    "_tools.diffing.difference": "Difference",
+    "_tools.folders": "RunSummary",
+    "_tools.summary": "CheckpointSummary",
+    "_tools.verifying.findings": "Verification",
     "errors": (
         "AsyncLoaderError CheckpointChangedError CheckpointError CheckpointNotFoundError "
         "LoadTimeoutError PlanError ReadError ReadStalledError "
@@ -139,6 +176,7 @@ _MODULES = {
     "reader": "CheckpointReader aload_tensors load_tensors",
     "runs": "alatest latest",
     "saver": "Saver",
+    "tools": ("aconvert adiff aempty_like ainspect averify convert diff empty_like inspect verify"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -23,11 +23,12 @@ from asyncloader import (
     CheckpointChangedError,
     CheckpointError,
     CheckpointNotFoundError,
+    Conversion,
     Progress,
     SaveError,
+    aconvert,
 )
 from asyncloader._loading.session import open_session
-from asyncloader._tools.converting.convert import Conversion, Options, aconvert
 from asyncloader._tools.converting.file import write_file
 from asyncloader._tools.converting.source import read_source
 from asyncloader._tools.verifying.verify import averify
@@ -70,12 +71,17 @@ async def convert(
     overwrite: bool = False,
     progress: Callable[[Progress], object] | None = None,
 ) -> Conversion:
-    options = Options(
-        shards=shards, slots=slots, tables=tables, parallel=parallel, overwrite=overwrite
-    )
     with nothing_left_behind():
         return await aconvert(
-            str(source), str(destination), options, read=LIMITS, progress=progress
+            source,
+            destination,
+            shards=shards,
+            slots=slots,
+            tables=tables,
+            parallel=parallel,
+            overwrite=overwrite,
+            progress=progress,
+            options=LIMITS,
         )
 
 
@@ -558,9 +564,8 @@ def drop_privileges() -> None:
 def failure_without_privileges(source: str, destination: str) -> str:
     """Convert, and return what the error says."""
     drop_privileges()
-    options = Options(shards=None, slots=None, parallel=2, overwrite=True)
     with pytest.raises(SaveError) as caught:
-        asyncio.run(aconvert(source, destination, options, read=LIMITS))
+        asyncio.run(aconvert(source, destination, overwrite=True, options=LIMITS))
     return str(caught.value)
 
 

@@ -12,9 +12,7 @@ import pytest
 import torch
 import uvloop
 
-from asyncloader import CheckpointChangedError, ReadStalledError
-from asyncloader._tools.converting.convert import Conversion, Options, aconvert
-from asyncloader._tools.verifying.verify import averify
+from asyncloader import CheckpointChangedError, Conversion, ReadStalledError, aconvert, averify
 from tests.checkpoints import LIMITS, everything
 from tests.hanging_disk import NotMountableError, hanging_disk
 from tests.oracle import read_checkpoint, shard_holding, write_checkpoint
@@ -49,10 +47,10 @@ class Case:
 
     async def convert(self, stall_timeout: float = PATIENCE) -> Conversion:
         return await aconvert(
-            str(self.disk.path),
-            str(self.target),
-            Options(shards=None, slots=None, parallel=1, overwrite=False),
-            read=replace(LIMITS, stall_timeout=stall_timeout),
+            self.disk.path,
+            self.target,
+            parallel=1,
+            options=replace(LIMITS, stall_timeout=stall_timeout),
         )
 
     def is_untouched(self) -> bool:
@@ -104,12 +102,7 @@ async def test_a_fault_that_passes_keeps_no_conversion(case: Case) -> None:
         group.create_task(case.convert())
         await asyncio.to_thread(case.disk.until_somebody_waits)
         await asyncio.to_thread(case.disk.fail, case.shard("w"), EIO, times=2)
-    await aconvert(
-        str(case.target),
-        str(case.target.with_name("back")),
-        Options(shards=1, slots=None, parallel=1, overwrite=False),
-        read=LIMITS,
-    )
+    await aconvert(case.target, case.target.with_name("back"), shards=1, parallel=1, options=LIMITS)
     back = read_checkpoint(case.target.with_name("back"))
     assert everything(back) == everything((TABLES, TENSORS))
 
@@ -154,4 +147,4 @@ async def test_names_that_never_come_are_given_up_by_verify(case: Case) -> None:
     case.disk.hang("", on="list")
 
     with pytest.raises(ReadStalledError, match="no answer from the storage"):
-        await averify(str(case.disk.path), options=replace(LIMITS, stall_timeout=STALL))
+        await averify(case.disk.path, options=replace(LIMITS, stall_timeout=STALL))

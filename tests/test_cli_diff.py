@@ -13,10 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from asyncloader import CheckpointError, CheckpointNotFoundError, Progress
+from asyncloader import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    Difference,
+    Progress,
+    adiff,
+)
 from asyncloader._tools.diffing.comparison import Change, combined, compare
-from asyncloader._tools.diffing.diff import adiff
-from asyncloader._tools.diffing.difference import Difference, Kind, Names
+from asyncloader._tools.diffing.difference import Kind, Names
 from asyncloader.cli._app import run as command
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
 from tests.oracle import (
@@ -40,7 +45,7 @@ NO_NAMES = Names(tables=(), slots=(), tensors=())
 
 async def diff(a: Path, b: Path, budget: int = 1 << 20) -> Difference:
     with nothing_left_behind():
-        return await adiff(str(a), str(b), options=LIMITS, budget=budget)
+        return await adiff(a, b, options=LIMITS, budget=budget)
 
 
 @pytest.mark.parametrize("budget", [100_000, 1 << 30])
@@ -216,7 +221,7 @@ async def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 async def test_progress_counts_both_sides(tmp_path: Path) -> None:
     told: list[Progress] = []
     a, b = save(tmp_path / "a", ranks=1), save(tmp_path / "b")
-    await adiff(str(a), str(b), options=LIMITS, budget=1 << 20, progress=told.append)
+    await adiff(a, b, options=LIMITS, budget=1 << 20, progress=told.append)
     blocks = [file.stat().st_size for path in (a, b) for file in path.glob("*.safetensors")]
     assert 0.7 * sum(blocks) < told[-1].bytes_done == told[-1].bytes_total < sum(blocks)
 

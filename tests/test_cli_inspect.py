@@ -17,14 +17,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from safetensors.torch import save_file
 
-from asyncloader import CheckpointNotFoundError, __version__
+from asyncloader import CheckpointNotFoundError, __version__, ainspect
 from asyncloader._tools.folders import RunSummary, VersionSummary
 from asyncloader._tools.summary import CheckpointSummary, TableSummary, TensorSummary
 from asyncloader.cli._app import run as run_here
-from asyncloader.cli._inspect import look_into
 from asyncloader.cli._inspect_view import checkpoint_view, run_view
-from asyncloader.cli._names import escaped, middle_cut, shown
 from asyncloader.cli._output import print_json
+from asyncloader.cli._terminal import escaped, middle_cut, shown
 from tests.checkpoints import GENUINE, save
 from tests.oracle import (
     dense_block,
@@ -76,7 +75,7 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
 
 
 async def inspect(path: Path | str) -> CheckpointSummary:
-    found = await look_into(str(path))
+    found = await ainspect(path)
     assert isinstance(found, CheckpointSummary)
     return found
 
@@ -212,7 +211,7 @@ def a_run(tmp_path: Path) -> Path:
 async def test_a_run_folder_lists_its_versions_the_newest_last(a_run: Path) -> None:
     nbytes = sum(path.stat().st_size for path in (a_run / "1").iterdir())
     versions = [("1", True, 0.0, nbytes), ("2", True, 1.0, nbytes), ("3", False, 7.0, 4)]
-    assert await look_into(str(a_run)) == RunSummary(
+    assert await ainspect(a_run) == RunSummary(
         location=str(a_run),
         latest="1",
         versions=tuple(
@@ -225,7 +224,7 @@ async def test_a_run_folder_lists_its_versions_the_newest_last(a_run: Path) -> N
 async def test_a_run_folder_may_have_nothing_to_load(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "checkpoint").write_text("1\n")
-    found = await look_into(str(tmp_path))
+    found = await ainspect(tmp_path)
     assert isinstance(found, RunSummary)
     assert (found.latest, len(found.versions)) == (None, 1)
     assert "none" in drawn(run_view(found, everything=False), 80)
@@ -248,7 +247,7 @@ async def test_what_was_not_committed_is_called_so(
     for name in names:
         (tmp_path / name).touch()
     with pytest.raises(CheckpointNotFoundError, match="not committed: holds") as caught:
-        await look_into(str(tmp_path))
+        await ainspect(tmp_path)
     assert said in str(caught.value)
 
 

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +20,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from asyncloader import CheckpointError, Loader, gen_slice
+from asyncloader import CheckpointError, Loader, Progress, aempty_like, gen_slice
 from asyncloader._loading.trace import Span
-from asyncloader._tools.allocation import allocate
-from asyncloader._tools.room import check_room
+from asyncloader._tools.allocation import allocate, load_all
+from asyncloader._tools.content import check_room
 from asyncloader.cli._app import run as run_here
-from asyncloader.cli._load import load_all
-from asyncloader.cli._progress import progress_bar, silent
+from asyncloader.cli._terminal import bar
 from asyncloader.cli._trace_file import trace_of
 from tests.checkpoints import GENUINE, LIMITS, save
 from tests.oracle import (
@@ -46,14 +44,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader._loading.trace import Step
-    from asyncloader._tools.stages import Tell
-    from asyncloader.cli._load import Loaded
+    from asyncloader._tools.allocation import Loaded
     from asyncloader.options import Verify
 
 
 async def check(path: Path) -> None:
     """Allocate, load, and compare with what the oracle reads."""
-    tables, tensors = await allocate(str(path))
+    tables, tensors = await aempty_like(path)
     report = await Loader(path, tables, tensors, strict=True).aload()
     assert (report.missing, report.unexpected) == ((), ())
     wanted_tables, wanted_tensors = read_checkpoint(path)
@@ -79,30 +76,12 @@ async def test_what_was_allocated_takes_all_of_a_checkpoint_of_several_ranks(
 async def test_slots_keep_the_checkpoints_order_behind_the_embedding(tmp_path: Path) -> None:
     content = data(range(9), zeta=1, alpha=2)
     write_checkpoint(tmp_path, {"t": content}, {}, slice_size=1000, ranks=2)
-    tables, _ = await allocate(str(tmp_path))
+    tables, _ = await aempty_like(tmp_path)
     assert tables["t"].name == "t"
     assert next(iter(tables["t"].slots())) == "embedding"
     assert set(tables["t"].slots()) == {"embedding", "zeta", "alpha"}
     assert tables["t"].slice == gen_slice(0, 1, 1000)
     assert len(tables["t"]) == 0
-
-
-async def test_a_rank_can_have_its_slice_and_fewer_slots(tmp_path: Path) -> None:
-    content = data(range(100), exp_avg=1, other=1)
-    write_checkpoint(tmp_path, {"t": content, "u": content}, {}, slice_size=1000, ranks=2)
-    tables, tensors = await allocate(
-        str(tmp_path),
-        slice_of=partial(gen_slice, 1, 3),
-        take=lambda table, slot: (table, slot) == ("t", "other"),
-    )
-    assert {name: list(table.slots()) for name, table in tables.items()} == {
-        "t": ["embedding", "other"],
-        "u": ["embedding"],
-    }
-    assert {table.slice for table in tables.values()} == {gen_slice(1, 3, 1000)}
-    await Loader(tmp_path, tables, tensors).aload()
-    mine = gen_slice(1, 3, 1000)
-    assert set(tables["t"].ids().tolist()) == {id_ for id_ in range(100) if mine.accepts(id_)}
 
 
 async def test_every_dtype_and_shape_is_allocated(tmp_path: Path) -> None:
@@ -112,7 +91,7 @@ async def test_every_dtype_and_shape_is_allocated(tmp_path: Path) -> None:
     await check(tmp_path)
     file = tmp_path / "any.safetensors"
     save_file({"w": torch.ones(3)}, file)
-    tables, allocated = await allocate(str(file))
+    tables, allocated = await aempty_like(file)
     assert (tables, raw(allocated["w"])) == ({}, raw(torch.zeros(3)))
 
 
@@ -120,7 +99,7 @@ async def test_every_dtype_and_shape_is_allocated(tmp_path: Path) -> None:
     ("slots", "says"),
     [
         ({"id": torch.arange(2)}, "table 't' has no slot 'embedding'"),
-        ({"embedding": torch.ones(2, 1)}, "table 't' has no slot 'id'"),
+        ({"embedding": torch.ones(2, 1)}, "table 't' has no ids"),
         ({"id": torch.arange(2), "embedding": torch.ones(2, 0)}, r"has the shape \[2, 0\]"),
         ({"id": torch.arange(2), "embedding": torch.tensor(1.0)}, r"has the shape \[\]"),
     ],
@@ -130,16 +109,13 @@ async def test_what_is_no_table_is_an_error(
 ) -> None:
     write_ranks(tmp_path, [[sparse_block("t", slot, rows) for slot, rows in slots.items()]])
     with nothing_left_behind(), pytest.raises(CheckpointError, match=says):
-        await allocate(str(tmp_path))
+        await aempty_like(tmp_path)
 
 
 async def test_kernels_are_timed_where_there_are_tables(tmp_path: Path) -> None:
-    told: list[float] = []
     save_file({"w": torch.ones(3)}, tmp_path / "any.safetensors")
-    await allocate(str(tmp_path / "any.safetensors"), kernels=told.append)
-    assert told == []
-    await allocate(str(GENUINE / "optim_slots"), kernels=told.append)
-    assert len(told) == 1
+    assert (await allocate(str(tmp_path / "any.safetensors"))).kernels_seconds == 0
+    assert (await allocate(str(GENUINE / "optim_slots"))).kernels_seconds > 0
 
 
 def test_what_does_not_fit_into_memory_is_refused() -> None:
@@ -286,10 +262,13 @@ def test_a_trace_that_cannot_be_written_is_said_before_anything_is_read(
 # The report.
 
 
-async def load(path: Path, *, verify: Verify = "auto", tell: Tell = silent) -> Loaded:
+async def load(
+    path: Path, *, verify: Verify = "auto", told: list[Progress] | None = None
+) -> Loaded:
     with nothing_left_behind():
         options = replace(LIMITS, verify=verify)
-        return await load_all(str(path), options=options, trace=None, tell=tell)
+        progress = None if told is None else told.append
+        return await load_all(str(path), options=options, progress=progress)
 
 
 async def test_all_of_a_checkpoint_is_loaded() -> None:
@@ -304,20 +283,24 @@ async def test_all_of_a_checkpoint_is_loaded() -> None:
 
 
 async def test_progress_is_told_from_beginning_to_end(tmp_path: Path) -> None:
-    told: list[tuple[int, int, str]] = []
-    loaded = await load(save(tmp_path), tell=lambda *moment: told.append(moment))
-    assert told[0] == (0, 0, "preparing")
-    assert told[-1][:2] == (loaded.report.bytes_wanted, loaded.report.bytes_wanted)
+    told: list[Progress] = []
+    loaded = await load(save(tmp_path), told=told)
+    wanted = loaded.report.bytes_wanted
+    assert (told[-1].bytes_done, told[-1].bytes_total) == (wanted, wanted)
+
+
+def moment(done: int, total: int, name: str) -> Progress:
+    return Progress(bytes_done=done, bytes_total=total, seconds=0, current=name)
 
 
 def test_a_bar_shows_where_it_stands_and_goes_away(tmp_path: Path) -> None:
     with (tmp_path / "terminal").open("w+") as file:
         out = Console(file=file, force_terminal=True, width=100)
-        with progress_bar(out) as tell:
-            tell(1, 2, "too early to show anything")
+        with bar("loading", out) as tell:
+            tell(moment(1, 2, "too early to show anything"))
             assert file.tell() == 0
-            tell(0, 0, "a[bold]\x1b[31mname")
-            tell(1_000_000, 2_000_000, "x" * 100)
+            tell(moment(0, 0, "a[bold]\x1b[31mname"))
+            tell(moment(1_000_000, 2_000_000, "x" * 100))
         assert file.tell() > 0
         file.seek(0)
         text = file.read()

@@ -20,17 +20,16 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from asyncloader._checkpoint.stored import stored_tensor
+from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import open_session
-from asyncloader._tools.finding import FoundId
-from asyncloader._tools.numbers import Numbers, number_text
-from asyncloader._tools.showing import ShownTable, ShownTensor
+from asyncloader._tools.finding import FoundId, look_for
+from asyncloader._tools.scanning import scan
+from asyncloader._tools.showing import ShownTable, ShownTensor, look_at
 from asyncloader._tools.statistics import Statistics, combine, measure
 from asyncloader._tools.values import values_of
-from asyncloader._tools.windows import in_windows
 from asyncloader.cli._app import run as run_here
-from asyncloader.cli._progress import silent
-from asyncloader.cli._show import look_at, look_for
 from asyncloader.cli._show_view import id_view, table_view, tensor_view
+from asyncloader.cli._terminal import Numbers, number_text
 from tests.checkpoints import GENUINE, LIMITS
 from tests.oracle import (
     DTYPES,
@@ -57,20 +56,20 @@ NAN, INF = math.nan, math.inf
 
 async def tensor(path: Path, name: str, *, rows: int = 5) -> ShownTensor:
     with nothing_left_behind():
-        found = await look_at(str(path), name, rows=rows, tell=silent)
+        found = await look_at(str(path), name, rows=rows)
     assert isinstance(found, ShownTensor)
     return found
 
 
 async def table(path: Path, name: str) -> ShownTable:
-    found = await look_at(str(path), name, rows=5, tell=silent)
+    found = await look_at(str(path), name, rows=5)
     assert isinstance(found, ShownTable)
     return found
 
 
 async def find(path: Path, name: str, id_: int) -> FoundId:
     with nothing_left_behind():
-        return await look_for(str(path), name, id_, tell=silent)
+        return await look_for(str(path), name, id_)
 
 
 # Statistics.
@@ -160,22 +159,27 @@ def test_pieces_say_the_same_as_the_whole(values: list[float], cuts: list[int]) 
 
 
 @pytest.mark.parametrize("window", [1, 7, 64, 1000])
-async def test_windows_cover_all_elements_once_and_in_order(tmp_path: Path, window: int) -> None:
+async def test_pieces_cover_all_elements_once_and_in_order(tmp_path: Path, window: int) -> None:
     content = data(range(30), width=3)
     write_checkpoint(tmp_path, {"t": content}, {}, ranks=4)
     whole = read_checkpoint(tmp_path)[0]["t"].slots["embedding"]
-    told: list[int] = []
+    meter = Meter(0)
     async with open_session(str(tmp_path), LIMITS) as session:
         catalog = await session.catalog()
         shards = {part.place.shard for part in catalog.tables["t"]["embedding"]}
         manifest = await session.manifest(catalog, shards)
         stored = stored_tensor(manifest, "t@embedding")
-        pieces = await in_windows(
-            session, stored, torch.Tensor.tolist, window=window, advance=told.append
+        pieces = await scan(
+            session,
+            stored.blocks,
+            lambda _number, _position, view: np.frombuffer(view, np.float32).tolist(),
+            grain=lambda _: 4,
+            meter=meter,
+            chunk_bytes=4 * window,
         )
     assert [value for piece in pieces for value in piece] == whole.reshape(-1).tolist()
-    assert sum(told) == 30 * 3 * 4
-    assert len(pieces) == -(-90 // window)
+    assert meter.read == 30 * 3 * 4
+    assert max(map(len, pieces)) <= window
 
 
 async def test_a_row_larger_than_a_window_is_read_in_pieces(tmp_path: Path) -> None:

@@ -137,6 +137,16 @@ def _hint(catalog: Catalog, names: Sequence[str], name: str) -> str:
     if name in catalog.tables:
         slots = ", ".join(repr(f"{name}@{slot}") for slot in catalog.tables[name])
         return f" (a table: read {slots})"
+    return hint_for(name, names)
+
+
+def hint_for(name: str, names: Sequence[str]) -> str:
+    """Return in brackets which name was meant, or nothing.
+
+    Args:
+        name: The one that is not there.
+        names: Those that are.
+    """
     likely = heapq.nlargest(_LIKELY, names, partial(_in_common, name))
     return did_you_mean([name], likely)[name]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from asyncloader._as_dict import AsDict
@@ -94,3 +94,27 @@ class Meter:
                 current=self._current,
             )
             self._listener(moment)
+
+
+@dataclass(slots=True)
+class Stages:
+    """Passes on what several loads and saves tell, one after the other, as if they were one."""
+
+    total: int
+    """Bytes of all of them, about."""
+
+    listener: Callable[[Progress], object] | None
+    _before: int = 0
+    _now: int = 0
+
+    def tell(self, moment: Progress) -> None:
+        """Tell of the present stage: this is its `progress`."""
+        self._now = moment.bytes_done
+        if self.listener is not None:
+            done = self._before + self._now
+            self.listener(replace(moment, bytes_done=done, bytes_total=max(self.total, done)))
+
+    def next(self) -> None:
+        """Begin the next stage."""
+        self._before += self._now
+        self._now = 0

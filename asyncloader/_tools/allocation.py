@@ -1,80 +1,87 @@
-"""Makes room for all that a checkpoint holds."""
+"""Makes tables and tensors for what a checkpoint holds, and fills them."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from asyncloader._checkpoint.dtypes import BY_TORCH
-from asyncloader._checkpoint.index import Places
+from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.slices import gen_slice
-from asyncloader._checkpoint.stored import stored_tensor
+from asyncloader._loading.checks import describe_tables
+from asyncloader._loading.destinations import describe_tensors
+from asyncloader._loading.load import Load
 from asyncloader._loading.reading import has_dtype, torch_dtype
 from asyncloader._loading.session import open_session
+from asyncloader._loading.transaction import complete
+from asyncloader._loading.verification import Verifier
 from asyncloader._memory.allocation import zeros
 from asyncloader._planning.casts import can_cast
+from asyncloader._planning.choice import choose
+from asyncloader._planning.planner import plan_load
+from asyncloader._planning.targets import Targets
 from asyncloader._table.hashtable import HashTable
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
+from asyncloader.loader import Loader
 from asyncloader.options import ReadOptions
 
-from .room import check_room, free_memory
+from .content import EMBEDDING, check_room, check_rows, free_memory, read_content
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from asyncloader._checkpoint.index import Catalog
-    from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._checkpoint.slices import Slice
     from asyncloader._checkpoint.stored import Stored
+    from asyncloader._loading.destinations import Destinations
+    from asyncloader._loading.progress import Meter, Progress
+    from asyncloader._loading.report import LoadReport
+    from asyncloader._loading.session import Session
+    from asyncloader._loading.trace import Span
+    from asyncloader._planning.load_info import LoadInfo
+    from asyncloader._planning.plan import LoadPlan
+    from asyncloader._table.protocol import UpdateCounts
+
+    from .content import Content
 
 
-EMBEDDING = "embedding"
-ID = "id"
+# What a table takes an id beyond its rows: the id, and its place in the index.
+_ID_BYTES = 8 + 16
 
 
-_whole = partial(gen_slice, 0, 1)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocated:
+    """Empty tables, and tensors of zeros, for all of a checkpoint."""
 
+    tables: dict[str, HashTable]
+    tensors: dict[str, Tensor]
 
-def nobody(*news: object) -> None:
-    """Tell nobody."""
+    lacking: Mapping[str, str]
+    """Tensors that are left out, as torch lacks their dtype, and that dtype."""
 
-
-def every_slot(table: str, slot: str) -> bool:  # noqa: ARG001  # whichever it is
-    """Take them all."""
-    return True
+    kernels_seconds: float
+    """It took to load the compiled kernels, or to compile them, if there are tables."""
 
 
 async def allocate(
-    path: str,
-    *,
-    slice_of: Callable[[int], Slice] = _whole,
-    take: Callable[[str, str], bool] = every_slot,
-    options: ReadOptions | None = None,
-    kernels: Callable[[float], object] = nobody,
-    floats: str | None = None,
-    lacking: Callable[[str, str], object] = nobody,
-) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
-    """Read names and headers, and return empty tables and zero tensors that take all of it.
+    path: str, *, options: ReadOptions | None = None, floats: str | None = None
+) -> Allocated:
+    """Read names and headers, and make empty tables and zero tensors that take all of it.
 
     Each table on disk becomes a table of its own, also where several are children of one. Memory
     is taken when it is first written to: allocating costs next to nothing.
 
     Args:
         path: A RecIS folder, a safetensors file, or a folder of Hugging Face's.
-        slice_of: The ids that a table accepts, given the slice size that the checkpoint has for
-            it: `partial(gen_slice, rank, ranks)`; all of them by default.
-        take: Says of a table and a slot besides `id` and `embedding` whether to have it.
         options: How to read.
-        kernels: Told how many seconds it took to load the compiled kernels, or to compile them,
-            if there are tables; on a thread.
         floats: The dtype to make all floats of, as torch spells it; each of its own by default.
-        lacking: Told of each tensor that is left out, as torch has no such dtype, and of the dtype;
-            on a thread.
 
     Raises:
         CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself; if a table
@@ -83,112 +90,182 @@ async def allocate(
         MemoryError: If there is no room.
     """
     async with open_session(path, options or ReadOptions()) as session:
-        catalog = await session.catalog()
-        manifest = await session.manifest(catalog, shards_of(catalog))
-        make = _Maker(manifest, slice_of, take, kernels, floats, lacking).make
+        content = await read_content(session)
         # Off the loop: the first table imports, or even compiles, the kernels.
+        make = partial(_allocate, content, floats)
         [made] = await run_jobs(session.threads.kernels, [make])
     return made
 
 
-def shards_of(catalog: Catalog) -> list[str]:
-    """Return the names of all shard files, sorted."""
-    parts = (part for slots in catalog.tables.values() for slot in slots.values() for part in slot)
-    places = (*catalog.tensors.values(), *(part.place for part in parts))
-    return sorted({place.shard for place in places})
+def _allocate(content: Content, floats: str | None) -> Allocated:
+    where = content.location
+    known = {name: one for name, one in content.tensors.items() if has_dtype(one.dtype)}
+    tensors = {name: _cast(one, floats) for name, one in known.items()}
+    slots = {
+        name: {slot: _cast(one, floats) for slot, one in table.slots.items()}
+        for name, table in content.tables.items()
+    }
+    for name, of_table in slots.items():
+        if EMBEDDING not in of_table:
+            problem = f"table {name!r} has no slot {EMBEDDING!r}, so no table can be made for it"
+            raise CheckpointError(where, problem)
+    rows = sum(one.memory for of_table in slots.values() for one in of_table.values())
+    ids = sum(table.ids.memory for table in content.tables.values())
+    dense = sum(one.memory for one in tensors.values())
+    check_room(where, rows + ids + dense, free_memory())
+    begin = time.perf_counter()
+    if slots:
+        HashTable([1])  # the first one imports the kernels
+    return Allocated(
+        kernels_seconds=time.perf_counter() - begin if slots else 0.0,
+        tables={
+            name: make_table(where, name, slots[name], gen_slice(0, 1, table.slice_size))
+            for name, table in content.tables.items()
+        },
+        tensors={name: make_tensor(where, one) for name, one in tensors.items()},
+        lacking={n: one.dtype.name for n, one in content.tensors.items() if n not in known},
+    )
 
 
-def stored_slot(manifest: Manifest, table: str, slot: str) -> Stored:
-    """Return what is stored of a slot, also where a dense tensor is called `table@slot`.
+def _cast(stored: Stored, floats: str | None) -> Stored:
+    """Return what is stored as if it were of the dtype that is wanted."""
+    if floats is None or not can_cast(stored.dtype, BY_TORCH[floats], "any"):
+        return stored
+    return replace(stored, dtype=BY_TORCH[floats])
+
+
+def make_table(location: str, name: str, slots: Mapping[str, Stored], part: Slice) -> HashTable:
+    """Make an empty table; belongs on a thread.
+
+    Args:
+        location: The checkpoint, for messages.
+        name: The table's.
+        slots: What is stored of it, without the ids. Without embeddings the table has some all the
+            same, of one byte, which mean nothing.
+        part: The ids that it takes.
 
     Raises:
-        CheckpointError: If its blocks do not fit together, or a shard lacks one.
+        CheckpointError: If torch has no such dtype, or there are no rows.
     """
-    tables_only = replace(manifest.catalog, tensors=Places({}, {}))
-    return stored_tensor(replace(manifest, catalog=tables_only), f"{table}@{slot}")
+    for stored in slots.values():
+        check_rows(location, stored)
+    if EMBEDDING in slots:
+        stored = slots[EMBEDDING]
+        dtype = torch_dtype(location, stored)
+        table = HashTable(stored.shape[1:], dtype=dtype, slice=part, name=name)
+    else:
+        table = HashTable([1], dtype=torch.uint8, slice=part, name=name)
+    for slot, stored in slots.items():
+        if slot != EMBEDDING:
+            table.add_slot(slot, stored.shape[1:], torch_dtype(location, stored))
+    return table
 
 
-@dataclass(frozen=True, slots=True)
-class _Maker:
-    manifest: Manifest
-    slice_of: Callable[[int], Slice]
-    take: Callable[[str, str], bool]
-    kernels: Callable[[float], object]
-    floats: str | None
-    lacking: Callable[[str, str], object]
+def make_tensor(location: str, stored: Stored) -> Tensor:
+    """Make a tensor of zeros; raises what `make_table` does."""
+    return zeros(stored.shape, torch_dtype(location, stored))
 
-    def make(self) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
-        manifest = self.manifest
-        tensors = list(self._tensors())
-        check_room(manifest.location, self._nbytes(tensors), free_memory())
-        if manifest.catalog.tables:
-            begin = time.perf_counter()
-            HashTable([1])  # the first one imports them
-            self.kernels(time.perf_counter() - begin)
-        tables = {name: self._table(name) for name in manifest.catalog.tables}
-        return tables, {one.name: self._tensor(one) for one in tensors}
 
-    def _tensors(self) -> Iterator[Stored]:
-        """Yield those that torch can hold."""
-        for name in self.manifest.catalog.tensors:
-            stored = stored_tensor(self.manifest, name)
-            if has_dtype(stored.dtype):
-                yield self._cast(stored)
-            else:
-                self.lacking(name, stored.dtype.name)
+def row_bytes(slots: Mapping[str, Stored]) -> int:
+    """Return about how many bytes a table takes an id; of dtypes that torch has."""
+    return _ID_BYTES + sum(
+        math.prod(stored.shape[1:]) * (stored.dtype.itemsize or 0) for stored in slots.values()
+    )
 
-    def _nbytes(self, tensors: Sequence[Stored]) -> int:
-        """Return about how much memory all of it takes once it is filled."""
-        nbytes = sum(stored.memory for stored in tensors)
-        for table, parts in self.manifest.catalog.tables.items():
-            part = self.slice_of(next(iter(parts.values()))[0].slice.size)
-            share = (part.end - part.begin) / part.size
-            taken = [slot for slot in parts if slot in {ID, EMBEDDING} or self.take(table, slot)]
-            slots = (stored_slot(self.manifest, table, slot) for slot in taken)
-            rows = sum(self._cast(stored).memory for stored in slots)
-            nbytes += int(rows * share)
-        return nbytes
 
-    def _cast(self, stored: Stored) -> Stored:
-        """Return what is stored as if it were of the dtype that is wanted."""
-        if self.floats is None or not can_cast(stored.dtype, BY_TORCH[self.floats], "any"):
-            return stored
-        return replace(stored, dtype=BY_TORCH[self.floats])
+async def fill(
+    session: Session,
+    content: Content,
+    tables: Mapping[str, HashTable],
+    slots: Mapping[str, Mapping[str, Stored]],
+    *,
+    tensors: Mapping[str, Tensor],
+    meter: Meter,
+) -> dict[str, UpdateCounts]:
+    """Fill tables and tensors from what is stored under the same names; return counts by table.
 
-    def _table(self, name: str) -> HashTable:
-        slots = self.manifest.catalog.tables[name]
-        for needed in (ID, EMBEDDING):
-            if needed not in slots:
-                problem = f"table {name!r} has no slot {needed!r}, so no table can be made for it"
-                raise CheckpointError(self.manifest.location, problem)
-        embedding, *others = self._slots(name, list(slots))
-        table = HashTable(
-            embedding.shape[1:],
-            dtype=torch_dtype(self.manifest.location, embedding),
-            slice=self.slice_of(slots[ID][0].slice.size),
-            name=name,
-        )
-        for stored in others:
-            slot = stored.name.rpartition("@")[2]
-            table.add_slot(slot, stored.shape[1:], torch_dtype(self.manifest.location, stored))
-        return table
+    Where there are digests every byte is verified: what is read is widened to whole chunks, which
+    costs little, as rows that are saved with digests are sorted.
 
-    def _slots(self, table: str, slots: Sequence[str]) -> Iterator[Stored]:
-        """Yield `embedding`, then the other slots to take, in the checkpoint's order."""
-        yield self._slot(table, EMBEDDING)
-        for slot in slots:
-            if slot not in {ID, EMBEDDING} and self.take(table, slot):
-                yield self._slot(table, slot)
+    Args:
+        session: The checkpoint.
+        content: All of it.
+        tables: By name.
+        slots: What to load of each table besides the ids.
+        tensors: By name.
+        meter: Counts reads.
 
-    def _slot(self, table: str, slot: str) -> Stored:
-        stored = self._cast(stored_slot(self.manifest, table, slot))
-        if not stored.shape or 0 in stored.shape[1:]:
-            problem = (
-                f"slot {slot!r} of table {table!r} has the shape {list(stored.shape)}, "
-                "which are no rows of anything"
-            )
-            raise CheckpointError(self.manifest.location, problem)
-        return stored
+    Raises:
+        PlanError: If something does not fit together.
+        CheckpointError: If bytes are not those that were written.
+        ReadError: If the storage failed.
+        MemoryError: If there is no room.
+    """
+    info: LoadInfo = {name: {name: [ID, *slots[name]]} for name in tables}
+    info |= {name: {name: []} for name in tensors}
 
-    def _tensor(self, stored: Stored) -> Tensor:
-        return zeros(stored.shape, torch_dtype(self.manifest.location, stored))
+    def decide() -> tuple[LoadPlan, Destinations]:
+        into = describe_tensors(tensors)
+        targets = Targets(tensors=into.targets, tables=describe_tables(tables))
+        choice = choose(content.manifest.catalog, info, targets)
+        return plan_load(content.manifest, choice, strict=True), into
+
+    [(plan, into)] = await run_jobs(session.threads.kernels, [decide])
+    meter.total = plan.nbytes
+    verifier = Verifier(session.location, widen=True)
+    return await complete(
+        Load(session, plan, into, tables, meter=meter, verifier=verifier), session
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a load did, and what had to be done before."""
+
+    report: LoadReport
+
+    kernels_seconds: float
+    """To load the kernels that tables need, or, the first time ever, to compile them."""
+
+    allocation_seconds: float
+    """To read names and headers, and make tables and tensors."""
+
+
+async def load_all(
+    path: str,
+    *,
+    options: ReadOptions,
+    trace: Callable[[Span], object] | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    floats: str | None = None,
+) -> Loaded:
+    """Make room for a checkpoint and load it; raises what `allocate` and `Loader.aload` do.
+
+    Args:
+        path: The checkpoint.
+        options: How to read.
+        trace: As `Loader` takes it.
+        progress: As `Loader` takes it.
+        floats: The dtype to make all floats of; by default each stays of its own.
+    """
+    begin = time.perf_counter()
+    made = await allocate(path, options=options, floats=floats)
+    prepared = time.perf_counter() - begin
+    loader = Loader(
+        path,
+        made.tables,
+        made.tensors,
+        options=options,
+        progress=progress,
+        trace=trace,
+        cast=None if floats is None else "any",
+    )
+    report = await loader.aload()
+    left_out = (
+        f"{name!r} is {dtype}, which torch lacks: left out" for name, dtype in made.lacking.items()
+    )
+    return Loaded(
+        report=replace(report, warnings=(*report.warnings, *left_out)),
+        kernels_seconds=made.kernels_seconds,
+        allocation_seconds=prepared - made.kernels_seconds,
+    )

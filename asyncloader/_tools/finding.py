@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.stored import Stored
-from asyncloader.errors import CheckpointError
+import numpy as np
 
-from .allocation import ID
-from .values import read_row
-from .windows import WINDOW, in_windows
+from asyncloader._checkpoint.parts import ID, id_problems, without_rows
+from asyncloader._checkpoint.problems import Problems
+from asyncloader._checkpoint.stored import Stored
+from asyncloader._loading.progress import Meter
+from asyncloader._loading.session import open_session
+from asyncloader.errors import CheckpointError
+from asyncloader.options import ReadOptions
+
+from .content import find_table
+from .scanning import scan
+from .values import Row, read_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from torch import Tensor
-
-    from asyncloader._checkpoint.index import Catalog, Part
+    from asyncloader._checkpoint.index import Part
     from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
 
-    from .values import Row
 
-
-_IDS = "int64"
+_ID_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,86 +62,84 @@ class FoundId:
     slots: tuple[FoundSlot, ...]
 
 
-async def find_id(
-    session: Session,
-    catalog: Catalog,
-    table: str,
+async def look_for(
+    path: str,
+    name: str,
     id_: int,
     *,
-    only: str | None,
-    advance: Callable[[int], object],
+    options: ReadOptions | None = None,
+    progress: Callable[[Progress], object] | None = None,
 ) -> FoundId:
-    """Look through the ids of those parts that may hold it, then read its row of each slot.
+    """Look through the ids of those parts that may hold one, then read its row of each slot.
 
     Args:
-        session: The checkpoint.
-        catalog: Its names.
-        table: The table's name on disk.
+        path: The checkpoint.
+        name: A table, or a slot, `table@slot`, which alone is read.
         id_: As it stands on disk.
-        only: The one slot to read, unless it is all of them.
-        advance: Gets the bytes of ids that were looked at.
+        options: How to read.
+        progress: Called on the event loop.
 
     Raises:
-        CheckpointError: If the table is not whole.
+        KeyError: If there is no such name.
+        CheckpointError: If the table is not whole, or the checkpoint is unreadable.
         ReadError: If the storage failed.
     """
-    slots = catalog.tables[table]
-    if ID not in slots:
-        raise CheckpointError(session.location, f"table {table!r} has no ids")
-    parts = [part for part in slots[ID] if part.slice.accepts(id_)]
-    names = [slot for slot in slots if slot != ID and only in {None, slot}]
-    places = [part.place for part in (*parts, *(one for name in names for one in slots[name]))]
-    manifest = await session.manifest(catalog, sorted({place.shard for place in places}))
-    hits: list[tuple[Part, int]] = []
-    for part in parts:
-        ids = _stored(manifest, part, ID)
-        check_ids(session.location, ids)
-        found = await in_windows(session, ids, partial(_rows_of, id_), advance=advance)
-        hits += [(part, number * WINDOW + row) for number, rows in enumerate(found) for row in rows]
-    if not hits:
-        return FoundId(location=session.location, table=table, id=id_, found=0, part=None, slots=())
-    part, number = hits[-1]
-    rows = []
-    for name in names:
-        stored = _stored(manifest, _same_part(session.location, slots, table, name, part), name)
-        row = await read_row(session, stored, id_=id_, number=number)
-        rows.append(FoundSlot(name=name, dtype=stored.dtype.torch, shape=stored.shape[1:], row=row))
+    async with open_session(path, options or ReadOptions()) as session:
+        catalog = await session.catalog()
+        table, only = find_table(session.location, catalog, name)
+        slots = catalog.tables[table]
+        if ID not in slots:
+            raise CheckpointError(session.location, f"table {table!r} has no ids")
+        names = [slot for slot in slots if slot != ID and only in {None, slot}]
+        parts = [part for part in slots[ID] if part.slice.accepts(id_)]
+        read = [*parts, *(part for slot in names for part in slots[slot])]
+        manifest = await session.manifest(catalog, sorted({part.place.shard for part in read}))
+        problems = Problems(session.location)
+        hits = await _hits(session, manifest, parts, id_, Meter(0, progress))
+        found = []
+        if hits:
+            part, row = hits[-1]
+            for slot in names:
+                problems.take(without_rows(table, slot, [part], slots[slot]))
+                other = next(one for one in slots[slot] if one.slice == part.slice)
+                found.append(await _slot(session, manifest, other, slot, id_=id_, number=row))
     return FoundId(
         location=session.location,
         table=table,
         id=id_,
         found=len(hits),
-        part=str(part.slice),
-        slots=tuple(rows),
+        part=str(hits[-1][0].slice) if hits else None,
+        slots=tuple(found),
     )
 
 
-def check_ids(location: str, ids: Stored) -> None:
-    """Refuse what are no ids.
+async def _hits(
+    session: Session, manifest: Manifest, parts: Sequence[Part], id_: int, meter: Meter
+) -> list[tuple[Part, int]]:
+    """Return in which rows of which parts an id stands."""
+    blocks = [manifest.block(part.place) for part in parts]
+    for block in blocks:
+        Problems(session.location).take(id_problems(block.key, block))
+    meter.total = sum(block.nbytes for block in blocks)
 
-    Raises:
-        CheckpointError: If they are not int64 `[n]`.
-    """
-    if ids.dtype.torch != _IDS or len(ids.shape) != 1:
-        problem = f"is {ids.dtype} {list(ids.shape)}; ids are {_IDS} [n]"
-        raise CheckpointError(location, problem, ids.blocks[0].shard, ids.blocks[0].key)
+    def look(number: int, position: int, view: memoryview) -> list[tuple[Part, int]]:
+        rows = np.flatnonzero(np.frombuffer(view, np.int64) == id_) + position // _ID_BYTES
+        return [(parts[number], row) for row in rows.tolist()]
 
-
-def _rows_of(id_: int, ids: Tensor) -> list[int]:
-    rows: list[int] = (ids == id_).nonzero().reshape(-1).tolist()
-    return rows
-
-
-def _same_part(
-    location: str, slots: Mapping[str, Sequence[Part]], table: str, name: str, part: Part
-) -> Part:
-    for other in slots[name]:
-        if other.slice == part.slice:
-            return other
-    problem = f"it has ids of table {table!r} for slice {part.slice}, but not their {name!r}"
-    raise CheckpointError(location, problem)
+    found = await scan(session, blocks, look, grain=lambda _: _ID_BYTES, meter=meter)
+    return [hit for piece in found for hit in piece]
 
 
-def _stored(manifest: Manifest, part: Part, name: str) -> Stored:
+async def _slot(
+    session: Session, manifest: Manifest, part: Part, name: str, *, id_: int, number: int
+) -> FoundSlot:
     block = manifest.block(part.place)
-    return Stored(name=name, dtype=block.dtype, shape=block.shape, blocks=(block,))
+    stored = Stored(name=name, dtype=block.dtype, shape=block.shape, blocks=(block,))
+    rows = await read_rows(session, stored, range(number, number + 1), ids=[id_])
+    unread = Row(number=number, id=id_, values=(), omitted=math.prod(stored.shape[1:]))
+    return FoundSlot(
+        name=name,
+        dtype=stored.dtype.torch,
+        shape=stored.shape[1:],
+        row=rows[0] if rows else unread,
+    )

@@ -6,28 +6,36 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._checkpoint.stored import stored_tensor
-from asyncloader._loading.reading import has_numbers
+import torch
 
-from .allocation import ID, stored_slot
-from .finding import check_ids
+from asyncloader._checkpoint.parts import ID, id_problems
+from asyncloader._checkpoint.problems import Problems
+from asyncloader._checkpoint.stored import stored_tensor
+from asyncloader._loading.progress import Meter
+from asyncloader._loading.reading import has_numbers, torch_dtype
+from asyncloader._loading.session import open_session
+from asyncloader.options import ReadOptions
+
+from .content import find_table, stored_slot
+from .scanning import read_elements, scan
 from .statistics import combine, measure
 from .summary import metadata_of
 from .values import read_rows
-from .windows import in_windows, read_elements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._checkpoint.stored import Stored
+    from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
 
-    from .lookup import Target
-    from .stages import Tell
-    from .statistics import Statistics
+    from .statistics import Moments, Statistics
     from .values import Row
+
+
+# Larger pieces take more memory for what is computed of them, and no less time.
+_PIECE = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,80 +74,58 @@ class ShownTable:
     slots: tuple[ShownTensor, ...]
 
 
-async def show_tensor(
-    session: Session, catalog: Catalog, target: Target, *, rows: int, tell: Tell
-) -> ShownTensor:
-    """Read a dense tensor, or a slot, and say what it is like.
+async def look_at(
+    path: str,
+    name: str,
+    *,
+    rows: int,
+    options: ReadOptions | None = None,
+    progress: Callable[[Progress], object] | None = None,
+) -> ShownTable | ShownTensor:
+    """Read a tensor, a slot, or all of a table, and say what it is like.
 
     Args:
-        session: The checkpoint.
-        catalog: Its names.
-        target: Which tensor or slot.
-        rows: How many of its first rows to keep.
-        tell: Hears of progress.
+        path: The checkpoint.
+        name: A tensor, or else a slot, `table@slot`, or else a table.
+        rows: How many of the first rows of a tensor or slot to keep.
+        options: How to read.
+        progress: Called on the event loop.
 
     Raises:
-        CheckpointError: If it is unreadable.
+        KeyError: If there is no such name.
+        CheckpointError: If there is no committed checkpoint, or it is unreadable.
         ReadError: If the storage failed.
     """
-    if target.table is None or target.slot is None:
-        manifest = await session.manifest(catalog, [catalog.tensors[target.name].shard])
-        stored = stored_tensor(manifest, target.name)
-        ids: Sequence[int] = ()
-    else:
-        manifest = await _manifest_of(session, catalog, target.table)
-        stored = stored_slot(manifest, target.table, target.slot)
-        ids = await _first_ids(session, manifest, target.table, rows)
-    advance = _teller(tell, stored.nbytes)
-    kind: Literal["tensor", "slot"] = "tensor" if target.table is None else "slot"
-    tell_of = advance(stored.name)
-    return await _shown(session, manifest, stored, kind, rows=rows, ids=ids, advance=tell_of)
-
-
-async def show_table(session: Session, catalog: Catalog, table: str, *, tell: Tell) -> ShownTable:
-    """Read all of a table, and say what its slots are like; raises what `show_tensor` does."""
-    manifest = await _manifest_of(session, catalog, table)
-    stored = {slot: stored_slot(manifest, table, slot) for slot in catalog.tables[table]}
-    nbytes = sum(one.nbytes for one in stored.values())
-    advance = _teller(tell, nbytes)
-    shown = [
-        await _shown(session, manifest, one, "slot", rows=0, ids=(), advance=advance(one.name))
-        for _, one in sorted(stored.items(), key=lambda item: item[0] != ID)
-    ]
-    ids = stored[ID].shape[0] if ID in stored and stored[ID].shape else 0
-    return ShownTable(
-        location=session.location, name=table, ids=ids, bytes=nbytes, slots=tuple(shown)
-    )
-
-
-async def _manifest_of(session: Session, catalog: Catalog, table: str) -> Manifest:
-    slots = catalog.tables[table].values()
-    return await session.manifest(catalog, {part.place.shard for slot in slots for part in slot})
-
-
-async def _first_ids(session: Session, manifest: Manifest, table: str, rows: int) -> Sequence[int]:
-    if ID not in manifest.catalog.tables[table]:
-        return []
-    stored = stored_slot(manifest, table, ID)
-    check_ids(session.location, stored)
-    count = min(rows, math.prod(stored.shape))
-    ids: list[int] = (await read_elements(session, stored, 0, count)).tolist()
-    return ids
+    async with open_session(path, options or ReadOptions()) as session:
+        catalog = await session.catalog()
+        meter = Meter(0, progress)
+        if name in catalog.tensors:
+            manifest = await session.manifest(catalog, [catalog.tensors[name].shard])
+            stored = stored_tensor(manifest, name)
+            meter.total = stored.nbytes
+            return await _shown(session, manifest, stored, meter, kind="tensor", rows=rows)
+        table, slot = find_table(session.location, catalog, name)
+        parts = (part for slots in catalog.tables[table].values() for part in slots)
+        manifest = await session.manifest(catalog, {part.place.shard for part in parts})
+        if slot is None:
+            return await _shown_table(session, manifest, table, meter)
+        stored = stored_slot(manifest, table, slot)
+        meter.total = stored.nbytes
+        ids = await _first_ids(session, manifest, table, rows)
+        return await _shown(session, manifest, stored, meter, kind="slot", rows=rows, ids=ids)
 
 
 async def _shown(
     session: Session,
     manifest: Manifest,
     stored: Stored,
-    kind: Literal["tensor", "slot"],
+    meter: Meter,
     *,
-    rows: int,
-    ids: Sequence[int],
-    advance: Callable[[int], object],
+    kind: Literal["tensor", "slot"],
+    rows: int = 0,
+    ids: Sequence[int] = (),
 ) -> ShownTensor:
-    known = has_numbers(stored.dtype)
-    moments = await in_windows(session, stored, measure, advance=advance) if known else [None]
-    found = [one for one in moments if one is not None]
+    there = range(min(rows, stored.shape[0]) if stored.shape else 1)
     return ShownTensor(
         location=session.location,
         name=stored.name,
@@ -149,21 +135,53 @@ async def _shown(
         bytes=stored.nbytes,
         parts=len(stored.blocks),
         metadata=metadata_of(manifest, sorted({block.shard for block in stored.blocks})),
-        statistics=combine(found) if len(found) == len(moments) else None,
-        rows=await read_rows(session, stored, rows, ids=ids),
+        statistics=await _statistics(session, stored, meter),
+        rows=await read_rows(session, stored, there, ids=ids),
     )
 
 
-def _teller(tell: Tell, total: int) -> Callable[[str], Callable[[int], object]]:
-    """Return what makes, for each name, a function that adds up bytes and tells of them."""
-    done = 0
+async def _statistics(session: Session, stored: Stored, meter: Meter) -> Statistics | None:
+    if not has_numbers(stored.dtype):
+        return None
+    dtype = torch_dtype(session.location, stored)
 
-    def of(name: str) -> Callable[[int], object]:
-        def advance(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            tell(done, total, name)
+    def look(_number: int, _position: int, view: memoryview) -> Moments | None:
+        return measure(torch.frombuffer(view, dtype=dtype))
 
-        return advance
+    found = await scan(
+        session,
+        stored.blocks,
+        look,
+        grain=lambda _: dtype.itemsize,
+        meter=meter,
+        chunk_bytes=_PIECE,
+    )
+    measured = [moments for moments in found if moments is not None]
+    return combine(measured) if len(measured) == len(found) else None
 
-    return of
+
+async def _shown_table(
+    session: Session, manifest: Manifest, table: str, meter: Meter
+) -> ShownTable:
+    slots = sorted(manifest.catalog.tables[table], key=lambda slot: slot != ID)
+    stored = {slot: stored_slot(manifest, table, slot) for slot in slots}
+    meter.total = sum(one.nbytes for one in stored.values())
+    shown = [await _shown(session, manifest, one, meter, kind="slot") for one in stored.values()]
+    return ShownTable(
+        location=session.location,
+        name=table,
+        ids=stored[ID].shape[0] if ID in stored and stored[ID].shape else 0,
+        bytes=meter.total,
+        slots=tuple(shown),
+    )
+
+
+async def _first_ids(session: Session, manifest: Manifest, table: str, rows: int) -> Sequence[int]:
+    if ID not in manifest.catalog.tables[table]:
+        return []
+    stored = stored_slot(manifest, table, ID)
+    for block in stored.blocks:
+        Problems(session.location).take(id_problems(stored.name, block))
+    count = min(rows, math.prod(stored.shape))
+    ids: list[int] = (await read_elements(session, stored, 0, count)).tolist()
+    return ids

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from asyncloader._checkpoint.files import SIDECAR
+from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.stored import stored_tensor
-from asyncloader.errors import CheckpointError
+from asyncloader._loading.session import open_session
+from asyncloader._threads.jobs import run_jobs
+from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 
-from .allocation import ID, shards_of, stored_slot
+from .content import read_headers, shards_of, stored_slot
+from .folders import run_folder, saves_in, unfinished
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._checkpoint.stored import Stored
+    from asyncloader.options import ReadOptions
+
+    from .folders import RunSummary
 
 
 _GHOSTS = 20
@@ -100,6 +108,30 @@ class CheckpointSummary:
 
     tables: tuple[TableSummary, ...]
     tensors: tuple[TensorSummary, ...]
+
+
+async def look_into(path: str, options: ReadOptions) -> CheckpointSummary | RunSummary:
+    """Sum up a checkpoint, or a run folder.
+
+    Raises:
+        CheckpointError: If there is no committed checkpoint, or it is unreadable.
+        ReadError: If the storage failed.
+    """
+    async with open_session(path, options) as session:
+        try:
+            manifest = await read_headers(session)
+        except CheckpointNotFoundError as error:
+            run = await session.on_disk(partial(run_folder, path))
+            if run is not None:
+                return run
+            problem = await session.on_disk(partial(unfinished, path))
+            if problem is None:
+                raise
+            raise CheckpointNotFoundError(error.location, problem) from error
+        saving = await session.on_disk(partial(saves_in, path))
+        sum_up = partial(summarize, manifest, file=session.file, saving=saving)
+        [summary] = await run_jobs(session.threads.kernels, [sum_up])
+        return summary
 
 
 def summarize(

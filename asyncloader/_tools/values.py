@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from asyncloader._loading.reading import has_numbers
 
-from .windows import flat, read_elements
+from .scanning import flat, read_elements
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -24,9 +24,6 @@ Value: TypeAlias = "bool | int | float | str"
 
 _MOST = 4096
 """Values of one row."""
-
-_EXACT = 1 << 53
-"""The largest whole number up to which programs are exact whose numbers are doubles, as jq is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,51 +43,39 @@ class Row:
 
 
 async def read_rows(
-    session: Session, stored: Stored, rows: int, *, ids: Sequence[int]
+    session: Session, stored: Stored, rows: range, *, ids: Sequence[int]
 ) -> tuple[Row, ...]:
-    """Read the first rows, of each no more than some thousand values; none of what is no bytes.
+    """Read some rows, of each no more than some thousand values; none of what is no whole bytes.
 
     Args:
         session: The checkpoint.
         stored: The tensor; a scalar is a row of one value.
-        rows: How many, if there are as many.
-        ids: Of the rows, as far as they have any.
+        rows: Their numbers.
+        ids: Of these rows, as far as they have any.
 
     Raises:
         ReadError: If the storage failed.
     """
     if flat(stored).rows != math.prod(stored.shape):
         return ()
-    count = min(rows, stored.shape[0]) if stored.shape else 1
     width = math.prod(stored.shape[1:])
     taken = min(width, _MOST)
     texts = values_of if has_numbers(stored.dtype) else bits_of
     if taken == width:
-        whole = await read_elements(session, stored, 0, count * width)
-        found = list(whole.view(count, width, *whole.shape[1:]))
+        whole = await read_elements(session, stored, rows.start * width, rows.stop * width)
+        found = list(whole.view(len(rows), width, *whole.shape[1:]))
     else:
-        begins = range(0, count * width, width)
+        begins = [number * width for number in rows]
         found = [await read_elements(session, stored, at, at + taken) for at in begins]
     return tuple(
         Row(
             number=number,
-            id=ids[number] if number < len(ids) else None,
+            id=ids[at] if at < len(ids) else None,
             values=texts(row),
             omitted=width - taken,
         )
-        for number, row in enumerate(found)
+        for at, (number, row) in enumerate(zip(rows, found, strict=True))
     )
-
-
-async def read_row(session: Session, stored: Stored, *, id_: int, number: int) -> Row:
-    """Read the row of an id, its first few thousand values; raises what `read_rows` does."""
-    width = math.prod(stored.shape[1:])
-    taken = min(width, _MOST)
-    if flat(stored).rows != math.prod(stored.shape):
-        return Row(number=number, id=id_, values=(), omitted=width)
-    texts = values_of if has_numbers(stored.dtype) else bits_of
-    values = await read_elements(session, stored, number * width, number * width + taken)
-    return Row(number=number, id=id_, values=texts(values), omitted=width - taken)
 
 
 def values_of(tensor: Tensor) -> tuple[Value, ...]:
@@ -108,31 +93,6 @@ def bits_of(elements: Tensor) -> tuple[Value, ...]:
     return tuple(
         f"0x{int.from_bytes(bytes(one), 'little'):0{2 * size}x}" for one in elements.tolist()
     )
-
-
-def with_texts(value: object) -> object:
-    """Return what JSON is made of, with the text of whole numbers beside them, as `…_text`.
-
-    An id always has one, so that a program need not look; others where a double would round them.
-    """
-    if isinstance(value, dict):
-        return dict(_members(value))
-    if isinstance(value, list | tuple):
-        return [with_texts(one) for one in value]
-    return value
-
-
-def _members(value: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    for key, one in value.items():
-        yield key, with_texts(one)
-        if _is_rounded(one) or (key == "id" and type(one) is int):
-            yield f"{key}_text", str(one)
-        elif isinstance(one, list | tuple) and any(map(_is_rounded, one)):
-            yield f"{key}_text", list(map(str, one))
-
-
-def _is_rounded(value: object) -> bool:
-    return type(value) is int and abs(value) > _EXACT
 
 
 def _value(value: bool | complex) -> Value:  # noqa: FBT001  # no flag: it is shown

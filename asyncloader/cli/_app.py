@@ -13,21 +13,21 @@ import typer
 from asyncloader import __version__
 
 from . import _convert, _diff, _inspect, _load, _show, _verify
-from ._failures import EXPECTED, message_of
 from ._options import examples
-from ._output import PIPE_CLOSED, complain, drop_output, prepare, print_json
+from ._output import EXPECTED, drop_output, message_of, prepare, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["main", "run"]
-
 _FAILED = 2
 _INTERRUPTED = 130
+_PIPE_CLOSED = 141
+"""The program that read our output has gone: the code of a program that this signal has ended."""
+
 
 app = typer.Typer(
     name="asyncloader",
-    add_completion=False,  # each would import torch, which takes seconds
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # help that wraps as it should, and that no bracket can break
     invoke_without_command=True,
@@ -76,7 +76,7 @@ app.command("convert", epilog=_convert.EPILOG)(_convert.convert)
 
 def main() -> None:
     """Run the command line, and exit."""
-    # All that was imported stays: to look through it for garbage would take 0.15 s each time.
+    # All that was imported stays: to look through it for garbage would take time, again and again.
     gc.freeze()
     sys.exit(run(sys.argv[1:]))
 
@@ -88,13 +88,21 @@ def run(arguments: Sequence[str]) -> int:
     logging.getLogger("asyncloader").addHandler(logging.NullHandler())
     as_json = "--json" in arguments
     try:
+        return _carry_out(arguments, as_json=as_json)
+    except (BrokenPipeError, SystemExit):  # the second is typer's own, where it prints help
+        drop_output()
+        return _PIPE_CLOSED
+
+
+def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
+    try:
         code = app(list(arguments), prog_name="asyncloader", standalone_mode=False)
+    except BrokenPipeError:
+        raise
     except EXPECTED as error:
         return _fail(error, message_of(error), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
-    except SystemExit:  # typer's own, where nobody reads what it prints
-        return PIPE_CLOSED
     except Exception as error:  # noqa: BLE001  # whatever it is, 1 would be an answer
         # What is wrong with the arguments. Its class has moved between typer's releases.
         describe = getattr(error, "format_message", None)
@@ -107,13 +115,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(error: Exception, message: str, *, as_json: bool) -> int:
-    """Say what went wrong, on stderr, and where programs read, too; return the exit code."""
+    """Say what went wrong, on stderr, and in the JSON document of a program; return the code."""
+    from ._terminal import complain
+
     try:
         complain(message)
         if as_json:
             print_json({"error": {"type": type(error).__name__, "message": message}})
-    except typer.Exit as gone:
-        return gone.exit_code
+    except BrokenPipeError:
+        raise
     except OSError:  # such as a disk that is full: the code says that it failed
         drop_output()
     return _FAILED

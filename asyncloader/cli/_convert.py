@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from asyncloader._memory.sizes import size_text
-from asyncloader._threads.blocking import run_blocking
-from asyncloader._tools.converting.convert import Conversion, ConvertedTable, Options, aconvert
-from asyncloader._tools.stages import telling
-from asyncloader.cli._progress import progress_bar
+from asyncloader import tools
 from asyncloader.options import ReadOptions
 
-from ._inspect_view import facts, plural
-from ._names import escaped, shown
 from ._options import JsonFlag, LinksFlag, examples
-from ._output import count, print_json, show
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-__all__ = ["EPILOG", "conversion_view", "convert"]
-
-_PARALLEL = 8
-_NAMED = 8
+from ._output import print_json, progress
 
 EPILOG = examples(
     ("asyncloader convert runs/ctr/1200 ctr.safetensors", "one plain file, for any program"),
@@ -88,7 +72,7 @@ def convert(
     parallel: Annotated[
         int,
         typer.Option(min=1, metavar="P", help="Shard files of each rank, and writes at a time."),
-    ] = _PARALLEL,
+    ] = 8,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is there, once all is written.")
     ] = False,
@@ -104,60 +88,26 @@ def convert(
 
     A plain file is written piece by piece, in little memory, whatever the size.
     """
-    options = Options(
-        shards=shards,
-        slots=_names(slots),
-        tables=_names(tables),
-        parallel=parallel,
-        overwrite=overwrite,
-    )
-    with progress_bar() as tell:
-        listen = telling(tell, "converting")
-        run = partial(
-            aconvert,
+    with progress("converting") as listener:
+        done = tools.convert(
             source,
             destination,
-            options,
-            progress=listen,
-            read=ReadOptions(follow_symlinks=follow_symlinks),
+            shards=shards,
+            slots=_names(slots),
+            tables=_names(tables),
+            parallel=parallel,
+            overwrite=overwrite,
+            progress=listener,
+            options=ReadOptions(follow_symlinks=follow_symlinks),
         )
-        done = run_blocking(run)
     if json:
         print_json(done)
-    else:
-        show(conversion_view(done))
+        return
+    from ._result_views import conversion_view
+    from ._terminal import show
+
+    show(conversion_view(done))
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(filter(None, text.split(",")))
-
-
-def conversion_view(done: Conversion) -> RenderableType:
-    """Show what was written."""
-    rows = sum(table.ids for table in done.tables)
-    held = f"{plural(len(done.tables), 'table')} of {plural(rows, 'id')}"
-    where = plural(len(done.files), "file")
-    if done.ranks is not None:
-        where += f", as {plural(done.ranks, 'rank')} would"
-    lines: list[tuple[str, RenderableType]] = [
-        ("from", Text(escaped(done.source), overflow="fold")),
-        ("written", f"{size_text(done.bytes_written)} to {where}"),
-        ("holds", f"{held}, {plural(len(done.tensors), 'tensor')}"),
-    ]
-    slots = list(dict.fromkeys(slot for table in done.tables for slot in table.slots))
-    if slots:
-        more = f" and {count(len(slots) - _NAMED)} more" if len(slots) > _NAMED else ""
-        lines.append(("slots", Text(", ".join(map(shown, slots[:_NAMED])) + more)))
-    verified = Text("compared", "green") if done.bytes_verified else Text("none to compare", "dim")
-    lines += [("digests", verified), ("time", f"{done.seconds:.2f} s")]
-    lines += [("left out", text) for table in done.tables for text in _left_out(table)]
-    return facts(done.kind, done.destination, lines)
-
-
-def _left_out(table: ConvertedTable) -> list[Text]:
-    texts = []
-    if table.duplicates:
-        texts.append(f"{plural(table.duplicates, 'row')} of which a later one has the same id")
-    if table.strays:
-        texts.append(f"{plural(table.strays, 'row')} whose id is not in the slice of its block")
-    return [Text(f"{shown(table.name)}: {text}", "yellow") for text in texts]

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated
 
 import typer
 
-from asyncloader._threads.blocking import run_blocking
-from asyncloader._tools.diffing.diff import BUDGET, adiff
-from asyncloader._tools.stages import telling
-from asyncloader._tools.values import with_texts
-from asyncloader.cli._progress import progress_bar
+from asyncloader import tools
 from asyncloader.options import ReadOptions
 
-from ._diff_view import difference_view
 from ._options import JsonFlag, LinksFlag, examples
-from ._output import print_json, show
-
-__all__ = ["EPILOG", "diff"]
+from ._output import print_json, progress, with_texts
 
 _DIFFERENT = 1
 _KIND = "a folder that RecIS wrote, a .safetensors file, or a folder of these."
@@ -54,14 +46,15 @@ def diff(
 
     Reads all of both, in little memory: about 1.5 GB, whatever their size.
     """
-    with progress_bar() as tell:
-        listen = telling(tell, "comparing")
-        options = ReadOptions(follow_symlinks=follow_symlinks)
-        run = partial(adiff, a, b, budget=BUDGET, progress=listen, options=options)
-        found = run_blocking(run)
+    options = ReadOptions(follow_symlinks=follow_symlinks)
+    with progress("comparing") as listener:
+        found = tools.diff(a, b, progress=listener, options=options)
     if json:
         print_json(with_texts(asdict(found)))
     else:
+        from ._diff_view import difference_view
+        from ._terminal import show
+
         show(difference_view(found, everything=all_))
     if not found.equal:
         raise typer.Exit(_DIFFERENT)

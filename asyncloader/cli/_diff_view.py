@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group
-from rich.padding import Padding
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from asyncloader._tools.numbers import number_text
-
-from ._inspect_view import grid_of_numbers, indented, plural, shape_text
-from ._names import Name, escaped
-from ._output import count
+from ._terminal import (
+    Name,
+    count,
+    escaped,
+    facts,
+    grid_of_numbers,
+    indented,
+    more,
+    number_text,
+    path_line,
+    plural,
+    shape_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
         TensorDifference,
     )
 
-__all__ = ["difference_view"]
+    from ._terminal import Fact
 
 _SHOWN = 20
 
@@ -44,15 +50,12 @@ def difference_view(found: Difference, *, everything: bool) -> RenderableType:
     parts: list[RenderableType] = [_head(found)]
     only = [*_names("only in A", found.only_in_a), *_names("only in B", found.only_in_b)]
     if only:
-        parts += ["", _only(only[:most]), *_more(len(only), most, "names")]
+        parts += ["", _only(only[:most]), *more(len(only), most, "more names")]
     if tables:
-        parts += [
-            "",
-            _tables(tables[:most], everything=everything),
-            *_more(len(tables), most, "tables"),
-        ]
+        grid = _tables(tables[:most], everything=everything)
+        parts += ["", grid, *more(len(tables), most, "more tables")]
     if tensors:
-        parts += ["", _tensors(tensors[:most]), *_more(len(tensors), most, "tensors")]
+        parts += ["", _tensors(tensors[:most]), *more(len(tensors), most, "more tensors")]
     return Group(*parts)
 
 
@@ -63,20 +66,15 @@ def _head(found: Difference) -> RenderableType:
     ]
     whole = not found.only_in_a and not found.only_in_b
     result = Text("equal", "green") if found.equal else Text("different", "bold yellow")
-    lines: list[tuple[str, RenderableType]] = [
-        ("A", Text(escaped(found.a), "bold", overflow="fold")),
-        ("B", Text(escaped(found.b), "bold", overflow="fold")),
+    lines: list[Fact] = [
+        path_line(found.a, "A"),
+        path_line(found.b, "B"),
         ("result", result),
         ("equal", ", ".join(same) + ("" if whole else ", in what both have")),
         ("time", f"{found.seconds:.2f} s"),
+        *(("note", Text(escaped(note), "yellow")) for note in found.notes),
     ]
-    lines += [("note", Text(escaped(note), "yellow")) for note in found.notes]
-    grid = Table.grid(padding=(0, 3, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column()
-    for title, value in lines:
-        grid.add_row(title, value)
-    return Panel(Padding(grid, (0, 1)), border_style="dim", expand=False)
+    return facts(None, lines)
 
 
 def _names(title: str, names: Names) -> Iterator[tuple[str, str, str]]:
@@ -149,10 +147,3 @@ def _change(change: Change) -> str:
     texts += [f"{count(change.infinite)} infinite"] if change.infinite else []
     texts += [f"{count(change.nans)} NaN"] if change.nans else []
     return ", ".join(texts) or "no numbers"
-
-
-def _more(number: int, most: int | None, what: str) -> list[RenderableType]:
-    if most is None or number <= most:
-        return []
-    text = Text(f"and {count(number - most)} more {what}; --all shows them", "dim italic")
-    return [indented(text)]

@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import time
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Group
-from rich.text import Text
 
+from asyncloader._loading.progress import Progress
 from asyncloader._threads.blocking import run_blocking
-from asyncloader._tools.allocation import allocate
-from asyncloader.cli._progress import progress_bar
-from asyncloader.loader import Loader
 from asyncloader.options import ReadOptions
 
-from ._names import escaped, shown
 from ._options import DirectFlag, JsonFlag, LinksFlag, PathArgument, examples
-from ._output import print_json, show
-from ._trace_file import write_trace
+from ._output import print_json, progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from rich.console import RenderableType
-
-    from asyncloader._loading.progress import Progress
-    from asyncloader._loading.report import LoadReport
     from asyncloader._loading.trace import Span
-    from asyncloader._tools.stages import Tell
-
-__all__ = ["EPILOG", "Loaded", "load", "load_all"]
 
 _DEFAULTS = ReadOptions()
 
@@ -62,19 +47,6 @@ class FloatChoice(enum.StrEnum):
     FLOAT16 = "float16"
     FLOAT32 = "float32"
     FLOAT64 = "float64"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """What a load did, and what had to be done before."""
-
-    report: LoadReport
-
-    kernels_seconds: float
-    """To load the kernels that tables need, or, the first time ever, to compile them."""
-
-    allocation_seconds: float
-    """To read names and headers, and make tables and tensors."""
 
 
 def load(
@@ -131,25 +103,25 @@ def load(
         direct_io=direct_io,
         follow_symlinks=follow_symlinks,
     )
-    with _tracing(trace, path) as listener, progress_bar() as tell:
-        run = partial(
-            load_all,
-            path,
-            options=options,
-            trace=listener,
-            tell=tell,
-            floats=cast,
-        )
+    with _tracing(trace, path) as listener, progress("loading") as tell:
+        if tell is not None:  # before torch and the kernels, which take seconds the first time
+            tell(Progress(bytes_done=0, bytes_total=0, seconds=0, current="preparing"))
+        from asyncloader._tools.allocation import load_all
+
+        run = partial(load_all, path, options=options, trace=listener, progress=tell, floats=cast)
         loaded = run_blocking(run)
     if json:
         print_json(loaded)
-    else:
-        show(_view(loaded), markup=True)  # the report's own
+        return
+    from ._result_views import load_view
+    from ._terminal import show
+
+    show(load_view(loaded), markup=True)  # the report's own
 
 
 @contextlib.contextmanager
 def _tracing(file: str | None, path: str) -> Iterator[Callable[[Span], object] | None]:
-    """Yield what hears of each step, and write all of them in the end, also of a load that fails.
+    """Yield a listener for each step, and write all of them in the end, also of a load that fails.
 
     Raises:
         OSError: If the file cannot be written to; before anything is loaded.
@@ -161,89 +133,10 @@ def _tracing(file: str | None, path: str) -> Iterator[Callable[[Span], object] |
     target, source = Path(file).resolve(), Path(path).resolve()
     if target == source or source in target.parents:
         raise ValueError(f"{file}: a trace cannot be written into the checkpoint itself")
+    from ._trace_file import write_trace
+
     with Path(file).open("wb") as out:
         try:
             yield spans.append
         finally:
             write_trace(out, path, spans)
-
-
-async def load_all(
-    path: str,
-    *,
-    options: ReadOptions,
-    trace: Callable[[Span], object] | None,
-    tell: Tell,
-    floats: str | None = None,
-) -> Loaded:
-    """Make room for a checkpoint and load it.
-
-    Args:
-        path: The checkpoint.
-        options: How to read.
-        trace: As `Loader` takes it.
-        tell: Hears of progress.
-        floats: The dtype to make all floats of; by default each stays of its own.
-
-    Raises:
-        CheckpointError: If there is no committed checkpoint, or it is unreadable.
-        PlanError: If its parts disagree.
-        ReadError: If the storage failed.
-        MemoryError: If there is no room.
-    """
-    tell(0, 0, "preparing")
-    compiled: list[float] = []
-    lacking: dict[str, str] = {}
-    begin = time.perf_counter()
-    tables, tensors = await allocate(
-        path,
-        options=options,
-        kernels=compiled.append,
-        floats=floats,
-        lacking=lacking.__setitem__,
-    )
-    prepared = time.perf_counter() - begin
-
-    def listen(moment: Progress) -> None:
-        tell(moment.bytes_done, moment.bytes_total, moment.current or "loading")
-
-    loader = Loader(
-        path,
-        tables,
-        tensors,
-        options=options,
-        progress=listen,
-        trace=trace,
-        cast=None if floats is None else "any",
-    )
-    report = await loader.aload()
-    left_out = (
-        f"{name!r} is {dtype}, which torch lacks: left out" for name, dtype in lacking.items()
-    )
-    report = replace(report, warnings=(*report.warnings, *left_out))
-    return Loaded(
-        report=report,
-        kernels_seconds=sum(compiled),
-        allocation_seconds=prepared - sum(compiled),
-    )
-
-
-def _view(loaded: Loaded) -> RenderableType:
-    kernels, rest = loaded.kernels_seconds, loaded.allocation_seconds
-    before = Text(
-        f"before that: {kernels:.3f} s for kernels, {rest:.3f} s for names and memory", "dim"
-    )
-    return Group(_harmless(loaded.report), "", before)
-
-
-def _harmless(report: LoadReport) -> LoadReport:
-    """Return the report with names that a terminal can show."""
-    return replace(
-        report,
-        location=escaped(report.location),
-        tables={shown(name): counts for name, counts in report.tables.items()},
-        casts=tuple(replace(cast, name=shown(cast.name)) for cast in report.casts),
-        missing=tuple(map(shown, report.missing)),
-        unexpected=tuple(map(shown, report.unexpected)),
-        warnings=tuple(map(escaped, report.warnings)),
-    )

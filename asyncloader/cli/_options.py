@@ -8,8 +8,6 @@ import typer
 
 from asyncloader._arguments import check_no_url
 
-__all__ = ["DirectFlag", "JsonFlag", "LinksFlag", "PathArgument", "examples"]
-
 
 def _given(path: str) -> str:
     if not path:

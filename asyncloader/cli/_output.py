@@ -1,7 +1,8 @@
-"""Where output goes: results to stdout, all else to stderr; in colour on terminals only."""
+"""Where results go: to stdout, all else to stderr; and failures as one line for people."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -10,37 +11,20 @@ import sys
 from typing import TYPE_CHECKING
 
 import orjson
-import typer
-from rich.console import Console
-from rich.text import Text
 
-from ._names import escaped
+from asyncloader.errors import AsyncLoaderError, CheckpointNotFoundError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from collections.abc import Callable, Iterator, Mapping
 
-__all__ = [
-    "PIPE_CLOSED",
-    "complain",
-    "console",
-    "count",
-    "drop_output",
-    "prepare",
-    "print_json",
-    "show",
-]
+    from asyncloader._loading.progress import Progress
 
-PIPE_CLOSED = 141
-"""Exit code when nobody reads on, that of a program which the signal has ended."""
+EXPECTED = (AsyncLoaderError, KeyError, OSError, ValueError, MemoryError)
+"""What is no bug: the checkpoint, the system, or what was asked for."""
 
 _STDERR = 2
-# Whatever reads a pipe has no width: nothing is cut.
-_UNLIMITED = 1 << 14
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        _give_up()
+_EXACT = 1 << 53
+"""The largest whole number up to which programs are exact whose numbers are doubles, as jq is."""
 
 
 def prepare() -> None:
@@ -57,24 +41,6 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def console(*, stderr: bool = False, markup: bool = False) -> Console:
-    """Return a console that takes names for what they are, no markup and no emoji codes."""
-    made = _Console(stderr=stderr, markup=markup, emoji=False, highlight=False)
-    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
-        made.width = _UNLIMITED
-    return made
-
-
-def show(result: RenderableType, *, markup: bool = False) -> None:
-    """Print a result.
-
-    Args:
-        result: What rich can render.
-        markup: Whether plain `str` within it are rich markup; names must not be such `str` then.
-    """
-    console(markup=markup).print(result)
-
-
 def print_json(value: object) -> None:
     """Print a result as one JSON document; frozen dataclasses are objects."""
     try:
@@ -83,31 +49,40 @@ def print_json(value: object) -> None:
         text = json.dumps(value, indent=2, default=_as_dict).encode()
     if sys.stdout is None:
         return
-    try:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(text + b"\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _give_up()
-
-
-def complain(message: str) -> None:
-    """Say on stderr, in one line, what went wrong."""
-    line = " ".join(part.strip() for part in message.splitlines())
-    console(stderr=True).print(
-        Text.assemble(("asyncloader: ", "bold red"), escaped(line)), soft_wrap=True
-    )
-
-
-def count(number: int) -> str:
-    """Return a number with separators."""
-    return f"{number:,}"
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text + b"\n")
+    sys.stdout.flush()
 
 
 def _as_dict(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     raise TypeError(f"{type(value)} is nothing that JSON has")
+
+
+def with_texts(value: object) -> object:
+    """Return what JSON is made of, with the text of whole numbers beside them, as `…_text`.
+
+    An id always has one, so that a program need not look; others where a double would round them.
+    """
+    if isinstance(value, dict):
+        return dict(_members(value))
+    if isinstance(value, list | tuple):
+        return [with_texts(one) for one in value]
+    return value
+
+
+def _members(value: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for key, one in value.items():
+        yield key, with_texts(one)
+        if _is_rounded(one) or (key == "id" and type(one) is int):
+            yield f"{key}_text", str(one)
+        elif isinstance(one, list | tuple) and any(map(_is_rounded, one)):
+            yield f"{key}_text", list(map(str, one))
+
+
+def _is_rounded(value: object) -> bool:
+    return type(value) is int and abs(value) > _EXACT
 
 
 def drop_output() -> None:
@@ -117,7 +92,43 @@ def drop_output() -> None:
     os.close(nowhere)
 
 
-def _give_up() -> None:
-    """End quietly: whoever read our output has gone."""
-    drop_output()
-    raise typer.Exit(PIPE_CLOSED)
+@contextlib.contextmanager
+def progress(doing: str) -> Iterator[Callable[[Progress], object] | None]:
+    """Show on a terminal how far the block has come, if it takes longer than a moment."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None  # whatever colours are forced
+        return
+    from ._terminal import bar
+
+    with bar(doing) as listener:
+        yield listener
+
+
+def message_of(error: BaseException) -> str:
+    """Say what is wrong."""
+    if isinstance(error, CheckpointNotFoundError):
+        return _not_found(error)
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])  # `str` of a KeyError is a `repr`
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}" if error.args else "not enough memory"
+    if isinstance(error, OSError) and not isinstance(error, AsyncLoaderError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _not_found(error: CheckpointNotFoundError) -> str:
+    from asyncloader.runs import is_run_folder, latest
+
+    if not os.path.lexists(error.location):
+        return f"{error.location}: no such file or folder"
+    if not is_run_folder(error.location):
+        return str(error)
+    try:
+        newest = latest(error.location)
+    except AsyncLoaderError:  # removed meanwhile
+        return str(error)
+    return (
+        f"{error.location}: no checkpoint itself but a run folder that holds some; the newest is "
+        f"{newest}"
+    )

@@ -8,24 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asyncloader._loading.session import open_session
 from asyncloader._threads.blocking import run_blocking
-from asyncloader._tools.finding import FoundId, find_id
-from asyncloader._tools.lookup import find_table, find_target
-from asyncloader._tools.showing import ShownTable, ShownTensor, show_table, show_tensor
-from asyncloader._tools.values import with_texts
-from asyncloader.cli._progress import progress_bar
 from asyncloader.options import ReadOptions
 
-from ._names import shown
 from ._options import JsonFlag, LinksFlag, PathArgument, examples
-from ._output import complain, print_json, show
-from ._show_view import id_view, table_view, tensor_view
+from ._output import print_json, progress, with_texts
 
 if TYPE_CHECKING:
-    from asyncloader._tools.stages import Tell
-
-__all__ = ["EPILOG", "look_at", "look_for", "show_one"]
+    from asyncloader._tools.showing import ShownTable, ShownTensor
 
 _NOT_THERE = 1
 _BITS = 64
@@ -47,6 +37,8 @@ def _as_id(text: str) -> int:
     except ValueError:
         number = 1 << _BITS
     if not -(1 << _BITS - 1) <= number < 1 << _BITS:
+        from ._terminal import shown
+
         raise typer.BadParameter(
             f"{shown(text)} is no id: that is a whole number of {_BITS} bits, signed or not, "
             "decimal or hexadecimal (0x…)"
@@ -89,61 +81,28 @@ def show_one(
 
     Reads piece by piece: what is shown need not fit into memory.
     """
+    from asyncloader._tools.finding import FoundId, look_for
+    from asyncloader._tools.showing import look_at
+
     options = ReadOptions(follow_symlinks=follow_symlinks)
-    with progress_bar() as tell:
-        if id_ is not None:
-            found: FoundId | ShownTable | ShownTensor = run_blocking(
-                partial(look_for, path, name, id_, tell=tell, options=options)
-            )
+    with progress("reading") as listener:
+        if id_ is None:
+            look = partial(look_at, path, name, rows=rows, options=options, progress=listener)
+            found: FoundId | ShownTable | ShownTensor = run_blocking(look)
         else:
-            found = run_blocking(
-                partial(look_at, path, name, rows=rows, tell=tell, options=options)
-            )
+            find = partial(look_for, path, name, id_, options=options, progress=listener)
+            found = run_blocking(find)
+    missing = isinstance(found, FoundId) and not found.found
     if json:
         print_json(with_texts(asdict(found)))
-    elif isinstance(found, ShownTable):
-        show(table_view(found))
-    elif isinstance(found, ShownTensor):
-        show(tensor_view(found))
-    elif found.found:
-        show(id_view(found))
-    else:
+    elif isinstance(found, FoundId) and missing:
+        from ._terminal import complain, shown
+
         complain(f"{path}: table {shown(found.table)} has no id {found.id}")
-    if isinstance(found, FoundId) and not found.found:
+    else:
+        from ._show_view import view_of
+        from ._terminal import show
+
+        show(view_of(found))
+    if missing:
         raise typer.Exit(_NOT_THERE)
-
-
-async def look_at(
-    path: str, name: str, *, rows: int, tell: Tell, options: ReadOptions | None = None
-) -> ShownTable | ShownTensor:
-    """Say what goes by a name, and what it is like.
-
-    Raises:
-        KeyError: If there is no such name.
-        CheckpointError: If there is no committed checkpoint, or it is unreadable.
-        ReadError: If the storage failed.
-    """
-    async with open_session(path, options or ReadOptions()) as session:
-        catalog = await session.catalog()
-        target = find_target(session.location, catalog, name)
-        if target.table is not None and target.slot is None:
-            return await show_table(session, catalog, target.table, tell=tell)
-        return await show_tensor(session, catalog, target, rows=rows, tell=tell)
-
-
-async def look_for(
-    path: str, name: str, id_: int, *, tell: Tell, options: ReadOptions | None = None
-) -> FoundId:
-    """Find an id in a table; raises what `look_at` does."""
-    async with open_session(path, options or ReadOptions()) as session:
-        catalog = await session.catalog()
-        target = find_table(session.location, catalog, name)
-        done = 0
-
-        def advance(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            tell(done, 0, name)
-
-        table = name if target.table is None else target.table
-        return await find_id(session, catalog, table, id_, only=target.slot, advance=advance)

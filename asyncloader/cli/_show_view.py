@@ -8,31 +8,49 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from asyncloader._checkpoint.parts import ID
 from asyncloader._memory.sizes import size_text
-from asyncloader._tools.allocation import ID
-from asyncloader._tools.numbers import Numbers, number_text
+from asyncloader._tools.finding import FoundId
+from asyncloader._tools.showing import ShownTable, ShownTensor
 
-from ._inspect_view import facts, grid_of_numbers, indented, metadata_lines, plural, shape_text
-from ._names import Name, shown
-from ._output import count
+from ._inspect_view import metadata_lines
+from ._terminal import (
+    Name,
+    Numbers,
+    count,
+    facts,
+    grid_of_numbers,
+    indented,
+    number_text,
+    path_line,
+    plural,
+    shape_text,
+    shown,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from asyncloader._tools.finding import FoundId
-    from asyncloader._tools.showing import ShownTable, ShownTensor
     from asyncloader._tools.statistics import Statistics
 
-__all__ = ["id_view", "table_view", "tensor_view"]
+    from ._terminal import Fact
 
 _FEW = 8
 """Values of a row, where there are several rows."""
 
 
+def view_of(found: FoundId | ShownTable | ShownTensor) -> RenderableType:
+    """Show what `asyncloader show` has found."""
+    if isinstance(found, FoundId):
+        return id_view(found)
+    return table_view(found) if isinstance(found, ShownTable) else tensor_view(found)
+
+
 def tensor_view(tensor: ShownTensor) -> RenderableType:
     """Show a dense tensor or a slot."""
     several = f" in {count(tensor.parts)} parts" if tensor.parts > 1 else ""
-    lines: list[tuple[str, RenderableType]] = [
+    lines: list[Fact] = [
+        path_line(tensor.location),
         (tensor.kind, Text(shown(tensor.name), "bold", overflow="fold")),
         ("dtype", Text(tensor.dtype, "cyan")),
         ("shape", shape_text(tensor.shape)),
@@ -44,12 +62,12 @@ def tensor_view(tensor: ShownTensor) -> RenderableType:
     flat = len(tensor.shape) <= 1 and all(row.id is None for row in tensor.rows)
     if flat and tensor.rows:
         lines.append(("values" if tensor.shape else "value", _flat(tensor)))
-    head = facts(tensor.kind, tensor.location, lines)
+    head = facts(tensor.kind, lines)
     return Group(head, "", _rows(tensor)) if tensor.rows and not flat else head
 
 
-def _statistics(found: Statistics) -> list[tuple[str, RenderableType]]:
-    lines: list[tuple[str, RenderableType]] = []
+def _statistics(found: Statistics) -> list[Fact]:
+    lines: list[Fact] = []
     if found.min is not None and found.max is not None:
         lines.append(("range", f"{number_text(found.min)} to {number_text(found.max)}"))
     if found.mean is not None and found.std is not None:
@@ -100,7 +118,8 @@ def table_view(table: ShownTable) -> RenderableType:
     """Show a table's slots, a line each."""
     slots = {slot.name.rpartition("@")[2]: slot for slot in table.slots}
     ids = slots.pop(ID, None)
-    lines: list[tuple[str, RenderableType]] = [
+    lines: list[Fact] = [
+        path_line(table.location),
         ("table", Text(shown(table.name), "bold", overflow="fold")),
         ("size", size_text(table.bytes)),
         ("holds", f"{plural(table.ids, 'id')}, {plural(len(slots), 'slot')}"),
@@ -116,7 +135,7 @@ def table_view(table: ShownTable) -> RenderableType:
         cells = _cells(slot.statistics)
         row = shape_text(slot.shape[1:])
         grid.add_row(Name(name), Text(slot.dtype, "cyan"), row, *cells[: None if odd else -1])
-    return Group(facts(table.kind, table.location, lines), "", indented(grid))
+    return Group(facts(table.kind, lines), "", indented(grid))
 
 
 def _cells(found: Statistics | None) -> list[RenderableType]:
@@ -129,7 +148,8 @@ def _cells(found: Statistics | None) -> list[RenderableType]:
 
 def id_view(found: FoundId) -> RenderableType:
     """Show what a table keeps for an id."""
-    lines: list[tuple[str, RenderableType]] = [
+    lines: list[Fact] = [
+        path_line(found.location),
         ("table", Text(shown(found.table), "bold", overflow="fold")),
         ("id", Text(str(found.id), "cyan")),
         ("part", Text(f"{found.part}")),
@@ -144,5 +164,5 @@ def id_view(found: FoundId) -> RenderableType:
     for slot in found.slots:
         values = Numbers(slot.row.values, slot.row.omitted, one_line=False)
         grid.add_row(Name(slot.name), slot.dtype, values)
-    head = facts("id", found.location, lines)
+    head = facts("id", lines)
     return Group(head, "", indented(grid)) if found.slots else head

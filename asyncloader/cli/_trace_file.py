@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from asyncloader._loading.trace import Span
 
-__all__ = ["trace_of", "write_trace"]
-
 _MICRO = 1e6
 _DIGITS = 3
 

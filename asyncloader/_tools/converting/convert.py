@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from asyncloader._arguments import checked_path
@@ -13,43 +16,17 @@ from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import AsyncLoaderError, SaveError
 from asyncloader.options import ReadOptions
 
-from .destination import Destination
-from .file import Written, write_file
-from .folder import Part, write_folder
-from .source import Source, read_source
-from .strays import refuse_strays
+from .file import write_file
+from .folder import write_folder
+from .source import read_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Iterator
 
     from asyncloader._loading.progress import Progress
-    from asyncloader._loading.session import Session
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to convert."""
-
-    shards: int | None
-    """Ranks to write a folder as; as many as wrote the source if `None`."""
-
-    slots: Collection[str] | None
-    """Slots to keep besides the ids; all if `None`."""
-
-    tables: Collection[str] | None = None
-    """What of plain files are tables; if `None`, what looks like one and has each id once."""
-
-    parallel: int
-    """Shard files of each rank, and writes at a time."""
-
-    overwrite: bool
-    """Whether to replace what is there."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("shards", self.shards), ("parallel", self.parallel)):
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} must be positive, got {value}")
+_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,106 +72,149 @@ class Conversion:
 async def aconvert(
     source: str,
     destination: str,
-    options: Options,
     *,
+    shards: int | None = None,
+    slots: Collection[str] | None = None,
+    tables: Collection[str] | None = None,
+    parallel: int = 8,
+    overwrite: bool = False,
     progress: Callable[[Progress], object] | None = None,
-    read: ReadOptions | None = None,
+    options: ReadOptions | None = None,
 ) -> Conversion:
-    """Convert.
+    """Convert; `asyncloader.tools.convert` says what that is.
 
     If that fails, or is cancelled, before the file, or the folder's `index`, is moved into its
     place, nothing is left behind, and what was there is as it was. After a file's move it is
     written: an error says so then.
-
-    Args:
-        source: A RecIS folder, a safetensors file, or a folder of Hugging Face's.
-        destination: A folder for a checkpoint in RecIS's format, or a file that ends in
-            `.safetensors`.
-        options: How.
-        progress: Called on the event loop, at most ten times a second.
-        read: How to read.
-
-    Raises:
-        CheckpointError: If the source is missing, unreadable, or contradicts itself.
-        PlanError: If it does not fit together.
-        ReadError: If it could not be read.
-        SaveError: If the destination must not be written, or could not be; or a file was, but may
-            not outlive a power loss.
-        ValueError: If names cannot be told apart there.
     """
     start = time.perf_counter()
     for path in (source, destination):
         checked_path(path, "path")
-    async with open_session(source, read or ReadOptions()) as session:
-        reads = session.threads.reads
-        check = partial(Destination.checked, source, destination, overwrite=options.overwrite)
+    for name, number in (("shards", shards), ("parallel", parallel)):
+        if number is not None and number <= 0:
+            raise ValueError(f"{name} must be positive, got {number}")
+    async with open_session(source, options or ReadOptions()) as session:
+        check = partial(_Destination.checked, source, destination, overwrite=overwrite)
         target = await session.on_disk(check)
-        if target.is_file and options.shards is not None:
+        if target.is_file and shards is not None:
             raise SaveError(destination, "is one file: --shards is for folders")
-        content = await read_source(session, options.slots, options.tables, to_file=target.is_file)
+        content = await read_source(session, slots, tables, to_file=target.is_file)
         try:
-            await run_jobs(reads, [target.begin])
-            written = await _write(session, content, target, options, progress)
+            await run_jobs(session.threads.reads, [target.begin])
+            if target.is_file:
+                file = await write_file(
+                    session,
+                    content,
+                    target.path,
+                    parallel=parallel,
+                    overwrite=overwrite,
+                    progress=progress,
+                )
+                files = [target.path.name]
+                size, verified = file.nbytes, file.verified
+                parts = []
+            else:
+                parts = await write_folder(
+                    session,
+                    content,
+                    target.path,
+                    ranks=shards,
+                    parallel=parallel,
+                    progress=progress,
+                )
+                files = sorted(file for part in parts for file in part.report.shards)
+                size = sum(part.report.bytes_written for part in parts)
+                verified = sum(part.bytes_verified for part in parts)
         except BaseException as error:
-            await run_jobs(reads, [target.give_up])
+            await run_jobs(session.threads.reads, [target.give_up])
             if isinstance(error, OSError) and not isinstance(error, AsyncLoaderError):
                 raise SaveError(destination, f"could not be written: {error}") from error
             raise
-    return _result(source, target.path, content, written, time.perf_counter() - start)
-
-
-async def _write(
-    session: Session,
-    content: Source,
-    target: Destination,
-    options: Options,
-    progress: Callable[[Progress], object] | None,
-) -> Written | list[Part]:
-    parallel = options.parallel
-    if target.is_file:
-        await refuse_strays(session, content)
-        return await write_file(
-            session,
-            content,
-            target.path,
-            parallel=parallel,
-            overwrite=options.overwrite,
-            progress=progress,
+    converted = []
+    for name, table in content.tables.items():
+        there = table.ids.rows
+        ids = sum(part.report.tables.get(name, 0) for part in parts) if parts else there
+        twice = sum(part.duplicates.get(name, 0) for part in parts)
+        converted.append(
+            ConvertedTable(
+                name=name,
+                slots=tuple(table.slots),
+                ids=ids,
+                duplicates=twice,
+                strays=there - ids - twice,
+            )
         )
-    ranks = options.shards or max((table.ranks for table in content.tables), default=1)
-    return await write_folder(
-        session, content, target.path, ranks=ranks, parallel=parallel, progress=progress
-    )
-
-
-def _result(
-    source: str, path: Path, content: Source, written: Written | Sequence[Part], seconds: float
-) -> Conversion:
-    parts = [] if isinstance(written, Written) else written
-    tables = []
-    for table in content.tables:
-        slots, there = tuple(table.slots), table.ids.rows
-        ids = sum(part.report.tables.get(table.name, 0) for part in parts) if parts else there
-        twice = sum(part.duplicates.get(table.name, 0) for part in parts)
-        strays = there - ids - twice
-        tables.append(
-            ConvertedTable(name=table.name, slots=slots, ids=ids, duplicates=twice, strays=strays)
-        )
-    if isinstance(written, Written):
-        files, size, verified = written.files, written.bytes_written, written.bytes_verified
-    else:
-        files = tuple(sorted(file for part in parts for file in part.report.shards))
-        size = sum(part.report.bytes_written for part in parts)
-        verified = sum(part.bytes_verified for part in parts)
     return Conversion(
         source=source,
-        destination=str(path),
-        kind="safetensors file" if isinstance(written, Written) else "RecIS checkpoint",
+        destination=str(target.path),
+        kind="safetensors file" if target.is_file else "RecIS checkpoint",
         ranks=len(parts) or None,
-        files=files,
-        tables=tuple(tables),
-        tensors=tuple(stored.name for stored in content.tensors),
+        files=tuple(files),
+        tables=tuple(converted),
+        tensors=tuple(content.tensors),
         bytes_written=size,
         bytes_verified=verified,
-        seconds=seconds,
+        seconds=time.perf_counter() - start,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Destination:
+    """A file or folder to write. All of this blocks."""
+
+    path: Path
+
+    is_file: bool
+    """Whether it is one plain safetensors file, rather than a checkpoint's folder."""
+
+    made: tuple[Path, ...]
+    """Folders that were not there before, the outermost first."""
+
+    @classmethod
+    def checked(cls, source: str, path: str, *, overwrite: bool) -> _Destination:
+        """Say what the path stands for.
+
+        Raises:
+            SaveError: If it would harm the source, or something is there that must not be replaced.
+        """
+        target = Path(path)
+        is_file = target.name.endswith(_SUFFIX)
+        _check_apart(source, target)
+        if is_file and target.is_dir():
+            problem = f"is a folder; a name that ends in {_SUFFIX} is taken for a file"
+            raise SaveError(path, problem)
+        if not is_file and target.exists() and not target.is_dir():
+            problem = "is a file, but a checkpoint is a folder; a plain file's name has to end "
+            raise SaveError(path, problem + f"in {_SUFFIX}")
+        occupied = any(target.iterdir()) if target.is_dir() else os.path.lexists(target)
+        if occupied and not overwrite:
+            raise SaveError(path, "is there already; give another place, or --overwrite")
+        home = target.parent if is_file else target
+        return cls(path=target, is_file=is_file, made=tuple(_missing(home)))
+
+    def begin(self) -> None:
+        """Make the folders that are missing."""
+        for folder in self.made:
+            folder.mkdir(exist_ok=True)
+
+    def give_up(self) -> None:
+        """Remove the folders that were made, unless something was put into them."""
+        for folder in reversed(self.made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _check_apart(source: str, target: Path) -> None:
+    one, other = Path(os.path.realpath(source)), Path(os.path.realpath(target))
+    if one == other:
+        raise SaveError(str(target), "is the source itself; give another place")
+    if one in other.parents:
+        raise SaveError(str(target), f"lies within the source {source}; give another place")
+    if other in one.parents:
+        raise SaveError(str(target), f"holds the source {source}; give another place")
+
+
+def _missing(folder: Path) -> Iterator[Path]:
+    if not folder.exists() and folder.parent != folder:
+        yield from _missing(folder.parent)
+        yield folder

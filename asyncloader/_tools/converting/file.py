@@ -3,123 +3,58 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from asyncloader._checkpoint.parts import ID
+from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._loading.progress import Meter
-from asyncloader._planning.load_info import ID
 from asyncloader._saving.layout import WriteBlock, lay_out_shard
 from asyncloader._saving.save_id import fresh_save_id
 from asyncloader._storage.folder import LocalFolder
 from asyncloader._threads.jobs import run_jobs
-from asyncloader.errors import AsyncLoaderError, SaveError
+from asyncloader._tools.scanning import scan
+from asyncloader.errors import AsyncLoaderError, CheckpointError, SaveError
 
-from .copying import Copy, Copying
-from .recognition import METADATA, describe_tables, key_of
+from .recognition import METADATA, describe_tables, key_of, metadata_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from asyncloader._checkpoint.blocks import Block
+    from asyncloader._checkpoint.slices import Slice
     from asyncloader._checkpoint.stored import Stored
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
     from asyncloader._saving.layout import ShardLayout
     from asyncloader._storage.folder import WritableFile
-
-    from .source import Source
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """What was written."""
-
-    files: tuple[str, ...]
-    bytes_written: int
-    bytes_verified: int
+    from asyncloader._tools.content import Content
 
 
-def lay_out_file(file: str, source: Source) -> tuple[ShardLayout, list[Copy]]:
-    """Decide what stands where: tables first, the ids before the slots.
-
-    Args:
-        file: Its name.
-        source: What it shall hold.
-
-    Raises:
-        ValueError: If two things would have the same name there.
-    """
-    blocks: dict[str, WriteBlock] = {}
-    stored: dict[WriteBlock, Stored] = {}
-    for key, one in _entries(source):
-        if key == "__metadata__":
-            raise ValueError(f"{one.name!r} would stand under {key!r}, which is no tensor's name")
-        if key in blocks:
-            other = stored[blocks[key]].name
-            raise ValueError(
-                f"{other!r} and {one.name!r} would both stand under {key!r}; a plain file has no "
-                "other name for them"
-            )
-        block = WriteBlock(
-            name=key,
-            table=None,
-            slice=None,
-            dtype=one.dtype,
-            shape=one.shape,
-            nbytes=one.nbytes,
-        )
-        blocks[key] = block
-        stored[block] = one
-    layout = lay_out_shard(file, 0, blocks, _metadata(source))
-    places = ((placed.offset, stored[placed.block]) for placed in layout.blocks)
-    copies = [copy for at, one in places for copy in _copies(at, one)]
-    _check_tiles(layout, copies)
-    return layout, copies
+_ID_BYTES = 8
 
 
-def _check_tiles(layout: ShardLayout, copies: Sequence[Copy]) -> None:
-    """Make sure that copies fill the file, and that none writes over its neighbour.
+class Written(NamedTuple):
+    """How many bytes were written, and how many of those that were read were verified."""
 
-    Raises:
-        RuntimeError: If not.
-    """
-    end = len(layout.head)
-    for block, at in copies:
-        if at != end:
-            raise RuntimeError(f"{block.key!r} would be written to {at}, but {end} is free")
-        end += block.nbytes
-    if end != layout.size:
-        raise RuntimeError(f"{end} bytes would be written to a file of {layout.size}")
+    nbytes: int
+    verified: int
 
 
-def _copies(at: int, stored: Stored) -> Iterator[Copy]:
-    """Yield the blocks of what stands at an offset of the file, one after the other."""
-    for block in stored.blocks:
-        yield Copy(block, at)
-        at += block.nbytes
+class _Copy(NamedTuple):
+    """A block, and where it goes."""
 
-
-def _entries(source: Source) -> Iterator[tuple[str, Stored]]:
-    for table in source.tables:
-        yield key_of(table.name, ID), table.ids
-        for slot, stored in table.slots.items():
-            yield key_of(table.name, slot), stored
-    for stored in source.tensors:
-        yield stored.name, stored
-
-
-def _metadata(source: Source) -> dict[str, str]:
-    # Without a "format" some readers of Hugging Face's refuse a file.
-    metadata = {"format": "pt", **source.metadata}
-    tables = {table.name: (table.slice_size, [ID, *table.slots]) for table in source.tables}
-    metadata.pop(METADATA, None)
-    return metadata | ({METADATA: describe_tables(tables)} if tables else {})
+    block: Block
+    at: int
+    """First byte within the file."""
 
 
 async def write_file(
     session: Session,
-    source: Source,
+    content: Content,
     path: Path,
     *,
     parallel: int,
@@ -132,7 +67,7 @@ async def write_file(
 
     Args:
         session: The source.
-        source: What it holds.
+        content: What it holds.
         path: The file.
         parallel: Writes at a time.
         overwrite: Whether to replace what is there by then.
@@ -140,17 +75,19 @@ async def write_file(
 
     Raises:
         ValueError: If two things would have the same name there.
-        CheckpointError: If bytes are not those that were written, or a file is another one by now.
+        CheckpointError: If bytes are not those that were written, a file is another one by now, or
+            ids lie outside the slices that their blocks claim.
         ReadError: If the source failed.
         SaveError: If the file could not be written; or it was, but may not outlive a power loss.
     """
+    await _refuse_strays(session, content)
     folder = LocalFolder(path.parent)
     draft = f".{fresh_save_id()}.safetensors.tmp"
-    threads = session.threads
-    lay_out = partial(lay_out_file, draft, source)
-    [(layout, copies)] = await run_jobs(threads.kernels, [lay_out])
-    shards = sorted({copy.block.shard for copy in copies})
-    meter, held = Meter(source.nbytes, progress), contextlib.ExitStack()
+    reads = session.threads.reads
+    [(layout, copies)] = await run_jobs(
+        session.threads.kernels, [partial(_lay_out, draft, content)]
+    )
+    meter, held = Meter(content.nbytes, progress), contextlib.ExitStack()
 
     def begin() -> WritableFile:
         file = held.enter_context(contextlib.closing(folder.create(draft)))
@@ -173,17 +110,123 @@ async def write_file(
 
     try:
         try:
-            [file] = await run_jobs(threads.reads, [begin])
-            await Copying(session=session, file=file, copies=copies, meter=meter).run(parallel)
-            await run_jobs(threads.reads, [file.sync])
+            [file] = await run_jobs(reads, [begin])
+            verified = await _copy(session, file, copies, meter, parallel)
+            await run_jobs(reads, [file.sync])
         finally:
-            await run_jobs(threads.reads, [held.close])
-        await session.check_unchanged(shards)
+            await run_jobs(reads, [held.close])
+        await session.check_unchanged(sorted({copy.block.shard for copy in copies}))
         meter.finish()
-        await run_jobs(threads.reads, [publish])
+        await run_jobs(reads, [publish])
     except BaseException as error:
-        await run_jobs(threads.reads, [give_up])
+        await run_jobs(reads, [give_up])
         if isinstance(error, OSError) and not isinstance(error, AsyncLoaderError):
             raise SaveError(str(path), f"could not be written: {error}") from error
         raise
-    return Written(files=(path.name,), bytes_written=layout.size, bytes_verified=meter.verified)
+    return Written(layout.size, verified)
+
+
+async def _copy(
+    session: Session, file: WritableFile, copies: Sequence[_Copy], meter: Meter, parallel: int
+) -> int:
+    """Copy blocks as they lie on disk, and return how many bytes were compared with digests."""
+    check = session.verifier.check
+
+    def put(number: int, position: int, view: memoryview) -> int:
+        block, at = copies[number]
+        verified = check(block, position, view)
+        file.write(at + position, [view])
+        return len(verified)
+
+    return sum(
+        await scan(
+            session,
+            [block for block, _ in copies],
+            put,
+            grain=lambda block: DIGEST_CHUNK if block.digests else 1,
+            meter=meter,
+            executor=session.threads.reads,
+            workers=parallel,
+        )
+    )
+
+
+async def _refuse_strays(session: Session, content: Content) -> None:
+    """Refuse ids outside the slices that their blocks claim, which no load takes.
+
+    In a plain file no block claims any, and they would be as good as the others.
+
+    Raises:
+        CheckpointError: If a table has some.
+        ReadError: If the storage failed.
+    """
+    manifest = content.manifest
+    for name in content.tables:
+        parts = [part for part in manifest.catalog.tables[name][ID] if not part.slice.is_whole]
+        claims = [part.slice for part in parts]
+
+        def count(number: int, _: int, view: memoryview, claims: list[Slice] = claims) -> int:
+            outside = claims[number].strays(np.frombuffer(view, np.int64))
+            return int(np.count_nonzero(outside))
+
+        blocks = [manifest.block(part.place) for part in parts]
+        strays = sum(await scan(session, blocks, count, grain=lambda _: _ID_BYTES, meter=Meter(0)))
+        if strays:
+            problem = (
+                f"table {name!r} has {strays:,} ids outside the slices that their blocks claim, "
+                "which no load takes; convert it to a folder first, which leaves them out"
+            )
+            raise CheckpointError(session.location, problem)
+
+
+def _lay_out(file: str, content: Content) -> tuple[ShardLayout, list[_Copy]]:
+    """Decide what stands where: tables first, the ids before the slots.
+
+    Args:
+        file: Its name.
+        content: What it shall hold.
+
+    Raises:
+        ValueError: If two things would have the same name there.
+    """
+    blocks: dict[str, WriteBlock] = {}
+    stored: dict[WriteBlock, Stored] = {}
+    for key, one in _entries(content):
+        if key == "__metadata__":
+            raise ValueError(f"{one.name!r} would stand under {key!r}, which is no tensor's name")
+        if key in blocks:
+            other = stored[blocks[key]].name
+            raise ValueError(
+                f"{other!r} and {one.name!r} would both stand under {key!r}; a plain file has no "
+                "other name for them"
+            )
+        blocks[key] = WriteBlock(
+            name=key, table=None, slice=None, dtype=one.dtype, shape=one.shape, nbytes=one.nbytes
+        )
+        stored[blocks[key]] = one
+    layout = lay_out_shard(file, 0, blocks, _metadata(content))
+    copies, end = list[_Copy](), len(layout.head)
+    for placed in layout.blocks:
+        at = placed.offset
+        for block in stored[placed.block].blocks:
+            assert at == end, "copies fill the file, and none writes over its neighbour"
+            copies.append(_Copy(block, at))
+            at = end = at + block.nbytes
+    assert end == layout.size, "copies fill the file"
+    return layout, copies
+
+
+def _entries(content: Content) -> Iterator[tuple[str, Stored]]:
+    for name, table in content.tables.items():
+        yield key_of(name, ID), table.ids
+        for slot, stored in table.slots.items():
+            yield key_of(name, slot), stored
+    yield from content.tensors.items()
+
+
+def _metadata(content: Content) -> dict[str, str]:
+    # Without a "format" some readers of Hugging Face's refuse a file.
+    metadata = {"format": "pt", **metadata_of(content.manifest)}
+    metadata.pop(METADATA, None)
+    tables = {name: (one.slice_size, [ID, *one.slots]) for name, one in content.tables.items()}
+    return metadata | ({METADATA: describe_tables(tables)} if tables else {})

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.slices import gen_slice
-from asyncloader._loading.reading import has_dtype, torch_dtype
-from asyncloader._memory.allocation import zeros
+from asyncloader._loading.progress import Meter, Stages
+from asyncloader._loading.reading import has_dtype
 from asyncloader._memory.sizes import listed
 from asyncloader._saving.commit import Commit
 from asyncloader._saving.save_id import fresh_save_id
 from asyncloader._storage.folder import LocalFolder
 from asyncloader._threads.jobs import run_jobs
-from asyncloader._tools.filling import fill, make_table, row_bytes
-from asyncloader._tools.room import check_room, free_memory
-from asyncloader._tools.stages import Stages
+from asyncloader._tools.allocation import fill, make_table, make_tensor, row_bytes
+from asyncloader._tools.content import check_room, free_memory
 from asyncloader.errors import CheckpointError
 from asyncloader.saver import Saver
 
@@ -28,14 +28,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader._checkpoint.stored import Stored
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
     from asyncloader._saving.layout import WriteBlock
     from asyncloader._saving.report import SaveReport
     from asyncloader._table.hashtable import HashTable
-
-    from .source import Source, StoredTable
+    from asyncloader._tools.content import Content
 
 
 _OLD = "old"
@@ -56,10 +54,10 @@ class Part:
 
 async def write_folder(
     session: Session,
-    source: Source,
+    content: Content,
     path: Path,
     *,
-    ranks: int,
+    ranks: int | None,
     parallel: int,
     progress: Callable[[Progress], object] | None,
 ) -> list[Part]:
@@ -67,9 +65,9 @@ async def write_folder(
 
     Args:
         session: The source.
-        source: What it holds.
+        content: What it holds.
         path: The folder.
-        ranks: How many.
+        ranks: How many; as many as wrote the source if `None`.
         parallel: Shards of each rank.
         progress: Called on the event loop.
 
@@ -80,39 +78,67 @@ async def write_folder(
         SaveError: If the folder could not be written, or holds something else.
         MemoryError: If one rank's part does not fit into memory.
     """
-    _check_names(source)
-    _check_dtypes(source)
-    _check_ranks(source, ranks)
-    await run_jobs(session.threads.reads, [partial(_check_memory, source, ranks)])
-    writer = _Writer(
-        session=session,
-        source=source,
-        path=path,
-        ranks=ranks,
-        parallel=parallel,
-        stages=Stages(2 * source.nbytes, progress),
-        save_id=fresh_save_id(),
-    )
+    count = ranks or max((table.ranks for table in content.tables.values()), default=1)
+    await run_jobs(session.threads.reads, [partial(_check, content, count)])
+    save_id = fresh_save_id()
+    stages = Stages(2 * content.nbytes, progress)
+
+    async def write(rank: int) -> Part:
+        """Write one rank's part. Its rows are let go when this returns."""
+        pool = session.threads.kernels
+        [(tables, tensors)] = await run_jobs(pool, [partial(_allocate, content, rank, count)])
+        slots = {name: table.slots for name, table in content.tables.items()}
+        meter = Meter(0, stages.tell)
+        filled = await fill(session, content, tables, slots, tensors=tensors, meter=meter)
+        stages.next()
+        saver = Saver(
+            rank,
+            count,
+            parallel,
+            path,
+            tables,
+            tensors,
+            partial(_wanted, content),
+            save_id=save_id,
+            max_inflight_bytes=session.options.max_inflight_bytes,
+            progress=stages.tell,
+        )
+        report = await saver.asave()
+        stages.next()
+        return Part(
+            report=report,
+            duplicates={name: counts.duplicates for name, counts in filled.items()},
+            bytes_verified=meter.verified,
+        )
+
     try:
-        return [await writer.write(rank) for rank in reversed(range(ranks))]
+        return [await write(rank) for rank in reversed(range(count))]
     except BaseException:
-        await run_jobs(session.threads.reads, [writer.give_up])
+        await run_jobs(session.threads.reads, [partial(_give_up, path, save_id, count)])
         raise
 
 
-def _check_names(source: Source) -> None:
-    tensors = {stored.name for stored in source.tensors}
-    for table in source.tables:
-        if table.name in tensors:
-            problem = f"both a tensor and a table are called {table.name!r}, which cannot be saved"
-            raise CheckpointError(source.manifest.location, problem)
+def _check(content: Content, ranks: int) -> None:
+    """Refuse what cannot be saved as so many ranks; belongs on a thread.
 
-
-def _check_dtypes(source: Source) -> None:
-    slots = [stored for table in source.tables for stored in table.slots.values()]
+    Raises:
+        CheckpointError: If names, dtypes or the number of ranks do not fit.
+        MemoryError: If one rank's part does not fit into memory.
+    """
+    for name, table in content.tables.items():
+        if name in content.tensors:
+            problem = f"both a tensor and a table are called {name!r}, which cannot be saved"
+            raise CheckpointError(content.location, problem)
+        if ranks > table.slice_size:
+            problem = (
+                f"table {name!r} has a slice size of {table.slice_size}, so at most as many ranks "
+                f"can share it, not {ranks}"
+            )
+            raise CheckpointError(content.location, problem)
+    slots = [stored for table in content.tables.values() for stored in table.slots.values()]
     lacking = tuple(
         f"{one.name!r} ({one.dtype.name})"
-        for one in (*slots, *source.tensors)
+        for one in (*slots, *content.tensors.values())
         if not has_dtype(one.dtype)
     )
     if lacking:
@@ -120,102 +146,40 @@ def _check_dtypes(source: Source) -> None:
             f"torch lacks the dtype of {listed(lacking)}, and a folder is written from torch's "
             "tensors; a destination that ends in .safetensors gets the bytes as they are"
         )
-        raise CheckpointError(source.manifest.location, problem)
-
-
-def _check_ranks(source: Source, ranks: int) -> None:
-    for table in source.tables:
-        if ranks > table.slice_size:
-            problem = (
-                f"table {table.name!r} has a slice size of {table.slice_size}, so at most as many "
-                f"ranks can share it, not {ranks}"
-            )
-            raise CheckpointError(source.manifest.location, problem)
-
-
-def _check_memory(source: Source, ranks: int) -> None:
-    part = sum(table.ids.rows * row_bytes(table.slots) for table in source.tables) // ranks
-    dense = sum(stored.nbytes for stored in source.tensors)
+        raise CheckpointError(content.location, problem)
+    part = sum(one.ids.rows * row_bytes(one.slots) for one in content.tables.values()) // ranks
+    dense = sum(stored.nbytes for stored in content.tensors.values())
     what = f"the part of one of {ranks} ranks (with more --shards it is smaller)"
     check_room(what, part + dense, free_memory())
 
 
-@dataclass(slots=True, kw_only=True)
-class _Writer:
-    session: Session
-    source: Source
-    path: Path
-    ranks: int
-    parallel: int
-    stages: Stages
-    save_id: str
-    _kept: frozenset[str] = field(init=False)
-    """Names of the blocks that there are; a table without embeddings has some of ours."""
-
-    def __post_init__(self) -> None:
-        self._kept = frozenset(
-            f"{table.name}@{slot}" for table in self.source.tables for slot in ("id", *table.slots)
-        )
-
-    async def write(self, rank: int) -> Part:
-        """Write one rank's part. Its rows are let go when this returns."""
-        pool = self.session.threads.kernels
-        [(tables, tensors)] = await run_jobs(pool, [partial(self._allocate, rank)])
-        slots = {table.name: table.slots for table in self.source.tables}
-        filled = await fill(
-            self.session,
-            self.source.manifest,
-            {name: (table, slots[name]) for name, table in tables.items()},
-            tensors,
-            progress=self.stages.tell,
-        )
-        self.stages.next()
-        saver = Saver(
-            rank,
-            self.ranks,
-            self.parallel,
-            self.path,
-            tables,
-            tensors,
-            self._wanted,
-            save_id=self.save_id,
-            max_inflight_bytes=self.session.options.max_inflight_bytes,
-            progress=self.stages.tell,
-        )
-        report = await saver.asave()
-        self.stages.next()
-        return Part(
-            report=report,
-            duplicates={name: counts.duplicates for name, counts in filled.counts.items()},
-            bytes_verified=filled.bytes_verified,
-        )
-
-    def _allocate(self, rank: int) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
-        where = self.source.manifest.location
-        tables = {table.name: self._table(where, table, rank) for table in self.source.tables}
-        dense = self.source.tensors if rank == 0 else ()
-        return tables, {stored.name: _tensor(where, stored) for stored in dense}
-
-    def _table(self, where: str, table: StoredTable, rank: int) -> HashTable:
-        part = gen_slice(rank, self.ranks, table.slice_size)
-        return make_table(where, table.name, table.slots, part)
-
-    def _wanted(self, blocks: list[WriteBlock]) -> list[WriteBlock]:
-        return [block for block in blocks if block.table is None or block.name in self._kept]
-
-    def give_up(self) -> None:
-        """Remove what all ranks have staged; belongs on a thread.
-
-        A `Saver` that fails removes its own rank's files only. If the last one failed in its
-        commit, and what stood in the folder could not be put back, that is kept.
-        """
-        commit = Commit(LocalFolder(self.path), self.save_id, 0, self.ranks, 0.0)
-        staging = self.path / commit.staging
-        with contextlib.suppress(OSError):
-            aside = staging / _OLD
-            if not aside.is_dir() or not any(aside.iterdir()):
-                shutil.rmtree(staging)
+def _allocate(
+    content: Content, rank: int, ranks: int
+) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+    where = content.location
+    tables = {
+        name: make_table(where, name, table.slots, gen_slice(rank, ranks, table.slice_size))
+        for name, table in content.tables.items()
+    }
+    dense = content.tensors if rank == 0 else {}
+    return tables, {name: make_tensor(where, stored) for name, stored in dense.items()}
 
 
-def _tensor(where: str, stored: Stored) -> Tensor:
-    return zeros(stored.shape, torch_dtype(where, stored))
+def _wanted(content: Content, blocks: list[WriteBlock]) -> list[WriteBlock]:
+    """Leave out the embeddings of a table that has none: they are ours."""
+    kept = {f"{name}@{slot}" for name, one in content.tables.items() for slot in (ID, *one.slots)}
+    return [block for block in blocks if block.table is None or block.name in kept]
+
+
+def _give_up(path: Path, save_id: str, ranks: int) -> None:
+    """Remove what all ranks have staged; belongs on a thread.
+
+    A `Saver` that fails removes its own rank's files only. If the last one failed in its commit,
+    and what stood in the folder could not be put back, that is kept.
+    """
+    commit = Commit(LocalFolder(path), save_id, 0, ranks, 0.0)
+    staging = path / commit.staging
+    with contextlib.suppress(OSError):
+        aside = staging / _OLD
+        if not aside.is_dir() or not any(aside.iterdir()):
+            shutil.rmtree(staging)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import orjson
 
 from asyncloader._checkpoint.index import Part, Places
+from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.slices import DEFAULT_SLICE_SIZE, Slice
-from asyncloader._planning.load_info import ID
+from asyncloader._tools.content import EMBEDDING
 from asyncloader.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ Tables: TypeAlias = dict[str, dict[str, tuple[Part, ...]]]
 
 METADATA = "asyncloader"
 _FORMAT = 1
-_EMBEDDING = "embedding"
 _IDS = "int64"
 
 
@@ -63,20 +63,23 @@ def likely_tables(manifest: Manifest) -> dict[str, int]:
     return dict(_tables_among({name: manifest.block(place) for name, place in places.items()}))
 
 
-def recognized(
-    manifest: Manifest, metadata: Mapping[str, str], rows: Mapping[str, int]
-) -> Manifest:
+def metadata_of(manifest: Manifest) -> Mapping[str, str]:
+    """Return what a single plain file says of itself besides."""
+    header = manifest.catalog.header
+    return {} if header is None else header.metadata
+
+
+def recognized(manifest: Manifest, rows: Mapping[str, int]) -> Manifest:
     """Return a manifest in which tables are tables.
 
     Args:
         manifest: Of plain safetensors files, with all headers.
-        metadata: What the header of a single one says besides.
-        rows: Where that does not say it, the tables that there are, and how many ids they have.
+        rows: Where no header says it, the tables that there are, and how many ids they have.
 
     Raises:
         CheckpointError: If the metadata is damaged, or does not fit.
     """
-    text = metadata.get(METADATA)
+    text = metadata_of(manifest).get(METADATA)
     if text is not None:
         try:
             tables = _told(text, manifest.catalog.tensors)
@@ -122,7 +125,7 @@ def _tables_among(blocks: Mapping[str, Block]) -> Iterator[tuple[str, int]]:
     """Yield names of tables, and how many ids they have."""
     for key, block in blocks.items():
         table, dot, slot = key.rpartition(".")
-        rows = blocks.get(key_of(table, _EMBEDDING))
+        rows = blocks.get(key_of(table, EMBEDDING))
         are_ids = slot == ID and block.dtype.torch == _IDS and len(block.shape) == 1
         if dot and are_ids and rows is not None and rows.shape[:1] == block.shape:
             yield table, block.rows

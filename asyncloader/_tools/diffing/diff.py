@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._arguments import checked_path
-from asyncloader._loading.progress import Meter
+from asyncloader._loading.progress import Meter, Stages
+from asyncloader._loading.reading import has_numbers, read_stored
 from asyncloader._loading.session import open_session
-from asyncloader._tools.stages import Stages
+from asyncloader._threads.jobs import for_each, run_jobs
+from asyncloader._tools.content import read_content
+from asyncloader._tools.scanning import flat
 from asyncloader.options import ReadOptions
 
-from .contents import Content, only_in, read_content
-from .difference import Difference
-from .tables import compare_table
-from .tensors import compare_tensors
+from .comparison import Change, combined, compare, compare_bits
+from .difference import Difference, Kind, Names, TensorDifference
+from .tables import Side, compare_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from torch import Tensor
+
+    from asyncloader._checkpoint.stored import Stored
     from asyncloader._loading.progress import Progress
+    from asyncloader._tools.content import Content
 
 
 BUDGET = 1 << 30
 """Bytes that rows and elements of both sides may take at a time."""
 
 _WINDOW = 64 << 20
+_AT_A_TIME = 4
+# A call takes a millisecond, whatever it reads: small tensors are read many at a time.
+_MOST = 1000
+
+
+class _Window(NamedTuple):
+    """The elements `[begin, end)` of a tensor."""
+
+    name: str
+    begin: int
+    end: int
 
 
 async def adiff(
@@ -35,39 +53,32 @@ async def adiff(
     progress: Callable[[Progress], object] | None = None,
     options: ReadOptions | None = None,
 ) -> Difference:
-    """Compare all that both hold; name what only one holds.
+    """Compare all that both hold, and name what only one holds; `asyncloader.tools.diff` says how.
 
     Args:
         a: A folder, or a safetensors file.
         b: The same.
-        budget: Memory for what is compared, in bytes, besides that.
+        budget: Memory for what is compared, in bytes, besides that of the reads.
         progress: Called on the event loop, at most ten times a second.
         options: How to read.
-
-    Raises:
-        CheckpointError: If one of them is missing, unreadable, or contradicts itself.
-        PlanError: If one of them does not fit together.
-        ReadError: If one of them could not be read.
     """
     clock, how = Meter(0), options or ReadOptions()
     paths = [checked_path(path, "path") for path in (a, b)]
-    async with (
-        open_session(paths[0], how) as first,
-        open_session(paths[1], how) as second,
-    ):
-        one, other = await read_content(first), await read_content(second)
-        stages = Stages(sum(_common(one, other)), progress)
+    async with open_session(paths[0], how) as first, open_session(paths[1], how) as second:
+        one = Side(first, await read_content(first))
+        other = Side(second, await read_content(second))
+        stages = Stages(_common(one.content, other.content), progress)
         notes: list[str] = []
         tables = [
             await compare_table(one, other, name, budget=budget, stages=stages, notes=notes)
-            for name in one.tables
-            if name in other.tables
+            for name in one.content.tables
+            if name in other.content.tables
         ]
         meter = Meter(0, stages.tell)
-        window = min(budget, _WINDOW)
-        tensors = await compare_tensors(one, other, window_bytes=window, meter=meter)
+        tensors = await _compare_tensors(one, other, min(budget, _WINDOW), meter)
         meter.finish()
-    only_a, only_b = only_in(one, other), only_in(other, one)
+    only_a = _only_in(one.content, other.content)
+    only_b = _only_in(other.content, one.content)
     same = all(table.equal for table in tables) and all(tensor.equal for tensor in tensors)
     return Difference(
         a=a,
@@ -82,12 +93,109 @@ async def adiff(
     )
 
 
-def _common(a: Content, b: Content) -> Iterator[int]:
-    """Yield the bytes of all that both have, of each."""
+def _only_in(one: Content, other: Content) -> Names:
+    """Name what one of them holds and the other does not."""
+    return Names(
+        tables=tuple(name for name in one.tables if name not in other.tables),
+        slots=tuple(
+            f"{name}@{slot}"
+            for name, table in one.tables.items()
+            if name in other.tables
+            for slot in table.slots
+            if slot not in other.tables[name].slots
+        ),
+        tensors=tuple(name for name in one.tensors if name not in other.tensors),
+    )
+
+
+def _common(a: Content, b: Content) -> int:
+    """Return the bytes of all that both have, of each."""
+    nbytes = 0
     for one, other in ((a, b), (b, a)):
-        for name, table in one.tables.items():
-            if name in other.tables:
-                yield table.ids.nbytes
-                both = table.slots.keys() & other.tables[name].slots.keys()
-                yield from (table.slots[slot].nbytes for slot in both)
-        yield from (s.nbytes for name, s in one.tensors.items() if name in other.tensors)
+        for name in one.tables.keys() & other.tables.keys():
+            slots, others = one.tables[name].slots, other.tables[name].slots
+            nbytes += one.tables[name].ids.nbytes
+            nbytes += sum(slots[slot].nbytes for slot in slots.keys() & others.keys())
+        nbytes += sum(
+            one.tensors[name].nbytes for name in one.tensors.keys() & other.tensors.keys()
+        )
+    return nbytes
+
+
+async def _compare_tensors(
+    a: Side, b: Side, window_bytes: int, meter: Meter
+) -> list[TensorDifference]:
+    """Compare all tensors that both have, so many bytes of each side at a time."""
+    ones, others = a.content.tensors, b.content.tensors
+    both = [name for name in ones if name in others]
+    alike = [
+        ones[name]
+        for name in both
+        if Kind.of(ones[name]) == Kind.of(others[name]) and ones[name].nbytes == others[name].nbytes
+    ]
+    changes: dict[str, list[Change]] = {name: [] for name in both}
+
+    async def work(batch: Sequence[_Window]) -> None:
+        ours, theirs = await _read(a, batch), await _read(b, batch)
+        job = partial(_compare_all, ones, ours, theirs)
+        [found] = await run_jobs(a.session.threads.kernels, [job])
+        for name, change in found:
+            changes[name].append(change)
+        size = 2 * sum(tensor.nbytes for tensor in ours.values())
+        meter.note(read=size, wanted=size, current=batch[-1].name)
+
+    most = max(window_bytes // _AT_A_TIME, 1)
+    await for_each(_batches(alike, most), work, workers=_AT_A_TIME, name="asyncloader-diff")
+    return [_difference(ones[name], others[name], combined(changes[name])) for name in both]
+
+
+def _batches(tensors: Iterable[Stored], most: int) -> Iterator[list[_Window]]:
+    """Cut large tensors up, and put small ones together, so that none takes more than `most`."""
+    batch: list[_Window] = []
+    room = most
+    for stored in tensors:
+        total = flat(stored).rows
+        itemsize = max(stored.nbytes // max(total, 1), 1)
+        step = max(most // itemsize, 1)
+        for begin in range(0, total, step):
+            window = _Window(stored.name, begin, min(begin + step, total))
+            nbytes = (window.end - begin) * itemsize
+            if batch and (nbytes > room or len(batch) == _MOST):
+                yield batch
+                batch, room = [], most
+            batch.append(window)
+            room -= nbytes
+    if batch:
+        yield batch
+
+
+async def _read(side: Side, batch: Sequence[_Window]) -> dict[str, Tensor]:
+    def cut() -> list[Stored]:
+        return [flat(side.content.tensors[name]).window(begin, end) for name, begin, end in batch]
+
+    [wanted] = await run_jobs(side.session.threads.kernels, [cut])
+    return await read_stored(side.session, wanted)
+
+
+def _compare_all(
+    stored: Mapping[str, Stored], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> list[tuple[str, Change]]:
+    return [
+        (
+            name,
+            compare(tensor, theirs[name])[0]
+            if has_numbers(stored[name].dtype)
+            else compare_bits(tensor, theirs[name]),
+        )
+        for name, tensor in ours.items()
+    ]
+
+
+def _difference(one: Stored, other: Stored, change: Change) -> TensorDifference:
+    same = Kind.of(one) == Kind.of(other)
+    elements = max(flat(one).rows, flat(other).rows) if same else 0
+    if elements and one.nbytes != other.nbytes:  # of a dtype that nobody knows
+        change = Change(different=elements, largest=None, infinite=0, nans=0)
+    return TensorDifference(
+        name=one.name, a=Kind.of(one), b=Kind.of(other), elements=elements, change=change
+    )

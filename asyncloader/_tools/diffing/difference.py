@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from asyncloader._checkpoint.stored import Stored
+
     from .comparison import Change
 
 
@@ -30,6 +32,16 @@ class Kind:
 
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, stored: Stored) -> Kind:
+        """Return that of a tensor."""
+        return cls(dtype=stored.dtype.torch, shape=stored.shape)
+
+    @classmethod
+    def of_row(cls, stored: Stored) -> Kind:
+        """Return that of a row of a slot."""
+        return cls(dtype=stored.dtype.torch, shape=stored.shape[1:])
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"

@@ -4,49 +4,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from asyncloader._checkpoint.slices import gen_slice
+from asyncloader._loading.progress import Meter
 from asyncloader._threads.jobs import run_jobs
-from asyncloader._tools.filling import check_rows, fill, make_table, row_bytes
+from asyncloader._tools.allocation import fill, make_table, row_bytes
+from asyncloader._tools.content import check_rows
 
 from .comparison import Change, combined, compare
-from .contents import row_kind
-from .difference import SlotDifference, TableDifference
+from .difference import Kind, SlotDifference, TableDifference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Sequence
 
     import torch
 
     from asyncloader._checkpoint.slices import Slice
     from asyncloader._checkpoint.stored import Stored
+    from asyncloader._loading.progress import Stages
+    from asyncloader._loading.session import Session
     from asyncloader._table.hashtable import HashTable
-    from asyncloader._tools.stages import Stages
-
-    from .contents import Content, StoredTable
+    from asyncloader._tools.content import Content
 
 
 # A table that is being filled takes more than its rows: room to grow, and what is on its way.
 _OVERHEAD = 1.5
 
 
-def sub_slices(a: StoredTable, b: StoredTable, *, budget: int) -> int:
-    """Return into how many sub-slices to cut, so that one of both sides fits into the budget.
+class Side(NamedTuple):
+    """One of the two checkpoints."""
 
-    Args:
-        a: One table.
-        b: The other.
-        budget: Bytes.
-    """
-    taken = sum(table.ids.rows * row_bytes(table.slots) for table in (a, b))
-    return min(max(-int(-taken * _OVERHEAD // budget), 1), a.slice_size)
+    session: Session
+    content: Content
 
 
 async def compare_table(
-    a: Content, b: Content, name: str, *, budget: int, stages: Stages, notes: list[str]
+    a: Side, b: Side, name: str, *, budget: int, stages: Stages, notes: list[str]
 ) -> TableDifference:
     """Compare a table that both have.
 
@@ -63,94 +59,101 @@ async def compare_table(
         CheckpointError: Likewise, or if bytes are not those that were written.
         ReadError: If the storage failed.
     """
-    one, other = a.tables[name], b.tables[name]
-    both = [slot for slot in one.slots if slot in other.slots]
-    for content, table in ((a, one), (b, other)):
-        for stored in table.slots.values():
+    one, other = (side.content.tables[name] for side in (a, b))
+    for side in (a, b):
+        for stored in side.content.tables[name].slots.values():
             if not stored.shape:  # of which nothing would be read
-                check_rows(content.manifest.location, stored)
-    loaded = [slot for slot in both if _comparable(one.slots[slot], other.slots[slot])]
-    tally = _Tally(slots={slot: _SlotTally() for slot in both})
-    count = sub_slices(one, other, budget=budget)
+                check_rows(side.content.location, stored)
+    both = [slot for slot in one.slots if slot in other.slots]
+    tallies = {slot: _SlotTally(one.slots[slot], other.slots[slot]) for slot in both}
+    loaded = [slot for slot, tally in tallies.items() if tally.comparable]
+    tally = _Tally(slots=tallies)
+    # As many sub-slices as let one of both sides fit into the budget.
+    taken = sum(table.ids.rows * row_bytes(table.slots) for table in (one, other))
+    count = min(max(-int(-taken * _OVERHEAD // budget), 1), one.slice_size)
     window = max(budget // 16, 1)
+    left_out = _LeftOut(), _LeftOut()
     for number in range(count):
         part = gen_slice(number, count, one.slice_size)
-        left = await _load(a, one, loaded, part, stages, tally.left_a)
-        right = await _load(b, other, loaded, part, stages, tally.left_b)
+        left = await _load(a, name, loaded, part, stages, left_out[0])
+        right = await _load(b, name, loaded, part, stages, left_out[1])
         compare_both = partial(tally.compare, left, right, loaded, window)
         await run_jobs(a.session.threads.kernels, [compare_both])
         del left, right, compare_both
-    for content, table, lost in ((a, one, tally.left_a), (b, other, tally.left_b)):
-        lost.tell(content.manifest.location, table, notes.append)
-    return tally.result(one, other)
+    for side, rows in zip((a, b), left_out, strict=True):
+        strays = side.content.tables[name].ids.rows - rows.taken
+        if rows.duplicates:
+            text = f"{rows.duplicates:,} rows of {name!r} gave way to a later one of their id"
+            notes.append(f"{side.content.location}: {text}")
+        if strays:
+            text = f"{strays:,} ids of {name!r} lie outside the slice that their block claims"
+            notes.append(f"{side.content.location}: {text}")
+    return tally.result(name)
 
 
-def _comparable(one: Stored, other: Stored) -> bool:
-    return row_kind(one) == row_kind(other) and bool(one.shape) and 0 not in one.shape[1:]
+@dataclass(slots=True)
+class _LeftOut:
+    """Counts the rows of one side, to find those that no load takes."""
+
+    taken: int = 0
+    duplicates: int = 0
 
 
 async def _load(  # noqa: PLR0917
-    content: Content,
-    table: StoredTable,
-    slots: list[str],
+    side: Side,
+    name: str,
+    slots: Sequence[str],
     part: Slice,
     stages: Stages,
     left_out: _LeftOut,
 ) -> HashTable:
     """Load the ids of one sub-slice, and their rows."""
-    wanted = {slot: table.slots[slot] for slot in slots}
-    make = partial(make_table, content.manifest.location, table.name, wanted, part)
-    [made] = await run_jobs(content.session.threads.kernels, [make])
-    filled = await fill(
-        content.session,
-        content.manifest,
-        {table.name: (made, wanted)},
-        {},
-        progress=stages.tell,
+    wanted = {slot: side.content.tables[name].slots[slot] for slot in slots}
+    make = partial(make_table, side.content.location, name, wanted, part)
+    [made] = await run_jobs(side.session.threads.kernels, [make])
+    counts = await fill(
+        side.session,
+        side.content,
+        {name: made},
+        {name: wanted},
+        tensors={},
+        meter=Meter(0, stages.tell),
     )
     stages.next()
-    counts = filled.counts.get(table.name)
-    if counts is not None:
-        left_out.rows += counts.rows
-        left_out.duplicates += counts.duplicates
+    if name in counts:
+        left_out.taken += counts[name].rows
+        left_out.duplicates += counts[name].duplicates
     return made
 
 
 @dataclass(slots=True)
-class _LeftOut:
-    """Counts rows, to find those that nobody loads."""
-
-    rows: int = 0
-    duplicates: int = 0
-
-    def tell(self, location: str, table: StoredTable, note: Callable[[str], object]) -> None:
-        strays = table.ids.rows - self.rows
-        if self.duplicates:
-            text = f"{self.duplicates:,} rows of {table.name!r} gave way to a later one of their id"
-            note(f"{location}: {text}")
-        if strays:
-            text = f"{strays:,} ids of {table.name!r} lie outside the slice that their block claims"
-            note(f"{location}: {text}")
-
-
-@dataclass(slots=True)
 class _SlotTally:
+    """What was found in a slot so far."""
+
+    a: Stored
+    b: Stored
     different: int = 0
     changes: list[Change] = field(default_factory=list)
+
+    @property
+    def alike(self) -> bool:
+        return Kind.of_row(self.a) == Kind.of_row(self.b)
+
+    @property
+    def comparable(self) -> bool:
+        return self.alike and bool(self.a.shape) and 0 not in self.a.shape[1:]
 
 
 @dataclass(slots=True)
 class _Tally:
     """What was found in the sub-slices so far."""
 
-    slots: Mapping[str, _SlotTally]
+    slots: dict[str, _SlotTally]
     lost: int = 0
     gained: int = 0
     kept: int = 0
-    left_a: _LeftOut = field(default_factory=_LeftOut)
-    left_b: _LeftOut = field(default_factory=_LeftOut)
 
-    def compare(self, a: HashTable, b: HashTable, slots: list[str], window: int) -> None:
+    def compare(self, a: HashTable, b: HashTable, slots: Sequence[str], window: int) -> None:
         """Compare two tables of the same slice; belongs on a thread.
 
         Args:
@@ -177,20 +180,18 @@ class _Tally:
             tally.different += len(np.unique(where // width))
             tally.changes.append(change)
 
-    def result(self, one: StoredTable, other: StoredTable) -> TableDifference:
+    def result(self, name: str) -> TableDifference:
         return TableDifference(
-            name=one.name,
+            name=name,
             lost=self.lost,
             gained=self.gained,
             kept=self.kept,
             slots=tuple(
                 SlotDifference(
                     name=slot,
-                    a=row_kind(one.slots[slot]),
-                    b=row_kind(other.slots[slot]),
-                    rows=self.kept
-                    if row_kind(one.slots[slot]) == row_kind(other.slots[slot])
-                    else 0,
+                    a=Kind.of_row(tally.a),
+                    b=Kind.of_row(tally.b),
+                    rows=self.kept if tally.alike else 0,
                     different=tally.different,
                     change=combined(tally.changes),
                 )

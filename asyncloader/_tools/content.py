@@ -1,0 +1,179 @@
+"""What a checkpoint holds, by names and headers: its tables and its tensors. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from asyncloader._checkpoint.index import Places
+from asyncloader._checkpoint.parts import ID, table_problems
+from asyncloader._checkpoint.problems import Problems
+from asyncloader._checkpoint.stored import stored_names, stored_tensor
+from asyncloader._loading.contents import hint_for
+from asyncloader._memory.allowance import address_space
+from asyncloader._memory.allowance import free_memory as _free_memory
+from asyncloader._memory.sizes import size_text
+from asyncloader._threads.jobs import run_jobs
+from asyncloader.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from asyncloader._checkpoint.index import Catalog
+    from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader._checkpoint.stored import Stored
+    from asyncloader._loading.session import Session
+
+
+EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTable:
+    """A table on disk."""
+
+    name: str
+    slice_size: int
+    ranks: int
+    """How many wrote it."""
+
+    ids: Stored
+    slots: Mapping[str, Stored]
+    """All but the ids."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return self.ids.nbytes + sum(slot.nbytes for slot in self.slots.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """All that a checkpoint holds."""
+
+    manifest: Manifest
+    tables: Mapping[str, StoredTable]
+    tensors: Mapping[str, Stored]
+
+    @property
+    def location(self) -> str:
+        """The checkpoint, for messages."""
+        return self.manifest.location
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        dense = sum(stored.nbytes for stored in self.tensors.values())
+        return dense + sum(table.nbytes for table in self.tables.values())
+
+
+async def read_headers(session: Session) -> Manifest:
+    """Read all names and headers.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+        ReadError: If the storage failed.
+    """
+    catalog = await session.catalog()
+    return await session.manifest(catalog, shards_of(catalog))
+
+
+async def read_content(session: Session) -> Content:
+    """Read all names and headers, and say what they describe; raises what `read_headers` does."""
+    manifest = await read_headers(session)
+    [content] = await run_jobs(session.threads.kernels, [lambda: describe(manifest)])
+    return content
+
+
+def describe(manifest: Manifest) -> Content:
+    """Return what is held by a checkpoint of which all headers are known.
+
+    Raises:
+        CheckpointError: If the parts of a table, or the blocks of a tensor, do not fit together.
+    """
+    catalog = manifest.catalog
+    return Content(
+        manifest=manifest,
+        tables={name: _table(manifest, name) for name in catalog.tables},
+        tensors={name: stored_tensor(manifest, name) for name in catalog.tensors},
+    )
+
+
+def _table(manifest: Manifest, name: str) -> StoredTable:
+    parts = manifest.catalog.tables[name]
+    blocks = {
+        slot: {part.slice: manifest.block(part.place) for part in of_slot}
+        for slot, of_slot in parts.items()
+    }
+    Problems(manifest.location).take(table_problems(name, parts, blocks))
+    slots = {slot: stored_slot(manifest, name, slot) for slot in parts}
+    return StoredTable(
+        name=name,
+        slice_size=parts[ID][0].slice.size,
+        ranks=len(parts[ID]),
+        ids=slots.pop(ID),
+        slots=slots,
+    )
+
+
+def shards_of(catalog: Catalog) -> list[str]:
+    """Return the names of all shard files, sorted."""
+    parts = (part for slots in catalog.tables.values() for slot in slots.values() for part in slot)
+    places = (*catalog.tensors.values(), *(part.place for part in parts))
+    return sorted({place.shard for place in places})
+
+
+def stored_slot(manifest: Manifest, table: str, slot: str) -> Stored:
+    """Return what is stored of a slot, also where a dense tensor is called `table@slot`.
+
+    Raises:
+        CheckpointError: If its blocks do not fit together, or a shard lacks one.
+    """
+    tables_only = replace(manifest.catalog, tensors=Places({}, {}))
+    return stored_tensor(replace(manifest, catalog=tables_only), f"{table}@{slot}")
+
+
+def find_table(location: str, catalog: Catalog, name: str) -> tuple[str, str | None]:
+    """Return the table, and the slot, that go by a name; all of a table has no slot.
+
+    Raises:
+        KeyError: If there is nothing.
+    """
+    table, at, slot = name.rpartition("@")
+    if at and slot in catalog.tables.get(table, {}):
+        return table, slot
+    if name in catalog.tables:
+        return name, None
+    if name in catalog.tensors:
+        raise KeyError(f"{location}: {name!r} is a dense tensor, it has no ids; a table has")
+    hint = hint_for(name, [*catalog.tables, *stored_names(catalog)])
+    raise KeyError(
+        f"{location}: nothing in it is called {name!r}{hint}; `asyncloader inspect --all` lists "
+        "what there is"
+    )
+
+
+def check_rows(location: str, stored: Stored) -> None:
+    """Refuse rows that no table can hold.
+
+    Raises:
+        CheckpointError: If they are such rows.
+    """
+    if not stored.shape or 0 in stored.shape[1:]:
+        problem = f"{stored.name!r} has the shape {list(stored.shape)}: these are no rows"
+        raise CheckpointError(location, problem)
+
+
+def check_room(what: str, nbytes: int, free: int | None) -> None:
+    """Refuse what certainly does not fit: the system says yes to everything, and kills later.
+
+    Raises:
+        MemoryError: If it does not fit.
+    """
+    if free is not None and nbytes > free:
+        raise MemoryError(f"{what} takes {size_text(nbytes)}, {size_text(free)} are free")
+
+
+def free_memory() -> int | None:
+    """Return the bytes that this process can still get, swap included; `None` if unknown."""
+    return _free_memory(address_space=address_space())

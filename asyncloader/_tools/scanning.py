@@ -1,0 +1,129 @@
+"""Reads blocks piece by piece, so that none of them has to fit into memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from asyncloader._checkpoint.dtypes import DTYPES
+from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
+from asyncloader._loading.reading import has_numbers, read_stored
+from asyncloader._loading.staging import Arena, StagingPool
+from asyncloader._planning.reads import Extent, Extents, plan_reads
+from asyncloader._storage.protocol import read_exactly
+from asyncloader._threads.jobs import for_each, run_jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
+
+    from torch import Tensor
+
+    from asyncloader._checkpoint.blocks import Block
+    from asyncloader._checkpoint.stored import Stored
+    from asyncloader._loading.progress import Meter
+    from asyncloader._loading.session import Session
+    from asyncloader._planning.reads import Read
+
+
+T = TypeVar("T")
+
+# Bytes of an element; what claims more is none that is known.
+_WIDEST = 64
+
+
+async def scan(
+    session: Session,
+    blocks: Sequence[Block],
+    look: Callable[[int, int, memoryview], T],
+    *,
+    grain: Callable[[Block], int],
+    meter: Meter,
+    executor: Executor | None = None,
+    chunk_bytes: int | None = None,
+    workers: int | None = None,
+) -> list[T]:
+    """Read all bytes of some blocks once, and have a thread look at each piece of them.
+
+    Args:
+        session: The checkpoint.
+        blocks: What to read.
+        look: Gets the number of a block, the first byte within it, and the bytes of a piece, whose
+            memory is used again afterwards.
+        grain: Says of a block how many bytes a piece may not cut, so that it holds a multiple.
+        meter: Counts reads.
+        executor: The threads that look; by default those that compute.
+        chunk_bytes: The most that a piece takes, unless one grain is larger; by default as the
+            session reads.
+        workers: Reads at a time; by default as the session reads.
+
+    Returns:
+        What was found in each piece, in the order of blocks and of their bytes.
+
+    Raises:
+        ReadError: If the storage failed.
+    """
+    most = min(chunk_bytes or session.options.read_bytes, session.options.read_bytes)
+    extents = [
+        Extent(block.shard, block.offset, block.nbytes, number, 0, grain(block))
+        for number, block in enumerate(blocks)
+        if block.nbytes
+    ]
+    plan = partial(plan_reads, Extents.of(extents), chunk_bytes=most, gap_bytes=0)
+    [reads] = await run_jobs(session.threads.kernels, [plan])
+    staging = StagingPool(max(most, DIGEST_CHUNK))
+    found: dict[tuple[int, int], T] = {}
+
+    async def read_one(read: Read) -> None:
+        pieces = read.pieces
+        async with session.budget.reserve(read.length):
+            # A read that is given up keeps its memory: a thread may still write there.
+            arena = Arena(staging, read.length, len(pieces))
+            views = [arena.take(piece.length).numpy().data for piece in pieces]
+            await read_exactly(session.storage, read.shard, read.offset, views)
+
+            def look_at_all() -> None:
+                for (number, position, _), view in zip(pieces, views, strict=True):
+                    found[number, position] = look(number, position, view)
+
+            await run_jobs(executor or session.threads.kernels, [look_at_all])
+            arena.close()
+        current = blocks[pieces[-1].sink].key
+        meter.note(read=read.length, wanted=read.length, current=current)
+
+    count = workers or session.options.parallel
+    await for_each(reads, read_one, workers=count, name="asyncloader-scan")
+    return [found[at] for at in sorted(found)]
+
+
+def flat(stored: Stored) -> Stored:
+    """Return the elements as rows of one each: the rows of some tensors are large.
+
+    Of a dtype without numbers they are `[n, size]` bytes; where an element takes no whole number of
+    bytes, each byte is one.
+    """
+    size = max(stored.nbytes // max(math.prod(stored.shape), 1), 1)
+    if size > _WIDEST or any(
+        block.nbytes != size * math.prod(block.shape) for block in stored.blocks
+    ):
+        size = 1
+    dtype, inner = stored.dtype, tuple[int, ...]()
+    if not has_numbers(dtype):
+        dtype, inner = DTYPES["U8"], (size,)
+    blocks = tuple(
+        replace(block, dtype=dtype, shape=(block.nbytes // size, *inner)) for block in stored.blocks
+    )
+    rows = sum(block.rows for block in blocks)
+    return replace(stored, dtype=dtype, shape=(rows, *inner), blocks=blocks)
+
+
+async def read_elements(session: Session, stored: Stored, begin: int, end: int) -> Tensor:
+    """Read the elements `[begin, end)`, counted over all rows, in one dimension; see `flat`.
+
+    Raises:
+        ReadError: If the storage failed.
+    """
+    window = flat(stored).window(begin, end)
+    return (await read_stored(session, [window]))[stored.name]

@@ -1,0 +1,297 @@
+"""What the command line does, for programs: look into checkpoints, compare and convert them.
+
+Each tool comes twice: `inspect(path)` for scripts and notebooks, `await ainspect(path)` for the
+caller's own event loop. Results are frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ._arguments import check_progress, checked_path
+from ._loading.progress_bar import listening
+from ._threads.blocking import run_blocking
+from .options import ReadOptions
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Collection
+
+    from torch import Tensor
+
+    from ._loading.progress import Progress
+    from ._table.hashtable import HashTable
+    from ._tools.converting.convert import Conversion
+    from ._tools.diffing.difference import Difference
+    from ._tools.folders import RunSummary
+    from ._tools.summary import CheckpointSummary
+    from ._tools.verifying.findings import Verification
+
+__all__ = [
+    "aconvert",
+    "adiff",
+    "aempty_like",
+    "ainspect",
+    "averify",
+    "convert",
+    "diff",
+    "empty_like",
+    "inspect",
+    "verify",
+]
+
+_BUDGET = 1 << 30
+
+
+async def ainspect(
+    path: str | os.PathLike[str], *, options: ReadOptions | None = None
+) -> CheckpointSummary | RunSummary:
+    """Say what a checkpoint holds; see `inspect`."""
+    from ._tools.summary import look_into
+
+    return await look_into(checked_path(path, "path"), ReadOptions.of(options, {}))
+
+
+def inspect(
+    path: str | os.PathLike[str], *, options: ReadOptions | None = None
+) -> CheckpointSummary | RunSummary:
+    """Say what a checkpoint holds, by its names and headers alone, whatever its size.
+
+    Needs neither torch nor numba.
+
+    Args:
+        path: A folder that RecIS or `Saver` wrote, a safetensors file, or a folder of these as
+            Hugging Face's are; or a run folder, in which a trainer keeps its checkpoints.
+        options: How to read.
+
+    Returns:
+        Tables, tensors, their sizes, whether bytes can be verified, and what is odd. Of a run
+        folder, the versions in it.
+
+    Raises:
+        CheckpointError: If there is no committed checkpoint, or it is unreadable.
+        ReadError: If the storage failed.
+    """
+    return run_blocking(partial(ainspect, path, options=options))
+
+
+async def averify(
+    path: str | os.PathLike[str],
+    *,
+    progress: Callable[[Progress], object] | bool | None = None,
+    options: ReadOptions | None = None,
+) -> Verification:
+    """Look at every byte of a checkpoint, and list all that is wrong; see `verify`."""
+    from ._tools.verifying.verify import averify as run
+
+    check_progress(progress)
+    how = ReadOptions.of(options, {})
+    with listening(progress, "verifying") as listener:
+        return await run(checked_path(path, "path"), progress=listener, options=how)
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    progress: Callable[[Progress], object] | bool | None = None,
+    options: ReadOptions | None = None,
+) -> Verification:
+    """Look at every byte of a checkpoint, and list all that is wrong.
+
+    Every rule of the format; whether all parts of each table are there and fit together, each id
+    comes once and lies where it should; and, where `Saver` saved digests along, whether every byte
+    is still the one that was written. Takes 8 bytes of memory an id of the largest table.
+
+    Args:
+        path: As `inspect` takes it, but no run folder.
+        progress: Called with a `Progress`, at most ten times a second; `True` shows a bar.
+        options: How to read. Digests are compared whatever `verify` says.
+
+    Returns:
+        All problems and notes, and how much was looked at; `ok` is whether there is no problem.
+
+    Raises:
+        CheckpointNotFoundError: If there is no checkpoint.
+        CheckpointError: If the folder cannot be listed.
+        ReadError: If the storage gave no answer.
+        MemoryError: If the ids of a table do not fit into memory.
+    """
+    return run_blocking(partial(averify, path, progress=progress, options=options))
+
+
+async def adiff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    budget: int = _BUDGET,
+    progress: Callable[[Progress], object] | bool | None = None,
+    options: ReadOptions | None = None,
+) -> Difference:
+    """Say how two checkpoints differ; see `diff`."""
+    from ._tools.diffing.diff import adiff as run
+
+    check_progress(progress)
+    paths = checked_path(a, "a"), checked_path(b, "b")
+    how = ReadOptions.of(options, {})
+    with listening(progress, "comparing") as listener:
+        return await run(*paths, budget=budget, progress=listener, options=how)
+
+
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    budget: int = _BUDGET,
+    progress: Callable[[Progress], object] | bool | None = None,
+    options: ReadOptions | None = None,
+) -> Difference:
+    """Say how two checkpoints differ, whatever ranks wrote them and in whatever order.
+
+    Names, shapes and dtypes that only one of them has; ids gained and lost; of each slot and tensor
+    how many rows or elements differ, and the largest change. Equal means equal to the last bit, but
+    two NaN are the same.
+
+    Args:
+        a: As `inspect` takes it, but no run folder.
+        b: The checkpoint to compare it with.
+        budget: Memory for the rows and elements of both that are compared at a time, in bytes.
+        progress: Called with a `Progress`, at most ten times a second; `True` shows a bar.
+        options: How to read.
+
+    Returns:
+        The difference; `equal` is whether there is none.
+
+    Raises:
+        CheckpointError: If one of them is missing, unreadable, or contradicts itself.
+        PlanError: If one of them does not fit together.
+        ReadError: If the storage failed.
+    """
+    run = partial(adiff, a, b, budget=budget, progress=progress, options=options)
+    return run_blocking(run)
+
+
+async def aconvert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    shards: int | None = None,
+    slots: Collection[str] | None = None,
+    tables: Collection[str] | None = None,
+    parallel: int = 8,
+    overwrite: bool = False,
+    progress: Callable[[Progress], object] | bool | None = None,
+    options: ReadOptions | None = None,
+) -> Conversion:
+    """Turn a checkpoint into another form of itself; see `convert`."""
+    from ._tools.converting.convert import aconvert as run
+
+    check_progress(progress)
+    paths = checked_path(source, "source"), checked_path(destination, "destination")
+    how = ReadOptions.of(options, {})
+    with listening(progress, "converting") as listener:
+        return await run(
+            *paths,
+            shards=shards,
+            slots=slots,
+            tables=tables,
+            parallel=parallel,
+            overwrite=overwrite,
+            progress=listener,
+            options=how,
+        )
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    shards: int | None = None,
+    slots: Collection[str] | None = None,
+    tables: Collection[str] | None = None,
+    parallel: int = 8,
+    overwrite: bool = False,
+    progress: Callable[[Progress], object] | bool | None = None,
+    options: ReadOptions | None = None,
+) -> Conversion:
+    """Turn a checkpoint into another form of itself: one plain file, a folder, other ranks.
+
+    A destination that ends in `.safetensors` becomes one plain file, in little memory; any other
+    becomes a folder in RecIS's format, for which one rank's part has to fit into memory.
+
+    Args:
+        source: As `inspect` takes it, but no run folder.
+        destination: What to write. Until all is written, what is there stays as it is.
+        shards: Write a folder as so many ranks would; as many as wrote the source if `None`.
+        slots: Keep only these slots of tables, and the ids; `None` keeps all.
+        tables: Of plain files: take these for tables. `None` takes what looks like a table and has
+            each id once.
+        parallel: Shard files of each rank, and writes at a time.
+        overwrite: Whether to replace what is there.
+        progress: Called with a `Progress`, at most ten times a second; `True` shows a bar.
+        options: How to read.
+
+    Returns:
+        What was written, and what was left out.
+
+    Raises:
+        CheckpointError: If the source is missing, unreadable, or contradicts itself.
+        PlanError: If it does not fit together.
+        ReadError: If the storage failed.
+        SaveError: If the destination must not be written, or could not be; or a file was, but may
+            not outlive a power loss.
+        ValueError: If names cannot be told apart there, or an argument makes no sense.
+        MemoryError: If there is no room.
+    """
+    run = partial(
+        aconvert,
+        source,
+        destination,
+        shards=shards,
+        slots=slots,
+        tables=tables,
+        parallel=parallel,
+        overwrite=overwrite,
+        progress=progress,
+        options=options,
+    )
+    return run_blocking(run)
+
+
+async def aempty_like(
+    path: str | os.PathLike[str], *, options: ReadOptions | None = None
+) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+    """Make empty tables, and tensors of zeros, for all of a checkpoint; see `empty_like`."""
+    from ._tools.allocation import allocate
+
+    made = await allocate(checked_path(path, "path"), options=ReadOptions.of(options, {}))
+    return made.tables, made.tensors
+
+
+def empty_like(
+    path: str | os.PathLike[str], *, options: ReadOptions | None = None
+) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+    """Make empty tables, and tensors of zeros, for all that a checkpoint holds.
+
+    Memory is taken when it is first written to. To load everything:
+
+    ```python
+    tables, tensors = empty_like(path)
+    Loader(path, tables, tensors).load()
+    ```
+
+    Args:
+        path: As `inspect` takes it, but no run folder.
+        options: How to read.
+
+    Returns:
+        Tables and tensors by name, of the dtypes and shapes that are stored. Tensors of dtypes that
+        this version of torch lacks are left out.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself; if a table
+            has no embeddings or no ids; if torch does not have the dtype of one of its slots.
+        ReadError: If the storage failed.
+        MemoryError: If there is no room.
+    """
+    return run_blocking(partial(aempty_like, path, options=options))
