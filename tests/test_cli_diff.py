@@ -211,7 +211,7 @@ async def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError):
         await diff(path, tmp_path / "absent")
     write_ranks(tmp_path / "b", [[sparse_block("t", "embedding", torch.ones(1, 1))]])
-    with pytest.raises(CheckpointError, match="table 't' has no ids"):
+    with pytest.raises(CheckpointError, match="'t': the table has no ids"):
         await diff(tmp_path / "b", path)
     flip(shard_holding(path, "user.emb@embedding/part_0_2"), -1)
     with pytest.raises(CheckpointError, match="are not those that were written"):

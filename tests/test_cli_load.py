@@ -99,7 +99,7 @@ async def test_every_dtype_and_shape_is_allocated(tmp_path: Path) -> None:
     ("slots", "says"),
     [
         ({"id": torch.arange(2)}, "table 't' has no slot 'embedding'"),
-        ({"embedding": torch.ones(2, 1)}, "table 't' has no ids"),
+        ({"embedding": torch.ones(2, 1)}, "'t': the table has no ids"),
         ({"id": torch.arange(2), "embedding": torch.ones(2, 0)}, r"has the shape \[2, 0\]"),
         ({"id": torch.arange(2), "embedding": torch.tensor(1.0)}, r"has the shape \[\]"),
     ],

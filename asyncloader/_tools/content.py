@@ -89,7 +89,7 @@ def describe(manifest: Manifest) -> Content:
     """Return what is held by a checkpoint of which all headers are known.
 
     Raises:
-        CheckpointError: If the parts of a table, or the blocks of a tensor, do not fit together.
+        CheckpointError: If a table has no ids, or blocks are of different kinds of rows.
     """
     catalog = manifest.catalog
     return Content(
@@ -99,13 +99,24 @@ def describe(manifest: Manifest) -> Content:
     )
 
 
+def check_tables(manifest: Manifest) -> None:
+    """See that the parts of each table fit together, as a load does before it reads them.
+
+    Raises:
+        CheckpointError: If they do not.
+    """
+    for name, slots in manifest.catalog.tables.items():
+        blocks = {
+            slot: {part.slice: manifest.block(part.place) for part in parts}
+            for slot, parts in slots.items()
+        }
+        Problems(manifest.location).take(table_problems(name, slots, blocks))
+
+
 def _table(manifest: Manifest, name: str) -> StoredTable:
     parts = manifest.catalog.tables[name]
-    blocks = {
-        slot: {part.slice: manifest.block(part.place) for part in of_slot}
-        for slot, of_slot in parts.items()
-    }
-    Problems(manifest.location).take(table_problems(name, parts, blocks))
+    if ID not in parts:
+        Problems(manifest.location).take(table_problems(name, parts, {}))
     slots = {slot: stored_slot(manifest, name, slot) for slot in parts}
     return StoredTable(
         name=name,

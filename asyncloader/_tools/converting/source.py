@@ -14,6 +14,7 @@ from asyncloader._tools.content import (
     EMBEDDING,
     Content,
     check_room,
+    check_tables,
     describe,
     free_memory,
     read_headers,
@@ -62,7 +63,9 @@ async def read_source(
 
     def decide() -> Content:
         known = manifest if recis else recognized(manifest, rows)
-        return describe(_with_slots(known, slots))
+        chosen = _with_slots(known, slots)
+        check_tables(chosen)
+        return describe(chosen)
 
     [content] = await run_jobs(session.threads.kernels, [decide])
     return content
