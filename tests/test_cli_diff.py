@@ -20,8 +20,8 @@ from asyncloader import (
     Progress,
     adiff,
 )
-from asyncloader._tools.diffing.comparison import Change, combined, compare
-from asyncloader._tools.diffing.difference import Kind, Names
+from asyncloader._tools.diffing.comparison import compare
+from asyncloader._tools.diffing.difference import Change, Kind, Names
 from asyncloader.cli._app import run as command
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
 from tests.oracle import (
@@ -291,8 +291,8 @@ def test_views_scalars_and_nothing_can_be_compared() -> None:
 def test_changes_add_up() -> None:
     one = Change(different=2, largest=1.0, infinite=1, nans=0)
     other = Change(different=1, largest=None, infinite=0, nans=1)
-    assert combined([one, other, NOTHING]) == Change(different=3, largest=1.0, infinite=1, nans=1)
-    assert combined([]) == NOTHING
+    assert Change.sum([one, other, NOTHING]) == Change(different=3, largest=1.0, infinite=1, nans=1)
+    assert Change.sum([]) == NOTHING
 
 
 @pytest.fixture

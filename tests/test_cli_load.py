@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, Loader, Progress, aempty_like, gen_slice
 from asyncloader._loading.trace import Span
-from asyncloader._tools.allocation import allocate, load_all
+from asyncloader._tools.allocation import allocate
 from asyncloader._tools.content import check_room
 from asyncloader.cli._app import run as run_here
+from asyncloader.cli._load import Loaded, load_all
 from asyncloader.cli._terminal import bar
 from asyncloader.cli._trace_file import trace_of
 from tests.checkpoints import GENUINE, LIMITS, save
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader._loading.trace import Step
-    from asyncloader._tools.allocation import Loaded
     from asyncloader.options import Verify
 
 
@@ -268,7 +268,7 @@ async def load(
     with nothing_left_behind():
         options = replace(LIMITS, verify=verify)
         progress = None if told is None else told.append
-        return await load_all(str(path), options=options, progress=progress)
+        return await load_all(str(path), options, progress=progress)
 
 
 async def test_all_of_a_checkpoint_is_loaded() -> None:

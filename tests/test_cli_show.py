@@ -25,8 +25,7 @@ from asyncloader._loading.session import open_session
 from asyncloader._tools.finding import FoundId, look_for
 from asyncloader._tools.scanning import scan
 from asyncloader._tools.showing import ShownTable, ShownTensor, look_at
-from asyncloader._tools.statistics import Statistics, combine, measure
-from asyncloader._tools.values import values_of
+from asyncloader._tools.values import Statistics, combine, measure, values_of
 from asyncloader.cli._app import run as run_here
 from asyncloader.cli._show_view import id_view, table_view, tensor_view
 from asyncloader.cli._terminal import Numbers, number_text

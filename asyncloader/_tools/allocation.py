@@ -28,23 +28,20 @@ from asyncloader._planning.targets import Targets
 from asyncloader._table.hashtable import HashTable
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
-from asyncloader.loader import Loader
 from asyncloader.options import ReadOptions
 
 from .content import EMBEDDING, check_room, check_rows, free_memory, read_content
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
     from asyncloader._checkpoint.slices import Slice
     from asyncloader._checkpoint.stored import Stored
     from asyncloader._loading.destinations import Destinations
-    from asyncloader._loading.progress import Meter, Progress
-    from asyncloader._loading.report import LoadReport
+    from asyncloader._loading.progress import Meter
     from asyncloader._loading.session import Session
-    from asyncloader._loading.trace import Span
     from asyncloader._planning.load_info import LoadInfo
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._table.protocol import UpdateCounts
@@ -185,15 +182,8 @@ async def fill(
     """Fill tables and tensors from what is stored under the same names; return counts by table.
 
     Where there are digests every byte is verified: what is read is widened to whole chunks, which
-    costs little, as rows that are saved with digests are sorted.
-
-    Args:
-        session: The checkpoint.
-        content: All of it.
-        tables: By name.
-        slots: What to load of each table besides the ids.
-        tensors: By name.
-        meter: Counts reads.
+    costs little, as rows that are saved with digests are sorted. Of a table, `slots` are loaded,
+    and the ids.
 
     Raises:
         PlanError: If something does not fit together.
@@ -215,57 +205,4 @@ async def fill(
     verifier = Verifier(session.location, widen=True)
     return await complete(
         Load(session, plan, into, tables, meter=meter, verifier=verifier), session
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """What a load did, and what had to be done before."""
-
-    report: LoadReport
-
-    kernels_seconds: float
-    """To load the kernels that tables need, or, the first time ever, to compile them."""
-
-    allocation_seconds: float
-    """To read names and headers, and make tables and tensors."""
-
-
-async def load_all(
-    path: str,
-    *,
-    options: ReadOptions,
-    trace: Callable[[Span], object] | None = None,
-    progress: Callable[[Progress], object] | None = None,
-    floats: str | None = None,
-) -> Loaded:
-    """Make room for a checkpoint and load it; raises what `allocate` and `Loader.aload` do.
-
-    Args:
-        path: The checkpoint.
-        options: How to read.
-        trace: As `Loader` takes it.
-        progress: As `Loader` takes it.
-        floats: The dtype to make all floats of; by default each stays of its own.
-    """
-    begin = time.perf_counter()
-    made = await allocate(path, options=options, floats=floats)
-    prepared = time.perf_counter() - begin
-    loader = Loader(
-        path,
-        made.tables,
-        made.tensors,
-        options=options,
-        progress=progress,
-        trace=trace,
-        cast=None if floats is None else "any",
-    )
-    report = await loader.aload()
-    left_out = (
-        f"{name!r} is {dtype}, which torch lacks: left out" for name, dtype in made.lacking.items()
-    )
-    return Loaded(
-        report=replace(report, warnings=(*report.warnings, *left_out)),
-        kernels_seconds=made.kernels_seconds,
-        allocation_seconds=prepared - made.kernels_seconds,
     )

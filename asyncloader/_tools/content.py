@@ -41,11 +41,6 @@ class StoredTable:
     slots: Mapping[str, Stored]
     """All but the ids."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all blocks."""
-        return self.ids.nbytes + sum(slot.nbytes for slot in self.slots.values())
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
@@ -61,10 +56,11 @@ class Content:
         return self.manifest.location
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all blocks."""
-        dense = sum(stored.nbytes for stored in self.tensors.values())
-        return dense + sum(table.nbytes for table in self.tables.values())
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name; a slot is `table@slot`."""
+        tables = self.tables.values()
+        slots = (one for table in tables for one in (table.ids, *table.slots.values()))
+        return {one.name: one.nbytes for one in (*slots, *self.tensors.values())}
 
 
 async def read_headers(session: Session) -> Manifest:

@@ -18,9 +18,8 @@ from asyncloader.options import ReadOptions
 
 from .content import find_table, stored_slot
 from .scanning import read_elements, scan
-from .statistics import combine, measure
 from .summary import metadata_of
-from .values import read_rows
+from .values import combine, measure, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
 
-    from .statistics import Moments, Statistics
-    from .values import Row
+    from .values import Moments, Row, Statistics
 
 
 # Larger pieces take more memory for what is computed of them, and no less time.

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from asyncloader._tools.diffing.comparison import Change
     from asyncloader._tools.diffing.difference import (
+        Change,
         Difference,
         Kind,
         Names,

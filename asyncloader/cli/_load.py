@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import time
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +22,7 @@ from ._output import print_json, progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from asyncloader._loading.report import LoadReport
     from asyncloader._loading.trace import Span
 
 _DEFAULTS = ReadOptions()
@@ -47,6 +50,19 @@ class FloatChoice(enum.StrEnum):
     FLOAT16 = "float16"
     FLOAT32 = "float32"
     FLOAT64 = "float64"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a load did, and what had to be done before."""
+
+    report: LoadReport
+
+    kernels_seconds: float
+    """To load the kernels that tables need, or, the first time ever, to compile them."""
+
+    allocation_seconds: float
+    """To read names and headers, and make tables and tensors."""
 
 
 def load(
@@ -106,9 +122,7 @@ def load(
     with _tracing(trace, path) as listener, progress("loading") as tell:
         if tell is not None:  # before torch and the kernels, which take seconds the first time
             tell(Progress(bytes_done=0, bytes_total=0, seconds=0, current="preparing"))
-        from asyncloader._tools.allocation import load_all
-
-        run = partial(load_all, path, options=options, trace=listener, progress=tell, floats=cast)
+        run = partial(load_all, path, options, trace=listener, progress=tell, floats=cast)
         loaded = run_blocking(run)
     if json:
         print_json(loaded)
@@ -117,6 +131,41 @@ def load(
     from ._terminal import show
 
     show(load_view(loaded), markup=True)  # the report's own
+
+
+async def load_all(
+    path: str,
+    options: ReadOptions,
+    *,
+    trace: Callable[[Span], object] | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    floats: str | None = None,
+) -> Loaded:
+    """Make room for a checkpoint and load it."""
+    from asyncloader import Loader
+    from asyncloader._tools.allocation import allocate
+
+    begin = time.perf_counter()
+    made = await allocate(path, options=options, floats=floats)
+    prepared = time.perf_counter() - begin
+    loader = Loader(
+        path,
+        made.tables,
+        made.tensors,
+        options=options,
+        progress=progress,
+        trace=trace,
+        cast=None if floats is None else "any",
+    )
+    report = await loader.aload()
+    left_out = (
+        f"{n!r} is {dtype}, which torch lacks: left out" for n, dtype in made.lacking.items()
+    )
+    return Loaded(
+        report=replace(report, warnings=(*report.warnings, *left_out)),
+        kernels_seconds=made.kernels_seconds,
+        allocation_seconds=prepared - made.kernels_seconds,
+    )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from asyncloader._loading.report import LoadReport
-    from asyncloader._tools.allocation import Loaded
     from asyncloader._tools.converting.convert import Conversion, ConvertedTable
     from asyncloader._tools.verifying.findings import Finding, Verification
 

@@ -31,7 +31,7 @@ from ._terminal import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from asyncloader._tools.statistics import Statistics
+    from asyncloader._tools.values import Statistics
 
     from ._terminal import Fact
 

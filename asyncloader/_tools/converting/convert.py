@@ -10,11 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._arguments import checked_path
 from asyncloader._loading.session import open_session
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import AsyncLoaderError, SaveError
-from asyncloader.options import ReadOptions
 
 from .file import write_file
 from .folder import write_folder
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
     from asyncloader._loading.progress import Progress
+    from asyncloader.options import ReadOptions
 
 
 _SUFFIX = ".safetensors"
@@ -73,27 +72,25 @@ async def aconvert(
     source: str,
     destination: str,
     *,
-    shards: int | None = None,
-    slots: Collection[str] | None = None,
-    tables: Collection[str] | None = None,
-    parallel: int = 8,
-    overwrite: bool = False,
-    progress: Callable[[Progress], object] | None = None,
-    options: ReadOptions | None = None,
+    shards: int | None,
+    slots: Collection[str] | None,
+    tables: Collection[str] | None,
+    parallel: int,
+    overwrite: bool,
+    progress: Callable[[Progress], object] | None,
+    options: ReadOptions,
 ) -> Conversion:
-    """Convert; `asyncloader.tools.convert` says what that is.
+    """Convert; see `asyncloader.tools.convert`.
 
     If that fails, or is cancelled, before the file, or the folder's `index`, is moved into its
     place, nothing is left behind, and what was there is as it was. After a file's move it is
     written: an error says so then.
     """
     start = time.perf_counter()
-    for path in (source, destination):
-        checked_path(path, "path")
     for name, number in (("shards", shards), ("parallel", parallel)):
         if number is not None and number <= 0:
             raise ValueError(f"{name} must be positive, got {number}")
-    async with open_session(source, options or ReadOptions()) as session:
+    async with open_session(source, options) as session:
         check = partial(_Destination.checked, source, destination, overwrite=overwrite)
         target = await session.on_disk(check)
         if target.is_file and shards is not None:

@@ -18,7 +18,7 @@ from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.scanning import scan
 from asyncloader.errors import AsyncLoaderError, CheckpointError, SaveError
 
-from .recognition import METADATA, describe_tables, key_of, metadata_of
+from .source import METADATA, describe_tables, key_of, metadata_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +87,7 @@ async def write_file(
     [(layout, copies)] = await run_jobs(
         session.threads.kernels, [partial(_lay_out, draft, content)]
     )
-    meter, held = Meter(content.nbytes, progress), contextlib.ExitStack()
+    meter, held = Meter(sum(content.sizes.values()), progress), contextlib.ExitStack()
 
     def begin() -> WritableFile:
         file = held.enter_context(contextlib.closing(folder.create(draft)))
@@ -228,5 +228,4 @@ def _metadata(content: Content) -> dict[str, str]:
     # Without a "format" some readers of Hugging Face's refuse a file.
     metadata = {"format": "pt", **metadata_of(content.manifest)}
     metadata.pop(METADATA, None)
-    tables = {name: (one.slice_size, [ID, *one.slots]) for name, one in content.tables.items()}
-    return metadata | ({METADATA: describe_tables(tables)} if tables else {})
+    return metadata | ({METADATA: describe_tables(content)} if content.tables else {})

@@ -81,7 +81,7 @@ async def write_folder(
     count = ranks or max((table.ranks for table in content.tables.values()), default=1)
     await run_jobs(session.threads.reads, [partial(_check, content, count)])
     save_id = fresh_save_id()
-    stages = Stages(2 * content.nbytes, progress)
+    stages = Stages(2 * sum(content.sizes.values()), progress)
 
     async def write(rank: int) -> Part:
         """Write one rank's part. Its rows are let go when this returns."""

@@ -1,12 +1,27 @@
-"""What is converted: all of a checkpoint, tables told from tensors, checked to be whole."""
+r"""What is converted: all of a checkpoint, and which tensors of plain files are tables.
+
+A file that was made of a checkpoint says so itself, in its header:
+
+    {"__metadata__": {"asyncloader": "{\"format\": 1, \"tables\": {table: {
+        "slice_size": 65536, "slots": {"id": key, "embedding": key}}}}"}}
+
+Of others, `X.id` (I64 `[n]`) and `X.embedding` (`[n, …]`) may be the table `X`, with all further
+`X.…` of n rows. The longest X counts. If an id stands there twice, they are not: a table would lose
+a row.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from reprlib import repr as shown  # shortens
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import orjson
+
+from asyncloader._checkpoint.index import Part, Places
 from asyncloader._checkpoint.parts import ID
+from asyncloader._checkpoint.slices import DEFAULT_SLICE_SIZE, Slice
 from asyncloader._checkpoint.stored import stored_tensor
 from asyncloader._loading.reading import read_stored
 from asyncloader._threads.jobs import run_jobs
@@ -19,16 +34,22 @@ from asyncloader._tools.content import (
     free_memory,
     read_headers,
 )
-from asyncloader._tools.duplicates import count_duplicates
+from asyncloader._tools.verifying.ids import count_duplicates
 from asyncloader.errors import CheckpointError
 
-from .recognition import METADATA, key_of, likely_tables, metadata_of, recognized
-
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
+    from asyncloader._checkpoint.index import Place
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._loading.session import Session
+
+
+Tables: TypeAlias = dict[str, dict[str, tuple[Part, ...]]]
+
+METADATA = "asyncloader"
+_FORMAT = 1
+_IDS = "int64"
 
 
 async def read_source(
@@ -62,7 +83,7 @@ async def read_source(
     rows = {} if as_it_is else await _tables_of_names(session, manifest, tables)
 
     def decide() -> Content:
-        known = manifest if recis else recognized(manifest, rows)
+        known = manifest if recis else _recognized(manifest, rows)
         chosen = _with_slots(known, slots)
         check_tables(chosen)
         return describe(chosen)
@@ -80,7 +101,7 @@ async def _tables_of_names(
         CheckpointError: If one that is wanted is none.
         MemoryError: If the ids of one do not fit.
     """
-    likely = likely_tables(manifest)
+    likely = _likely_tables(manifest)
     unknown = sorted(set(wanted or ()) - likely.keys())
     if unknown:
         name = unknown[0]
@@ -109,6 +130,20 @@ async def _tables_of_names(
     return found
 
 
+def _likely_tables(manifest: Manifest) -> dict[str, int]:
+    """Return what may be tables, going by names, dtypes and shapes, and how many ids they have."""
+    places = manifest.catalog.tensors
+    blocks = {name: manifest.block(place) for name, place in places.items()}
+    found = {}
+    for key, block in blocks.items():
+        table, dot, slot = key.rpartition(".")
+        rows = blocks.get(key_of(table, EMBEDDING))
+        are_ids = slot == ID and block.dtype.torch == _IDS and len(block.shape) == 1
+        if dot and are_ids and rows is not None and rows.shape[:1] == block.shape:
+            found[table] = block.rows
+    return found
+
+
 def _with_slots(manifest: Manifest, wanted: Collection[str] | None) -> Manifest:
     if wanted is None:
         return manifest
@@ -124,3 +159,82 @@ def _with_slots(manifest: Manifest, wanted: Collection[str] | None) -> Manifest:
         for name, slots in tables.items()
     }
     return replace(manifest, catalog=replace(manifest.catalog, tables=kept))
+
+
+def key_of(table: str, slot: str) -> str:
+    """Return the name under which a slot of a table stands in a plain file."""
+    return f"{table}.{slot}"
+
+
+def describe_tables(content: Content) -> str:
+    """Return the text that lets a plain file be turned back."""
+    described = {
+        name: {
+            "slice_size": table.slice_size,
+            "slots": {slot: key_of(name, slot) for slot in (ID, *table.slots)},
+        }
+        for name, table in content.tables.items()
+    }
+    return orjson.dumps({"format": _FORMAT, "tables": described}).decode()
+
+
+def metadata_of(manifest: Manifest) -> Mapping[str, str]:
+    """Return what a single plain file says of itself besides."""
+    header = manifest.catalog.header
+    return {} if header is None else header.metadata
+
+
+def _recognized(manifest: Manifest, rows: Mapping[str, int]) -> Manifest:
+    """Return a manifest in which tables are tables.
+
+    Args:
+        manifest: Of plain safetensors files.
+        rows: Where no header says it, the tables that there are, and how many ids they have.
+    """
+    text = metadata_of(manifest).get(METADATA)
+    if text is not None:
+        try:
+            tables = _told(text, manifest.catalog.tensors)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            problem = f"its __metadata__ {METADATA!r} is damaged: {shown(error)}"
+            raise CheckpointError(manifest.location, problem, manifest.catalog.source) from error
+    else:
+        tables = _of_names(manifest, rows)
+    taken = {part.place for slots in tables.values() for (part,) in slots.values()}
+    plain = {name: p for name, p in manifest.catalog.tensors.items() if p not in taken}
+    return replace(
+        manifest, catalog=replace(manifest.catalog, tensors=Places.of(plain), tables=tables)
+    )
+
+
+def _told(text: str, places: Mapping[str, Place]) -> Tables:
+    value: Any = orjson.loads(text)
+    if value["format"] != _FORMAT:
+        raise ValueError(f"its format is {shown(value['format'])}, {_FORMAT} is known")
+    tables: Tables = {}
+    for name, table in value["tables"].items():
+        whole = Slice(0, table["slice_size"], table["slice_size"])
+        odd = [slot for slot in table["slots"] if "@" in slot or not slot]
+        if odd or ID not in table["slots"]:
+            raise ValueError(f"table {shown(name)} has odd slots: {shown(table['slots'])}")
+        tables[name] = {slot: (Part(whole, places[key]),) for slot, key in table["slots"].items()}
+    return tables
+
+
+def _of_names(manifest: Manifest, rows: Mapping[str, int]) -> Tables:
+    whole = Slice(0, DEFAULT_SLICE_SIZE, DEFAULT_SLICE_SIZE)
+    tables: Tables = {table: {} for table in rows}
+    for key, place in manifest.catalog.tensors.items():
+        owner = _owner(key, rows)
+        if owner is not None and manifest.block(place).shape[:1] == (rows[owner],):
+            tables[owner][key[len(owner) + 1 :]] = (Part(whole, place),)
+    return tables
+
+
+def _owner(key: str, tables: Mapping[str, int]) -> str | None:
+    """Return the table with the longest name whose slot this may be."""
+    end = len(key)
+    while (end := key.rfind(".", 0, end)) >= 0:
+        if key[:end] in tables:
+            return None if "@" in key[end + 1 :] else key[:end]
+    return None

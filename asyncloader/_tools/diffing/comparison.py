@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,44 +10,11 @@ import torch
 from asyncloader._checkpoint.dtypes import BY_TORCH
 from asyncloader._loading.reading import has_numbers
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from .difference import Change
 
+if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """How values differ."""
-
-    different: int
-    """Elements. Those with the same bits do not, nor do two NaN; 0.0 and -0.0 do."""
-
-    largest: float | None
-    """Absolute change among those whose change is a finite number; exact for integers. `None` if
-    there are none, as with dtypes that torch knows no numbers of."""
-
-    infinite: int
-    """Elements whose change is infinite."""
-
-    nans: int
-    """Elements of which one is NaN and the other is not."""
-
-
-NONE = Change(different=0, largest=None, infinite=0, nans=0)
-
-
-def combined(changes: Iterable[Change]) -> Change:
-    """Sum up what was found of some values at a time."""
-    found = list(changes)
-    largest = [change.largest for change in found if change.largest is not None]
-    return Change(
-        different=sum(change.different for change in found),
-        largest=max(largest, default=None),
-        infinite=sum(change.infinite for change in found),
-        nans=sum(change.nans for change in found),
-    )
 
 
 def compare(one: Tensor, other: Tensor) -> tuple[Change, NDArray[np.int64]]:
@@ -59,13 +25,11 @@ def compare(one: Tensor, other: Tensor) -> tuple[Change, NDArray[np.int64]]:
     """
     left, right = _bits(one), _bits(other)
     where = np.flatnonzero(left != right)
-    if not len(where):
-        return NONE, where
-    if not has_numbers(BY_TORCH[str(one.dtype).removeprefix("torch.")]):
-        return Change(different=len(where), largest=None, infinite=0, nans=0), where
+    if not len(where) or not has_numbers(BY_TORCH[str(one.dtype).removeprefix("torch.")]):
+        return Change(different=len(where)), where
     a, b = left[where], right[where]
     if one.dtype == torch.bool:
-        return Change(different=len(where), largest=1, infinite=0, nans=0), where
+        return Change(different=len(where), largest=1), where
     if not one.dtype.is_floating_point and not one.dtype.is_complex:
         return _integers(a, b, signed=one.dtype.is_signed), where
     return _numbers(_wide(a, one.dtype), _wide(b, one.dtype), where)
@@ -73,8 +37,7 @@ def compare(one: Tensor, other: Tensor) -> tuple[Change, NDArray[np.int64]]:
 
 def compare_bits(one: Tensor, other: Tensor) -> Change:
     """Compare elements without numbers, `[n, size]` bytes."""
-    different = int((one != other).any(dim=1).count_nonzero())
-    return Change(different=different, largest=None, infinite=0, nans=0)
+    return Change(different=int((one != other).any(dim=1).count_nonzero()))
 
 
 def _bits(tensor: Tensor) -> NDArray[np.unsignedinteger]:
@@ -94,7 +57,7 @@ def _integers(
     high, low = np.maximum(a, b), np.minimum(a, b)
     # The distance of two signed numbers may need the sign's bit.
     distance = high.view(f"u{width}") - low.view(f"u{width}")
-    return Change(different=len(a), largest=int(distance.max()), infinite=0, nans=0)
+    return Change(different=len(a), largest=int(distance.max()))
 
 
 def _wide(bits: NDArray[np.unsignedinteger], dtype: torch.dtype) -> NDArray[np.inexact]:

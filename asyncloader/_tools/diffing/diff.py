@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from asyncloader._arguments import checked_path
 from asyncloader._loading.progress import Meter, Stages
 from asyncloader._loading.reading import has_numbers, read_stored
 from asyncloader._loading.session import open_session
 from asyncloader._threads.jobs import for_each, run_jobs
 from asyncloader._tools.content import read_content
 from asyncloader._tools.scanning import flat
-from asyncloader.options import ReadOptions
 
-from .comparison import Change, combined, compare, compare_bits
-from .difference import Difference, Kind, Names, TensorDifference
+from .comparison import compare, compare_bits
+from .difference import Change, Difference, Kind, Names, TensorDifference
 from .tables import Side, compare_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
     from asyncloader._checkpoint.stored import Stored
     from asyncloader._loading.progress import Progress
     from asyncloader._tools.content import Content
+    from asyncloader.options import ReadOptions
 
-
-BUDGET = 1 << 30
-"""Bytes that rows and elements of both sides may take at a time."""
 
 _WINDOW = 64 << 20
 _AT_A_TIME = 4
@@ -49,25 +44,18 @@ async def adiff(
     a: str,
     b: str,
     *,
-    budget: int = BUDGET,
-    progress: Callable[[Progress], object] | None = None,
-    options: ReadOptions | None = None,
+    budget: int,
+    progress: Callable[[Progress], object] | None,
+    options: ReadOptions,
 ) -> Difference:
-    """Compare all that both hold, and name what only one holds; `asyncloader.tools.diff` says how.
-
-    Args:
-        a: A folder, or a safetensors file.
-        b: The same.
-        budget: Memory for what is compared, in bytes, besides that of the reads.
-        progress: Called on the event loop, at most ten times a second.
-        options: How to read.
-    """
-    clock, how = Meter(0), options or ReadOptions()
-    paths = [checked_path(path, "path") for path in (a, b)]
-    async with open_session(paths[0], how) as first, open_session(paths[1], how) as second:
+    """Compare all that both hold, and name what only one holds; see `asyncloader.tools.diff`."""
+    clock = Meter(0)
+    async with open_session(a, options) as first, open_session(b, options) as second:
         one = Side(first, await read_content(first))
         other = Side(second, await read_content(second))
-        stages = Stages(_common(one.content, other.content), progress)
+        sizes, others = one.content.sizes, other.content.sizes
+        common = sum(sizes[name] + others[name] for name in sizes.keys() & others.keys())
+        stages = Stages(common, progress)
         notes: list[str] = []
         tables = [
             await compare_table(one, other, name, budget=budget, stages=stages, notes=notes)
@@ -108,20 +96,6 @@ def _only_in(one: Content, other: Content) -> Names:
     )
 
 
-def _common(a: Content, b: Content) -> int:
-    """Return the bytes of all that both have, of each."""
-    nbytes = 0
-    for one, other in ((a, b), (b, a)):
-        for name in one.tables.keys() & other.tables.keys():
-            slots, others = one.tables[name].slots, other.tables[name].slots
-            nbytes += one.tables[name].ids.nbytes
-            nbytes += sum(slots[slot].nbytes for slot in slots.keys() & others.keys())
-        nbytes += sum(
-            one.tensors[name].nbytes for name in one.tensors.keys() & other.tensors.keys()
-        )
-    return nbytes
-
-
 async def _compare_tensors(
     a: Side, b: Side, window_bytes: int, meter: Meter
 ) -> list[TensorDifference]:
@@ -137,16 +111,24 @@ async def _compare_tensors(
 
     async def work(batch: Sequence[_Window]) -> None:
         ours, theirs = await _read(a, batch), await _read(b, batch)
-        job = partial(_compare_all, ones, ours, theirs)
-        [found] = await run_jobs(a.session.threads.kernels, [job])
-        for name, change in found:
-            changes[name].append(change)
+
+        def compare_all() -> None:
+            for name, tensor in ours.items():
+                known = has_numbers(ones[name].dtype)
+                change = (
+                    compare(tensor, theirs[name])[0]
+                    if known
+                    else compare_bits(tensor, theirs[name])
+                )
+                changes[name].append(change)
+
+        await run_jobs(a.session.threads.kernels, [compare_all])
         size = 2 * sum(tensor.nbytes for tensor in ours.values())
         meter.note(read=size, wanted=size, current=batch[-1].name)
 
     most = max(window_bytes // _AT_A_TIME, 1)
     await for_each(_batches(alike, most), work, workers=_AT_A_TIME, name="asyncloader-diff")
-    return [_difference(ones[name], others[name], combined(changes[name])) for name in both]
+    return [_difference(ones[name], others[name], Change.sum(changes[name])) for name in both]
 
 
 def _batches(tensors: Iterable[Stored], most: int) -> Iterator[list[_Window]]:
@@ -177,25 +159,11 @@ async def _read(side: Side, batch: Sequence[_Window]) -> dict[str, Tensor]:
     return await read_stored(side.session, wanted)
 
 
-def _compare_all(
-    stored: Mapping[str, Stored], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
-) -> list[tuple[str, Change]]:
-    return [
-        (
-            name,
-            compare(tensor, theirs[name])[0]
-            if has_numbers(stored[name].dtype)
-            else compare_bits(tensor, theirs[name]),
-        )
-        for name, tensor in ours.items()
-    ]
-
-
 def _difference(one: Stored, other: Stored, change: Change) -> TensorDifference:
     same = Kind.of(one) == Kind.of(other)
     elements = max(flat(one).rows, flat(other).rows) if same else 0
     if elements and one.nbytes != other.nbytes:  # of a dtype that nobody knows
-        change = Change(different=elements, largest=None, infinite=0, nans=0)
+        change = Change(different=elements)
     return TensorDifference(
         name=one.name, a=Kind.of(one), b=Kind.of(other), elements=elements, change=change
     )

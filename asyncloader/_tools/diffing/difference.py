@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from asyncloader._checkpoint.stored import Stored
+    from collections.abc import Sequence
 
-    from .comparison import Change
+    from asyncloader._checkpoint.stored import Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +48,41 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorDifference:
-    """A dense tensor that both have."""
+class Change:
+    """How values differ."""
+
+    different: int
+    """Elements. Those with the same bits do not, nor do two NaN; 0.0 and -0.0 do."""
+
+    largest: float | None = None
+    """Absolute change among those whose change is a finite number; exact for integers. `None` if
+    there are none, as with dtypes that torch knows no numbers of."""
+
+    infinite: int = 0
+    """Elements whose change is infinite."""
+
+    nans: int = 0
+    """Elements of which one is NaN and the other is not."""
+
+    @classmethod
+    def sum(cls, changes: Sequence[Change]) -> Change:
+        """Sum up what was found of some values at a time."""
+        largest = [change.largest for change in changes if change.largest is not None]
+        return cls(
+            different=sum(change.different for change in changes),
+            largest=max(largest, default=None),
+            infinite=sum(change.infinite for change in changes),
+            nans=sum(change.nans for change in changes),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Both:
+    """What both have under one name."""
 
     name: str
     a: Kind
     b: Kind
-
-    elements: int
-    """That were compared; none if the kinds differ. Bytes, where an element is no whole ones."""
-
     change: Change
 
     @property
@@ -67,25 +92,22 @@ class TensorDifference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlotDifference:
-    """A slot, of a table that both have."""
+class TensorDifference(_Both):
+    """A dense tensor that both have."""
 
-    name: str
-    a: Kind
-    b: Kind
+    elements: int
+    """That were compared; none if the kinds differ. Bytes, where an element is no whole ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotDifference(_Both):
+    """A slot, of a table that both have."""
 
     rows: int
     """That were compared: of ids that both have; none if the kinds differ."""
 
     different: int
     """Rows that differ in some element."""
-
-    change: Change
-
-    @property
-    def equal(self) -> bool:
-        """Whether there is no difference."""
-        return self.a == self.b and not self.change.different
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,3 +76,17 @@ def _disorder(ids: NDArray[np.int64], told: PartRows) -> str:
 def _windows(ids: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     for start in range(0, len(ids), _WINDOW):
         yield ids[start : start + _WINDOW]
+
+
+def count_duplicates(ids: NDArray[np.int64]) -> tuple[int, int]:
+    """Sort ids where they stand; return how many came before, and one of them (or 0)."""
+    ids.sort()
+    count = example = 0
+    for start in range(0, len(ids) - 1, _WINDOW):
+        window = ids[start : start + _WINDOW + 1]
+        same = window[1:] == window[:-1]
+        found = int(np.count_nonzero(same))
+        if found and not count:
+            example = int(window[int(np.argmax(same))])
+        count += found
+    return count, example

@@ -16,7 +16,7 @@ from asyncloader._loading.session import open_session
 from asyncloader._memory.allocation import zeros
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.content import check_room, free_memory
-from asyncloader._tools.duplicates import count_duplicates
+from asyncloader._tools.verifying.ids import count_duplicates
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 from asyncloader.options import ReadOptions
 
