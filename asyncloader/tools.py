@@ -7,16 +7,15 @@ caller's own event loop. Results are frozen dataclasses.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ._arguments import check_progress, checked_path
 from ._loading.progress_bar import listening
-from ._threads.blocking import run_blocking
 from .options import ReadOptions
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Coroutine
 
     from torch import Tensor
 
@@ -42,6 +41,8 @@ __all__ = [
 ]
 
 _BUDGET = 1 << 30
+
+T = TypeVar("T")
 
 
 async def ainspect(
@@ -73,7 +74,7 @@ def inspect(
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
         ReadError: If the storage failed.
     """
-    return run_blocking(partial(ainspect, path, options=options))
+    return _run(partial(ainspect, path, options=options))
 
 
 async def averify(
@@ -117,7 +118,7 @@ def verify(
         ReadError: If the storage gave no answer.
         MemoryError: If the ids of a table do not fit into memory.
     """
-    return run_blocking(partial(averify, path, progress=progress, options=options))
+    return _run(partial(averify, path, progress=progress, options=options))
 
 
 async def adiff(
@@ -168,7 +169,7 @@ def diff(
         ReadError: If the storage failed.
     """
     run = partial(adiff, a, b, budget=budget, progress=progress, options=options)
-    return run_blocking(run)
+    return _run(run)
 
 
 async def aconvert(
@@ -255,7 +256,7 @@ def convert(
         progress=progress,
         options=options,
     )
-    return run_blocking(run)
+    return _run(run)
 
 
 async def aempty_like(
@@ -294,4 +295,10 @@ def empty_like(
         ReadError: If the storage failed.
         MemoryError: If there is no room.
     """
-    return run_blocking(partial(aempty_like, path, options=options))
+    return _run(partial(aempty_like, path, options=options))
+
+
+def _run(call: Callable[[], Coroutine[object, object, T]]) -> T:
+    from ._threads.blocking import run_blocking
+
+    return run_blocking(call)

@@ -85,7 +85,7 @@ def test_commands_call_it_by_its_name_too(
 ) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(POINTER)
-    assert run([command, str(path)])
+    assert run([command, str(path)]) == 2
     said = capsys.readouterr()
     assert "Git LFS pointer" in " ".join((said.out + said.err).split())
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from asyncloader._checkpoint.dtypes import DTYPES
-from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
-from asyncloader._loading.reading import has_numbers, read_stored
-from asyncloader._loading.staging import Arena, StagingPool
+from asyncloader._memory.pages import map_fresh
 from asyncloader._planning.reads import Extent, Extents, plan_reads
 from asyncloader._storage.protocol import read_exactly
 from asyncloader._threads.jobs import for_each, run_jobs
@@ -19,10 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Executor
 
-    from torch import Tensor
-
     from asyncloader._checkpoint.blocks import Block
-    from asyncloader._checkpoint.stored import Stored
     from asyncloader._loading.progress import Meter
     from asyncloader._loading.session import Session
     from asyncloader._planning.reads import Read
@@ -30,8 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Bytes of an element; what claims more is none that is known.
-_WIDEST = 64
+_ALIGNMENT = 16
+"""Bytes: enough for every dtype."""
 
 
 async def scan(
@@ -73,15 +65,19 @@ async def scan(
     ]
     plan = partial(plan_reads, Extents.of(extents), chunk_bytes=most, gap_bytes=0)
     [reads] = await run_jobs(session.threads.kernels, [plan])
-    staging = StagingPool(max(most, DIGEST_CHUNK))
+    size = max((read.length + _ALIGNMENT * len(read.sinks) for read in reads), default=0)
+    free: list[memoryview] = []  # all of one size, and used again and again
     found: dict[tuple[int, int], T] = {}
 
     async def read_one(read: Read) -> None:
         pieces = read.pieces
         async with session.budget.reserve(read.length):
             # A read that is given up keeps its memory: a thread may still write there.
-            arena = Arena(staging, read.length, len(pieces))
-            views = [arena.take(piece.length).numpy().data for piece in pieces]
+            memory = free.pop() if free else _fresh(size)
+            views, at = list[memoryview](), 0
+            for piece in pieces:
+                views.append(memory[at : at + piece.length])
+                at += -(-piece.length // _ALIGNMENT) * _ALIGNMENT
             await read_exactly(session.storage, read.shard, read.offset, views)
 
             def look_at_all() -> None:
@@ -89,7 +85,7 @@ async def scan(
                     found[number, position] = look(number, position, view)
 
             await run_jobs(executor or session.threads.kernels, [look_at_all])
-            arena.close()
+            free.append(memory)
         current = blocks[pieces[-1].sink].key
         meter.note(read=read.length, wanted=read.length, current=current)
 
@@ -98,32 +94,6 @@ async def scan(
     return [found[at] for at in sorted(found)]
 
 
-def flat(stored: Stored) -> Stored:
-    """Return the elements as rows of one each: the rows of some tensors are large.
-
-    Of a dtype without numbers they are `[n, size]` bytes; where an element takes no whole number of
-    bytes, each byte is one.
-    """
-    size = max(stored.nbytes // max(math.prod(stored.shape), 1), 1)
-    if size > _WIDEST or any(
-        block.nbytes != size * math.prod(block.shape) for block in stored.blocks
-    ):
-        size = 1
-    dtype, inner = stored.dtype, tuple[int, ...]()
-    if not has_numbers(dtype):
-        dtype, inner = DTYPES["U8"], (size,)
-    blocks = tuple(
-        replace(block, dtype=dtype, shape=(block.nbytes // size, *inner)) for block in stored.blocks
-    )
-    rows = sum(block.rows for block in blocks)
-    return replace(stored, dtype=dtype, shape=(rows, *inner), blocks=blocks)
-
-
-async def read_elements(session: Session, stored: Stored, begin: int, end: int) -> Tensor:
-    """Read the elements `[begin, end)`, counted over all rows, in one dimension; see `flat`.
-
-    Raises:
-        ReadError: If the storage failed.
-    """
-    window = flat(stored).window(begin, end)
-    return (await read_stored(session, [window]))[stored.name]
+def _fresh(size: int) -> memoryview:
+    memory, start = map_fresh(size)
+    return memoryview(memory)[start : start + size]

@@ -17,9 +17,9 @@ from asyncloader._loading.session import open_session
 from asyncloader.options import ReadOptions
 
 from .content import find_table, stored_slot
-from .scanning import read_elements, scan
+from .scanning import scan
 from .summary import metadata_of
-from .values import combine, measure, read_rows
+from .values import combine, measure, read_elements, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

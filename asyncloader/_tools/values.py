@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
-from asyncloader._loading.reading import has_numbers
-
-from .scanning import flat, read_elements
+from asyncloader._checkpoint.dtypes import DTYPES
+from asyncloader._loading.reading import has_numbers, read_stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,6 +27,9 @@ Value: TypeAlias = "bool | int | float | str"
 
 _MOST = 4096
 """Values of one row."""
+
+# Bytes of an element; what claims more is none that is known.
+_WIDEST = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,37 @@ async def read_rows(
         )
         for at, (number, row) in enumerate(zip(rows, found, strict=True))
     )
+
+
+def flat(stored: Stored) -> Stored:
+    """Return the elements as rows of one each: the rows of some tensors are large.
+
+    Of a dtype without numbers they are `[n, size]` bytes; where an element takes no whole number of
+    bytes, each byte is one.
+    """
+    size = max(stored.nbytes // max(math.prod(stored.shape), 1), 1)
+    if size > _WIDEST or any(
+        block.nbytes != size * math.prod(block.shape) for block in stored.blocks
+    ):
+        size = 1
+    dtype, inner = stored.dtype, tuple[int, ...]()
+    if not has_numbers(dtype):
+        dtype, inner = DTYPES["U8"], (size,)
+    blocks = tuple(
+        replace(block, dtype=dtype, shape=(block.nbytes // size, *inner)) for block in stored.blocks
+    )
+    rows = sum(block.rows for block in blocks)
+    return replace(stored, dtype=dtype, shape=(rows, *inner), blocks=blocks)
+
+
+async def read_elements(session: Session, stored: Stored, begin: int, end: int) -> Tensor:
+    """Read the elements `[begin, end)`, counted over all rows, in one dimension; see `flat`.
+
+    Raises:
+        ReadError: If the storage failed.
+    """
+    window = flat(stored).window(begin, end)
+    return (await read_stored(session, [window]))[stored.name]
 
 
 def values_of(tensor: Tensor) -> tuple[Value, ...]:

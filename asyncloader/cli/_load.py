@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asyncloader._loading.progress import Progress
-from asyncloader._threads.blocking import run_blocking
 from asyncloader.options import ReadOptions
 
 from ._options import DirectFlag, JsonFlag, LinksFlag, PathArgument, examples
@@ -119,6 +118,8 @@ def load(
         direct_io=direct_io,
         follow_symlinks=follow_symlinks,
     )
+    from asyncloader._threads.blocking import run_blocking
+
     with _tracing(trace, path) as listener, progress("loading") as tell:
         if tell is not None:  # before torch and the kernels, which take seconds the first time
             tell(Progress(bytes_done=0, bytes_total=0, seconds=0, current="preparing"))
@@ -130,7 +131,8 @@ def load(
     from ._result_views import load_view
     from ._terminal import show
 
-    show(load_view(loaded), markup=True)  # the report's own
+    view = load_view(loaded.report, loaded.kernels_seconds, loaded.allocation_seconds)
+    show(view, markup=True)  # the report's own
 
 
 async def load_all(

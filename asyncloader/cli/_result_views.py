@@ -27,13 +27,12 @@ if TYPE_CHECKING:
 _NAMED = 8
 
 
-def load_view(loaded: Loaded) -> RenderableType:
-    """Show the report of a load, and what came before it; its strings are markup."""
-    kernels, rest = loaded.kernels_seconds, loaded.allocation_seconds
+def load_view(report: LoadReport, kernels: float, rest: float) -> RenderableType:
+    """Show the report of a load, and the seconds before it; its strings are markup."""
     before = Text(
         f"before that: {kernels:.3f} s for kernels, {rest:.3f} s for names and memory", "dim"
     )
-    return Group(_harmless(loaded.report), "", before)
+    return Group(_harmless(report), "", before)
 
 
 def _harmless(report: LoadReport) -> LoadReport:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asyncloader._threads.blocking import run_blocking
 from asyncloader.options import ReadOptions
 
 from ._options import JsonFlag, LinksFlag, PathArgument, examples
@@ -81,6 +80,7 @@ def show_one(
 
     Reads piece by piece: what is shown need not fit into memory.
     """
+    from asyncloader._threads.blocking import run_blocking
     from asyncloader._tools.finding import FoundId, look_for
     from asyncloader._tools.showing import look_at
 

@@ -9,7 +9,7 @@ from asyncloader._loading.reading import has_numbers, read_stored
 from asyncloader._loading.session import open_session
 from asyncloader._threads.jobs import for_each, run_jobs
 from asyncloader._tools.content import read_content
-from asyncloader._tools.scanning import flat
+from asyncloader._tools.values import flat
 
 from .comparison import compare, compare_bits
 from .difference import Change, Difference, Kind, Names, TensorDifference

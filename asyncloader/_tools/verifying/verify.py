@@ -83,6 +83,8 @@ async def verify_session(session: Session, meter: Meter) -> Verification:
     except CheckpointNotFoundError:
         await session.catalog()  # says which files are there instead
         raise
+    if session.file is not None and not structure.headers:  # there is nothing else to look at
+        await session.catalog()
     inspector = Inspector(session, meter, problems)
     await _read_bytes(inspector, structure)
     meter.finish()
