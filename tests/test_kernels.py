@@ -17,10 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import Slice
-from asyncloader._table import claims as _claims
+from asyncloader._table import arrays as _arrays
 from asyncloader._table import kernels as _kernels
-from asyncloader._table import words as _words
-from asyncloader._table.index import NOBODY, IdIndex, scratch
+from asyncloader._table.index import NO_ROWS, IdIndex, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -205,7 +204,7 @@ def test_admit_encodes_ids_and_marks_those_outside_their_slice(
     ids: list[int], claimed: tuple[int, int, int], child: tuple[int, int]
 ) -> None:
     array = longs(ids)
-    refused = _claims.admit(array, Slice(*claimed), *child)
+    refused = _arrays.admit(array, Slice(*claimed), *child)
     assert refused.tolist() == [not accepts(claimed, id_) for id_ in ids]
     assert array.tolist() == [encoded(id_, *child) for id_ in ids]
 
@@ -217,7 +216,7 @@ def test_select_rows_picks_ids_that_are_both_honest_and_wanted(
     wanted: tuple[int, int, int],
     child: tuple[int, int],
 ) -> None:
-    rows, kept, outside = _claims.select_rows(longs(ids), Slice(*claimed), Slice(*wanted), *child)
+    rows, kept, outside = _arrays.select_rows(longs(ids), Slice(*claimed), Slice(*wanted), *child)
     expected = [i for i, id_ in enumerate(ids) if accepts(claimed, id_) and accepts(wanted, id_)]
     assert rows.tolist() == expected
     assert kept.tolist() == [encoded(ids[i], *child) for i in expected]
@@ -267,7 +266,7 @@ def test_which_row_wins_does_not_depend_on_the_order_of_arrival(world: World) ->
     runs, words = some_runs(world), world.empty()
     for rows in world.cuts(len(world.ids)):
         for parts in world.cuts(world.parts):
-            world.insert(words, rows, runs, NOBODY, parts)
+            world.insert(words, rows, runs, NO_ROWS, parts)
     wanted = dict[int, int]()
     for row in sorted(range(len(world.ids)), key=lambda row: rank_of(row, runs)):
         wanted[world.ids[row]] = row
@@ -366,7 +365,7 @@ def test_an_index_grows_into_more_parts_and_keeps_every_id(before: int, after: i
     assert index.room >= before
     for low, high in index.shares(3):
         new, again = _kernels.insert_rows(
-            index.words, index.parts, low, high, seed, ids, 0, before, NOBODY, *runs, scratch()
+            index.words, index.parts, low, high, seed, ids, 0, before, NO_ROWS, *runs, scratch()
         )
         assert again == 0
         index.count += new
@@ -400,7 +399,7 @@ def as_words(rows: Sequence[int], rng: random.Random) -> Words:
 @given(rows=some_rows, rng=st.randoms(use_true_random=False))
 def test_mark_rows_sets_a_flag_for_each_row(rows: list[int], rng: random.Random) -> None:
     live = np.zeros(61, np.bool_)
-    _words.mark_rows(as_words(rows, rng), live)
+    _arrays.mark_rows(as_words(rows, rng), live)
     assert np.flatnonzero(live).tolist() == sorted(rows)
 
 
@@ -414,7 +413,7 @@ def test_count_rows_counts_by_segment(
 ) -> None:
     firsts = sorted([0, *others])
     counts = np.ones(len(firsts), np.int64)
-    _words.count_rows(as_words(rows, rng), longs(firsts), counts)
+    _arrays.count_rows(as_words(rows, rng), longs(firsts), counts)
     owners = [max(first for first in firsts if first <= row) for row in rows]
     assert counts.tolist() == [1 + owners.count(first) for first in firsts]
 
@@ -430,7 +429,7 @@ def test_rebase_lowers_the_rows_of_each_segment_and_keeps_their_tags(
         word and word - shifts[bisect.bisect_right(firsts, (word & 2**40 - 1) - 1) - 1]
         for word in words.tolist()
     ]
-    _words.rebase(words, np.array(firsts, np.int64), np.array(shifts, np.int64))
+    _arrays.rebase(words, np.array(firsts, np.int64), np.array(shifts, np.int64))
     assert words.tolist() == expected
 
 
@@ -445,5 +444,5 @@ def test_relocate_points_moved_rows_to_their_new_places_in_order(
         word and word >> 40 << 40 | to.get(row := (word & 2**40 - 1) - 1, row) + 1
         for word in words.tolist()
     ]
-    _words.relocate(words, longs(moved), 1000)
+    _arrays.relocate(words, longs(moved), 1000)
     assert words.tolist() == expected

@@ -70,8 +70,15 @@ class Slice:
 
     def strays(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Say which ids do not belong to this slice."""
-        positions = ids.view(np.uint64) % np.uint64(self.size)
-        return (positions < np.uint64(self.begin)) | (positions >= np.uint64(self.end))
+        unsigned = ids.view(np.uint64)
+        # A division costs ten times as much as a mask.
+        is_power = self.size & (self.size - 1) == 0
+        size = np.uint64(self.size)
+        position = unsigned & (size - np.uint64(1)) if is_power else unsigned % size
+        # Below `begin` it wraps around, to more than any slice is long.
+        position -= np.uint64(self.begin)
+        outside: NDArray[np.bool_] = position >= np.uint64(self.end - self.begin)
+        return outside
 
     def covers(self, other: Slice) -> bool:
         """Whether every id of `other` is certain to be one of ours."""

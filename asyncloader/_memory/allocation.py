@@ -93,6 +93,7 @@ class Spare:
                 if _taken(pool, kept):
                     if pool is self._used:
                         self._wipe(kept.memory, kept.start, kept.used)
+                    assert kept.start + size <= len(kept.memory), "what is lent lies within"
                     give_up(kept.memory, kept.start + size)
                     return kept.memory, kept.start
         return map_fresh(size + size // _GROWTH if self._allowed else size)

@@ -63,7 +63,7 @@ class TensorSource:
         """Nothing is kept."""
 
     def changed(self) -> bool:
-        """Say whether somebody has written to the tensor since; of some nobody can know."""
+        """Say whether the tensor was written to since; of some tensors torch does not tell."""
         moved = self._memory is not None and self._place != _place_of(self._tensor)
         return moved or self._version != _version_of(self._tensor)
 
@@ -105,6 +105,7 @@ class RowOrder:
         """Take note that one of the pending reads is over."""
         with self._lock:
             self.pending -= 1
+            assert self.pending >= 0, "a read is over once"
             if not self.pending:
                 self._sorted = None
 

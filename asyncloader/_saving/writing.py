@@ -211,6 +211,7 @@ async def _write(
     for source in used:
         source.done()
     shard.left -= 1
+    assert shard.left >= 0, "a write is counted once"
     means.meter.note(
         read=write.length, wanted=write.length, current=write.pieces[-1].placed.block.name
     )
@@ -228,5 +229,6 @@ def _gather(
         for start in range(0, view.nbytes, DIGEST_CHUNK):
             number = (piece.begin + start) // DIGEST_CHUNK
             digests[number] = digest_of(view[start : start + DIGEST_CHUNK])
+        assert view.nbytes == piece.end - piece.begin, "a source returns what it is asked for"
         views.append(view)
     return views

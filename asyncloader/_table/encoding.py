@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from asyncloader._checkpoint.slices import Slice
-
 
 _BITS = 52
 _MASK = 2**_BITS - 1
@@ -101,13 +99,6 @@ class Encoding:
             return np.ones(len(ids), np.bool_)
         same: NDArray[np.bool_] = (ids & np.int64(~mask)) == np.int64(bits)
         return same
-
-
-def strays(ids: NDArray[np.int64], slice_: Slice) -> NDArray[np.int64]:
-    """Return those of `ids`, as they stand on disk, that do not belong to a slice."""
-    positions = ids.view(np.uint64) % np.uint64(slice_.size)
-    inside = (positions >= np.uint64(slice_.begin)) & (positions < np.uint64(slice_.end))
-    return ids[~inside]
 
 
 def as_ids(ids: torch.Tensor) -> tuple[NDArray[np.int64], torch.Size]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from array import array
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,9 +13,9 @@ import torch
 
 from asyncloader._memory.allocation import zeros
 
+from . import arrays as _arrays
 from . import kernels as _kernels
-from . import words as _words
-from .index import NOBODY, scratch
+from .index import NO_ROWS, scratch
 from .segments import Segment, Segments
 from .slots import fill
 from .state import TableState
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .index import IdIndex
-    from .layers import Layer
     from .slots import Slot
 
 
@@ -32,10 +33,41 @@ Jobs = list["Callable[[], None]"]
 
 # Slots of an index that one job walks over: some 20 ms, so that a cancelled load stops soon.
 _WINDOW = 1 << 18
-
-
 # Bytes of rows that one step fills or copies.
 _STEP = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A range of rows that lie side by side."""
+
+    first: int
+    count: int
+
+    fresh: bool
+    """Whether its memory still reads as zero."""
+
+
+@dataclass(slots=True)
+class Layer:
+    """Rows for which the same slots are given. Later layers win over earlier ones."""
+
+    slots: frozenset[str]
+    index: IdIndex
+    runs: list[Run] = field(default_factory=list)
+    """Ranges of rows reserved, ascending."""
+
+    firsts: array[int] = field(default_factory=lambda: array("q"))
+    """The first row of each."""
+
+    ranks: array[int] = field(default_factory=lambda: array("q"))
+    """Of two rows of a layer with the same id, the one in the range of higher rank wins."""
+
+    def add(self, run: Run, rank: int) -> None:
+        """Take note of another range."""
+        self.runs.append(run)
+        self.firsts.append(run.first)
+        self.ranks.append(rank)
 
 
 def _step(slot: Slot) -> int:
@@ -164,9 +196,10 @@ class Fold:
         """
         pairs = np.empty((2, len(words)), np.int64)
         added, both = _kernels.merge(
-            into.words, into.parts, *share, self._base.seed, self._ids, words, NOBODY, wins,
+            into.words, into.parts, *share, self._base.seed, self._ids, words, NO_ROWS, wins,
             pairs, scratch(),
         )  # fmt: skip
+        assert both <= pairs.shape[1], "each word is in both at most once"
         lost, stays = pairs[:, :both]
         for name in missing:
             step = _step(self._base.slots[name])
@@ -176,7 +209,7 @@ class Fold:
         return added, int((lost < self._base.end).sum())
 
     def tidy(self) -> Iterator[Jobs]:
-        """Yield the jobs that give back memory of rows which nobody points to any more."""
+        """Yield the jobs that give back memory of rows that no id points to any more."""
         if self._index is self._base.index:  # nothing came in: do not keep rows that were reserved
             base = self._base
             self._segments, self._ids, self._end = base.segments, base.ids, base.end
@@ -184,7 +217,7 @@ class Fold:
         if self._end - self._index.count <= max(self._index.count // 2, self._block_size):
             return  # counting costs more than so few dead rows
         live = np.zeros(len(self._segments.items), np.int64)
-        yield [lambda: _words.count_rows(self._index.words, self._segments.firsts, live)]
+        yield [lambda: _arrays.count_rows(self._index.words, self._segments.firsts, live)]
         used = np.diff(np.append(self._segments.firsts, self._end))
         sparse = (live * 2 < used) & (live > 0)
         if sparse.any():
@@ -215,7 +248,7 @@ class Fold:
                 window = moved[start : start + step]
                 values = self._segments.gather(name, window)
                 segments.view(name, first + start, len(window)).copy_(values)
-        _words.relocate(self._index.words, moved, first)
+        _arrays.relocate(self._index.words, moved, first)
         self._ids, self._segments, self._end = ids, segments, first + count
 
     def _keep(self, kept: list[Segment]) -> None:
@@ -228,7 +261,7 @@ class Fold:
         used = np.array([ends[segment.first] - segment.first for segment in kept])
         old = np.array([segment.first for segment in kept])
         new = np.cumsum(used) - used
-        _words.rebase(self._index.words, old, old - new)
+        _arrays.rebase(self._index.words, old, old - new)
         # A copy: states before this one still look at the ids that were there.
         self._ids = np.concatenate([self._ids[a : a + n] for a, n in zip(old, used, strict=True)])
         self._segments = Segments.of(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from asyncloader._checkpoint.slices import Slice, gen_slice
 
-from .encoding import Encoding, as_ids, strays
+from .encoding import Encoding, as_ids
 from .slots import Initializer, Slot, as_shape
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class HashTable(torch.nn.Module):
     number of threads, also while the table is being loaded into or changed: they see the table
     before or after, never in between. Changes come one at a time; each builds the next version
     beside the present one, so `insert` copies the id index (2 ms per million ids that the
-    table holds) and `delete` builds it anew (80 ms): hand them many ids at once.
+    table holds) and `delete` builds it anew (80 ms): hand them many ids at once. A change while
+    another one, or a load, is under way is a `RuntimeError`.
 
     A coalesced table is a merger of several children. In memory its ids are *encoded*: the lower 52
     bits are the id, the upper 12 the child's number. `child=` names the child whose plain ids are
@@ -60,7 +61,7 @@ class HashTable(torch.nn.Module):
         coalesced: Whether the table merges `children`.
         children: Their names on disk, at most 4094; the table's own unless given.
         slice: The ids that the table accepts, by their position on disk; all unless given.
-        initializer: What embeddings hold that nobody has written: a number, or a function that
+        initializer: What embeddings hold before they are written: a number, or a function that
             fills a `[n, *embedding_shape]` tensor in place. `None` is 0.0.
         name: The table's name on disk.
     """
@@ -78,8 +79,7 @@ class HashTable(torch.nn.Module):
         name: str = "hashtable",
     ) -> None:
         super().__init__()
-        from .index import new_seed  # noqa: PLC0415
-        from .state import TableState  # noqa: PLC0415  # numba, which takes half a second
+        from .state import TableState, Turn  # noqa: PLC0415  # numba, which takes half a second
 
         if type(block_size) is not int or block_size <= 0:
             raise ValueError(f"block_size must be a positive int, got {block_size!r}")
@@ -95,9 +95,8 @@ class HashTable(torch.nn.Module):
             dtype=dtype,
             initializer=0.0 if initializer is None else initializer,
         )
-        self._guard = threading.Lock()
-        self._busy = False
-        self._state = TableState.empty({EMBEDDING: embedding}, torch.device(device), new_seed())
+        self._turn = Turn()
+        self._state = TableState.empty({EMBEDDING: embedding}, torch.device(device))
 
     def extra_repr(self) -> str:
         """Describe the table, as `repr` shows it."""
@@ -116,15 +115,6 @@ class HashTable(torch.nn.Module):
 
     def __copy__(self) -> HashTable:
         return copy.deepcopy(self)  # two tables that append to the same memory would be neither
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave out what cannot be copied, so that a model with a table can."""
-        return {name: value for name, value in vars(self).items() if name != "_guard"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._guard = threading.Lock()
-        self._busy = False
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +146,6 @@ class HashTable(torch.nn.Module):
 
         Raises:
             ValueError: If there is such a slot already, or the name is `id`.
-            RuntimeError: If an update of the table is under way.
         """
         if name == ID or name in self._state.slots:
             raise ValueError(f"table {self.name!r} already has a slot {name!r}")
@@ -175,11 +164,8 @@ class HashTable(torch.nn.Module):
         The order changes only when the table does.
         """
         state = self._state
-        spec = self._slot_of(state, slot)
-        rows = self._rows_of(state, child)
-        if not len(rows):
-            return torch.zeros((0, *spec.shape), dtype=spec.dtype, device=state.device)
-        return state.segments.gather(slot, rows)
+        self._slot_of(state, slot)
+        return state.gather(slot, self._rows_of(state, child))
 
     def lookup(
         self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None
@@ -221,21 +207,15 @@ class HashTable(torch.nn.Module):
             KeyError: If there is no such slot or child.
             TypeError: If dtypes do not fit.
             ValueError: If shapes do not fit, or an id is not in the table's slice.
-            RuntimeError: If an update of the table is under way.
         """
         from .edit import insert  # noqa: PLC0415  # numba
 
         spec = self._slot_of(self._state, slot)
         plain, _ = as_ids(ids)
-        if rows.dtype != spec.dtype:
-            raise TypeError(f"slot {slot!r} is {spec.dtype}, got rows of {rows.dtype}")
-        if tuple(rows.shape) != (len(plain), *spec.shape):
-            raise ValueError(
-                f"slot {slot!r}: {len(plain)} ids need rows of shape "
-                f"{[len(plain), *spec.shape]}, got {list(rows.shape)}"
-            )
+        spec.check_rows(rows, len(plain))
         encoded = self._encoding.encode(plain, child)
-        stray = strays(self._encoding.plain(encoded), self.slice)
+        on_disk = self._encoding.plain(encoded)
+        stray = on_disk[self.slice.strays(on_disk)]
         if len(stray):
             more = f", and {len(stray) - 1:,} others are not" if len(stray) > 1 else ""
             raise ValueError(
@@ -244,41 +224,27 @@ class HashTable(torch.nn.Module):
         insert(self.begin(most=len(plain), expected=len(plain)), encoded, rows, slot)
 
     def delete(self, ids: torch.Tensor, child: str | None = None) -> int:
-        """Take ids out, and return how many were there.
-
-        Raises:
-            RuntimeError: If an update of the table is under way.
-        """
+        """Take ids out, and return how many were there."""
         from .edit import delete  # noqa: PLC0415  # numba
 
-        wanted, _ = as_ids(ids)
-        encoded = self._encoding.encode(wanted, child)
-        before, after = self._change(
-            lambda state: delete(state, encoded, block_size=self.block_size)
-        )
+        encoded = self._encoding.encode(as_ids(ids)[0], child)
+        change = partial(delete, ids=encoded, block_size=self.block_size)
+        before, after = self._change(change)
         return before.index.count - after.index.count
 
     def clear(self) -> None:
-        """Take all ids out and give their memory back; slots stay.
-
-        Raises:
-            RuntimeError: If an update of the table is under way.
-        """
-        self._change(lambda state: state.empty(state.slots, state.device, state.seed))
+        """Take all ids out and give their memory back; slots stay."""
+        self._change(lambda state: state.empty(state.slots, state.device))
 
     def reserve(self, n: int) -> None:
-        """Reserve room, so that the table can grow to `n` ids in one piece.
-
-        Raises:
-            RuntimeError: If an update of the table is under way.
-        """
+        """Reserve room, so that the table can grow to `n` ids in one piece."""
         from .edit import with_room  # noqa: PLC0415  # numba
 
         self._change(lambda state: with_room(state, n, block_size=self.block_size))
 
     def snapshot(self) -> TableSnapshot:
         """Return what the table holds now; for savers. Takes no lock, and copies nothing."""
-        from .snapshot import TableSnapshot  # noqa: PLC0415  # who only loads does without
+        from .snapshot import TableSnapshot  # noqa: PLC0415  # loads do without
 
         return TableSnapshot(self.name, self.children, self.slice, self._state, self._encoding)
 
@@ -291,7 +257,7 @@ class HashTable(torch.nn.Module):
         """
         from .update import TableUpdate  # noqa: PLC0415  # numba
 
-        self._acquire()
+        self._turn.begin(self.name)
         try:
             return TableUpdate(
                 self._state,
@@ -299,36 +265,27 @@ class HashTable(torch.nn.Module):
                 block_size=self.block_size,
                 most=most,
                 expected=expected,
-                publish=self._release,
+                publish=self._publish,
             )
         except BaseException:
-            self._release(None)
+            self._publish(None)
             raise
 
     def _change(self, change: Callable[[TableState], TableState]) -> tuple[TableState, TableState]:
         """Swap the state for another one, and return both."""
-        self._acquire()
-        before = self._state
-        after = None
+        self._turn.begin(self.name)
+        before, after = self._state, None
         try:
             after = change(before)
         finally:
-            self._release(after)
+            self._publish(after)
         return before, after
 
-    def _acquire(self) -> None:
-        with self._guard:
-            if self._busy:
-                raise RuntimeError(
-                    f"table {self.name!r} is being loaded or changed; one update at a time: "
-                    "wait for that one to end"
-                )
-            self._busy = True
-
-    def _release(self, state: TableState | None) -> None:
+    def _publish(self, state: TableState | None) -> None:
+        """End an update: with its state, or none if the table stays as it is."""
         if state is not None:
             self._state = state
-        self._busy = False
+        self._turn.end()
 
     def _slot_of(self, state: TableState, name: str) -> Slot:
         if name not in state.slots:

@@ -1,4 +1,4 @@
-"""The id index: id → row. See `_kernels` for its layout."""
+"""The id index: id → row. See `kernels` for its layout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from asyncloader._memory.allocation import zeros
 from asyncloader._memory.pages import touch
 
+from . import arrays as _arrays
 from . import kernels as _kernels
-from . import words as _words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +30,7 @@ _SPARE = 64
 _PARTS = 8
 _SMALL = 1 << 16
 _LINE = 8
-NOBODY: NDArray[np.bool_] = np.zeros(0, np.bool_)
+NO_ROWS: NDArray[np.bool_] = np.zeros(0, np.bool_)
 """Flags of rows, where none is set."""
 _NO_PAIRS: NDArray[np.int64] = np.zeros((2, 0), np.int64)
 
@@ -47,7 +47,7 @@ def new_seed() -> np.uint64:
 
 @dataclass(slots=True)
 class IdIndex:
-    """Words that point to rows, and how many. Once in a `TableState`, nobody writes to it."""
+    """Words that point to rows, and how many. Once in a `TableState`, it does not change."""
 
     words: NDArray[np.uint64]
     """`[parts * capacity]`."""
@@ -123,7 +123,7 @@ class IdIndex:
         wins = False  # no id is in both
         new.count, _ = _kernels.merge(
             new.words, new.parts, 0, new.parts, seed, ids, self.words,
-            NOBODY if gone is None else gone, wins, _NO_PAIRS, scratch(),
+            NO_ROWS if gone is None else gone, wins, _NO_PAIRS, scratch(),
         )  # fmt: skip
         return new
 
@@ -142,5 +142,5 @@ class IdIndex:
         if self.count == end:
             return np.arange(end)
         live = np.zeros(end, np.bool_)
-        _words.mark_rows(self.words, live)
+        _arrays.mark_rows(self.words, live)
         return np.flatnonzero(live)

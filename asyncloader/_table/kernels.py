@@ -22,7 +22,7 @@ without one; what that leaves open, a line that is full or a tag that is another
 Everything is uint64 on purpose: numba turns a mixture of int64 and uint64 into float64.
 Signatures are given, so that all compiling (or loading from the cache) happens at import and never
 within a load. A table is not there before it is done, so there is little of it: numpy does what it
-does in about the same time (`_words`, `_claims`), functions that are only called from here get no
+does in about the same time (`arrays`), functions that are only called from here get no
 wrapper for calls from Python, and what takes long to compile is avoided (`np.searchsorted`,
 `np.empty`, comparing tuples).
 """
@@ -33,10 +33,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.ma  # Numba does at the first call of a kernel, which is within a load
-from numba import njit
 
 from .compiling import Compiler, KernelCache
-from .prefetch import prefetch
+from .probing import LINE, ONE, ROW, ZERO, hash_of, home_of, inline, part_of, prefetch, seek, tag_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,67 +46,13 @@ if TYPE_CHECKING:
 
 
 BATCH = 128
-_ZERO, _ONE, _LINE = np.uint64(0), np.uint64(1), np.uint64(8)
-_S24, _S32, _S33, _S40 = (np.uint64(n) for n in (24, 32, 33, 40))
-_ROW = np.uint64(2**40 - 1)
-_LOW32 = np.uint64(2**32 - 1)
 _MAX = np.uint64(2**64 - 1)
 _OPEN = -2  # what is not known yet of an id whose line is full of others
-# MurmurHash3's 64-bit finaliser: https://github.com/aappleby/smhasher
-_MIX1, _MIX2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
-_inline = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _kernel = Compiler(KernelCache)
 
 
-@_inline
-def _hash(id_: np.int64, seed: np.uint64) -> np.uint64:
-    # The seed is drawn per table: ids that collide in one process do not in the next, so that a
-    # file cannot be made to turn the index into a list.
-    h = np.uint64(id_) ^ seed
-    h ^= h >> _S33
-    h *= _MIX1
-    h ^= h >> _S33
-    h *= _MIX2
-    h ^= h >> _S33
-    return h
-
-
-@_inline
-def _part(h: np.uint64, parts: np.uint64) -> np.uint64:
-    return ((h >> _S32) * parts) >> _S32
-
-
-@_inline
-def _home(h: np.uint64, part: np.uint64, capacity: np.uint64) -> np.uint64:
-    """Return the first slot of an id's line."""
-    line = (((h >> _S24) & _LOW32) * (capacity // _LINE)) >> _S32
-    return part * capacity + line * _LINE
-
-
-@_inline
-def _tag(h: np.uint64) -> np.uint64:
-    """Return an id's tag, where it stands in a word."""
-    return (h | _ONE) << _S40
-
-
-@_inline
-def _seek(
-    words: Words, home: np.uint64, capacity: np.uint64, tag: np.uint64, ids: Longs, id_: np.int64
-) -> np.uint64:
-    """Return the slot in which an id stands, or the free one in which it would."""
-    end = (home // capacity + _ONE) * capacity
-    slot = home
-    there = words[slot]
-    while there != _ZERO and (there ^ tag > _ROW or ids[(there & _ROW) - _ONE] != id_):
-        slot += _ONE
-        if slot == end:
-            slot -= capacity
-        there = words[slot]
-    return slot
-
-
-@_inline
+@inline
 def _rank(row: np.int64, run_first: Longs, run_order: Longs) -> np.int64:
     """Return the rank of the run that a row belongs to."""
     low, high = 0, run_first.shape[0]
@@ -168,10 +113,10 @@ def insert_rows(
     for start in range(first, first + count, BATCH):
         size = 0
         for row in range(start, min(start + BATCH, first + count)):
-            h = _hash(ids[row], seed)
-            part = _part(h, parts)
-            homes[size] = _home(h, part, capacity)
-            entries[size] = _tag(h) | np.uint64(row + 1)
+            h = hash_of(ids[row], seed)
+            part = part_of(h, parts)
+            homes[size] = home_of(h, part, capacity)
+            entries[size] = tag_of(h) | np.uint64(row + 1)
             mine = (part >= part_lo) & (part < part_hi)
             if skipping:
                 mine &= not refused[row - first]
@@ -181,26 +126,26 @@ def insert_rows(
         for i in range(size):
             home = homes[i]
             entry = entries[i]
-            tag = entry & ~_ROW
+            tag = entry & ~ROW
             nearest = _MAX
-            used = _ZERO
-            for slot in range(home, home + _LINE):
+            used = ZERO
+            for slot in range(home, home + LINE):
                 there = words[slot]
                 nearest = min(nearest, there ^ tag)  # the row of a word that has the tag
-                used += np.uint64(there != _ZERO)
-            if nearest > _ROW and used < _LINE:
+                used += np.uint64(there != ZERO)
+            if nearest > ROW and used < LINE:
                 words[home + used] = entry
                 new += 1
                 continue
-            row = np.int64(entry & _ROW) - 1
-            slot = _seek(words, home, capacity, tag, ids, ids[row])
+            row = np.int64(entry & ROW) - 1
+            slot = seek(words, home, capacity, tag, ids, ids[row])
             there = words[slot]
-            if there == _ZERO:
+            if there == ZERO:
                 words[slot] = entry
                 new += 1
                 continue
             again += 1
-            other = np.int64(there & _ROW) - 1
+            other = np.int64(there & ROW) - 1
             rank, other_rank = _rank(row, run_first, run_order), _rank(other, run_first, run_order)
             if rank > other_rank or (rank == other_rank and row > other):
                 words[slot] = entry
@@ -237,18 +182,18 @@ def find(
     for start in range(0, wanted.shape[0], BATCH):
         size = min(BATCH, wanted.shape[0] - start)
         for i in range(size):
-            h = _hash(wanted[start + i], seed)
-            homes[i] = _home(h, _part(h, parts), capacity)
-            tags[i] = _tag(h)
+            h = hash_of(wanted[start + i], seed)
+            homes[i] = home_of(h, part_of(h, parts), capacity)
+            tags[i] = tag_of(h)
         for i in range(size):
             prefetch(words, homes[i])
         for i in range(size):
             nearest = _MAX
-            for slot in range(homes[i], homes[i] + _LINE):
+            for slot in range(homes[i], homes[i] + LINE):
                 nearest = min(nearest, words[slot] ^ tags[i])
             # Lines fill from their first slot on.
-            nowhere = -1 if words[homes[i] + _LINE - _ONE] == _ZERO else _OPEN
-            row = np.int64(nearest) - 1 if nearest <= _ROW else nowhere
+            nowhere = -1 if words[homes[i] + LINE - ONE] == ZERO else _OPEN
+            row = np.int64(nearest) - 1 if nearest <= ROW else nowhere
             rows[start + i] = row
             prefetch(ids, np.uint64(max(row, 0)))
         for i in range(size):
@@ -257,8 +202,8 @@ def find(
             if same | (row == -1):
                 missing += row < 0
                 continue
-            slot = _seek(words, homes[i], capacity, tags[i], ids, wanted[start + i])
-            row = np.int64(words[slot] & _ROW) - 1
+            slot = seek(words, homes[i], capacity, tags[i], ids, wanted[start + i])
+            row = np.int64(words[slot] & ROW) - 1
             rows[start + i] = row
             missing += row < 0
     return missing
@@ -309,16 +254,16 @@ def merge(
         size = 0
         for i in range(start, min(start + BATCH, source.shape[0])):
             entries[size] = source[i]
-            prefetch(ids, (source[i] & _ROW) - _ONE)
-            size += source[i] != _ZERO
+            prefetch(ids, (source[i] & ROW) - ONE)
+            size += source[i] != ZERO
         count = size
         size = 0
         for i in range(count):
             entry = entries[i]
-            row = np.int64(entry & _ROW) - 1
-            h = _hash(ids[row], seed)
-            part = _part(h, parts)
-            homes[size] = _home(h, part, capacity)
+            row = np.int64(entry & ROW) - 1
+            h = hash_of(ids[row], seed)
+            part = part_of(h, parts)
+            homes[size] = home_of(h, part, capacity)
             entries[size] = entry
             mine = (part >= part_lo) & (part < part_hi)
             if leaving:
@@ -326,20 +271,20 @@ def merge(
             size += mine
         for i in range(size):
             nearest = _MAX
-            for slot in range(homes[i], homes[i] + _LINE):
-                nearest = min(nearest, words[slot] ^ (entries[i] & ~_ROW))
-            prefetch(ids, nearest - _ONE)
+            for slot in range(homes[i], homes[i] + LINE):
+                nearest = min(nearest, words[slot] ^ (entries[i] & ~ROW))
+            prefetch(ids, nearest - ONE)
         for i in range(size):
             entry = entries[i]
-            row = np.int64(entry & _ROW) - 1
-            slot = _seek(words, homes[i], capacity, entry & ~_ROW, ids, ids[row])
+            row = np.int64(entry & ROW) - 1
+            slot = seek(words, homes[i], capacity, entry & ~ROW, ids, ids[row])
             there = words[slot]
-            if there == _ZERO:
+            if there == ZERO:
                 words[slot] = entry
                 new += 1
                 continue
-            other = np.int64(there & _ROW) - 1
-            if both < pairs.shape[1]:  # whoever says that there are none may be wrong
+            other = np.int64(there & ROW) - 1
+            if both < pairs.shape[1]:  # a caller that expects none may be wrong
                 pairs[0, both] = other if wins else row
                 pairs[1, both] = row if wins else other
             both += 1

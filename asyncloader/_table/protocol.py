@@ -1,7 +1,4 @@
-"""What a loader needs of a table, so that other tables than ours can be filled.
-
-The types say who calls what; the promises stand at each method.
-"""
+"""What a loader and a saver need of a table, so that other tables than ours can be used."""
 
 from __future__ import annotations
 
@@ -25,22 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCounts(AsDict):
-    """What an update did to a table."""
+    """What an update did to a table.
+
+    Attributes:
+        rows: Rows taken in; equal to `new + replaced + duplicates`.
+        new: Ids that were not there before.
+        replaced: Ids that were there already.
+        duplicates: Rows that gave way to a later one with the same id in the same update.
+        dropped: Rows whose id lies outside the slice that their block claims.
+    """
 
     rows: int
-    """Rows taken in; equal to `new + replaced + duplicates`."""
-
     new: int
-    """Ids that were not there before."""
-
     replaced: int
-    """Ids that were there already."""
-
     duplicates: int
-    """Rows that gave way to a later one with the same id in the same update."""
-
     dropped: int
-    """Rows whose id lies outside the slice that their block claims."""
 
 
 class LoadableTable(Protocol):
@@ -107,7 +103,7 @@ class SavableSnapshot(Protocol):
 
 
 class LoadableUpdate(Protocol):
-    """The next version of a table, seen by nobody before `commit`.
+    """The next version of a table, which no lookup sees before `commit`.
 
     Rows are reserved, their memory is written to, their ids are indexed, then the update finishes
     and commits. The steps that take long come as jobs, plain functions that hold no GIL to speak

@@ -1,7 +1,7 @@
 """Row memory: a few allocations that together hold all rows of a table.
 
-Rows are only ever appended, never overwritten while anybody may read them: a table grows by a new
-segment, not by moving what is there, so that a load into a full table takes no second copy of it.
+Rows are only ever appended, never overwritten while a lookup may read them: a table grows by a new
+segment, not by moving its rows, so that a load into a full table takes no second copy of it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Segment:
     """`[capacity, *shape]` each."""
 
     lent: int = 0
-    """Rows that somebody may have written to; those beyond read as zero."""
+    """Rows that may have been written to; the rows beyond read as zero."""
 
     @classmethod
     def allocate(
@@ -92,6 +92,8 @@ class Segments:
         """Return the memory of rows that lie in one segment, `[count, *shape]`."""
         segment = self.owner(first)
         start = first - segment.first
+        assert start >= 0, "a row is not before its segment"
+        assert start + count <= segment.capacity, "rows lie in one segment"
         return segment.slots[slot][start : start + count]
 
     def gather(self, slot: str, rows: NDArray[np.int64]) -> torch.Tensor:

@@ -16,16 +16,19 @@ Initializer = float | Callable[[torch.Tensor], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """One value an id: its embedding, or a state of its optimizer."""
+    """One value an id: its embedding, or a state of its optimizer.
+
+    Attributes:
+        name: Its name, on disk too.
+        shape: Of one row.
+        dtype: Of the elements.
+        initializer: What rows hold before they are written.
+    """
 
     name: str
     shape: tuple[int, ...]
-    """Of one row."""
-
     dtype: torch.dtype
-
     initializer: Initializer = 0.0
-    """What rows hold that nobody has written."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -41,6 +44,21 @@ class Slot:
             check_callable(self.initializer, f"slot {self.name!r}: the initializer")
         if any(type(size) is not int or size <= 0 for size in self.shape):
             raise ValueError(f"slot {self.name!r}: sizes must be positive ints, got {self.shape}")
+
+    def check_rows(self, rows: torch.Tensor, count: int) -> None:
+        """Refuse rows that are not of this slot, or not so many.
+
+        Raises:
+            TypeError: If their dtype is another one.
+            ValueError: If their shape does not fit.
+        """
+        if rows.dtype != self.dtype:
+            raise TypeError(f"slot {self.name!r} is {self.dtype}, got rows of {rows.dtype}")
+        if tuple(rows.shape) != (count, *self.shape):
+            raise ValueError(
+                f"slot {self.name!r}: {count} ids need rows of shape "
+                f"{[count, *self.shape]}, got {list(rows.shape)}"
+            )
 
     @property
     def row_bytes(self) -> int:

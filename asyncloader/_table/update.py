@@ -16,10 +16,9 @@ import torch
 from asyncloader._memory.allocation import zeros
 
 from . import kernels as _kernels
-from .claims import admit, select_rows
-from .fold import Fold
-from .index import MAX_ROWS, NOBODY, IdIndex, scratch
-from .layers import Layer, Run
+from .arrays import admit, select_rows
+from .fold import Fold, Layer, Run
+from .index import MAX_ROWS, NO_ROWS, IdIndex, scratch
 from .protocol import UpdateCounts
 from .segments import Segment, Segments
 
@@ -118,6 +117,7 @@ class TableUpdate:
 
     def view(self, slot: str, first: int, count: int) -> torch.Tensor:
         """Return the memory of reserved rows, `[count, *shape]`; for `id`, int64 `[count]`."""
+        assert self._base.end <= first <= first + count <= self._end, "rows were reserved"
         if slot == "id":
             with torch.inference_mode(mode=False):  # threads outside of it may write there
                 return torch.from_numpy(self._ids[first : first + count])
@@ -156,7 +156,7 @@ class TableUpdate:
         return select_rows(ids, claimed, wanted, *self._encode(child))
 
     def make_room(self, layer: int, count: int) -> None:
-        """Let the layer's index take `count` ids more. Nobody else may be using it."""
+        """Let the layer's index take `count` ids more. No job may be using it."""
         index = self._layers[layer].index
         wanted = index.count + count
         if wanted > index.room:
@@ -177,7 +177,7 @@ class TableUpdate:
         Hand what they return to `indexed`. Only one range of a layer at a time.
         """
         index, ids, seed = self._layers[layer].index, self._ids, self._base.seed
-        skip = NOBODY if refused is None else refused
+        skip = NO_ROWS if refused is None else refused
         run_first = np.array(self._layers[layer].firsts, np.int64)
         run_order = np.array(self._layers[layer].ranks, np.int64)
 
@@ -193,7 +193,9 @@ class TableUpdate:
     def indexed(self, layer: int, results: Sequence[tuple[int, int]]) -> None:
         """Note what the jobs for one range returned."""
         new = sum(result[0] for result in results)
-        self._layers[layer].index.count += new
+        index = self._layers[layer].index
+        index.count += new
+        assert index.count <= index.words.size, "an id has a word"
         self._taken += new + sum(result[1] for result in results)
 
     def dropped(self, count: int) -> None:
@@ -224,12 +226,12 @@ class TableUpdate:
         )
 
     def abort(self) -> None:
-        """Leave the table as it was. Nobody may be writing to a view any more."""
+        """Leave the table as it was. No thread may be writing to a view any more."""
         self._publish(None)
 
     def abandon(self) -> None:
-        """Leave the table as it was, and do not use again what views were lent of.
+        """Leave the table as it was, and use no memory again that views were lent of.
 
-        For when a thread may still write to one.
+        For when a thread may still write to a view.
         """
         self._publish(self._base.sealed(shares_ids=self._ids is self._base.ids))
