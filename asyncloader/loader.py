@@ -191,8 +191,8 @@ class Loader:
         """Load, and return when it is done; raises what `aload` raises.
 
         Runs an event loop of its own, from any thread, also where a loop is running already (which
-        it then blocks: inside a coroutine, `await aload()`). Where the program has handlers of
-        signals, the loop, and with it every callback, is on another thread.
+        it then blocks: inside a coroutine, `await aload()`). Handlers of signals run between two
+        steps of that loop; what one of them raises ends the call, and is raised.
         """
         return run_blocking(self.aload)
 

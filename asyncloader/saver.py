@@ -203,8 +203,8 @@ class Saver:
         """Save, and return when it is done; raises what `asave` raises.
 
         Runs an event loop of its own, from any thread, also where a loop is running already (which
-        it then blocks: inside a coroutine, `await asave()`). Where the program has handlers of
-        signals, the loop, and with it every callback, is on another thread.
+        it then blocks: inside a coroutine, `await asave()`). Handlers of signals run between two
+        steps of that loop; what one of them raises ends the call, and is raised.
         """
         return run_blocking(self.asave)
 

@@ -137,7 +137,6 @@ def running_tasks() -> set[asyncio.Task[object]]:
 async def running_pool(size: int, gate: Gate | None = None) -> AsyncIterator[WorkerPool]:
     """Hold threads that run; those that were given up on are not waited for."""
     pool = WorkerPool(size, name="test", gate=gate)
-    await asyncio.to_thread(pool.start)
     try:
         yield pool
     finally:

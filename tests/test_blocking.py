@@ -267,32 +267,65 @@ LOGGING = """
     logging.info("step")
 """
 
-# A signal that comes while a thread is being started: its handler may start some, too.
-STARTING = """
-    import os, signal
-    from concurrent.futures import ThreadPoolExecutor
+# A handler may need whatever a step of the loop holds: locks, the log's, those of threads.
+BETWEEN = """
+    import asyncio, os, signal, threading
     from asyncloader._threads.blocking import run_blocking
 
-    class Pool(ThreadPoolExecutor):
-        starting = False
-
-        def submit(self, *arguments):
-            Pool.starting = True
-            os.kill(os.getpid(), signal.SIGUSR1)
-            result = super().submit(*arguments)
-            Pool.starting = False
-            return result
+    step = threading.Lock()
 
     def handle(*_):
-        print("while it was starting:", Pool.starting)
+        with step:
+            print("handled", run_blocking(inner), threading.current_thread().name)
 
-    signal.signal(signal.SIGUSR1, handle)
+    async def inner():
+        return threading.current_thread().name
 
     async def main():
-        return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        with step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            for _ in range(1000):
+                pass
+        await asyncio.sleep(0)
+        return threading.current_thread().name
 
-    run_blocking(main, one_thread=lambda: Pool(1))
-    print(run_blocking(main), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    signal.signal(signal.SIGUSR1, handle)
+    print(run_blocking(main), signal.getsignal(signal.SIGUSR1) is handle)
+"""
+
+# One that stands in the last step is handled before the call returns, and may end it.
+LAST = """
+    import os, signal, sys
+    from asyncloader._threads.blocking import run_blocking
+
+    def end(*_):
+        sys.exit(7)
+
+    async def main():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        run_blocking(main)
+    except SystemExit as error:
+        print("exit", error.code, signal.getsignal(signal.SIGTERM) is end)
+"""
+
+# A callback that does not return: the first Ctrl-C waits for the loop, the second does not.
+STUCK = """
+    import os, signal, threading
+    from asyncloader._threads.blocking import run_blocking
+
+    async def main():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            pass
+
+    try:
+        run_blocking(main)
+    except KeyboardInterrupt:
+        print("interrupted")
 """
 
 
@@ -315,9 +348,19 @@ def test_a_handler_may_save_while_its_thread_writes_a_log(tmp_path: Path, handle
     assert load_tensors(tmp_path / "saved")["w"].tolist() == [1, 1, 1]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="has no signals to hold back")
-def test_no_handler_runs_while_a_thread_is_started() -> None:
-    assert output_of(STARTING) == "while it was starting: False\nset() set()\n"
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGUSR1 to send")
+def test_handlers_run_between_two_steps_of_the_loop_and_all_of_it_on_the_main_thread() -> None:
+    assert output_of(BETWEEN) == "handled MainThread MainThread\nMainThread True\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to catch")
+def test_a_handler_whose_signal_comes_at_the_end_runs_before_the_call_returns() -> None:
+    assert output_of(LAST) == "exit 7 True\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT to send")
+def test_control_c_once_more_ends_a_callback_that_does_not_return() -> None:
+    assert output_of(STUCK) == "interrupted\n"
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])

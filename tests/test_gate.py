@@ -366,7 +366,7 @@ async def test_reads_that_wait_where_the_last_thread_is_lost_fail_and_are_not_ca
 
     go_on = threading.Event()
     pool = WorkerPool(1, name="test", gate=Gate(most=1, cores=1), start=start)
-    await asyncio.to_thread(pool.start)
+    pool.submit(int).result()
     reached = True
     disk = Disk(pool, seconds=0.02)
     reads = [asyncio.create_task(read(disk, lambda _: go_on.wait())) for _ in range(4)]

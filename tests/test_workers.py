@@ -22,6 +22,9 @@ def pool_of(size: int) -> WorkerPool:
 def test_jobs_are_run_by_a_few_threads_and_return_or_raise() -> None:
     begun: list[None] = []
     with WorkerPool(3, name="test", initializer=partial(begun.append, None)) as pool:
+        all_of_them = threading.Barrier(3)
+        for one in [pool.submit(all_of_them.wait) for _ in range(3)]:
+            one.result()
         results = [pool.submit(divmod, number, 7) for number in range(50)]
         wrong = pool.submit(divmod, 1, 0)
         assert [one.result() for one in results] == [divmod(number, 7) for number in range(50)]
@@ -33,7 +36,6 @@ def test_jobs_are_run_by_a_few_threads_and_return_or_raise() -> None:
 
 def test_all_threads_can_be_started_at_once() -> None:
     with pool_of(4) as pool:
-        pool.start()
         together = threading.Barrier(4)
         for one in [pool.submit(together.wait) for _ in range(4)]:
             one.result()
@@ -49,7 +51,6 @@ def test_jobs_of_a_pool_that_shuts_down_are_done_and_no_more_are_taken() -> None
     assert last.result() == 7
     with pytest.raises(RuntimeError, match="shut down"):
         pool.submit(int)
-    pool.start()
     assert repr(pool) == "<WorkerPool 'test': 0 of 1 threads>"
 
 
@@ -123,7 +124,9 @@ def test_a_thread_that_comes_back_just_before_it_is_replaced_stays() -> None:
 def test_a_pool_that_has_lost_a_thread_and_gets_no_other_goes_on_with_those_it_has() -> None:
     limit = Limit()
     pool = WorkerPool(2, name="test", start=limit.start)
-    pool.start()
+    both = threading.Barrier(2)
+    for one in [pool.submit(both.wait) for _ in range(2)]:
+        one.result()
     held = Held(pool)
     limit.reached = True
     pool.replace(held.call)
@@ -142,7 +145,7 @@ def test_a_pool_that_has_no_thread_at_all_says_so_to_those_that_wait() -> None:
     with pytest.raises(RuntimeError, match="can't start new thread"):
         behind.result()
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        pool.submit(int, "7")
+        pool.submit(int, "7").result()
     limit.reached = False
     assert pool.submit(int, "7").result() == 7
     held.end()
@@ -154,7 +157,7 @@ def test_a_job_that_no_thread_can_take_does_not_run_later() -> None:
     limit.reached = True
     pool = WorkerPool(1, name="test", start=limit.start)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        pool.submit(ran.set)
+        pool.submit(ran.set).result()
     limit.reached = False
     assert pool.submit(int, "7").result() == 7
     pool.shutdown()
@@ -301,7 +304,7 @@ async def test_an_error_that_comes_too_late_is_of_no_interest() -> None:
 async def test_a_call_that_hangs_is_given_up_though_its_thread_cannot_be_replaced() -> None:
     limit, go_on = Limit(), threading.Event()
     pool = WorkerPool(1, name="test", start=limit.start)
-    await asyncio.to_thread(pool.start)
+    pool.submit(int).result()
     limit.reached = True
     disk = Disk(pool, seconds=0.02)
     with pytest.raises(StalledError):

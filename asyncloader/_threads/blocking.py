@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import inspect
 import os
 import signal
 import sys
 import threading
 from concurrent.futures import wait
-from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .pool import WorkerPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
     from concurrent.futures import Executor, Future
     from types import FrameType
 
@@ -29,6 +27,10 @@ _PATIENCE = 0.1
 
 _PIPES = 5
 """A loop, its signals and its wake-ups take 9 descriptors."""
+
+
+def _one_thread() -> Executor:
+    return WorkerPool(1, name="asyncloader")
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
@@ -67,17 +69,48 @@ class _Call(Generic[T]):
     def __init__(self, main: Callable[[], Coroutine[object, object, T]]) -> None:
         self._main = main
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[object] | None = None
+        self._task: asyncio.Task[T] | None = None
         self._stopped = False
+        self._handlers: dict[int, Callable[..., object]] = {}
+        self._signals: dict[int, FrameType | None] = {}  # those that wait for the loop
 
     def serve(self) -> T:
-        """Run it to its end."""
-        with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        """Run it to its end.
+
+        Raises:
+            BaseException: What it raised, or a handler of a signal.
+        """
+        raised: BaseException | None = None
+        with self._own_handlers(), asyncio.Runner(loop_factory=_new_event_loop) as runner:
             self._loop = runner.get_loop()
-            return runner.run(self._run())
+            task = self._task = self._loop.create_task(self._run())
+            while not (task.done() or self._loop.is_closed()):
+                try:
+                    self._handle_signals()
+                    self._run_on(task)
+                except BaseException as error:  # noqa: BLE001  # raised when the task has wound up
+                    raised = error
+                    self._cancel()
+        try:
+            if raised is not None:
+                raise raised
+            return task.result()
+        finally:
+            self._task = None
+            del task, raised  # they know this frame
+
+    def _run_on(self, task: asyncio.Task[T]) -> None:
+        """Run the loop until the task is done, or a signal has come."""
+        assert self._loop is not None, "it is made before its task"
+        try:
+            self._loop.run_until_complete(task)
+        except BaseException as error:
+            # What the task raised it tells itself; a loop that is stopped raises a RuntimeError.
+            stopped = isinstance(error, RuntimeError) and self._signals
+            if not task.done() and not stopped:
+                raise
 
     async def _run(self) -> T:
-        self._task = asyncio.current_task()
         if self._stopped:
             raise asyncio.CancelledError
         return await self._main()
@@ -90,12 +123,48 @@ class _Call(Generic[T]):
                 self._loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        if self._task is not None:
+        if self._task is not None and not self._task.cancelling():
             self._task.cancel()
 
+    @contextlib.contextmanager
+    def _own_handlers(self) -> Iterator[None]:
+        """Have handlers of signals run between two steps of the loop, and while none is running.
 
-def _one_thread() -> Executor:
-    return WorkerPool(1, name="asyncloader", initializer=_all_signals)
+        Python runs them at any point of the main thread. A handler may do anything, such as to
+        save: it would wait for locks that the loop's step holds, or end the loop in mid-step.
+        """
+        if threading.current_thread() is threading.main_thread():
+            found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+            with contextlib.suppress(ValueError):  # an interpreter in which no handler runs
+                for number, handler in found.items():
+                    if callable(handler):
+                        signal.signal(number, self._note_signal)
+                        self._handlers[number] = handler
+        try:
+            yield
+        finally:
+            for own, handler in self._handlers.items():
+                if signal.getsignal(own) == self._note_signal:  # else one has set another
+                    signal.signal(own, handler)
+            self._handle_signals()
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        if number in self._signals:  # once more: a callback may never return to the loop
+            self._handlers[number](number, frame)
+            return
+        self._signals[number] = frame
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # closed
+                self._loop.call_soon_threadsafe(self._pause)
+
+    def _pause(self) -> None:
+        if self._loop is not None and self._task is not None and not self._task.done():
+            self._loop.stop()
+
+    def _handle_signals(self) -> None:
+        while self._signals:
+            number = next(iter(self._signals))
+            self._handlers[number](number, self._signals.pop(number))
 
 
 def run_blocking(
@@ -106,10 +175,7 @@ def run_blocking(
     """Run `main()` to its end on a loop of its own and return its result, from any thread.
 
     Where a loop is running already, as in Jupyter, that loop is left alone (and blocked) while a
-    private one does the work on a thread that lives for this call only. Likewise where a signal's
-    handler may come in between: it may do anything, such as to save, and would hold up, or end, a
-    loop at any point. Such a handler itself runs `main()` on its own thread, which may hold locks
-    that another thread would wait for, as that of a log.
+    private one does the work on a thread that lives for this call only.
 
     Args:
         main: Makes the coroutine.
@@ -120,13 +186,12 @@ def run_blocking(
         OSError: If there are too few descriptors for a loop.
     """
     call = _Call(main)
-    if not _loop_is_running() and not _handlers_may_run():
+    if not _loop_is_running():
         return call.serve()
     with one_thread() as thread:
         result: Future[T] | None = None
         try:
-            with _no_signals():
-                result = thread.submit(contextvars.copy_context().run, call.serve)
+            result = thread.submit(contextvars.copy_context().run, call.serve)
             _wait_for(result)
             return result.result()
         except BaseException as error:  # Ctrl-C: stop the load, and let the thread wind up
@@ -137,54 +202,7 @@ def run_blocking(
             raise
 
 
-def _handlers_may_run() -> bool:
-    """Say whether this thread may have to run the handler of a signal, but for plain Ctrl-C.
-
-    Not if it runs one already.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return False
-    found = map(signal.getsignal, signal.valid_signals())
-    handlers = [one for one in found if callable(one) and one is not signal.default_int_handler]
-    return bool(handlers) and not _is_running(handlers)
-
-
-def _is_running(functions: Iterable[Callable[..., object]]) -> bool:
-    """Say whether this thread is in one of some functions."""
-    codes = set()
-    for function in functions:
-        while isinstance(function, partial):
-            function = function.func  # noqa: PLW2901  # of the same function
-        called = function if hasattr(function, "__code__") else type(function).__call__
-        codes.add(getattr(inspect.unwrap(called), "__code__", None))
-    frame: FrameType | None = sys._getframe()  # noqa: SLF001  # inspect.stack() reads the sources
-    while frame is not None:
-        if frame.f_code in codes:
-            return True
-        frame = frame.f_back
-    return False
-
-
-@contextlib.contextmanager
-def _no_signals() -> Iterator[None]:
-    """Hold signals back on this thread: one that is starting another holds a lock of Python's."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _all_signals() -> None:
-    """Let this thread, and what it starts, get signals again."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _outlast(result: Future[T]) -> BaseException | None:
+def _outlast(result: Future[Any]) -> BaseException | None:
     """Wait for a call's end: its threads may write to memory until then.
 
     Returns:

@@ -32,7 +32,7 @@ class WorkerPool(Executor):
     neither `shutdown` nor the end of the interpreter; should it ever come back, it ends.
 
     Args:
-        size: Threads. Started by `start`, or one by one as calls come.
+        size: Threads; all of them are started when the first call comes.
         name: Of the threads, before their numbers.
         gate: Says how many run at a time; `None` is one of its own.
         initializer: Called on each thread first; must not raise.
@@ -56,7 +56,7 @@ class WorkerPool(Executor):
         self._queue: SimpleQueue[Call[Any] | None] = SimpleQueue()
         self._lock = threading.Condition(threading.Lock())  # for all below; held for moments only
         self._threads: set[threading.Thread] = set()
-        self._starting = 0
+        self._starting = False
         self._started = 0
         self._is_shut = False
 
@@ -67,101 +67,99 @@ class WorkerPool(Executor):
         """Have a thread run a job that comes back for certain; else there is `Disk`.
 
         Raises:
-            RuntimeError: If the pool is shut down, or there is not a single thread to be had.
+            RuntimeError: If the pool is shut down.
         """
         call = Call(partial(job, *args, **kwargs))
         self.put(call)
         return call.future
 
     def put(self, call: Call[Any]) -> None:
-        """Have a thread carry a call out.
+        """Have a thread carry a call out. It fails if there is not a single thread to be had.
 
         Raises:
-            RuntimeError: If the pool is shut down, or there is not a single thread to be had.
+            RuntimeError: If the pool is shut down.
         """
         if self._is_shut:
             raise RuntimeError(f"{self!r} is shut down")
-        if len(self._threads) + self._starting < self._size:
-            self._start_one()
         call.queue = self._queue
         self._gate.enter(call)
-
-    def start(self) -> None:
-        """Start all threads that do not run. Waits for each to run.
-
-        Raises:
-            RuntimeError: If there is not a single one to be had; what waits for one fails, too.
-        """
-        try:
-            while self._start_one():
-                pass
-        except RuntimeError as error:
-            self._fail_all(error)
-            raise
+        if len(self._threads) < self._size:
+            self._start_missing()
 
     def replace(self, call: Call[Any]) -> None:
-        """Give up on the thread of a call, and have another take its place.
-
-        Waits for nothing, so that it may be called on an event loop.
-        """
-        if call.thread is None or not self._gate.strike(call):
-            return
-        with self._lock:
-            self._threads.discard(call.thread)
-        try:  # starting a thread means waiting until it runs
-            _thread.start_new_thread(self._start_missing, ())
-        except RuntimeError as error:
-            if not self._threads:
-                self._fail_all(error)
+        """Give up on the thread of a call, and have another take its place."""
+        if call.thread is not None and self._gate.strike(call):
+            with self._lock:
+                self._threads.discard(call.thread)
+            self._start_missing()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002  # as the base has it
         """Take no more calls; wait for those that are there, but for no thread given up on."""
         if cancel_futures:
             raise NotImplementedError("calls are withdrawn by whoever handed them in")
-        with self._lock:
-            self._is_shut = True
-            while wait and self._starting:
-                self._lock.wait()
+        self._is_shut = True
         self._queue.put(None)
-        while wait and (thread := next(iter(self._threads.copy()), None)):
+        while wait:
+            with self._lock:
+                while self._starting:
+                    self._lock.wait()
+                thread = next(iter(self._threads), None)
+            if thread is None:
+                return
             thread.join(_LOOK_AGAIN)
             if not thread.is_alive():
                 with self._lock:
                     self._threads.discard(thread)
 
     def _start_missing(self) -> None:
-        with contextlib.suppress(RuntimeError):  # those that wait have been told
-            self.start()
+        """Have the threads started that are missing. Waits for nothing.
 
-    def _start_one(self) -> bool:
-        """Start a thread if one is missing; say whether one was.
-
-        Raises:
-            RuntimeError: If none is to be had, and none runs.
+        Starting a thread means waiting until it runs, and holding a lock of Python's: sixteen held
+        the event loop up for 90 ms while the processors were busy. So another thread does it.
         """
         with self._lock:
-            if self._is_shut or len(self._threads) + self._starting >= self._size:
-                return False
-            self._starting += 1
-            self._started += 1
-            name = f"{self._name}_{self._started - 1}"
-        # A daemon: Python would wait for all others at its end, those too that never return.
-        thread = threading.Thread(target=self._serve, name=name, daemon=True)
+            if self._starting:
+                return
+            self._starting = True
         try:
-            self._start_thread(thread)
+            _thread.start_new_thread(self._start_all, ())
         except RuntimeError as error:
-            if self._threads:
-                return False
-            if threading.main_thread().is_alive():
-                raise
-            raise RuntimeError(f"{error}: load or save before the program ends") from error
-        finally:
-            with self._lock:
-                self._starting -= 1
+            self._end_starting(error)
+
+    def _start_all(self) -> None:
+        while (thread := self._next_thread()) is not None:
+            try:
+                self._start_thread(thread)
+            except RuntimeError as error:
+                with self._lock:
+                    self._threads.discard(thread)
+                self._end_starting(error)
+                return
+
+    def _next_thread(self) -> threading.Thread | None:
+        """Return another thread to start, if one is missing."""
+        with self._lock:
+            if len(self._threads) >= self._size:
+                self._starting = False
                 self._lock.notify_all()
-                if thread.ident is not None:
-                    self._threads.add(thread)
-        return True
+                return None
+            name = f"{self._name}_{self._started}"
+            self._started += 1
+            # A daemon: Python would wait for all others at its end, those too that never return.
+            thread = threading.Thread(target=self._serve, name=name, daemon=True)
+            self._threads.add(thread)
+            return thread
+
+    def _end_starting(self, error: RuntimeError) -> None:
+        """Go on with the threads that there are; without any, fail what waits."""
+        with self._lock:
+            self._starting = False
+            self._lock.notify_all()
+            if self._threads:
+                return
+        if not threading.main_thread().is_alive():
+            error = RuntimeError(f"{error}: load or save before the program ends")
+        self._fail_all(error)
 
     def _serve(self) -> None:
         self._initializer()

@@ -7,17 +7,13 @@ import contextlib
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from asyncloader._memory.allowance import processors
 
 from .gate import Gate
 from .jobs import settled
 from .pool import WorkerPool
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
 
 # More than a handful do not build an id index faster: memory is the limit.
 _MOST_KERNELS = 8
@@ -30,8 +26,8 @@ class Threads:
     A thread that reads may never come back, and be replaced (`Disk`); those that compute always do,
     as they touch no file.
 
-    They may be shared by several loads of one event loop. An async context manager: entering starts
-    all threads, leaving joins them.
+    They may be shared by several loads of one event loop. An async context manager: leaving
+    joins all threads.
 
     Args:
         reads: Threads that read.
@@ -54,23 +50,9 @@ class Threads:
         )
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        try:
-            # Starting a thread means waiting until it runs. Done on the event loop, and while
-            # others keep the processors busy, sixteen held it up for 90 ms: the first starts them.
-            for pool in (self.kernels, self.reads):
-                await settled(loop.run_in_executor(self.kernels, pool.start))
-        except BaseException:
-            await self._close()
-            raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._close()
 
     async def _close(self) -> None:
