@@ -51,7 +51,7 @@ def no_blocking_calls_on_the_loop() -> Iterator[None]:
         allowed = blockbuster.functions["threading.Lock.acquire"]
         allowed.can_block_in("asyncloader/_threads/blocking.py", {"run_blocking"})
         # The last threads of a load are idle when they are joined; somebody has to.
-        allowed.can_block_in("asyncloader/_threads/threads.py", {"_close"})
+        allowed.can_block_in("asyncloader/_threads/pool.py", {"_close"})
         allowed.can_block_in("asyncloader/_serving/service.py", {"_wind_up"})
         allowed.can_block_in("coverage/collector.py", {"lock_data"})
         yield

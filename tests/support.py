@@ -27,8 +27,7 @@ from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.disk import Disk
-from asyncloader._threads.pool import WorkerPool
-from asyncloader._threads.threads import Threads
+from asyncloader._threads.pool import Threads, WorkerPool
 from asyncloader.options import ReadOptions
 from tests.oracle import TableData, flat_bytes, rows_of
 

@@ -17,7 +17,7 @@ from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.disk import Disk
-from asyncloader._threads.threads import Threads
+from asyncloader._threads.pool import Threads
 from asyncloader._tools.verifying.verify import averify, verify_session
 from asyncloader.cli._app import run as command
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save

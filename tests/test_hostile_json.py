@@ -20,7 +20,7 @@ from asyncloader import CheckpointError, Loader, Slice, TruncatedShardError
 from asyncloader._checkpoint.index import Catalog, Places
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._checkpoint.strict_json import BadJsonError, has_negative_zero, parse_object
-from asyncloader._threads.threads import Threads
+from asyncloader._threads.pool import Threads
 from tests.checkpoints import save
 from tests.fuzz.drafts import INDEX, SHARDED, SIDECAR, TENSORKEY
 from tests.fuzz.trees import Members, rendered

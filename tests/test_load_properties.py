@@ -23,7 +23,7 @@ from asyncloader._loading.session import Session
 from asyncloader._loading.transaction import complete
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.disk import Disk
-from asyncloader._threads.threads import Threads
+from asyncloader._threads.pool import Threads
 from asyncloader.options import ReadOptions
 from tests.oracle import (
     DTYPES,

@@ -9,7 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -21,6 +21,7 @@ from asyncloader._storage.direct import DirectReader
 from asyncloader._storage.local import LocalStorage
 from asyncloader._storage.preadv import preadv
 from asyncloader._storage.protocol import ThreadedStorage, fill, read_exactly, read_small, read_text
+from asyncloader._storage.retrying import ThreadedRetryingStorage
 from asyncloader._threads.call import Reading
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.gate import Gate
@@ -559,3 +560,27 @@ def test_a_thread_goes_on_with_short_reads_and_says_what_went_wrong(at_most: int
     with pytest.raises(ReadError, match=r"f: bytes \[29, 49\): .*I/O error") as caught:
         fill(read, "f", 29, memoryview(buffer))
     assert caught.value.__cause__ is fault
+
+
+async def test_a_read_takes_few_calls_until_the_system_reads(folder: Path, disk: Disk) -> None:
+    """So that a reader of the code can hold them in mind; `stream` adds three."""
+    depths: list[int] = []
+
+    def spy(fd: int, views: Sequence[memoryview], offset: int, reading: Reading) -> int:
+        if offset == DEEP:
+            frame, calls = sys._getframe(), 0
+            while frame.f_back is not None and frame.f_code.co_filename != threading.__file__:
+                frame, calls = frame.f_back, calls + 1
+            waiting: Any = task.get_coro()
+            while waiting is not None and hasattr(waiting, "cr_await"):
+                waiting, calls = waiting.cr_await, calls + 1
+            depths.append(calls)
+        return preadv(fd, views, offset, reading)
+
+    async with LocalStorage(folder, disk=disk, preadv=spy) as local:
+        storage = ThreadedRetryingStorage(local)
+        buffer = memoryview(bytearray(100))
+        task = asyncio.ensure_future(read_exactly(storage, "f1", DEEP, [buffer]))
+        await task
+    assert depths
+    assert max(depths) <= 9

@@ -26,7 +26,7 @@ from asyncloader import (
 from asyncloader._checkpoint.sidecar import parse_sidecar
 from asyncloader._storage.local import LocalStorage
 from asyncloader._threads.disk import Disk
-from asyncloader._threads.threads import Threads
+from asyncloader._threads.pool import Threads
 from tests.oracle import TableData, edit_json, shard_header, write_checkpoint
 from tests.support import Run, data, rows_in, rows_on_disk, table_for, unchanged
 

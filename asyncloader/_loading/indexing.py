@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from asyncloader._checkpoint.slices import Slice
     from asyncloader._table.protocol import LoadableUpdate
-    from asyncloader._threads.threads import Threads
+    from asyncloader._threads.pool import Threads
 
     from .trace import Tracer
 

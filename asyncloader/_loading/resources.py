@@ -11,7 +11,7 @@ from asyncloader._storage.descriptors import Descriptors
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.gate import Gate
 from asyncloader._threads.lag import LagWatch
-from asyncloader._threads.threads import Threads
+from asyncloader._threads.pool import Threads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from asyncloader._storage.retrying import RetryingStorage
     from asyncloader._threads.budget import ByteBudget
     from asyncloader._threads.lag import LagWatch
-    from asyncloader._threads.threads import Threads
+    from asyncloader._threads.pool import Threads
     from asyncloader.options import ReadOptions
 
     from .resources import Resources

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from asyncloader._memory.sizes import listed
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.jobs import run_jobs
-from asyncloader._threads.threads import Threads
+from asyncloader._threads.pool import Threads
 from asyncloader.errors import SaveError, SaveTimeoutError
 
 from .commit import Commit

@@ -150,14 +150,16 @@ class LocalStorage:
 
     def _read(self, file: OpenFile, reading: Reading) -> int:
         """Read, on a thread."""
+        views = reading.views
+        assert views is not None, "a read has begun"
         with file.using() as fd:
             try:
-                count = self._preadv(fd, reading.views, reading.offset, reading)
+                count = self._preadv(fd, views, reading.offset, reading)
             except OSError as error:
                 if error.errno != errno.ESTALE:
                     raise
                 self._renew(reading.name, fd)
-                count = self._preadv(fd, reading.views, reading.offset, reading)
+                count = self._preadv(fd, views, reading.offset, reading)
         assert 0 <= count <= reading.length, "what was read lies within its views"
         return count
 

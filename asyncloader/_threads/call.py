@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -41,51 +42,44 @@ class StalledError(TimeoutError):
         )
 
 
+@dataclass(slots=True, eq=False)
 class Reading:
     """What a thread reads, where to, and what it notices.
 
     Several reads, one after the other, are one reading of a thread that is lent: it calls `begin`
     before each of them.
-
-    Args:
-        name: The file.
-        offset: The first byte.
-        views: The memory that is filled; `None` says that `begin` will tell.
-
-    Attributes:
-        is_large: Whether the gate counts it among the reads of which only some are of use.
-        waited: Whether it had to wait for bytes that were not in memory yet.
-        unsure: Whether the system could not say that; then its thread's time tells.
-        is_lost: Whether the one that waited was let go: other loads may have the memory by now.
     """
 
-    __slots__ = (
-        "begun",
-        "is_large",
-        "is_lost",
-        "length",
-        "name",
-        "offset",
-        "unsure",
-        "views",
-        "waited",
-    )
+    name: str = ""
+    """The file."""
 
-    def __init__(
-        self, name: str = "", offset: int = 0, views: Sequence[memoryview] | None = None
-    ) -> None:
-        self.name = name
-        self.offset = offset
-        self.views: Sequence[memoryview] = views or ()
-        self.length: int = sum(map(_NBYTES, self.views))
-        self.is_large = views is None or self.length >= _LARGE
-        self.waited = not self.is_large  # so that nobody looks whether a short one has to
-        self.unsure = self.is_lost = False
-        self.begun = 0
-        """Reads that were begun; each is waited for by itself."""
+    offset: int = 0
+    views: Sequence[memoryview] | None = None
+    """The memory that is filled; `None` says that `begin` will tell."""
+
+    length: int = field(init=False)
+    is_large: bool = field(init=False)
+    """Whether the gate counts it among the reads of which only some are of use."""
+
+    waited: bool = field(init=False)
+    """Whether it had to wait for bytes that were not in memory yet; a short one does not look."""
+
+    unsure: bool = False
+    """Whether the system could not say that; then its thread's time tells."""
+
+    begun: int = 0
+    """Reads that were begun; each is waited for by itself."""
+
+    is_lost: bool = False
+    """Whether its caller was let go: other loads may have the memory by now."""
+
+    def __post_init__(self) -> None:
+        self.length = sum(map(_NBYTES, self.views or ()))
+        self.is_large = self.views is None or self.length >= _LARGE
+        self.waited = not self.is_large
 
     def __str__(self) -> str:
-        if not self.views:
+        if self.views is None:
             return self.name
         return f"{self.name}: bytes [{self.offset}, {self.offset + self.length})"
 
@@ -102,66 +96,55 @@ class Reading:
             raise RuntimeError("the read was given up")
 
 
+@dataclass(slots=True, eq=False)
 class Call(Generic[T]):
-    """A job for a thread.
+    """A job for a thread."""
 
-    Args:
-        job: What to do.
-        reading: What it reads, if it does.
-        is_counted: Whether the gate counts it; not where it uses no processor to speak of.
-        label: What it is about, for messages.
-        late: Gets the result if it comes after the call was given up.
+    job: Callable[[], T] | None
+    """What to do; `None` once a thread has begun, or the call was withdrawn."""
 
-    Attributes:
-        future: The result, or what was raised; a `StalledError` if it was given up.
-        thread: The one that has begun with it, or `None`.
-        begun: When that was, by the gate's clock.
-        is_over: Whether that thread is done with it, given up or not.
-        is_struck: Whether that thread was replaced. It takes no other call.
-    """
+    reading: Reading | None = None
+    """What it reads, if it does."""
 
-    __slots__ = (
-        "_reads",
-        "begun",
-        "future",
-        "is_counted",
-        "is_large",
-        "is_over",
-        "is_slow",
-        "is_struck",
-        "job",
-        "label",
-        "late",
-        "number",
-        "queue",
-        "reading",
-        "thread",
-        "waited",
-    )
+    is_counted: bool = True
+    """Whether the gate counts it; not where it uses no processor to speak of."""
 
-    def __init__(
-        self,
-        job: Callable[[], T],
-        *,
-        reading: Reading | None = None,
-        is_counted: bool = True,
-        label: object = "",
-        late: Callable[[T], object] | None = None,
-    ) -> None:
-        self.job: Callable[[], T] | None = job
-        self.reading = reading
-        self.is_large = reading is not None and reading.is_large
-        self.is_counted = is_counted
-        self.label = label
-        self.late = late
-        self.future: Future[T] = Future()
-        self.thread: threading.Thread | None = None
-        self.begun = 0.0
-        self.is_over = self.is_struck = self.is_slow = False
-        self.queue: SimpleQueue[Call[Any] | None]
-        self.number = 0
-        self.waited = 0.0
-        self._reads = 0
+    label: object = ""
+    """What it is about, for messages."""
+
+    late: Callable[[T], object] | None = None
+    """Gets the result if it comes after the call was given up."""
+
+    future: Future[T] = field(default_factory=Future)
+    """The result, or what was raised; a `StalledError` if it was given up."""
+
+    queue: SimpleQueue[Call[Any] | None] = field(init=False)
+    """That of its threads."""
+
+    number: int = 0
+    """In order of arrival at the gate."""
+
+    thread: threading.Thread | None = None
+    """The one that has begun with it."""
+
+    begun: float = 0.0
+    """When that was, by the gate's clock."""
+
+    waited: float = 0.0
+    """Seconds for which the storage has given no answer."""
+
+    is_slow: bool = False
+    is_over: bool = False
+    """Whether its thread is done with it, given up or not."""
+
+    is_struck: bool = False
+    """Whether its thread was replaced. It takes no other call."""
+
+    is_large: bool = field(init=False)
+    _reads: int = 0
+
+    def __post_init__(self) -> None:
+        self.is_large = self.reading is not None and self.reading.is_large
 
     def withdraw(self) -> None:
         """Take it back if no thread has begun with it, and let go of its memory."""
@@ -218,6 +201,6 @@ _lost: set[Call[Any]] = set()
 def lost_memory() -> list[tuple[int, int]]:
     """Return the addresses, from the first to one past the last, of what may yet be written to."""
     readings = [call.reading for call in _lost.copy()]
-    views = [view for one in readings if one is not None for view in one.views if view.nbytes]
+    views = [view for one in readings if one is not None for view in one.views or () if view.nbytes]
     begins = [np.frombuffer(view, np.uint8).ctypes.data for view in views]
     return [(begin, begin + view.nbytes) for begin, view in zip(begins, views, strict=True)]
