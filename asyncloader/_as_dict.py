@@ -1,4 +1,4 @@
-"""Values as JSON takes them: for status pages, logs, and whatever else is not Python."""
+"""Values as JSON takes them: for status pages and logs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AsDict:
         """Return the fields by name, as `json.dumps` takes them.
 
         Tuples are lists, mappings are dictionaries, paths are text; infinity is `None`. An error is
-        `{"type": …, "message": …}`. An event has its kind besides, the name of its class, under
+        `{"type": …, "message": …}`. An event also has its kind, the name of its class, under
         `"kind"`.
         """
         known = dataclasses.fields(self)  # type: ignore[arg-type]  # of a dataclass, see above

@@ -1,10 +1,10 @@
-"""What users import to serve a model while its next version comes in."""
+"""Serves a model while its next version comes in."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
 from ._arguments import as_dict, check_callable, check_count, checked_path
 from ._serving.service import Service
@@ -14,23 +14,18 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
-    from torch import Tensor, nn
-
     from ._serving.events import Event
-    from ._serving.model import Model
+    from ._serving.model import Built, Model
     from ._serving.state import LiveState
-    from ._table.hashtable import HashTable
 
 __all__ = ["Live"]
-
-_Built: TypeAlias = "tuple[Mapping[str, HashTable] | None, Mapping[str, Tensor] | None] | nn.Module"
 
 
 class Live:
     """One model, and its versions: the newest one serves, the next one comes in beside it.
 
     Follows a run folder: each new checkpoint is loaded into what `build()` makes, then checked,
-    then swapped for the one that serves, by one reference. Whoever asks gets all tables and tensors
+    then swapped for the version that serves, by one reference. A caller gets all tables and tensors
     of one version. A version that cannot be loaded, or does not pass, leaves the old one serving.
 
     ```python
@@ -40,38 +35,37 @@ class Live:
     ```
 
     Entering loads the first version, and raises if there is none, or it cannot be loaded. While
-    that is still being written to, entering waits, and `state.trouble` says so. Leaving
+    files of it are still being written to, entering waits, and `state.trouble` says so. Leaving
     cancels what is under way, waits for its threads, and gives all memory back but what `use()`
-    blocks still pin.
-    `use`, `current`, `state` and `versions` may be asked from any thread; everything else belongs
-    to the event loop on which the block was entered.
+    blocks still pin. `use`, `current`, `state` and `versions` may be called on any thread; all else
+    belongs to the event loop on which the block was entered.
 
     Args:
         source: A run folder, whose newest committed checkpoint is followed (see `latest`), or one
             checkpoint, which is loaded again when it is replaced.
         build: Makes what a version is loaded into, fresh and empty: `(hashtables, tensors)`, or a
-            `torch.nn.Module`, of which all tables and the `state_dict()` are loaded. Called on a
-            thread, unless it is a coroutine function.
-        keep: Versions that stay in memory: the one that serves, and those that served before it.
+            `torch.nn.Module`, whose tables and `state_dict()` are loaded (see `targets`). Called on
+            a thread, unless it is a coroutine function.
+        keep: Versions that stay in memory: the one that serves, and others that served before it.
             With 2, going back takes no load.
         poll: Seconds between two looks at the folder.
         loader_options: Further arguments of `Loader`, such as `max_loop_lag`, `verify`, `timeout`.
             `strict` is true unless it says otherwise: a version that lacks something does not
-            serve. The first version, beside which nobody is served, is loaded at full speed.
+            serve. The first version, before which no request is served, is loaded at full speed.
         check: Gets a version that was loaded, before it serves; if it raises, or returns anything
-            that is false (`torch.tensor(False)`, say), that version does not; `None` lets it. What
-            is no truth value, as text and lists are not, is a `TypeError`. Called on a thread,
+            that is false (`torch.tensor(False)`, say), that version does not serve; `None` lets it.
+            A value that is no truth value, as text or a list, is a `TypeError`. Called on a thread,
             unless it is a coroutine function.
-        on_event: Called on the event loop with what happens, an `Event`. What it raises is logged.
+        on_event: Called on the event loop with each `Event`. What it raises is logged.
         max_memory: Bytes that all versions in memory, the one to be loaded, and the reads under way
-            may take together, as predicted from its plan; versions that nobody uses give way first.
-            One that would not fit is refused before it is read. What `build` itself touches comes
-            before that: make tensors with `torch.empty`. Where fresh memory is dear to touch, as in
-            some virtual machines, the memory of tables that were let go is kept for the next
+            may take together, as predicted from its plan; versions without users give way first.
+            A version that would not fit is refused before it is read. Memory that `build` touches
+            is not predicted: make tensors with `torch.empty`. Where fresh memory is dear to touch,
+            as in some virtual machines, the memory of tables that were let go is kept for the next
             version: at most as much as one takes, and as `max_memory` leaves.
-        retry_pause: Seconds after which a load is tried again whose fault may pass (storage, no
-            memory, replaced meanwhile); twice as long before each next try, a minute at most. A
-            newer version is taken at once.
+        retry_pause: Seconds before a load is tried again whose fault may pass (storage, no memory,
+            replaced meanwhile); twice as long before each next try, a minute at most. A newer
+            version is taken at once.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -81,7 +75,7 @@ class Live:
     def __init__(
         self,
         source: str | os.PathLike[str],
-        build: Callable[[], _Built | Awaitable[_Built]],
+        build: Callable[[], Built | Awaitable[Built]],
         *,
         keep: int = 1,
         poll: float = 5.0,
@@ -154,7 +148,7 @@ class Live:
     @property
     def versions(self) -> tuple[LiveVersion, ...]:
         """All versions in memory, in the order in which they last began to serve."""
-        return self._service.versions
+        return self._service.state.versions
 
     @property
     def state(self) -> LiveState:
@@ -199,10 +193,7 @@ class Live:
                 refused it, or raised, which is the cause then.
             Exception: What loading it raised. Nothing has changed in any of these cases.
         """
-        name = checked_path(version, "version")
-        if not name:
-            raise ValueError("version is empty: it names a sub-folder, or is a path")
-        return await self._service.load(name)
+        return await self._service.load(checked_path(version, "version"))
 
     async def resume(self) -> None:
         """Follow the newest version again, also one that was given up. Does not wait for it."""

@@ -75,7 +75,7 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
 
     That is the last line of its text file `checkpoint` that names a sub-folder with `index`, or
     with a model as Hugging Face has it; where no line does, the sub-folder whose `index`, or model,
-    is the newest. One of which shards are missing or short, since it is still being copied, is
+    is the newest. A checkpoint whose shards are missing or short, since it is still copied, is
     passed over, with a warning. Looks at the file system and so blocks; `alatest` does not.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What users import to save a checkpoint."""
+"""Saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -74,17 +74,17 @@ class Saver:
         path: The folder that becomes the checkpoint; made if need be.
         hashtables: Tables to save, by any name; on disk they have the names of their `children`.
         tensors: Dense tensors to save, by name, on any device; only rank 0 writes them. Other
-            ranks give the same ones, some of them, or none: what rank 0 does not have would be in
-            no file, and is an error.
+            ranks give the same ones, some of them, or none: a tensor that rank 0 does not have
+            would be in no file, and is an error.
         filter_func: Gets the `WriteBlock`s that would be written, and returns those to write.
         save_id: Tells this save from every other one into the same folder: text or a number, the
             same on all ranks, another one for each try (a count of the job's starts and the step,
             say). By default rank 0 draws one, and tells the others by way of torch.distributed's
             store.
         timeout: Seconds that rank 0 waits for the other ranks; `None` waits for ever.
-        max_inflight_bytes: Memory for writes under way, in bytes. Besides, the order of a table's
-            rows takes 16 bytes an id while the table is being written, and three times that while
-            it is sorted.
+        max_inflight_bytes: Memory for writes under way, in bytes. The order of a table's rows takes
+            16 bytes an id more while the table is being written, and three times that while it is
+            sorted.
         progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
             shows a bar on stderr.
 
@@ -150,10 +150,10 @@ class Saver:
         ```
 
         Args:
-            path: As of `Saver`, and so are all others.
-            hashtables: Likewise.
-            tensors: Likewise.
-            options: Likewise, by name.
+            path: As of `Saver`.
+            hashtables: As of `Saver`.
+            tensors: As of `Saver`.
+            options: All other arguments of `Saver`, by name.
         """
         return cls(path=path, hashtables=hashtables, tensors=tensors, **options)
 
@@ -172,7 +172,7 @@ class Saver:
             What was written; on rank 0 the checkpoint is committed then.
 
         Raises:
-            SaveError: If the folder holds something else than a checkpoint, somebody else is
+            SaveError: If the folder holds something else than a checkpoint, another process is
                 saving to it, it failed, another rank did, or the ranks' parts do not fit together;
                 or if a tensor was written to meanwhile.
             SaveTimeoutError: If other ranks did not write their parts in time.

@@ -1,9 +1,9 @@
 """Memory that costs nothing until it is touched.
 
-Large allocations are anonymous mappings, whose kind of pages `_pages` chooses. Fresh mappings read
+Large allocations are anonymous mappings, whose kind of pages `pages` chooses. Fresh mappings read
 as zero, and pages that nothing touches take no memory, so tables may reserve more rows than they
-will use. Where touching is dear, what is given back is kept for whoever comes next, as far as
-somebody allows that.
+will use. Where touching is dear, memory that is given back is kept for the next caller, as far as
+an owner allows that.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class _Kept(NamedTuple):
 
 
 class Spare:
-    """Memory that was given back and is kept for whoever takes some next, wiped.
+    """Memory that was given back and is kept, wiped, for the next caller that maps some.
 
-    It is kept while somebody allows it, and where fresh memory is dear. No lock is held: memory may
+    It is kept while an owner allows it, and where fresh memory is dear. No lock is held: memory may
     be given back by the garbage collector, at any time on any thread.
 
     Args:
@@ -99,7 +99,7 @@ class Spare:
         return map_fresh(size + size // _GROWTH if self._allowed else size)
 
     def give(self, memory: mmap.mmap, start: int, used: int) -> None:
-        """Take back what `map` has lent. Quick: wiping it is for `wipe`, or for who maps next."""
+        """Take back what `map` has lent. Quick: `wipe` wipes it, or the next `map`."""
         kept = _Kept(memory, start, used)
         if kept.room <= sum(self._allowed.values()) and self._is_dear():
             self._drop(kept.room)
@@ -153,6 +153,6 @@ def zeros(
     memory, start = spare.map(size)
     lent = memoryview(memory)
     weakref.finalize(lent, spare.give, memory, start, size).atexit = False
-    # Not a part of a tensor of all of it: whoever saves a tensor saves its storage, all of it.
+    # Not a view of a tensor of all of it: `torch.save` saves a tensor's storage, all of it.
     exact = torch.frombuffer(lent, dtype=torch.uint8, count=size, offset=start)
     return exact.view(dtype).view(tuple(shape))

@@ -106,9 +106,10 @@ class PageChooser:
 
 
 _untouched: dict[int, bool] = {}
-"""Blocks that `map_fresh` has mapped and nobody has touched, by address over `BLOCK`, and whether
-they have been advised to be huge pages. Every change is one call of a method, so that threads need
-no lock, and none is held where a process forks or memory is freed by the garbage collector."""
+"""Blocks that `map_fresh` has mapped and no thread has touched, by address over `BLOCK`, and
+whether they have been advised to be huge pages. Every change is one call of a method, so that
+threads need no lock, and none is held where a process forks or memory is freed by the garbage
+collector."""
 
 _chooser = PageChooser()
 # By ctypes, which lets other threads run meanwhile; `mmap.madvise` does not.

@@ -75,7 +75,7 @@ class Commit:
         """Say that all of this rank's shards are on the disk."""
         name = self._part_file(self.rank)
         self._write(f"{name}.tmp", render_part(part))
-        self.folder.sync(self.staging)  # the shards' names, before anybody can read of them
+        self.folder.sync(self.staging)  # the shards' names, before rank 0 can read of them
         # Not synced again: rank 0 may have committed, and removed all of this, by now.
         self.folder.move(f"{name}.tmp", name)
 

@@ -1,4 +1,4 @@
-"""What a rank writes where: blocks go round robin over its shards, back to back within each."""
+"""Which block a rank writes where: round robin over its shards, back to back within each."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def checked_blocks(offered: Sequence[WriteBlock], chosen: object) -> list[WriteB
         if block.table is not None and block.table not in with_ids:
             raise ValueError(
                 f"filter_func kept {block.name!r} but not {block.table + _AT + ID!r}: "
-                "nobody could say which rows are whose"
+                "a reader could not say which rows are whose"
             )
     kept = set(chosen)
     return [block for block in offered if block in kept]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -96,21 +96,9 @@ class RankPart:
 
 def render_part(part: RankPart) -> bytes:
     """Return the text of a part file."""
-    return orjson.dumps(
-        {
-            "save_id": part.save_id,
-            "rank": part.rank,
-            "ranks": part.ranks,
-            "numbers": part.numbers,
-            "sizes": part.sizes,
-            "digests": part.digests,
-            "names": part.names,
-            "description": part.description,
-            "rows": {table: part_as_json(rows) for table, rows in part.rows.items()},
-            "slots": part.slots,
-            "tensors": part.tensors,
-        }
-    )
+    value = {field.name: getattr(part, field.name) for field in fields(part)}
+    value["rows"] = {table: part_as_json(rows) for table, rows in part.rows.items()}
+    return orjson.dumps(value)
 
 
 def parse_part(text: bytes) -> RankPart:
@@ -129,7 +117,7 @@ def parse_part(text: bytes) -> RankPart:
 
 
 def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
-    """Return the texts of a checkpoint's files besides its shards, `index` last.
+    """Return the texts of all files of a checkpoint but its shards, `index` last.
 
     Raises:
         ValueError: If the parts do not make one checkpoint.
@@ -192,7 +180,7 @@ def check_sizes(sizes: Mapping[str, int]) -> None:
 def _check_slices(table: str, parts: list[PartRows]) -> None:
     """Refuse parts that claim the same ids, or, together, not all of them.
 
-    Of ids that two ranks claim nobody could say whose rows are right.
+    Where two ranks claim an id, a reader could not say whose row is right.
     """
     parts.sort(key=lambda part: part.slice)
     claims = [part.slice for part in parts if part.slice.begin < part.slice.end]

@@ -58,7 +58,7 @@ class SaveReport(AsDict):
         )
 
     def __rich__(self) -> RenderableType:
-        from rich.table import Table  # noqa: PLC0415  # only who looks at it pays for it
+        from rich.table import Table  # noqa: PLC0415  # needed where the report is shown
         from rich.text import Text  # noqa: PLC0415
 
         grid = Table.grid(padding=(0, 2))

@@ -1,4 +1,4 @@
-"""Loads a version beside those that are in memory."""
+"""Loads a version beside the versions that are in memory."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ class VersionLoader:
 
 
 def _is_cancelled() -> bool:
-    """Say whether somebody has cancelled this task, or a user's code raised that by itself."""
+    """Say whether this task was cancelled; otherwise a user's code raised that by itself."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

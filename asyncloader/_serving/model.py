@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # The id itself, and two words of the index, which begins half full.
 _ID_BYTES = 8 + 16
 
+Built: TypeAlias = "tuple[Mapping[str, HashTable] | None, Mapping[str, Tensor] | None] | nn.Module"
+"""What a user's `build` returns."""
+
 _Contents: TypeAlias = "tuple[Mapping[str, HashTable], Mapping[str, Tensor], nn.Module | None]"
 
 

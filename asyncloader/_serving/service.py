@@ -92,15 +92,10 @@ class Service:
         return f"{str(self._source)!r}: {state}"
 
     @property
-    def versions(self) -> tuple[LiveVersion, ...]:
-        """All versions in memory, in the order in which they last began to serve."""
-        held, serving = self.shelf.now
-        return tuple(LiveVersion.of(one, serving=one is serving) for one in held)
-
-    @property
     def state(self) -> LiveState:
         """How it is now. May be asked for on any thread."""
-        versions, loading = self.versions, self._loader.loading
+        (held, serving), loading = self.shelf.now, self._loader.loading
+        versions = tuple(LiveVersion.of(one, serving=one is serving) for one in held)
         return LiveState(
             versions=versions,
             following=self._follower.is_on,
@@ -174,6 +169,8 @@ class Service:
 
     async def load(self, version: str) -> LiveVersion:
         """Let a version serve that was chosen on purpose, and stay there."""
+        if not version:
+            raise ValueError("version is empty: it names a sub-folder, or is a path")
         self._must_be_open()
         path = await self._looks(named, self._source, version)
         found = await self._looks(candidate, path)  # before a load is given up for nothing

@@ -33,7 +33,7 @@ class Names(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The files of a version, as one look found them: those that a load reads, now or soon."""
+    """The files of a version that a load reads, now or soon, as one look found them."""
 
     identities: dict[str, Identity]
     """By name: what changes when a file is written to, or another one takes its place."""
@@ -60,7 +60,7 @@ class Files:
         return not now.items() <= before.identities.items()
 
     def changed_since(self, before: Files) -> list[str]:
-        """Return the names of those that have come, gone or changed."""
+        """Return the names of files that have come, gone or changed."""
         return sorted({name for name, _ in self.identities.items() ^ before.identities.items()})
 
 
@@ -98,7 +98,7 @@ class Candidate:
     def is_older_than(self, other: Candidate, served: Collection[Candidate]) -> bool:
         """Say whether another version of the same run folder came after this one. Blocks.
 
-        What the list names last is new, whatever its time, unless it is among those that `served`.
+        The version that the list names last is new, whatever its time, unless it is in `served`.
         """
         mine, theirs = self.entry, other.entry
         if mine is None or theirs is None or mine == theirs or mine.parent != theirs.parent:
