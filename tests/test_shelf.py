@@ -188,6 +188,7 @@ async def test_what_loses_its_last_user_while_another_is_freed_is_freed_afterwar
             shelf.unpin(users.pop())
 
     freeing = Freeing(executor := Entered(end), told.append)
+    freeing.begin()
     shelf.let_go = freeing.let_go
     first, second = model("first"), model("second")
     shelf.put(first)

@@ -20,7 +20,7 @@ from .switch import cancel
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .looking import Rest
+    from .looking import Looks, Rest
     from .shelf import Held
     from .source import Candidate, Files
     from .switch import Switch
@@ -44,6 +44,7 @@ class Follower:
     Args:
         source: A run folder, or a checkpoint.
         switch: Loads and swaps.
+        looks: Looks at the source.
         rest: Waits until files stand still.
         poll: Seconds between two looks for it.
         retry_pause: Seconds before a load that failed is tried again.
@@ -53,6 +54,7 @@ class Follower:
         self,
         source: Path,
         switch: Switch,
+        looks: Looks,
         rest: Rest,
         *,
         poll: float,
@@ -62,6 +64,7 @@ class Follower:
         self._switch = switch
         self._shelf = switch.shelf
         self._teller = switch.teller
+        self._looks = looks
         self._rest = rest
         self._poll = poll
         self._retry_pause = retry_pause
@@ -128,7 +131,7 @@ class Follower:
     async def _newest(self) -> Candidate | None:
         """Return the newest version; `None` where a look does not tell."""
         try:
-            found = await self._switch.looks(newest, self._source)
+            found = await self._looks(newest, self._source)
         except CheckpointError as error:
             self._teller.note("source", str(error))  # a run folder that is gone is so for a while
             return None
@@ -143,7 +146,7 @@ class Follower:
         if found is None or not found.brings_news_to(serving):
             self._teller.note("older", "")
             return None
-        is_older = await self._switch.looks(found.is_older_than, serving, self._shelf.served)
+        is_older = await self._looks(found.is_older_than, serving, self._shelf.served)
         self._teller.note("older", _older(found, serving) if is_older else "")
         # What was too large is looked at again once there is more room.
         if is_older or self._too_large == (found.path, found.files, self._shelf.needed):
@@ -177,7 +180,7 @@ class Follower:
             try:
                 new = await self._rest.reached(partial(self._still_newest, new))
                 with copying.of(new.files):
-                    return await self._switch.load(new, number)
+                    return await self._switch.loader.load(new, number)
             except RefusedError as refused:
                 if refused.beside is None:
                     self._given_up.append((new.path, new.files))

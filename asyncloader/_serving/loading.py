@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from asyncloader._memory.allocation import SPARE
 from asyncloader._memory.sizes import size_text
 from asyncloader._threads.jobs import run_jobs
+from asyncloader.errors import CheckpointChangedError
 from asyncloader.loader import Loader
 
 from .events import LoadCancelled, LoadFinished, LoadStarted, VersionRefused
 from .model import model_of, row_bytes, tensor_bytes
 from .shelf import Held
+from .source import candidate
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Executor
     from pathlib import Path
 
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
     from asyncloader.options import ReadOptions
 
     from .events import Event
+    from .looking import Looks
     from .model import Model
     from .shelf import Freeing, Shelf
     from .source import Candidate
 
 
 _SHORT = 80
+_COPIED = "was written to while it was being loaded"
 
 
 class RefusedError(Exception):
@@ -78,7 +82,10 @@ class VersionLoader:
         options: Mapping[str, Any],
         inflight_bytes: int,
         max_memory: int | None,
+        executor: Executor,
         shelf: Shelf,
+        freeing: Freeing,
+        looks: Looks,
         tell: Callable[[Event], object],
     ) -> None:
         self._build = build
@@ -86,7 +93,10 @@ class VersionLoader:
         self._options = options
         self._inflight_bytes = inflight_bytes
         self._max_memory = max_memory
+        self._executor = executor
         self._shelf = shelf
+        self._freeing = freeing
+        self._looks = looks
         self._tell = tell
         self.loading: Candidate | None = None
         """The version that is being loaded."""
@@ -94,28 +104,24 @@ class VersionLoader:
         self.progress: Progress | None = None
         """How far that has come."""
 
-    def start(self, executor: Executor, freeing: Freeing) -> None:
-        """Get what lives as long as the service does."""
-        self._executor = executor
-        self._freeing = freeing
+    def start(self) -> None:
+        """Have memory reserved with room for a next version."""
         SPARE.allow(self, 0)
 
     def stop(self) -> None:
         """Let go of the memory that is kept for the next version."""
         SPARE.forget(self)
 
-    async def load(
-        self, wanted: Candidate, attempt: int, confirm: Callable[[], Awaitable[object]]
-    ) -> Held:
+    async def load(self, wanted: Candidate, attempt: int) -> Held:
         """Return a version that may serve; its memory is given back if that fails.
 
         Args:
             wanted: The version.
             attempt: 1 for the first try.
-            confirm: Awaited at last; raises if it has become another one meanwhile.
 
         Raises:
             RefusedError: If it shall not serve; an event has said so.
+            CheckpointChangedError: If a file of it changed meanwhile.
             Exception: What building and loading raise.
         """
         self.loading, self.progress = wanted, None
@@ -123,7 +129,7 @@ class VersionLoader:
         model = None
         try:
             model = await self._built(wanted)
-            return await self._fill(model, wanted, confirm)
+            return await self._fill(model, wanted)
         except BaseException as error:
             _clear_frames(error)  # they know the model
             if model is not None:
@@ -163,9 +169,7 @@ class VersionLoader:
                     "make new ones each time"
                 )
 
-    async def _fill(
-        self, model: Model, wanted: Candidate, confirm: Callable[[], Awaitable[object]]
-    ) -> Held:
+    async def _fill(self, model: Model, wanted: Candidate) -> Held:
         predicted: list[int] = []
         options = self._options
         if not self._shelf.held:  # no request is served yet that a load could hold up
@@ -177,7 +181,8 @@ class VersionLoader:
         self._tell(LoadFinished(**wanted.names, report=report, nbytes=held.nbytes))
         self._keep_spare(held.nbytes)
         await self._pass_check(model)
-        await confirm()
+        if (await self._looks(candidate, wanted.path)).files != wanted.files:
+            raise CheckpointChangedError(str(wanted.path), _COPIED)
         return held
 
     def _prepare(

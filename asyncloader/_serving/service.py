@@ -62,22 +62,28 @@ class Service:
     ) -> None:
         self._source = source
         read_options = check_options(source, loader_options)
+        self._pool = WorkerPool(_THREADS, name="asyncloader-live")
+        self._looks = Looks(source, stall_timeout=read_options.stall_timeout)
         self._teller = Teller(on_event)
+        self._freeing = Freeing(self._pool, self._teller.tell)
         self.shelf = Shelf(keep=keep)
+        self.shelf.let_go = self._freeing.let_go
         self._loader = VersionLoader(
             build,
             check,
             options=loader_options,
             inflight_bytes=read_options.max_inflight_bytes,
             max_memory=max_memory,
+            executor=self._pool,
             shelf=self.shelf,
+            freeing=self._freeing,
+            looks=self._looks,
             tell=self._teller.tell,
         )
-        self._looks = Looks(source, stall_timeout=read_options.stall_timeout)
         self._rest = Rest(min(poll, _LOOK), note=self._teller.note)
-        self._switch = Switch(self.shelf, self._loader, self._looks, self._teller)
+        self._switch = Switch(self.shelf, self._loader, self._freeing, self._teller)
         self._follower = Follower(
-            source, self._switch, self._rest, poll=poll, retry_pause=retry_pause
+            source, self._switch, self._looks, self._rest, poll=poll, retry_pause=retry_pause
         )
         self._opened = False
         self._closing = False
@@ -117,10 +123,8 @@ class Service:
             raise RuntimeError(f"{self!r}: enter it once; make another one")
         self._opened = True
         self._loop = asyncio.get_running_loop()
-        self._pool = WorkerPool(_THREADS, name="asyncloader-live")
-        self._freeing = self._switch.freeing = Freeing(self._pool, self._teller.tell)
-        self.shelf.let_go = self._freeing.let_go
-        self._loader.start(self._pool, self._freeing)
+        self._freeing.begin()
+        self._loader.start()
         async with self._switch.turn:  # or commands would load beside it
             try:
                 first = await self._rest.reached(lambda: self._looks(newest, self._source))

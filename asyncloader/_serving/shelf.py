@@ -60,7 +60,7 @@ class Shelf:
 
     let_go: Callable[[Held], object]
     """Set before the first version is put. Called with each version that has left the shelf, on
-    the thread that made it go."""
+    the thread that made it go, at any moment."""
 
     def __init__(self, *, keep: int) -> None:
         self.keep = keep
@@ -223,7 +223,7 @@ def _leaves(held: Held) -> bool:
 class Freeing:
     """Gives memory back without the event loop having to wait: three milliseconds a gigabyte.
 
-    Belongs to one event loop.
+    Belongs to the event loop on which it begins.
 
     Args:
         executor: Its threads do it.
@@ -233,8 +233,11 @@ class Freeing:
     def __init__(self, executor: Executor, tell: Callable[[Event], object]) -> None:
         self._executor = executor
         self._tell = tell
-        self._loop = asyncio.get_running_loop()
         self._under_way: set[asyncio.Future[None]] = set()
+
+    def begin(self) -> None:
+        """Belong to the event loop that runs."""
+        self._loop = asyncio.get_running_loop()
 
     def let_go(self, held: Held) -> None:
         """Give a version back that is used no more. May be called on any thread, at any moment."""
@@ -266,11 +269,11 @@ class Freeing:
 
     async def wait(self) -> None:
         """Wait until all is given back."""
-        await asyncio.sleep(0)  # what was let go just now begins
+        await asyncio.sleep(0)  # so that what was let go just now is under way
         while self._under_way:
             await asyncio.wait(self._under_way)
 
 
 def _give_back(contents: list[object]) -> None:
     contents.clear()
-    SPARE.wipe()  # what of it is kept for the next version
+    SPARE.wipe()  # memory that is kept for the next version

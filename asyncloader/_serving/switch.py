@@ -6,51 +6,36 @@ import asyncio
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncloader._threads.jobs import raising_first
-from asyncloader.errors import CheckpointChangedError, CheckpointError
+from asyncloader.errors import CheckpointError
 
 from .events import LoadCancelled, LoadFailed, RolledBack, Swapped
 from .loading import RefusedError
 from .shelf import Held
-from .source import candidate
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from .events import Teller
     from .loading import VersionLoader
-    from .looking import Looks
     from .shelf import Freeing, Shelf
     from .source import Candidate
 
 
 T = TypeVar("T")
 
-_COPIED = "was written to while it was being loaded"
-
 
 class Switch:
     """Loads versions and swaps them. Belongs to one event loop; a caller holds `turn` meanwhile."""
 
-    freeing: Freeing
-    """Set before the first version is loaded."""
-
-    def __init__(self, shelf: Shelf, loader: VersionLoader, looks: Looks, teller: Teller) -> None:
+    def __init__(
+        self, shelf: Shelf, loader: VersionLoader, freeing: Freeing, teller: Teller
+    ) -> None:
         self.shelf = shelf
-        self.looks = looks
+        self.loader = loader
         self.teller = teller
-        self._loader = loader
+        self._freeing = freeing
         self.turn = asyncio.Lock()
         """Held by what changes the version: following, a command, or the end."""
-
-    async def load(self, wanted: Candidate, attempt: int) -> Held:
-        """Load a version of which no file changes meanwhile; `attempt` is 1 for the first try."""
-
-        async def confirm() -> None:
-            found = await self.looks(candidate, wanted.path)
-            if found.files != wanted.files:
-                raise CheckpointChangedError(str(wanted.path), _COPIED)
-
-        return await self._loader.load(wanted, attempt, confirm)
 
     async def load_once(self, wanted: Candidate) -> Held:
         """Load a version for a caller that waits for it, and that hears of what goes wrong.
@@ -60,7 +45,7 @@ class Switch:
             Exception: What building and loading raise.
         """
         try:
-            return await self.load(wanted, 1)
+            return await self.loader.load(wanted, 1)
         except RefusedError as refused:
             raise CheckpointError(str(wanted.path), refused.reason) from refused.__cause__
         except Exception as error:
@@ -93,7 +78,7 @@ class Switch:
         """Give a version back that was loaded, and is not wanted any more."""
         if isinstance(loaded, Held):
             self.teller.tell(LoadCancelled(**loaded.candidate.names))
-            self.freeing.free(loaded.model, loaded)
+            self._freeing.free(loaded.model, loaded)
 
     async def attempted(
         self, work: Coroutine[Any, Any, T], among: set[asyncio.Task[Any]]
