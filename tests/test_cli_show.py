@@ -98,7 +98,7 @@ def expected(values: Tensor) -> Statistics:
 def statistics(values: Tensor, *cuts: int) -> Statistics:
     parts = torch.tensor_split(values.reshape(-1), sorted(cuts)) if cuts else (values,)
     measured = [measure(part) for part in parts]
-    return combine(part for part in measured if part is not None)
+    return combine([part for part in measured if part is not None])
 
 
 REAL = [dtype for dtype in DTYPES.values() if not dtype.is_complex]

@@ -132,14 +132,10 @@ def _cast(stored: Stored, floats: str | None) -> Stored:
 
 
 def make_table(location: str, name: str, slots: Mapping[str, Stored], part: Slice) -> HashTable:
-    """Make an empty table; belongs on a thread.
+    """Make an empty table for the ids of a slice; belongs on a thread.
 
-    Args:
-        location: The checkpoint, for messages.
-        name: The table's.
-        slots: What is stored of it, without the ids. Without embeddings the table has some all the
-            same, of one byte, which mean nothing.
-        part: The ids that it takes.
+    Without embeddings among its slots, the table has some all the same, of one byte, which mean
+    nothing.
 
     Raises:
         CheckpointError: If torch has no such dtype, or there are no rows.

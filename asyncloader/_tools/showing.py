@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
 
-    from .values import Moments, Row, Statistics
+    from .values import Row, Statistics
 
 
 # Larger pieces take more memory for what is computed of them, and no less time.
@@ -143,7 +143,7 @@ async def _statistics(session: Session, stored: Stored, meter: Meter) -> Statist
         return None
     dtype = torch_dtype(session.location, stored)
 
-    def look(_number: int, _position: int, view: memoryview) -> Moments | None:
+    def look(_number: int, _position: int, view: memoryview) -> Statistics | None:
         return measure(torch.frombuffer(view, dtype=dtype))
 
     found = await scan(
@@ -154,7 +154,7 @@ async def _statistics(session: Session, stored: Stored, meter: Meter) -> Statist
         meter=meter,
         chunk_bytes=_PIECE,
     )
-    measured = [moments for moments in found if moments is not None]
+    measured = [part for part in found if part is not None]
     return combine(measured) if len(measured) == len(found) else None
 
 

@@ -19,9 +19,7 @@ from .folders import run_folder, saves_in, unfinished
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._checkpoint.stored import Stored
     from asyncloader.options import ReadOptions
 
     from .folders import RunSummary
@@ -129,41 +127,39 @@ async def look_into(path: str, options: ReadOptions) -> CheckpointSummary | RunS
                 raise
             raise CheckpointNotFoundError(error.location, problem) from error
         saving = await session.on_disk(partial(saves_in, path))
-        sum_up = partial(summarize, manifest, file=session.file, saving=saving)
+        sum_up = partial(_summarize, manifest, file=session.file, saving=saving)
         [summary] = await run_jobs(session.threads.kernels, [sum_up])
         return summary
 
 
-def summarize(
-    manifest: Manifest, *, file: str | None, saving: Sequence[str] = ()
-) -> CheckpointSummary:
+def _summarize(manifest: Manifest, *, file: str | None, saving: Sequence[str]) -> CheckpointSummary:
     """Sum up a checkpoint.
 
     Args:
         manifest: With the headers of all shards.
         file: The one safetensors file that is all of it, unless a folder is.
         saving: Names of what its folder holds of other saves.
-
-    Raises:
-        CheckpointError: If its blocks do not fit together.
     """
     catalog = manifest.catalog
     tables = tuple(_table(manifest, name) for name in catalog.tables)
     tensors, ghosts = _tensors(manifest)
+    kind: Kind = "RecIS checkpoint" if catalog.recis else "Hugging Face folder"
+    if file is not None and file == catalog.source and catalog.header is not None:
+        kind = "safetensors file"
+    digests: Digests = "absent" if catalog.sidecar is None else "present"
+    if catalog.sidecar is None and any(odd.file == SIDECAR for odd in catalog.oddities):
+        digests = "ignored"
+    odd = [text for table in tables for text in _oddities(table)]
     return CheckpointSummary(
         location=manifest.location,
-        kind=_kind(catalog, file),
+        kind=kind,
         committed=True,
         bytes=sum(table.bytes for table in tables) + sum(tensor.bytes for tensor in tensors),
         shards=len(shards_of(catalog)),
         ids=sum(table.ids for table in tables),
-        digests=_digests(catalog),
+        digests=digests,
         saving=tuple(saving),
-        warnings=(
-            *manifest.warnings,
-            *(odd for table in tables for odd in _oddities(table)),
-            *ghosts,
-        ),
+        warnings=(*manifest.warnings, *odd, *ghosts),
         metadata=metadata_of(manifest, sorted(manifest.headers)),
         tables=tables,
         tensors=tensors,
@@ -181,28 +177,30 @@ def _tensors(manifest: Manifest) -> tuple[tuple[TensorSummary, ...], list[str]]:
     found, ghosts = [], []
     for name in manifest.catalog.tensors:
         try:
-            found.append(_tensor(stored_tensor(manifest, name)))
+            one = stored_tensor(manifest, name)
         except CheckpointError as error:
             ghosts.append(str(error).removeprefix(f"{manifest.location}: "))
+            continue
+        found.append(
+            TensorSummary(name=name, dtype=one.dtype.torch, shape=one.shape, bytes=one.nbytes)
+        )
     more = [f"and {len(ghosts) - _GHOSTS:,} more like it"] if len(ghosts) > _GHOSTS else []
     return tuple(found), ghosts[:_GHOSTS] + more
 
 
-def _kind(catalog: Catalog, file: str | None) -> Kind:
-    if file is not None and file == catalog.source and catalog.header is not None:
-        return "safetensors file"
-    return "RecIS checkpoint" if catalog.recis else "Hugging Face folder"
-
-
-def _digests(catalog: Catalog) -> Digests:
-    if catalog.sidecar is not None:
-        return "present"
-    return "ignored" if any(odd.file == SIDECAR for odd in catalog.oddities) else "absent"
-
-
 def _table(manifest: Manifest, name: str) -> TableSummary:
     parts = manifest.catalog.tables[name]
-    slots = tuple(_slot(slot, stored_slot(manifest, name, slot)) for slot in parts)
+    stored = {slot: stored_slot(manifest, name, slot) for slot in parts}
+    slots = [
+        SlotSummary(
+            name=slot,
+            dtype=one.dtype.torch,
+            shape=one.shape[1:],
+            rows=one.shape[0] if one.shape else 0,
+            bytes=one.nbytes,
+        )
+        for slot, one in stored.items()
+    ]
     first = parts.get(ID) or next(iter(parts.values()))
     return TableSummary(
         name=name,
@@ -211,22 +209,6 @@ def _table(manifest: Manifest, name: str) -> TableSummary:
         slice_size=first[0].slice.size,
         bytes=sum(slot.bytes for slot in slots),
         slots=tuple(sorted(slots, key=lambda slot: slot.name != ID)),
-    )
-
-
-def _slot(name: str, stored: Stored) -> SlotSummary:
-    return SlotSummary(
-        name=name,
-        dtype=stored.dtype.torch,
-        shape=stored.shape[1:],
-        rows=stored.shape[0] if stored.shape else 0,
-        bytes=stored.nbytes,
-    )
-
-
-def _tensor(stored: Stored) -> TensorSummary:
-    return TensorSummary(
-        name=stored.name, dtype=stored.dtype.torch, shape=stored.shape, bytes=stored.nbytes
     )
 
 

@@ -154,29 +154,13 @@ class Statistics:
     nans: int
     infinities: int
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
-    """Of some of the values."""
-
-    count: int
-    zeros: int
-    nans: int
-    infinities: int
-    low: float
-    high: float
-    mean: float
-
-    squares: float
-    """Sum of the squared distances from the mean."""
-
     @property
     def finite(self) -> int:
         """How many values are neither NaN nor infinite."""
         return self.count - self.nans - self.infinities
 
 
-def measure(values: Tensor) -> Moments | None:
+def measure(values: Tensor) -> Statistics | None:
     """Measure some values; `None` if they are complex, which have no order."""
     if values.is_complex():
         return None
@@ -187,22 +171,22 @@ def measure(values: Tensor) -> Moments | None:
         if not is_finite.all():
             nans = int(np.count_nonzero(np.isnan(array)))
             finite = array[is_finite]
-    low = high = mean = squares = 0.0
+    low = high = mean = std = None
     if finite.size:
         low, high = finite.min().item(), finite.max().item()
         with np.errstate(over="ignore", invalid="ignore"):  # squares of numbers near the largest
             mean = _mean(finite)
             distances = np.subtract(finite, mean, dtype=np.float64)
-            squares = float(np.dot(distances, distances))
-    return Moments(
+            std = math.sqrt(float(np.dot(distances, distances)) / finite.size)
+    return Statistics(
+        min=low,
+        max=high,
+        mean=mean,
+        std=std,
         count=array.size,
         zeros=array.size - int(np.count_nonzero(array)),
         nans=nans,
         infinities=array.size - finite.size - nans,
-        low=low,
-        high=high,
-        mean=mean,
-        squares=squares,
     )
 
 
@@ -221,24 +205,24 @@ def _as_array(values: Tensor) -> NDArray[Any]:
     return (flat.float() if is_small else flat).numpy()
 
 
-def combine(parts: Iterable[Moments]) -> Statistics:
+def combine(parts: Sequence[Statistics]) -> Statistics:
     """Sum up all values from what was measured of some at a time."""
-    found = list(parts)
-    measured = [part for part in found if part.finite]
     number, mean, squares = 0, 0.0, 0.0
-    for part in measured:  # Chan, Golub, LeVeque: no difference of large sums
+    for part in parts:  # Chan, Golub, LeVeque: no difference of large sums
+        if part.mean is None or part.std is None:
+            continue
         distance, before, number = part.mean - mean, number, number + part.finite
         mean += distance * (part.finite / number)
-        squares += part.squares
+        squares += part.std * part.std * part.finite
         if before:  # `**` would raise where this is infinite
             squares += distance * distance * (before / number) * part.finite
     return Statistics(
-        min=min((part.low for part in measured), default=None),
-        max=max((part.high for part in measured), default=None),
+        min=min((part.min for part in parts if part.min is not None), default=None),
+        max=max((part.max for part in parts if part.max is not None), default=None),
         mean=mean if number else None,
         std=math.sqrt(squares / number) if number else None,
-        count=sum(part.count for part in found),
-        zeros=sum(part.zeros for part in found),
-        nans=sum(part.nans for part in found),
-        infinities=sum(part.infinities for part in found),
+        count=sum(part.count for part in parts),
+        zeros=sum(part.zeros for part in parts),
+        nans=sum(part.nans for part in parts),
+        infinities=sum(part.infinities for part in parts),
     )

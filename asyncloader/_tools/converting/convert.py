@@ -99,7 +99,7 @@ async def aconvert(
         try:
             await run_jobs(session.threads.reads, [target.begin])
             if target.is_file:
-                file = await write_file(
+                written = await write_file(
                     session,
                     content,
                     target.path,
@@ -107,11 +107,8 @@ async def aconvert(
                     overwrite=overwrite,
                     progress=progress,
                 )
-                files = [target.path.name]
-                size, verified = file.nbytes, file.verified
-                parts = []
             else:
-                parts = await write_folder(
+                written = await write_folder(
                     session,
                     content,
                     target.path,
@@ -119,38 +116,31 @@ async def aconvert(
                     parallel=parallel,
                     progress=progress,
                 )
-                files = sorted(file for part in parts for file in part.report.shards)
-                size = sum(part.report.bytes_written for part in parts)
-                verified = sum(part.bytes_verified for part in parts)
         except BaseException as error:
             await run_jobs(session.threads.reads, [target.give_up])
             if isinstance(error, OSError) and not isinstance(error, AsyncLoaderError):
                 raise SaveError(destination, f"could not be written: {error}") from error
             raise
-    converted = []
-    for name, table in content.tables.items():
-        there = table.ids.rows
-        ids = sum(part.report.tables.get(name, 0) for part in parts) if parts else there
-        twice = sum(part.duplicates.get(name, 0) for part in parts)
-        converted.append(
-            ConvertedTable(
-                name=name,
-                slots=tuple(table.slots),
-                ids=ids,
-                duplicates=twice,
-                strays=there - ids - twice,
-            )
-        )
+    ids, twice = written.ids, written.duplicates
     return Conversion(
         source=source,
         destination=str(target.path),
         kind="safetensors file" if target.is_file else "RecIS checkpoint",
-        ranks=len(parts) or None,
-        files=tuple(files),
-        tables=tuple(converted),
+        ranks=written.ranks,
+        files=tuple(written.files),
+        tables=tuple(
+            ConvertedTable(
+                name=name,
+                slots=tuple(table.slots),
+                ids=ids[name],
+                duplicates=twice[name],
+                strays=table.ids.rows - ids[name] - twice[name],
+            )
+            for name, table in content.tables.items()
+        ),
         tensors=tuple(content.tensors),
-        bytes_written=size,
-        bytes_verified=verified,
+        bytes_written=written.nbytes,
+        bytes_verified=written.verified,
         seconds=time.perf_counter() - start,
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,11 +39,21 @@ if TYPE_CHECKING:
 _ID_BYTES = 8
 
 
-class Written(NamedTuple):
-    """How many bytes were written, and how many of those that were read were verified."""
+@dataclass(slots=True, kw_only=True)
+class Written:
+    """What was written."""
 
+    files: list[str]
+    ranks: int | None
     nbytes: int
     verified: int
+    """Bytes of those that were read, compared with digests."""
+
+    ids: Counter[str]
+    """By table."""
+
+    duplicates: Counter[str]
+    """Rows that gave way to a later one of the same id, by table."""
 
 
 class _Copy(NamedTuple):
@@ -64,14 +76,6 @@ async def write_file(
     """Write the file beside its place, sync it, and move it there.
 
     If it fails, or is cancelled, before the move, nothing is left. Afterwards the file is written.
-
-    Args:
-        session: The source.
-        content: What it holds.
-        path: The file.
-        parallel: Writes at a time.
-        overwrite: Whether to replace what is there by then.
-        progress: Called on the event loop.
 
     Raises:
         ValueError: If two things would have the same name there.
@@ -123,7 +127,14 @@ async def write_file(
         if isinstance(error, OSError) and not isinstance(error, AsyncLoaderError):
             raise SaveError(str(path), f"could not be written: {error}") from error
         raise
-    return Written(layout.size, verified)
+    return Written(
+        files=[path.name],
+        ranks=None,
+        nbytes=layout.size,
+        verified=verified,
+        ids=Counter({name: table.ids.rows for name, table in content.tables.items()}),
+        duplicates=Counter(),
+    )
 
 
 async def _copy(
@@ -181,10 +192,6 @@ async def _refuse_strays(session: Session, content: Content) -> None:
 
 def _lay_out(file: str, content: Content) -> tuple[ShardLayout, list[_Copy]]:
     """Decide what stands where: tables first, the ids before the slots.
-
-    Args:
-        file: Its name.
-        content: What it shall hold.
 
     Raises:
         ValueError: If two things would have the same name there.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from dataclasses import dataclass
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,10 @@ from asyncloader._tools.content import check_room, free_memory
 from asyncloader.errors import CheckpointError
 from asyncloader.saver import Saver
 
+from .file import Written
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -31,25 +33,12 @@ if TYPE_CHECKING:
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
     from asyncloader._saving.layout import WriteBlock
-    from asyncloader._saving.report import SaveReport
     from asyncloader._table.hashtable import HashTable
     from asyncloader._tools.content import Content
 
 
 _OLD = "old"
 """The folder within a staging folder to which a commit moves what it replaces."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """What one rank has written."""
-
-    report: SaveReport
-    duplicates: Mapping[str, int]
-    """Rows that gave way to a later one of the same id, by table."""
-
-    bytes_verified: int
-    """Of those that were read for it."""
 
 
 async def write_folder(
@@ -60,16 +49,8 @@ async def write_folder(
     ranks: int | None,
     parallel: int,
     progress: Callable[[Progress], object] | None,
-) -> list[Part]:
+) -> Written:
     """Load each rank's part and save it; rank 0, which commits, comes last.
-
-    Args:
-        session: The source.
-        content: What it holds.
-        path: The folder.
-        ranks: How many; as many as wrote the source if `None`.
-        parallel: Shards of each rank.
-        progress: Called on the event loop.
 
     Raises:
         PlanError: If something does not fit together.
@@ -79,17 +60,18 @@ async def write_folder(
         MemoryError: If one rank's part does not fit into memory.
     """
     count = ranks or max((table.ranks for table in content.tables.values()), default=1)
+    pool = session.threads.kernels
     await run_jobs(session.threads.reads, [partial(_check, content, count)])
     save_id = fresh_save_id()
     stages = Stages(2 * sum(content.sizes.values()), progress)
+    slots = {name: table.slots for name, table in content.tables.items()}
+    done = Written(files=[], ranks=count, nbytes=0, verified=0, ids=Counter(), duplicates=Counter())
 
-    async def write(rank: int) -> Part:
+    async def write(rank: int) -> None:
         """Write one rank's part. Its rows are let go when this returns."""
-        pool = session.threads.kernels
         [(tables, tensors)] = await run_jobs(pool, [partial(_allocate, content, rank, count)])
-        slots = {name: table.slots for name, table in content.tables.items()}
         meter = Meter(0, stages.tell)
-        filled = await fill(session, content, tables, slots, tensors=tensors, meter=meter)
+        counts = await fill(session, content, tables, slots, tensors=tensors, meter=meter)
         stages.next()
         saver = Saver(
             rank,
@@ -105,17 +87,19 @@ async def write_folder(
         )
         report = await saver.asave()
         stages.next()
-        return Part(
-            report=report,
-            duplicates={name: counts.duplicates for name, counts in filled.items()},
-            bytes_verified=meter.verified,
-        )
+        done.files = sorted([*done.files, *report.shards])
+        done.nbytes += report.bytes_written
+        done.verified += meter.verified
+        done.ids.update(report.tables)
+        done.duplicates.update({name: one.duplicates for name, one in counts.items()})
 
     try:
-        return [await write(rank) for rank in reversed(range(count))]
+        for rank in reversed(range(count)):
+            await write(rank)
     except BaseException:
         await run_jobs(session.threads.reads, [partial(_give_up, path, save_id, count)])
         raise
+    return done
 
 
 def _check(content: Content, ranks: int) -> None:
