@@ -15,12 +15,12 @@ from ._loading.checks import check_tables
 from ._loading.claims import Claim
 from ._loading.destinations import describe_tensors
 from ._loading.load import Load
+from ._loading.opening import open_session
 from ._loading.planner import Planner, identity
 from ._loading.progress import Meter
 from ._loading.progress_bar import progress_bar
 from ._loading.report import LoadReport, report_of
 from ._loading.runtime import Runtime
-from ._loading.session import open_session
 from ._loading.trace import Tracer
 from ._loading.transaction import run
 from ._planning.casts import checked_cast

@@ -11,9 +11,8 @@ import torch
 from ._arguments import checked_path
 from ._checkpoint.stored import stored_names
 from ._loading.contents import Contents
+from ._loading.opening import Sessions, open_session
 from ._loading.reading import read_stored, torch_dtype
-from ._loading.session import open_session
-from ._loading.sessions import Sessions
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs
 from .options import ReadOptions

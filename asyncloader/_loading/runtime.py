@@ -1,24 +1,29 @@
-"""What users import to have several loads share threads and memory."""
+"""What loads take, and may share: threads, a budget of bytes, descriptors."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from asyncloader._arguments import check_callable
+from asyncloader._storage.descriptors import Descriptors
+from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.gate import Gate
+from asyncloader._threads.jobs import settled
+from asyncloader._threads.lag import LagWatch
+from asyncloader._threads.pool import Threads
 from asyncloader.options import ReadOptions
 
-from .hold import Hold
-from .resources import open_resources
-
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from asyncloader._storage.protocol import ThreadedStorage
 
-    from .resources import Resources
+T = TypeVar("T")
 
 
 def _as_it_is(storage: ThreadedStorage) -> ThreadedStorage:
@@ -126,3 +131,104 @@ class Runtime:
             )
         with held.use() as resources:
             yield resources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What loads of one event loop take, one of them or many at a time."""
+
+    options: ReadOptions
+    """What they keep to, all together."""
+
+    threads: Threads
+    budget: ByteBudget
+    descriptors: Descriptors
+    watch: LagWatch | None
+    """Keeps what the event loop was promised, if that is anything."""
+
+    wrap: Callable[[ThreadedStorage], ThreadedStorage]
+    """Gets the files of a checkpoint, and returns what is read from in their place."""
+
+
+@contextlib.asynccontextmanager
+async def open_resources(
+    options: ReadOptions,
+    *,
+    reads: int | None = None,
+    wrap: Callable[[ThreadedStorage], ThreadedStorage] = lambda storage: storage,
+) -> AsyncIterator[Resources]:
+    """Hold threads for the length of the block.
+
+    Args:
+        options: For all that use them together.
+        reads: Threads that read; `None` is as many as are of use for chunks of the usual size.
+        wrap: Gets the files of a checkpoint, and returns what is read from in their place.
+    """
+    # No more threads than whole chunks fit into memory: the others would wait.
+    count = max(options.max_inflight_bytes // options.read_bytes, 1)
+    count = min(options.parallel, count) if reads is None else reads
+    gate = Gate(most=count)
+    async with _watch(gate, options) as watch, Threads(reads=count, gate=gate) as threads:
+        yield Resources(
+            options=options,
+            threads=threads,
+            budget=ByteBudget(options.max_inflight_bytes),
+            descriptors=Descriptors(),
+            watch=watch,
+            wrap=wrap,
+        )
+
+
+def _watch(
+    gate: Gate, options: ReadOptions
+) -> contextlib.AbstractAsyncContextManager[LagWatch | None]:
+    if not options.promises:
+        return contextlib.nullcontext()
+    bound = math.inf if options.max_loop_lag is None else options.max_loop_lag
+    return LagWatch(gate, bound=bound, pressure=options.pressure)
+
+
+class Hold(Generic[T]):
+    """Belongs to the event loop and the process that opened it.
+
+    Attributes:
+        value: What is open.
+        users: How many blocks use it.
+        loop: The event loop.
+        process: The process's number.
+    """
+
+    def __init__(self, value: T, stack: contextlib.AsyncExitStack) -> None:
+        self.value = value
+        self.users = 0
+        self.loop = asyncio.get_running_loop()
+        self.process = os.getpid()
+        self._stack = stack
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @classmethod
+    async def open(cls, manager: contextlib.AbstractAsyncContextManager[T]) -> Hold[T]:
+        """Enter a context manager, for others to use what it yields."""
+        stack = contextlib.AsyncExitStack()
+        return cls(await stack.enter_async_context(manager), stack)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[T]:
+        """Yield the value: it stays open at least until the block ends."""
+        self.users += 1
+        self._idle.clear()
+        try:
+            yield self.value
+        finally:
+            self.users -= 1
+            if not self.users:
+                self._idle.set()
+
+    async def close(self) -> None:
+        """Wait until no block uses it, as threads may be writing to memory; then close it."""
+        try:
+            if self.users:
+                await settled(asyncio.ensure_future(self._idle.wait()))
+        finally:
+            await self._stack.aclose()

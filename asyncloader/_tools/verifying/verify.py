@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from asyncloader._checkpoint.problems import AllProblems
+from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
-from asyncloader._loading.session import open_session
 from asyncloader._memory.allocation import zeros
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.content import check_room, free_memory
