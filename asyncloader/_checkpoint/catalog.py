@@ -40,6 +40,45 @@ if TYPE_CHECKING:
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The texts that say which names there are."""
+
+    storage: Storage
+    source: str
+    file: str | None
+    verify: Verify
+    _parse: Callable[[], Catalog]
+
+    def parse(self) -> Catalog:
+        """Make a catalog of them. Pure work: belongs on a thread.
+
+        Raises:
+            CheckpointError: If one of the texts is no good, or there are no digests that `verify`
+                asks for.
+        """
+        catalog = self._parse()
+        if self.verify == "require" and catalog.sidecar is None:
+            problem = (
+                f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for "
+                "them; take the folder of a checkpoint that asyncloader.Saver wrote, or "
+                "verify='auto'"
+            )
+            location = self.storage.location
+            where = location if self.file is None else f"{location}/{self.file}"
+            raise CheckpointError(where, problem)
+        return catalog
+
+    async def check_unchanged(self) -> None:
+        """Look whether a change explains what is wrong with them.
+
+        Raises:
+            CheckpointChangedError: If it does.
+        """
+        if self.file is None:
+            await check_unchanged(self.storage, self.source)
+
+
 async def read_catalog(
     storage: Storage,
     *,
@@ -48,11 +87,29 @@ async def read_catalog(
     file: str | None = None,
     names: Callable[[], Awaitable[Sequence[str]]] | None = None,
 ) -> Catalog:
-    """Read which names there are, and where. Parsing is done on a thread.
+    """Read which names there are, and where; parse them on a thread. See `read_names`."""
+    found = await read_names(storage, executor=executor, verify=verify, file=file, names=names)
+    try:
+        [catalog] = await run_jobs(executor, [undisturbed(found.parse)])
+    except CheckpointError:
+        await found.check_unchanged()
+        raise
+    return catalog
+
+
+async def read_names(
+    storage: Storage,
+    *,
+    executor: Executor,
+    verify: Verify,
+    file: str | None = None,
+    names: Callable[[], Awaitable[Sequence[str]]] | None = None,
+) -> Names:
+    """Read which names there are, and where.
 
     Args:
         storage: The folder.
-        executor: For parsing.
+        executor: For parsing a header, where that is the source.
         file: The one safetensors file to look at, or the weight map, instead of the folder that
             holds it.
         names: Lists the folder, to find a model under another name than the usual ones.
@@ -67,19 +124,12 @@ async def read_catalog(
     source = await find_source(storage, file, names)
     reader = CatalogReader(storage, executor, Problems(storage.location))
     try:
-        catalog = await reader.read(source, recis=is_recis(source, file), digests=verify != "off")
+        parse = await reader.texts(source, recis=is_recis(source, file), digests=verify != "off")
     except CheckpointError:
         if file is None:
             await check_unchanged(storage, source)  # that would explain it
         raise
-    if verify == "require" and catalog.sidecar is None:
-        problem = (
-            f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
-            "take the folder of a checkpoint that asyncloader.Saver wrote, or verify='auto'"
-        )
-        where = storage.location if file is None else f"{storage.location}/{file}"
-        raise CheckpointError(where, problem)
-    return catalog
+    return Names(storage, source, file, verify, parse)
 
 
 def is_recis(source: str, file: str | None) -> bool:
@@ -149,7 +199,13 @@ class CatalogReader:
     problems: Problems
 
     async def read(self, source: str, *, recis: bool, digests: bool) -> Catalog:
-        """Read the file that `find_source` found.
+        """Read the file that `find_source` found, and parse it on a thread; see `texts`."""
+        parse = await self.texts(source, recis=recis, digests=digests)
+        [catalog] = await run_jobs(self.executor, [undisturbed(parse)])
+        return catalog
+
+    async def texts(self, source: str, *, recis: bool, digests: bool) -> Callable[[], Catalog]:
+        """Read the file that `find_source` found; return what parses it.
 
         Args:
             source: The file.
@@ -164,9 +220,7 @@ class CatalogReader:
             return await self._recis(digests=digests)
         if is_weight_map(source):
             text = await self.text(source, MAX_NAMES)
-            parse = partial(parse_weight_map, self.problems, text, source)
-            [catalog] = await run_jobs(self.executor, [parse])
-            return catalog
+            return partial(parse_weight_map, self.problems, text, source)
         header = await read_header(
             self.storage,
             source,
@@ -175,19 +229,16 @@ class CatalogReader:
             turns=asyncio.Lock(),
             problems=self.problems,
         )
-        [catalog] = await run_jobs(self.executor, [partial(catalog_of_file, header)])
-        return catalog
+        return partial(catalog_of_file, header)
 
-    async def _recis(self, *, digests: bool) -> Catalog:
+    async def _recis(self, *, digests: bool) -> Callable[[], Catalog]:
         files, sidecar = {INDEX: await self.text(INDEX, MAX_NAMES)}, None
         with self.problems.caught():
             files[TENSORKEY] = await self.text(TENSORKEY, MAX_NAMES)
         if digests and await _absence(self.storage, SIDECAR) is None:
             with self.problems.caught():
                 sidecar = await self.text(SIDECAR, MAX_SIDECAR)
-        parse = undisturbed(partial(parse_recis, self.problems, files, sidecar))
-        [catalog] = await run_jobs(self.executor, [parse])
-        return catalog
+        return partial(parse_recis, self.problems, files, sidecar)
 
     async def text(self, name: str, limit: int) -> bytearray:
         """Return a file of at most `limit` bytes.

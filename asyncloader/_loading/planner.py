@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from asyncloader._checkpoint.catalog import Names
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._planning.casts import Casting
@@ -72,15 +73,13 @@ class Planner:
         """Return what `filter_func` gets: every destination from its own name."""
         return default_load_info(self._targets(describe_tensors(self.tensors)))
 
-    async def load_info(self, session: Session, targets: Targets) -> LoadInfo | None:
-        """Return what to load from which names; `None` is every destination from its own name.
+    async def load_info(self, session: Session, targets: Targets) -> LoadInfo:
+        """Return what to load from which names, as `filter_func` wants it.
 
         Raises:
             TypeError: If `filter_func` returns something else.
             ValueError: If what it returns makes no sense.
         """
-        if self.filter_func is identity:
-            return None
         kernels = session.threads.kernels
         [default] = await run_jobs(kernels, [partial(default_load_info, targets)])
         [info] = await run_jobs(kernels, [partial(checked_load_info, self.filter_func(default))])
@@ -97,16 +96,13 @@ class Planner:
             PlanError: If checkpoint and destinations disagree.
             ReadError: If the storage failed.
         """
-        kernels = session.threads.kernels
-        with self.tracer.span("plan", "destinations"):
-            [(into, targets)] = await run_jobs(kernels, [undisturbed(self._describe)])
-        info = await self.load_info(session, targets)
+        kernels, described, info = session.threads.kernels, None, None
+        if self.filter_func is not identity:
+            [described] = await run_jobs(kernels, [undisturbed(self._describe)])
+            info = await self.load_info(session, described[1])
         with self.tracer.span("plan", "names"):
-            catalog = await session.catalog()
-        with self.tracer.span("plan", "choice"):
-            [(choice, shards)] = await run_jobs(
-                kernels, [undisturbed(partial(_choose, catalog, info, targets))]
-            )
+            choose_now = partial(self._choose, described=described, info=info)
+            into, catalog, choice, shards = await session.with_names(choose_now)
         with self.tracer.span("plan", "headers"):
             manifest = await session.manifest(catalog, shards)
         with self.tracer.span("plan", "plan"):
@@ -116,6 +112,19 @@ class Planner:
         for warning in warnings:
             _log.warning("%s: %s", plan.location, warning)
         return plan, into
+
+    def _choose(
+        self,
+        names: Names,
+        *,
+        described: tuple[Destinations, Targets] | None,
+        info: LoadInfo | None,
+    ) -> tuple[Destinations, Catalog, Choice, tuple[str, ...]]:
+        """Choose what to load; return also the shards whose headers are needed."""
+        into, targets = described or self._describe()
+        catalog = names.parse()
+        choice = choose(catalog, info, targets)
+        return into, catalog, choice, choice.shards()
 
     def _describe(self) -> tuple[Destinations, Targets]:
         """Describe the destinations as they are now, and hold on to their memory."""
@@ -141,11 +150,3 @@ class Planner:
                 f"({len(plan.missing)} in all; strict=True makes this an error)"
             )
         return plan, warnings
-
-
-def _choose(
-    catalog: Catalog, info: LoadInfo | None, targets: Targets
-) -> tuple[Choice, tuple[str, ...]]:
-    """Choose the parts to load; return also the shards whose headers are needed."""
-    choice = choose(catalog, info, targets)
-    return choice, choice.shards()

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from asyncloader._checkpoint.catalog import read_catalog
+from asyncloader._checkpoint.catalog import Names, read_names
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._storage.protocol import read_error
 from asyncloader._threads.call import StalledError
+from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import (
     CheckpointChangedError,
+    CheckpointError,
     CheckpointNotFoundError,
     ReadError,
     ReadStalledError,
@@ -113,7 +115,7 @@ class Session:
         """
         return await on_disk(self.disk, job, self.location)
 
-    def _names(self) -> Sequence[str]:
+    def _listed(self) -> Sequence[str]:
         with contextlib.suppress(OSError):
             return os.listdir(self.storage.location)  # noqa: PTH208  # names
         return ()
@@ -123,22 +125,21 @@ class Session:
         """Compares what was read with digests."""
         return Verifier(self.location, widen=self.options.verify == "require")
 
-    async def catalog(self) -> Catalog:
-        """Read which names there are.
+    async def names(self) -> Names:
+        """Read the texts that say which names there are.
 
         Raises:
             CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
-            CheckpointError: If a file that says so is no good.
+            CheckpointError: If such a file cannot be read.
             ReadError: If the storage failed.
         """
-        pool = self.threads.kernels
         try:
-            return await read_catalog(
+            return await read_names(
                 self.storage,
-                executor=pool,
+                executor=self.threads.kernels,
                 file=self.file,
                 verify=self.options.verify,
-                names=partial(self.on_disk, self._names),
+                names=partial(self.on_disk, self._listed),
             )
         except CheckpointNotFoundError as error:
             from asyncloader.runs import is_run_folder  # noqa: PLC0415  # seldom
@@ -148,6 +149,24 @@ class Session:
                 raise
             problem = f"{error.problem}. It holds checkpoints: take asyncloader.latest() of it"
             raise CheckpointNotFoundError(error.location, problem) from error.__cause__
+
+    async def catalog(self) -> Catalog:
+        """Read which names there are; raises what `names` does, and if a text is no good."""
+        return await self.with_names(Names.parse)
+
+    async def with_names(self, job: Callable[[Names], T]) -> T:
+        """Read which names there are, and return what a job, on a thread, makes of them.
+
+        Raises:
+            CheckpointError: If a text is no good, besides what `names` raises.
+        """
+        names = await self.names()
+        try:
+            [result] = await run_jobs(self.threads.kernels, [undisturbed(partial(job, names))])
+        except CheckpointError:
+            await names.check_unchanged()
+            raise
+        return result
 
     async def manifest(self, catalog: Catalog, shards: Iterable[str]) -> Manifest:
         """Read the headers of some shards.
