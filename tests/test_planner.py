@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from asyncloader._planning.load_info import LoadInfo
-    from asyncloader._threads.threads import Threads
+    from asyncloader._threads.pool import Threads
 
 T = TypeVar("T")
 CONTENT = data([5, -6, 7], exp_avg=1)
