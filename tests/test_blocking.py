@@ -293,6 +293,29 @@ BETWEEN = """
     print(run_blocking(main), signal.getsignal(signal.SIGUSR1) is handle)
 """
 
+# Two of them, one while the other one's handler runs, and many more.
+MANY = """
+    import asyncio, os, signal
+    from asyncloader._threads.blocking import run_blocking
+
+    seen = []
+
+    def handle(number, _):
+        seen.append(number)
+        if number == signal.SIGUSR1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    async def main():
+        for _ in range(50):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await asyncio.sleep(0)
+        return "done"
+
+    signal.signal(signal.SIGUSR1, handle)
+    signal.signal(signal.SIGUSR2, handle)
+    print(run_blocking(main), len(seen) >= 50, seen.count(signal.SIGUSR2) > 0)
+"""
+
 # One that stands in the last step is handled before the call returns, and may end it.
 LAST = """
     import os, signal, sys
@@ -351,6 +374,11 @@ def test_a_handler_may_save_while_its_thread_writes_a_log(tmp_path: Path, handle
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGUSR1 to send")
 def test_handlers_run_between_two_steps_of_the_loop_and_all_of_it_on_the_main_thread() -> None:
     assert output_of(BETWEEN) == "handled MainThread MainThread\nMainThread True\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGUSR1 to send")
+def test_many_signals_do_not_disturb_a_call() -> None:
+    assert output_of(MANY) == "done True True\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to catch")

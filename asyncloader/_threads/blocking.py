@@ -158,7 +158,8 @@ class _Call(Generic[T]):
                 self._loop.call_soon_threadsafe(self._pause)
 
     def _pause(self) -> None:
-        if self._loop is not None and self._task is not None and not self._task.done():
+        """Stop the loop, unless the signal has been handled, or the task is done, meanwhile."""
+        if self._signals and self._loop and self._task and not self._task.done():
             self._loop.stop()
 
     def _handle_signals(self) -> None:
