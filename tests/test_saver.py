@@ -291,7 +291,7 @@ def test_a_file_in_the_place_of_the_folder_is_an_error_that_says_so(tmp_path: Pa
 
 async def test_two_saves_into_one_folder_at_a_time_are_refused(tmp_path: Path) -> None:
     first = WatchedFolder.at(tmp_path, lambda *_: None)
-    with first.real.hold(), pytest.raises(SaveError, match="somebody else is saving"):
+    with first.real.hold(), pytest.raises(SaveError, match="another process is saving"):
         await save_into(WatchedFolder.at(tmp_path, lambda *_: None), {}, {"x": torch.ones(1)})
     assert (await save_into(first, {}, {"x": torch.ones(1)})).committed
 

@@ -179,7 +179,7 @@ class _Save:
         self._folder.make("")
         if self._order.rank == 0 and not held.enter_context(self._folder.hold()):
             problem = (
-                "somebody else is saving to this folder right now, or this process itself (a "
+                "another process is saving to this folder right now, or this one itself (a "
                 "handler of a signal, say): save into another folder, or later"
             )
             raise SaveError(self._folder.location, problem)

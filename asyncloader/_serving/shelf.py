@@ -202,7 +202,7 @@ class Shelf:
             self._let_go(gone)
 
     def _dismiss(self, gone: list[Held]) -> None:
-        """Let versions go, and those that have lost their last user meanwhile. Without the lock."""
+        """Let versions go, and others that lost their last user meanwhile. Without the lock."""
         self._let_go(gone)
         if self._unsettled:
             self._settle()
