@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from ._loading.session import Session
     from ._loading.trace import Span
     from ._planning.casts import Casting
-    from ._planning.load_info import LoadInfo
     from ._planning.plan import LoadPlan
+    from ._planning.targets import LoadInfo
     from ._table.protocol import LoadableTable
     from .options import LoadKeywords
 

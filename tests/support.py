@@ -22,9 +22,8 @@ from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
 from asyncloader._loading.transaction import complete
 from asyncloader._planning.choice import choose
-from asyncloader._planning.load_info import default_load_info
 from asyncloader._planning.planner import plan_load
-from asyncloader._planning.targets import Targets
+from asyncloader._planning.targets import Targets, default_load_info
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.pool import Threads, WorkerPool
@@ -37,9 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader import UpdateCounts
-    from asyncloader._planning.load_info import LoadInfo
     from asyncloader._planning.plan import LoadPlan
-    from asyncloader._planning.targets import TensorTargets
+    from asyncloader._planning.targets import LoadInfo, TensorTargets
     from asyncloader._storage.protocol import Storage
     from asyncloader._threads.gate import Gate
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader._planning.load_info import LoadInfo
+    from asyncloader._planning.targets import LoadInfo
 
 
 FLOATS = tuple(

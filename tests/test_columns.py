@@ -21,8 +21,7 @@ from asyncloader._checkpoint.index import Catalog, Places
 from asyncloader._checkpoint.problems import AllProblems, Problems
 from asyncloader._loading.destinations import describe_tensors
 from asyncloader._planning.choice import choose
-from asyncloader._planning.load_info import default_load_info
-from asyncloader._planning.targets import Targets, TensorTargets
+from asyncloader._planning.targets import Targets, TensorTargets, default_load_info
 from asyncloader._threads.jobs import undisturbed
 from tests.oracle import write_checkpoint
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from asyncloader import Span
-    from asyncloader._planning.load_info import LoadInfo
+    from asyncloader._planning.targets import LoadInfo
 
 sizes = st.one_of(st.integers(0, 3), st.sampled_from([-1, True, 1.0, "1", None, 2**62, 2**63]))
 ranges = st.one_of(

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from asyncloader._planning.load_info import LoadInfo
+    from asyncloader._planning.targets import LoadInfo
 
 IDS = [3, -1, 2**63 - 1, -(2**63), 70_000]
 EMBEDDING = {"t": {"t": ["id", "embedding"]}}

@@ -32,7 +32,7 @@ from tests.support import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from asyncloader._planning.load_info import LoadInfo
+    from asyncloader._planning.targets import LoadInfo
     from tests.faulty import Read
 
 pytestmark = pytest.mark.both_loops

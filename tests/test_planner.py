@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from asyncloader._planning.load_info import LoadInfo
+    from asyncloader._planning.targets import LoadInfo
     from asyncloader._threads.pool import Threads
 
 T = TypeVar("T")

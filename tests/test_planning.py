@@ -14,16 +14,21 @@ from asyncloader._checkpoint.header import ShardHeader
 from asyncloader._checkpoint.index import Catalog, Part, Place, Places
 from asyncloader._checkpoint.manifest import Manifest
 from asyncloader._planning.choice import choose
-from asyncloader._planning.load_info import checked_load_info
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.reads import GAP, Extent, Extents, plan_reads
-from asyncloader._planning.targets import RowType, TableTarget, Targets, TensorTargets
+from asyncloader._planning.targets import (
+    RowType,
+    TableTarget,
+    Targets,
+    TensorTargets,
+    checked_load_info,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from asyncloader._planning.load_info import LoadInfo
     from asyncloader._planning.plan import LoadPlan
+    from asyncloader._planning.targets import LoadInfo
 
 F32 = RowType(shape=(2,), dtype=DTYPES["F32"])
 

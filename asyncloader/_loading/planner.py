@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from asyncloader._planning.choice import choose
 from asyncloader._planning.hints import RENAME, did_you_mean
-from asyncloader._planning.load_info import checked_load_info, default_load_info
 from asyncloader._planning.planner import plan_load
-from asyncloader._planning.targets import Targets
+from asyncloader._planning.targets import Targets, checked_load_info, default_load_info
 from asyncloader._threads.jobs import run_jobs, undisturbed
 
 from .checks import describe_tables
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._planning.casts import Casting
     from asyncloader._planning.choice import Choice
-    from asyncloader._planning.load_info import LoadInfo
     from asyncloader._planning.plan import LoadPlan
+    from asyncloader._planning.targets import LoadInfo
     from asyncloader._table.protocol import LoadableTable
 
     from .destinations import Destinations

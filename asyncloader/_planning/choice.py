@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.parts import ID, gaps, repeated, without_rows
 
-from .load_info import default_load_info
-from .targets import TensorTargets
+from .targets import TensorTargets, default_load_info
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.index import Catalog, Part, Place
     from asyncloader._checkpoint.slices import Slice
 
-    from .load_info import LoadInfo
-    from .targets import TableTarget, Targets
+    from .targets import LoadInfo, TableTarget, Targets
 
 
 _SHOWN = 10

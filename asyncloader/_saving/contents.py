@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from asyncloader._checkpoint.dtypes import BY_TORCH
+from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.sidecar import SUB_SLICES, PartRows
-from asyncloader._planning.load_info import ID
 
 from .layout import WriteBlock
 from .sources import IdSource, RowOrder, RowSource, TensorSource

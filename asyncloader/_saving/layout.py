@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.header import MAX_HEADER
+from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.text import (
     dense_key,
     describe_embedding,
@@ -16,7 +17,6 @@ from asyncloader._checkpoint.text import (
     sparse_key,
     sparse_name,
 )
-from asyncloader._planning.load_info import ID
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

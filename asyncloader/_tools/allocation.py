@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from asyncloader._loading.destinations import Destinations
     from asyncloader._loading.progress import Meter
     from asyncloader._loading.session import Session
-    from asyncloader._planning.load_info import LoadInfo
     from asyncloader._planning.plan import LoadPlan
+    from asyncloader._planning.targets import LoadInfo
     from asyncloader._table.protocol import UpdateCounts
 
     from .content import Content
