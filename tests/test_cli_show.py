@@ -172,8 +172,8 @@ async def test_pieces_cover_all_elements_once_and_in_order(tmp_path: Path, windo
             session,
             stored.blocks,
             lambda _number, _position, view: np.frombuffer(view, np.float32).tolist(),
-            grain=lambda _: 4,
             meter=meter,
+            grain=4,
             chunk_bytes=4 * window,
         )
     assert [value for piece in pieces for value in piece] == whole.reshape(-1).tolist()

@@ -158,10 +158,12 @@ COMMANDS = ["inspect", "show", "load", "verify", "diff", "convert"]
         ["inspect", str(GENUINE / "optim_slots")],
         ["inspect", str(GENUINE / "optim_slots"), "--json"],
         ["inspect", "nowhere"],
+        ["verify", str(GENUINE / "optim_slots")],
+        ["verify", "nowhere"],
     ],
     ids=" ".join,
 )
-def test_what_needs_no_tensors_imports_no_torch(arguments: list[str]) -> None:
+def test_what_makes_no_tensors_imports_no_torch(arguments: list[str]) -> None:
     """It takes seconds; a shell that completes a help text, or lists a folder, does not wait."""
     code = (
         "import sys; from asyncloader.cli import run; run(sys.argv[1:]);"

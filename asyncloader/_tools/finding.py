@@ -126,7 +126,7 @@ async def _hits(
         rows = np.flatnonzero(np.frombuffer(view, np.int64) == id_) + position // _ID_BYTES
         return [(parts[number], row) for row in rows.tolist()]
 
-    found = await scan(session, blocks, look, grain=lambda _: _ID_BYTES, meter=meter)
+    found = await scan(session, blocks, look, meter=meter, grain=_ID_BYTES)
     return [hit for piece in found for hit in piece]
 
 

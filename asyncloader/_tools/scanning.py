@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._memory.pages import map_fresh
 from asyncloader._planning.reads import Extent, Extents, plan_reads
 from asyncloader._storage.protocol import read_exactly
 from asyncloader._threads.jobs import for_each, run_jobs
+from asyncloader.errors import ReadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,8 +33,10 @@ async def scan(
     blocks: Sequence[Block],
     look: Callable[[int, int, memoryview], T],
     *,
-    grain: Callable[[Block], int],
     meter: Meter,
+    grain: int | None = None,
+    kept: Sequence[memoryview | None] = (),
+    failed: Callable[[ReadError], object] | None = None,
     executor: Executor | None = None,
     chunk_bytes: int | None = None,
     workers: int | None = None,
@@ -44,8 +48,10 @@ async def scan(
         blocks: What to read.
         look: Gets the number of a block, the first byte within it, and the bytes of a piece, whose
             memory is used again afterwards.
-        grain: Says of a block how many bytes a piece may not cut, so that it holds a multiple.
         meter: Counts reads.
+        grain: Bytes that no piece may cut; by default the chunks of blocks that have digests.
+        kept: Where the bytes of each block are to stay, if anywhere.
+        failed: Gets the failures of reads, which end the scan by default.
         executor: The threads that look; by default those that compute.
         chunk_bytes: The most that a piece takes, unless one grain is larger; by default as the
             session reads.
@@ -59,7 +65,7 @@ async def scan(
     """
     most = min(chunk_bytes or session.options.read_bytes, session.options.read_bytes)
     extents = [
-        Extent(block.shard, block.offset, block.nbytes, number, 0, grain(block))
+        Extent(block.shard, block.offset, block.nbytes, number, 0, grain or _grain(block))
         for number, block in enumerate(blocks)
         if block.nbytes
     ]
@@ -75,23 +81,37 @@ async def scan(
             # A read that is given up keeps its memory: a thread may still write there.
             memory = free.pop() if free else _fresh(size)
             views, at = list[memoryview](), 0
-            for piece in pieces:
-                views.append(memory[at : at + piece.length])
-                at += -(-piece.length // _ALIGNMENT) * _ALIGNMENT
-            await read_exactly(session.storage, read.shard, read.offset, views)
+            for number, position, length in pieces:
+                own = kept[number] if kept else None
+                if own is not None:
+                    views.append(own[position : position + length])
+                else:
+                    views.append(memory[at : at + length])
+                    at += -(-length // _ALIGNMENT) * _ALIGNMENT
 
             def look_at_all() -> None:
                 for (number, position, _), view in zip(pieces, views, strict=True):
                     found[number, position] = look(number, position, view)
 
-            await run_jobs(executor or session.threads.kernels, [look_at_all])
-            free.append(memory)
+            try:
+                await read_exactly(session.storage, read.shard, read.offset, views)
+            except ReadError as error:
+                if failed is None:
+                    raise
+                failed(error)
+            else:
+                await run_jobs(executor or session.threads.kernels, [look_at_all])
+                free.append(memory)
         current = blocks[pieces[-1].sink].key
         meter.note(read=read.length, wanted=read.length, current=current)
 
     count = workers or session.options.parallel
     await for_each(reads, read_one, workers=count, name="asyncloader-scan")
     return [found[at] for at in sorted(found)]
+
+
+def _grain(block: Block) -> int:
+    return 1 if block.digests is None else DIGEST_CHUNK
 
 
 def _fresh(size: int) -> memoryview:

@@ -150,8 +150,8 @@ async def _statistics(session: Session, stored: Stored, meter: Meter) -> Statist
         session,
         stored.blocks,
         look,
-        grain=lambda _: dtype.itemsize,
         meter=meter,
+        grain=dtype.itemsize,
         chunk_bytes=_PIECE,
     )
     measured = [part for part in found if part is not None]

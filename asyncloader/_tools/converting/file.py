@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from asyncloader._checkpoint.parts import ID
-from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._loading.progress import Meter
 from asyncloader._saving.layout import WriteBlock, lay_out_shard
 from asyncloader._saving.save_id import fresh_save_id
@@ -154,7 +153,6 @@ async def _copy(
             session,
             [block for block, _ in copies],
             put,
-            grain=lambda block: DIGEST_CHUNK if block.digests else 1,
             meter=meter,
             executor=session.threads.reads,
             workers=parallel,
@@ -181,7 +179,7 @@ async def _refuse_strays(session: Session, content: Content) -> None:
             return int(np.count_nonzero(outside))
 
         blocks = [manifest.block(part.place) for part in parts]
-        strays = sum(await scan(session, blocks, count, grain=lambda _: _ID_BYTES, meter=Meter(0)))
+        strays = sum(await scan(session, blocks, count, meter=Meter(0), grain=_ID_BYTES))
         if strays:
             problem = (
                 f"table {name!r} has {strays:,} ids outside the slices that their blocks claim, "

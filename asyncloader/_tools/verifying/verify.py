@@ -8,12 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from asyncloader._checkpoint.problems import AllProblems
 from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
-from asyncloader._memory.allocation import zeros
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.content import check_room, free_memory
 from asyncloader._tools.verifying.ids import count_duplicates
@@ -152,8 +150,7 @@ def _room_for(table: TableIds) -> NDArray[np.int64]:
         MemoryError: If there is none.
     """
     check_room(f"the ids of table {table.table!r}", table.rows * _ID_BYTES, free_memory())
-    room: NDArray[np.int64] = zeros((table.rows,), torch.int64).numpy()
-    return room
+    return np.zeros(table.rows, np.int64)
 
 
 def _check_ids(
