@@ -18,7 +18,7 @@ from ._loading.load import Load
 from ._loading.opening import open_session
 from ._loading.planner import Planner, identity
 from ._loading.progress import Meter
-from ._loading.progress_bar import progress_bar
+from ._loading.progress_bar import listening
 from ._loading.report import LoadReport, report_of
 from ._loading.runtime import Runtime
 from ._loading.trace import Tracer
@@ -181,11 +181,8 @@ class Loader:
                 another load fills memory of the tensors at the same time, under whatever names.
         """
         with contextlib.ExitStack() as stack:
-            listener = self._progress
-            if listener is True:
-                listener = stack.enter_context(progress_bar())
-            claim = stack.enter_context(Claim())
-            return await self._load(None if isinstance(listener, bool) else listener, claim)
+            listener = stack.enter_context(listening(self._progress, "loading"))
+            return await self._load(listener, stack.enter_context(Claim()))
 
     def load(self) -> LoadReport:
         """Load, and return when it is done; raises what `aload` raises.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from ._arguments import (
 )
 from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter
-from ._loading.progress_bar import progress_bar
+from ._loading.progress_bar import listening
 from ._saving.save import Order, save
 from ._saving.save_id import checked_save_id
 from ._storage.folder import LocalFolder
@@ -190,11 +189,8 @@ class Saver:
     async def _asave(
         self, snapshots: list[SavableSnapshot] | Exception, open_folder: Callable[[], Folder]
     ) -> SaveReport:
-        with contextlib.ExitStack() as stack:
-            listener = self._progress
-            if listener is True:
-                listener = stack.enter_context(progress_bar("saving"))
-            meter = Meter(0, None if isinstance(listener, bool) else _apart(listener))
+        with listening(self._progress, "saving") as listener:
+            meter = Meter(0, _apart(listener))
             report = await save(self._order, snapshots, meter, open_folder)
         _log.info("%s", report)
         return report

@@ -6,8 +6,8 @@ caller's own event loop. Results are frozen dataclasses.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+import functools
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ._arguments import check_progress, checked_path
 from ._loading.progress_bar import listening
@@ -40,26 +40,27 @@ __all__ = [
     "verify",
 ]
 
-_BUDGET = 1 << 30
-
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _blocking(call: Callable[P, Coroutine[object, object, T]]) -> Callable[P, T]:
+    """Return the twin of a coroutine function that blocks until the result is there."""
+
+    @functools.wraps(call)
+    def run(*args: P.args, **keywords: P.kwargs) -> T:
+        from ._threads.blocking import run_blocking
+
+        return run_blocking(functools.partial(call, *args, **keywords))
+
+    run.__name__ = run.__qualname__ = call.__name__.removeprefix("a")
+    return run
 
 
 async def ainspect(
     path: str | os.PathLike[str], *, options: ReadOptions | None = None
 ) -> CheckpointSummary | RunSummary:
-    """Say what a checkpoint holds; see `inspect`."""
-    from ._tools.summary import look_into
-
-    return await look_into(checked_path(path, "path"), ReadOptions.of(options, {}))
-
-
-def inspect(
-    path: str | os.PathLike[str], *, options: ReadOptions | None = None
-) -> CheckpointSummary | RunSummary:
     """Say what a checkpoint holds, by its names and headers alone, whatever its size.
-
-    Needs neither torch nor numba.
 
     Args:
         path: A folder that RecIS or `Saver` wrote, a safetensors file, or a folder of these as
@@ -74,25 +75,12 @@ def inspect(
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
         ReadError: If the storage failed.
     """
-    return _run(partial(ainspect, path, options=options))
+    from ._tools.summary import look_into
+
+    return await look_into(checked_path(path, "path"), ReadOptions.of(options, {}))
 
 
 async def averify(
-    path: str | os.PathLike[str],
-    *,
-    progress: Callable[[Progress], object] | bool | None = None,
-    options: ReadOptions | None = None,
-) -> Verification:
-    """Look at every byte of a checkpoint, and list all that is wrong; see `verify`."""
-    from ._tools.verifying.verify import averify as run
-
-    check_progress(progress)
-    how = ReadOptions.of(options, {})
-    with listening(progress, "verifying") as listener:
-        return await run(checked_path(path, "path"), progress=listener, options=how)
-
-
-def verify(
     path: str | os.PathLike[str],
     *,
     progress: Callable[[Progress], object] | bool | None = None,
@@ -114,36 +102,23 @@ def verify(
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
-        CheckpointError: If the folder cannot be listed.
+        CheckpointError: If the folder cannot be listed, or the file is no safetensors file.
         ReadError: If the storage gave no answer.
         MemoryError: If the ids of a table do not fit into memory.
     """
-    return _run(partial(averify, path, progress=progress, options=options))
+    from ._tools.verifying.verify import averify as run
+
+    check_progress(progress)
+    how = ReadOptions.of(options, {})
+    with listening(progress, "verifying") as listener:
+        return await run(checked_path(path, "path"), progress=listener, options=how)
 
 
 async def adiff(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     *,
-    budget: int = _BUDGET,
-    progress: Callable[[Progress], object] | bool | None = None,
-    options: ReadOptions | None = None,
-) -> Difference:
-    """Say how two checkpoints differ; see `diff`."""
-    from ._tools.diffing.diff import adiff as run
-
-    check_progress(progress)
-    paths = checked_path(a, "a"), checked_path(b, "b")
-    how = ReadOptions.of(options, {})
-    with listening(progress, "comparing") as listener:
-        return await run(*paths, budget=budget, progress=listener, options=how)
-
-
-def diff(
-    a: str | os.PathLike[str],
-    b: str | os.PathLike[str],
-    *,
-    budget: int = _BUDGET,
+    budget: int = 1 << 30,
     progress: Callable[[Progress], object] | bool | None = None,
     options: ReadOptions | None = None,
 ) -> Difference:
@@ -168,42 +143,16 @@ def diff(
         PlanError: If one of them does not fit together.
         ReadError: If the storage failed.
     """
-    run = partial(adiff, a, b, budget=budget, progress=progress, options=options)
-    return _run(run)
+    from ._tools.diffing.diff import adiff as run
+
+    check_progress(progress)
+    paths = checked_path(a, "a"), checked_path(b, "b")
+    how = ReadOptions.of(options, {})
+    with listening(progress, "comparing") as listener:
+        return await run(*paths, budget=budget, progress=listener, options=how)
 
 
 async def aconvert(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
-    *,
-    shards: int | None = None,
-    slots: Collection[str] | None = None,
-    tables: Collection[str] | None = None,
-    parallel: int = 8,
-    overwrite: bool = False,
-    progress: Callable[[Progress], object] | bool | None = None,
-    options: ReadOptions | None = None,
-) -> Conversion:
-    """Turn a checkpoint into another form of itself; see `convert`."""
-    from ._tools.converting.convert import aconvert as run
-
-    check_progress(progress)
-    paths = checked_path(source, "source"), checked_path(destination, "destination")
-    how = ReadOptions.of(options, {})
-    with listening(progress, "converting") as listener:
-        return await run(
-            *paths,
-            shards=shards,
-            slots=slots,
-            tables=tables,
-            parallel=parallel,
-            overwrite=overwrite,
-            progress=listener,
-            options=how,
-        )
-
-
-def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
@@ -244,32 +193,25 @@ def convert(
         ValueError: If names cannot be told apart there, or an argument makes no sense.
         MemoryError: If there is no room.
     """
-    run = partial(
-        aconvert,
-        source,
-        destination,
-        shards=shards,
-        slots=slots,
-        tables=tables,
-        parallel=parallel,
-        overwrite=overwrite,
-        progress=progress,
-        options=options,
-    )
-    return _run(run)
+    from ._tools.converting.convert import aconvert as run
+
+    check_progress(progress)
+    paths = checked_path(source, "source"), checked_path(destination, "destination")
+    how = ReadOptions.of(options, {})
+    with listening(progress, "converting") as listener:
+        return await run(
+            *paths,
+            shards=shards,
+            slots=slots,
+            tables=tables,
+            parallel=parallel,
+            overwrite=overwrite,
+            progress=listener,
+            options=how,
+        )
 
 
 async def aempty_like(
-    path: str | os.PathLike[str], *, options: ReadOptions | None = None
-) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
-    """Make empty tables, and tensors of zeros, for all of a checkpoint; see `empty_like`."""
-    from ._tools.allocation import allocate
-
-    made = await allocate(checked_path(path, "path"), options=ReadOptions.of(options, {}))
-    return made.tables, made.tensors
-
-
-def empty_like(
     path: str | os.PathLike[str], *, options: ReadOptions | None = None
 ) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     """Make empty tables, and tensors of zeros, for all that a checkpoint holds.
@@ -295,10 +237,14 @@ def empty_like(
         ReadError: If the storage failed.
         MemoryError: If there is no room.
     """
-    return _run(partial(aempty_like, path, options=options))
+    from ._tools.allocation import allocate
+
+    made = await allocate(checked_path(path, "path"), options=ReadOptions.of(options, {}))
+    return made.tables, made.tensors
 
 
-def _run(call: Callable[[], Coroutine[object, object, T]]) -> T:
-    from ._threads.blocking import run_blocking
-
-    return run_blocking(call)
+inspect = _blocking(ainspect)
+verify = _blocking(averify)
+diff = _blocking(adiff)
+convert = _blocking(aconvert)
+empty_like = _blocking(aempty_like)
