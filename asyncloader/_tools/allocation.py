@@ -72,19 +72,9 @@ async def allocate(
 ) -> Allocated:
     """Read names and headers, and make empty tables and zero tensors that take all of it.
 
-    Each table on disk becomes a table of its own, also where several are children of one. Memory
-    is taken when it is first written to: allocating costs next to nothing.
-
-    Args:
-        path: A RecIS folder, a safetensors file, or a folder of Hugging Face's.
-        options: How to read.
-        floats: The dtype to make all floats of, as torch spells it; each of its own by default.
-
-    Raises:
-        CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself; if a table
-            has no embeddings or no ids; if torch does not have the dtype of one of its slots.
-        ReadError: If the storage failed.
-        MemoryError: If there is no room.
+    Each table on disk becomes a table of its own, also where several are children of one. With
+    `floats`, a dtype as torch spells it, all floats become of that dtype. Raises the errors of
+    `asyncloader.tools.empty_like`.
     """
     async with open_session(path, options or ReadOptions()) as session:
         content = await read_content(session)
@@ -119,7 +109,7 @@ def _allocate(content: Content, floats: str | None) -> Allocated:
             name: make_table(where, name, slots[name], gen_slice(0, 1, table.slice_size))
             for name, table in content.tables.items()
         },
-        tensors={name: make_tensor(where, one) for name, one in tensors.items()},
+        tensors=make_tensors(where, tensors),
         lacking={n: one.dtype.name for n, one in content.tensors.items() if n not in known},
     )
 
@@ -154,9 +144,13 @@ def make_table(location: str, name: str, slots: Mapping[str, Stored], part: Slic
     return table
 
 
-def make_tensor(location: str, stored: Stored) -> Tensor:
-    """Make a tensor of zeros; raises what `make_table` does."""
-    return zeros(stored.shape, torch_dtype(location, stored))
+def make_tensors(location: str, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Make tensors of zeros.
+
+    Raises:
+        CheckpointError: If torch has no such dtype.
+    """
+    return {name: zeros(one.shape, torch_dtype(location, one)) for name, one in stored.items()}
 
 
 def row_bytes(slots: Mapping[str, Stored]) -> int:

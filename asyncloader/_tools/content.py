@@ -32,7 +32,6 @@ EMBEDDING = "embedding"
 class StoredTable:
     """A table on disk."""
 
-    name: str
     slice_size: int
     ranks: int
     """How many wrote it."""
@@ -115,7 +114,6 @@ def _table(manifest: Manifest, name: str) -> StoredTable:
         Problems(manifest.location).take(table_problems(name, parts, {}))
     slots = {slot: stored_slot(manifest, name, slot) for slot in parts}
     return StoredTable(
-        name=name,
         slice_size=parts[ID][0].slice.size,
         ranks=len(parts[ID]),
         ids=slots.pop(ID),

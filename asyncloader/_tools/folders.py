@@ -79,7 +79,7 @@ def run_folder(path: str) -> RunSummary | None:
 
 
 def unfinished(path: str) -> str | None:
-    """Say why a folder is no checkpoint although somebody has saved into it, if so."""
+    """Say why a folder that was saved into is no checkpoint; return `None` for other folders."""
     names = _names(path)
     shards = sum(_SHARD.fullmatch(name) is not None for name in names)
     found = [f"{shards:,} shard file{'s' * (shards != 1)}"] if shards else []
@@ -93,7 +93,7 @@ def unfinished(path: str) -> str | None:
 
 
 def saves_in(path: str) -> tuple[str, ...]:
-    """Return the names of folders in which somebody stages another save."""
+    """Return the names of the folders in which another save is staged."""
     return tuple(name for name in _names(path) if name.startswith(_SAVING))
 
 

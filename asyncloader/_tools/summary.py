@@ -1,4 +1,4 @@
-"""What a checkpoint is and holds, by its names and headers alone."""
+"""Sums up a checkpoint by its names and headers alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TensorSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotSummary:
-    """What a table keeps for each id, or (`id`) the ids themselves."""
+    """A slot: the rows of all ids, or (`id`) the ids themselves."""
 
     name: str
     dtype: str
@@ -70,7 +70,7 @@ class TableSummary:
     """One for each rank that wrote some of it."""
 
     slice_size: int
-    """What the ranks have split among them: a rank owns a range of `id % slice_size`."""
+    """The ranks share the ids: a rank owns a range of `id % slice_size`."""
 
     bytes: int
     slots: tuple[SlotSummary, ...]
@@ -99,10 +99,10 @@ class CheckpointSummary:
     """Folders in it of saves that are under way, or were cut off."""
 
     warnings: tuple[str, ...]
-    """What is odd but does no harm."""
+    """Oddities that do no harm."""
 
     metadata: Mapping[str, Mapping[str, str]]
-    """The free text of headers, `__metadata__`, by file, of files that have some."""
+    """The free text of headers, `__metadata__`, by file; files without any are absent."""
 
     tables: tuple[TableSummary, ...]
     tensors: tuple[TensorSummary, ...]
@@ -167,13 +167,13 @@ def _summarize(manifest: Manifest, *, file: str | None, saving: Sequence[str]) -
 
 
 def metadata_of(manifest: Manifest, shards: Iterable[str]) -> dict[str, Mapping[str, str]]:
-    """Return the free text in the headers of some files, by file, of those that have some."""
+    """Return the free text in the headers of some files, by file; files without any are absent."""
     found = ((shard, manifest.headers[shard].metadata) for shard in shards)
     return {shard: metadata for shard, metadata in found if metadata}
 
 
 def _tensors(manifest: Manifest) -> tuple[tuple[TensorSummary, ...], list[str]]:
-    """Return what there is of tensors, and what is said of those that their file does not have."""
+    """Return the tensors, and a line for each tensor that its file does not have."""
     found, ghosts = [], []
     for name in manifest.catalog.tensors:
         try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from asyncloader._loading.progress import Progress
 
 EXPECTED = (AsyncLoaderError, KeyError, OSError, ValueError, MemoryError)
-"""What is no bug: the checkpoint, the system, or what was asked for."""
+"""Errors that are no bug: the checkpoint, the system, or the arguments are to blame."""
 
 _STDERR = 2
 _EXACT = 1 << 53

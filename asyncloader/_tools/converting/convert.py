@@ -37,7 +37,7 @@ class ConvertedTable:
     """All but the ids."""
 
     ids: int
-    """That were written."""
+    """Ids that were written."""
 
     duplicates: int
     """Rows left out because a later one has the same id."""
@@ -54,16 +54,16 @@ class Conversion:
     destination: str
     kind: Literal["RecIS checkpoint", "safetensors file"]
     ranks: int | None
-    """As how many ranks a folder was written."""
+    """The number of ranks that the folder looks written by; `None` for a file."""
 
     files: tuple[str, ...]
-    """That hold the data."""
+    """The files that hold the data."""
 
     tables: tuple[ConvertedTable, ...]
     tensors: tuple[str, ...]
     bytes_written: int
     bytes_verified: int
-    """Of those that were read, compared with digests."""
+    """Bytes that were read and compared with digests."""
 
     seconds: float
 

@@ -46,7 +46,7 @@ class Written:
     ranks: int | None
     nbytes: int
     verified: int
-    """Bytes of those that were read, compared with digests."""
+    """Bytes that were read and compared with digests."""
 
     ids: Counter[str]
     """By table."""

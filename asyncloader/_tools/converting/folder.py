@@ -17,7 +17,7 @@ from asyncloader._saving.commit import Commit
 from asyncloader._saving.save_id import fresh_save_id
 from asyncloader._storage.folder import LocalFolder
 from asyncloader._threads.jobs import run_jobs
-from asyncloader._tools.allocation import fill, make_table, make_tensor, row_bytes
+from asyncloader._tools.allocation import fill, make_table, make_tensors, row_bytes
 from asyncloader._tools.content import check_room, free_memory
 from asyncloader.errors import CheckpointError
 from asyncloader.saver import Saver
@@ -67,9 +67,17 @@ async def write_folder(
     slots = {name: table.slots for name, table in content.tables.items()}
     done = Written(files=[], ranks=count, nbytes=0, verified=0, ids=Counter(), duplicates=Counter())
 
+    def allocate(rank: int) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+        where = content.location
+        tables = {
+            name: make_table(where, name, table.slots, gen_slice(rank, count, table.slice_size))
+            for name, table in content.tables.items()
+        }
+        return tables, make_tensors(where, content.tensors if rank == 0 else {})
+
     async def write(rank: int) -> None:
         """Write one rank's part. Its rows are let go when this returns."""
-        [(tables, tensors)] = await run_jobs(pool, [partial(_allocate, content, rank, count)])
+        [(tables, tensors)] = await run_jobs(pool, [partial(allocate, rank)])
         meter = Meter(0, stages.tell)
         counts = await fill(session, content, tables, slots, tensors=tensors, meter=meter)
         stages.next()
@@ -135,18 +143,6 @@ def _check(content: Content, ranks: int) -> None:
     dense = sum(stored.nbytes for stored in content.tensors.values())
     what = f"the part of one of {ranks} ranks (with more --shards it is smaller)"
     check_room(what, part + dense, free_memory())
-
-
-def _allocate(
-    content: Content, rank: int, ranks: int
-) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
-    where = content.location
-    tables = {
-        name: make_table(where, name, table.slots, gen_slice(rank, ranks, table.slice_size))
-        for name, table in content.tables.items()
-    }
-    dense = content.tensors if rank == 0 else {}
-    return tables, {name: make_tensor(where, stored) for name, stored in dense.items()}
 
 
 def _wanted(content: Content, blocks: list[WriteBlock]) -> list[WriteBlock]:

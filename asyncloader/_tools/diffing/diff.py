@@ -162,7 +162,7 @@ async def _read(side: Side, batch: Sequence[_Window]) -> dict[str, Tensor]:
 def _difference(one: Stored, other: Stored, change: Change) -> TensorDifference:
     same = Kind.of(one) == Kind.of(other)
     elements = max(flat(one).rows, flat(other).rows) if same else 0
-    if elements and one.nbytes != other.nbytes:  # of a dtype that nobody knows
+    if elements and one.nbytes != other.nbytes:  # of an unknown dtype
         change = Change(different=elements)
     return TensorDifference(
         name=one.name, a=Kind.of(one), b=Kind.of(other), elements=elements, change=change

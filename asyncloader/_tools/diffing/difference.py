@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """What only one of them holds."""
+    """Names that only one of two checkpoints holds."""
 
     tables: tuple[str, ...]
 
@@ -78,7 +78,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Both:
-    """What both have under one name."""
+    """A tensor or slot that both have."""
 
     name: str
     a: Kind
@@ -96,7 +96,8 @@ class TensorDifference(_Both):
     """A dense tensor that both have."""
 
     elements: int
-    """That were compared; none if the kinds differ. Bytes, where an element is no whole ones."""
+    """Elements that were compared: 0 if the kinds differ. Bytes, where an element takes no whole
+    number of bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ class SlotDifference(_Both):
     """A slot, of a table that both have."""
 
     rows: int
-    """That were compared: of ids that both have; none if the kinds differ."""
+    """Rows that were compared, one for each id that both have: 0 if the kinds differ."""
 
     different: int
     """Rows that differ in some element."""
@@ -135,7 +136,7 @@ class TableDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """All of it."""
+    """The difference between two checkpoints."""
 
     a: str
     b: str
@@ -143,12 +144,12 @@ class Difference:
     only_in_a: Names
     only_in_b: Names
     tables: tuple[TableDifference, ...]
-    """Those that both have, equal ones too."""
+    """Tables that both have, equal ones too."""
 
     tensors: tuple[TensorDifference, ...]
-    """Likewise."""
+    """Tensors that both have, equal ones too."""
 
     notes: tuple[str, ...]
-    """What is odd about one of them."""
+    """Oddities of one of them."""
 
     seconds: float

@@ -45,13 +45,7 @@ async def compare_table(
 ) -> TableDifference:
     """Compare a table that both have.
 
-    Args:
-        a: One checkpoint.
-        b: The other.
-        name: The table.
-        budget: Bytes that the rows of both sides may take at a time.
-        stages: Are told of what was read.
-        notes: Receives what is odd.
+    The rows of both sides take no more than `budget` bytes at a time. `notes` receives oddities.
     """
     one, other = a.content.tables[name], b.content.tables[name]
     for side in (a, b):
@@ -101,7 +95,7 @@ async def compare_table(
 
 @dataclass(slots=True)
 class _Read:
-    """Counts the rows of one side, to find those that no load takes."""
+    """Counts the rows of one side, to find rows that no load takes."""
 
     rows: int = 0
     duplicates: int = 0
