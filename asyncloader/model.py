@@ -101,7 +101,7 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int] | None:
     """Say where a tensor lies; `None` where it has no memory, or is of a kind that does not say."""
     try:
         address = tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ValueError):  # the last one of a lazy module's
         return None
     return (tensor.device, address) if address else None
 
