@@ -112,7 +112,7 @@ class Crowd:
 
     folder: Path
     runtime: Runtime
-    threads: set[int | None] = field(default_factory=set)
+    threads: set[int] = field(default_factory=set)
     turns: list[int] = field(default_factory=list)
     """Who has read a chunk, one after the other."""
 
@@ -138,8 +138,8 @@ class Crowd:
     def _note(self, number: int, span: Span) -> None:
         if span.step == "read":
             self.turns.append(number)
-        ours = (one for one in threading.enumerate() if one.name.startswith("asyncloader-"))
-        self.threads.update(one.ident for one in ours)
+        ours = [one for one in threading.enumerate() if one.name.startswith("asyncloader-")]
+        self.threads.update(one.ident for one in ours if one.ident)  # it is being started if not
 
 
 async def test_many_loads_share_one_pool_and_one_budget_and_none_starves(tmp_path: Path) -> None:
