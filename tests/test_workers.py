@@ -54,6 +54,26 @@ def test_jobs_of_a_pool_that_shuts_down_are_done_and_no_more_are_taken() -> None
     assert repr(pool) == "<WorkerPool 'test': 0 of 1 threads>"
 
 
+def test_a_result_that_comes_too_late_may_fail_to_be_put_away() -> None:
+    """As closing a file does whose disk is gone: the thread goes on."""
+    begun, gate = threading.Event(), threading.Event()
+
+    def read() -> bool:
+        begun.set()
+        return gate.wait()
+
+    def close(_: object) -> None:
+        raise OSError(107, "Transport endpoint is not connected")
+
+    with pool_of(1) as pool:
+        call = Call(read, late=close)
+        pool.put(call)
+        begun.wait()
+        assert call.give_up(1)
+        gate.set()
+        assert pool.submit(int, "7").result() == 7
+
+
 def test_a_job_that_is_cancelled_before_it_begins_is_not_run() -> None:
     with pool_of(1) as pool:
         gate, ran = threading.Event(), threading.Event()

@@ -181,7 +181,8 @@ class Call(Generic[T]):
             self.future.set_result(result)
         except InvalidStateError:
             if self.late is not None:
-                self.late(result)
+                with contextlib.suppress(Exception):  # there is nobody left to tell
+                    self.late(result)
 
     def fail(self, error: BaseException) -> None:
         """Note, on its thread, what it raised."""
