@@ -1,11 +1,12 @@
 """Run folders, in which a trainer keeps its checkpoints: one sub-folder each.
 
 RecIS's trainer lists the sub-folders' names in a text file, `checkpoint`, a line each, the newest
-last. All of this blocks, and belongs on a thread, but for `alatest`.
+last. What is no coroutine function blocks, and belongs on a thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -22,13 +23,12 @@ from ._checkpoint.index import is_file_name, parse_catalog
 from ._checkpoint.problems import Problems
 from ._checkpoint.safetensors import is_weight_map, model_in, parse_weight_map
 from ._checkpoint.strict_json import MAX_NAMES
-from ._threads.call import StalledError
-from ._threads.disk import Disk
-from ._threads.pool import WorkerPool
+from ._storage.small_files import Looks
+from ._threads.blocking import run_blocking
 from .errors import CheckpointError, CheckpointNotFoundError, TruncatedShardError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncGenerator
 
 __all__ = [
     "Version",
@@ -76,24 +76,13 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
     That is the last line of its text file `checkpoint` that names a sub-folder with `index`, or
     with a model as Hugging Face has it; where no line does, the sub-folder whose `index`, or model,
     is the newest. A checkpoint whose shards are missing or short, since it is still copied, is
-    passed over, with a warning. Looks at the file system and so blocks; `alatest` does not.
+    passed over, with a warning. Blocks; `alatest` does not.
 
     Raises:
         CheckpointNotFoundError: If there is none.
         CheckpointError: If the folder cannot be listed.
     """
-    folder = Path(checked_path(run_folder, "run_folder"))
-    lacking: list[str] = []
-    for path in _newest_first(folder):
-        lack = _lack_of(_mark(path))
-        if not lack:
-            return path
-        lacking.append(f"{path.name!r}: {lack}")
-        _log.warning("%s is passed over, not all of it is there: %s", path, lack)
-    if not lacking:
-        return newest_committed(folder)  # it says why there is none
-    problem = f"no finished checkpoint here, copy the rest of one: {'; '.join(lacking)}"
-    raise CheckpointNotFoundError(str(folder), problem)
+    return run_blocking(partial(alatest, run_folder))
 
 
 async def alatest(run_folder: str | os.PathLike[str]) -> Path:
@@ -104,33 +93,53 @@ async def alatest(run_folder: str | os.PathLike[str]) -> Path:
         CheckpointError: If the folder cannot be listed, or its disk gives no answer for two
             minutes.
     """
-    folder = checked_path(run_folder, "run_folder")
-    # Of its own: the loop's executor would wait, at the end of the program, for a disk that hangs.
-    workers = WorkerPool(1, name="asyncloader-look")
-    try:
-        return await Disk(workers, seconds=_STALL_TIMEOUT).call(partial(latest, folder))
-    except StalledError as error:
-        raise CheckpointError(folder, f"cannot be looked at: {error}") from error
-    finally:
-        workers.shutdown(wait=False)
+    folder = Path(checked_path(run_folder, "run_folder"))
+    with Looks(str(folder), stall_timeout=_STALL_TIMEOUT) as looks:
+        return await newest_finished(looks, folder)
 
 
-def newest_committed(folder: Path) -> Path:
+async def newest_finished(looks: Looks, folder: Path) -> Path:
+    """Return what `latest` returns.
+
+    Raises:
+        CheckpointNotFoundError: If there is none.
+        CheckpointError: If the folder cannot be listed, or there was no answer.
+    """
+    lacking: list[str] = []
+    async with contextlib.aclosing(_newest_first(looks, folder)) as found:
+        async for path in found:
+            lack = await looks(_lack_of, path)
+            if not lack:
+                return path
+            lacking.append(f"{path.name!r}: {lack}")
+            _log.warning("%s is passed over, not all of it is there: %s", path, lack)
+    if not lacking:
+        raise await looks(_none_in, folder)
+    problem = f"no finished checkpoint here, copy the rest of one: {'; '.join(lacking)}"
+    raise CheckpointNotFoundError(str(folder), problem)
+
+
+async def newest_committed(looks: Looks, folder: Path) -> Path:
     """Return the newest checkpoint of a run folder, though some of it may be still to come.
 
     Raises:
         CheckpointNotFoundError: If there is none.
-        CheckpointError: If the folder cannot be listed.
+        CheckpointError: If the folder cannot be listed, or there was no answer.
     """
-    for path in _newest_first(folder):
-        return path
+    async with contextlib.aclosing(_newest_first(looks, folder)) as found:
+        async for path in found:
+            return path
+    raise await looks(_none_in, folder)
+
+
+def _none_in(folder: Path) -> CheckpointNotFoundError:
     problem = "no run folder but a checkpoint itself; use it as it is"
     if not _is_committed(folder):
         problem = (
             f"no committed checkpoint here; looked for sub-folders that hold {INDEX!r}, which is "
             f"written last, or a safetensors model, those first that the text file {_LIST!r} names"
         )
-    raise CheckpointNotFoundError(str(folder), problem)
+    return CheckpointNotFoundError(str(folder), problem)
 
 
 def versions(run_folder: str | os.PathLike[str]) -> tuple[Version, ...]:
@@ -167,39 +176,34 @@ def is_run_folder(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _newest_first(folder: Path) -> Iterator[Path]:
+async def _newest_first(looks: Looks, folder: Path) -> AsyncGenerator[Path, None]:
     """Yield the committed checkpoints of a run folder, those first that its list names."""
     seen = set()
-    for name in listed(folder):
-        if _is_committed(folder / name):
+    for name in await listed(looks, folder):
+        if await looks(_is_committed, folder / name):
             seen.add(name)
             yield folder / name
-    for version in reversed(versions(folder)):
+    for version in reversed(await looks(versions, folder)):
         if version.committed and version.name not in seen:
             yield folder / version.name
 
 
-def listed(folder: Path) -> Iterator[str]:
-    """Yield the names at the end of the list, the last one first, each once."""
-    lines = _tail(folder / _LIST).split(b"\n")
-    for line in dict.fromkeys(reversed(lines)):
-        name = os.fsdecode(line.strip())  # as the system decodes file names: never fails
-        if is_file_name(name) and not name.startswith(_HIDDEN):
-            yield name
+async def listed(looks: Looks, folder: Path) -> list[str]:
+    """Return the names at the end of the list, the last one first, each once.
 
-
-def _tail(path: Path) -> bytes:
-    """Return the last lines of a file; nothing if it is no file that can be read."""
+    Raises:
+        CheckpointError: If there was no answer.
+    """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would hang
-            return b""
-        with path.open("rb") as file:
-            skipped = max(file.seek(0, os.SEEK_END) - _LAST_BYTES, 0)
-            file.seek(skipped)
-            text = file.read(_LAST_BYTES)
+        text = await looks.read(folder / _LIST, last=_LAST_BYTES + 1)
     except OSError:
-        return b""
-    return text.partition(b"\n")[2] if skipped else text  # the first line may be half a line
+        return []
+    lines = text.split(b"\n")
+    if len(text) > _LAST_BYTES:
+        del lines[0]  # it may be half a line
+    # As the system decodes file names: never fails.
+    names = [os.fsdecode(line.strip()) for line in dict.fromkeys(reversed(lines))]
+    return [name for name in names if is_file_name(name) and not name.startswith(_HIDDEN)]
 
 
 def _version(folder: Path, name: str) -> Version | None:
@@ -233,15 +237,13 @@ def name_order(name: str) -> list[str | int]:
     return [int(part) if n % 2 else part for n, part in enumerate(parts)]
 
 
-def _lack_of(mark: Path | None) -> str:
+def _lack_of(path: Path) -> str:
     """Say which file is missing or short, as while it is copied; a load tells other faults.
-
-    Args:
-        mark: The file that names the shards, or the only one; `None` if it is gone.
 
     Returns:
         A sentence; empty if no file is.
     """
+    mark = _mark(path)
     if mark is None:
         return "it was removed"
     try:

@@ -12,6 +12,7 @@ from asyncloader._storage.folder import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from concurrent.futures import Executor
     from pathlib import Path
 
     from torch import Tensor
@@ -93,6 +94,10 @@ class WatchedFolder:
     def read(self, name: str, /) -> bytes:
         with self.call(f"read {name}"):
             return self.real.read(name)
+
+    async def aread(self, name: str, executor: Executor, /) -> bytes:
+        with self.call(f"read {name}"):
+            return await self.real.aread(name, executor)
 
     def size(self, name: str, /) -> int:
         with self.call(f"size {name}"):

@@ -24,23 +24,31 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.files import INDEX, TENSORKEY
+from asyncloader._threads.jobs import for_each, run_jobs
 from asyncloader.errors import SaveError
 
 from .leftovers import OLD, STAGING, old_files, recover, remove_dead, remove_staging
 from .part import merge_parts, parse_part, render_part
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from concurrent.futures import Executor
+
     from asyncloader._storage.folder import Folder
 
     from .part import RankPart
 
 
+_READERS = 8
+
+
 @dataclass(slots=True)
 class Commit:
-    """One rank's view of a save. Every method may block, and belongs on a thread."""
+    """One rank's view of a save. What is no coroutine function blocks, and belongs on a thread."""
 
     folder: Folder
     save_id: str
@@ -79,28 +87,43 @@ class Commit:
         # Not synced again: rank 0 may have committed, and removed all of this, by now.
         self.folder.move(f"{name}.tmp", name)
 
-    def missing(self) -> tuple[int, ...]:
+    async def missing(self, executor: Executor) -> tuple[int, ...]:
         """Return the ranks that have not published their parts yet.
 
         Raises:
             SaveError: If one of them has given up.
         """
-        there = set(self.folder.names(self.staging))
+        [names] = await run_jobs(executor, [partial(self.folder.names, self.staging)])
+        there = set(names)
         for rank in range(self.ranks):
             if _failure_name(rank) in there:
-                text = self.folder.read(f"{self.staging}/{_failure_name(rank)}").decode()
+                name = f"{self.staging}/{_failure_name(rank)}"
+                text = (await self.folder.aread(name, executor)).decode()
                 problem = f"rank {rank} gave up, so nothing was committed: {text}"
                 raise SaveError(self.folder.location, problem)
         return tuple(r for r in range(self.ranks) if _part_name(r) not in there)
 
-    def commit(self) -> None:
+    async def part_texts(self, executor: Executor) -> list[bytes]:
+        """Return what all ranks have published, in the order of ranks; read side by side."""
+        texts: dict[int, bytes] = {}
+
+        async def read(rank: int) -> None:
+            texts[rank] = await self.folder.aread(self._part_file(rank), executor)
+
+        await for_each(range(self.ranks), read, workers=_READERS, name="asyncloader-part")
+        return [texts[rank] for rank in range(self.ranks)]
+
+    def commit(self, part_texts: Sequence[bytes]) -> None:
         """Make the checkpoint of what all ranks have published.
+
+        Args:
+            part_texts: Of each rank.
 
         Raises:
             SaveError: If the parts do not make one.
             OSError: If the folder failed; all is as it was, as far as it could be undone.
         """
-        parts = [self._read_part(rank) for rank in range(self.ranks)]
+        parts = [self._part(rank, text) for rank, text in enumerate(part_texts)]
         try:
             texts = merge_parts(parts)
         except ValueError as error:
@@ -195,10 +218,10 @@ class Commit:
             self.begin()
             self.abandon([], reason)
 
-    def _read_part(self, rank: int) -> RankPart:
+    def _part(self, rank: int, text: bytes) -> RankPart:
         name = self._part_file(rank)
         try:
-            part = parse_part(self.folder.read(name))
+            part = parse_part(text)
         except ValueError as error:
             raise SaveError(self.folder.location, f"damaged: {error}", name) from error
         if (part.save_id, part.rank, part.ranks) != (self.save_id, rank, self.ranks):

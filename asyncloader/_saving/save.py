@@ -198,7 +198,8 @@ class _Save:
             await run_jobs(threads, [lambda: self._publish(digests)])
             if self._order.rank == 0:
                 await self._wait_for_others()
-                await run_jobs(threads, [self._commit_all])
+                texts = await self._commit.part_texts(threads)
+                await run_jobs(threads, [partial(self._commit_all, texts)])
         except BaseException as error:
             if not self._committed:
                 files = [layout.file for layout in self._layouts]
@@ -227,8 +228,8 @@ class _Save:
         )
         self._commit.publish(part)
 
-    def _commit_all(self) -> None:
-        self._commit.commit()
+    def _commit_all(self, part_texts: Sequence[bytes]) -> None:
+        self._commit.commit(part_texts)
         self._committed = True
         self._commit.clean()
 
@@ -236,7 +237,7 @@ class _Save:
         clock = asyncio.get_running_loop().time
         start, pause = clock(), _FIRST_LOOK
         while True:
-            [missing] = await run_jobs(self._threads.reads, [self._commit.missing])
+            missing = await self._commit.missing(self._threads.reads)
             if not missing:
                 return
             waited = clock() - start

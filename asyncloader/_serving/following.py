@@ -20,7 +20,9 @@ from .switch import cancel
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .looking import Looks, Rest
+    from asyncloader._storage.small_files import Looks
+
+    from .rest import Rest
     from .shelf import Held
     from .source import Candidate, Files
     from .switch import Switch
@@ -131,7 +133,7 @@ class Follower:
     async def _newest(self) -> Candidate | None:
         """Return the newest version; `None` where a look does not tell."""
         try:
-            found = await self._looks(newest, self._source)
+            found = await newest(self._looks, self._source)
         except CheckpointError as error:
             self._teller.note("source", str(error))  # a run folder that is gone is so for a while
             return None
@@ -146,7 +148,7 @@ class Follower:
         if found is None or not found.brings_news_to(serving):
             self._teller.note("older", "")
             return None
-        is_older = await self._looks(found.is_older_than, serving, self._shelf.served)
+        is_older = await found.is_older_than(serving, self._shelf.served, self._looks)
         self._teller.note("older", _older(found, serving) if is_older else "")
         # What was too large is looked at again once there is more room.
         if is_older or self._too_large == (found.path, found.files, self._shelf.needed):

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from asyncloader._loading.progress import Progress
     from asyncloader._planning.plan import LoadPlan
+    from asyncloader._storage.small_files import Looks
     from asyncloader.options import ReadOptions
 
     from .events import Event
-    from .looking import Looks
     from .model import Model
     from .shelf import Freeing, Shelf
     from .source import Candidate

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from asyncloader._storage.small_files import Looks
 from asyncloader._threads.jobs import settled
 from asyncloader._threads.pool import WorkerPool
 from asyncloader.errors import CheckpointChangedError, CheckpointError
@@ -14,7 +15,7 @@ from asyncloader.errors import CheckpointChangedError, CheckpointError
 from .events import Teller
 from .following import Follower
 from .loading import VersionLoader, check_options
-from .looking import Looks, Rest
+from .rest import Rest
 from .shelf import Freeing, Shelf
 from .source import candidate, named, newest
 from .state import LiveState, LiveVersion
@@ -63,7 +64,7 @@ class Service:
         self._source = source
         read_options = check_options(source, loader_options)
         self._pool = WorkerPool(_THREADS, name="asyncloader-live")
-        self._looks = Looks(source, stall_timeout=read_options.stall_timeout)
+        self._looks = Looks(str(source), stall_timeout=read_options.stall_timeout)
         self._teller = Teller(on_event)
         self._freeing = Freeing(self._pool, self._teller.tell)
         self.shelf = Shelf(keep=keep)
@@ -127,7 +128,7 @@ class Service:
         self._loader.start()
         async with self._switch.turn:  # or commands would load beside it
             try:
-                first = await self._rest.reached(lambda: self._looks(newest, self._source))
+                first = await self._rest.reached(lambda: newest(self._looks, self._source))
                 self._switch.swap(await self._switch.load_once(first))
             except BaseException:
                 await settled(asyncio.ensure_future(self._wind_up()))
@@ -152,7 +153,7 @@ class Service:
         self.shelf.close()
         await self._freeing.wait()
         self._loader.stop()
-        self._looks.close()
+        self._looks.close(wait=True)
         self._pool.shutdown()  # its threads are idle
 
     async def rollback(self) -> LiveVersion:

@@ -1,4 +1,4 @@
-"""What there is to serve. Looks at the file system and so blocks; it belongs on a thread."""
+"""What there is to serve. What is no coroutine function blocks, and belongs on a thread."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from asyncloader.runs import listed, name_order, newest_committed
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
+    from asyncloader._storage.small_files import Looks
 
 
 _SAFETENSORS = ".safetensors"
@@ -95,15 +97,17 @@ class Candidate:
         """Say whether a load would find anything else than it did before."""
         return self.path != before.path or self.files.bring_news_to(before.files)
 
-    def is_older_than(self, other: Candidate, served: Collection[Candidate]) -> bool:
-        """Say whether another version of the same run folder came after this one. Blocks.
+    async def is_older_than(
+        self, other: Candidate, served: Collection[Candidate], looks: Looks
+    ) -> bool:
+        """Say whether another version of the same run folder came after this one.
 
         The version that the list names last is new, whatever its time, unless it is in `served`.
         """
         mine, theirs = self.entry, other.entry
         if mine is None or theirs is None or mine == theirs or mine.parent != theirs.parent:
             return False  # what took a version's place, or came with another folder, is meant
-        names = list(listed(mine.parent))
+        names = await listed(looks, mine.parent)
         if mine.name in names and theirs.name in names:
             return names.index(mine.name) > names.index(theirs.name)
         if names[:1] == [mine.name] and self not in served:
@@ -115,14 +119,17 @@ class Candidate:
         return max(modified for *_, modified in self.identity)
 
 
-def newest(source: Path) -> Candidate:
+async def newest(looks: Looks, source: Path) -> Candidate:
     """Return the checkpoint at `source`, or the newest one of a run folder.
 
     Raises:
         CheckpointNotFoundError: If there is none.
-        CheckpointError: If the folder cannot be listed.
+        CheckpointError: If the folder cannot be listed, or there was no answer.
     """
-    return _at(source) or candidate(newest_committed(source))
+    found = await looks(_at, source)
+    if found is None:
+        return await looks(candidate, await newest_committed(looks, source))
+    return found
 
 
 def candidate(path: Path) -> Candidate:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from .open_files import OpenFiles, naming
 from .protocol import views_after
+from .small_files import read_small
 
 if sys.platform != "win32":
     import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from concurrent.futures import Executor
 
 
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
@@ -42,8 +44,8 @@ class WritableFile(Protocol):
 class Folder(Protocol):
     """Names are relative to the folder, parts separated by `/`; `""` is the folder itself.
 
-    Every call may block, and belongs on a thread. Every call may raise `OSError`, whose `filename`
-    is `location` and the name, if anything.
+    Every call but `aread` may block, and belongs on a thread. Every call may raise `OSError`, whose
+    `filename` is `location` and the name, if anything.
     """
 
     @property
@@ -69,6 +71,10 @@ class Folder(Protocol):
 
     def read(self, name: str, /) -> bytes:
         """Return a whole file."""
+        ...
+
+    async def aread(self, name: str, executor: Executor, /) -> bytes:
+        """Return a whole file, which threads of the executor read."""
         ...
 
     def size(self, name: str, /) -> int:
@@ -167,6 +173,10 @@ class LocalFolder:
     def read(self, name: str, /) -> bytes:
         """Return a whole file."""
         return (self._root / name).read_bytes()
+
+    async def aread(self, name: str, executor: Executor, /) -> bytes:
+        """Return a whole file."""
+        return await read_small(self._root / name, executor)
 
     def size(self, name: str, /) -> int:
         """Return the length of a file in bytes."""

@@ -73,7 +73,7 @@ class Disk:
     @property
     def is_idle(self) -> bool:
         """Whether no caller waits for anything."""
-        return not self._under_way
+        return all(call.future.done() for call in self._under_way)
 
     def under_way(self) -> list[str]:
         """Say what threads are at, the longest first."""

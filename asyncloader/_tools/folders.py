@@ -1,4 +1,4 @@
-"""Folders that are no checkpoint but have to do with some. All of this blocks."""
+"""Folders that are no checkpoint but have to do with some."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.files import INDEX
+from asyncloader._storage.small_files import Looks
 from asyncloader.errors import CheckpointNotFoundError
-from asyncloader.runs import is_run_folder, latest, versions
+from asyncloader.runs import is_run_folder, newest_finished, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,19 +53,28 @@ class RunSummary:
     """The newest last."""
 
 
-def run_folder(path: str) -> RunSummary | None:
+async def run_folder(path: str, *, stall_timeout: float | None) -> RunSummary | None:
     """Sum up a run folder; return `None` if it is none.
 
     Raises:
-        CheckpointError: If it cannot be listed.
+        CheckpointError: If it cannot be listed, or its disk gives no answer.
     """
-    listed = os.path.isfile(os.path.join(path, _LIST))  # noqa: PTH113, PTH118  # never raises
-    if not listed and not is_run_folder(path):
-        return None
-    try:
-        newest = latest(path).name
-    except CheckpointNotFoundError:
-        newest = None
+    with Looks(path, stall_timeout=stall_timeout) as looks:
+        if not await looks(_is_run_folder, path):
+            return None
+        try:
+            newest = (await newest_finished(looks, Path(path))).name
+        except CheckpointNotFoundError:
+            newest = None
+        return await looks(_summed_up, path, newest)
+
+
+def _is_run_folder(path: str) -> bool:
+    has_list = os.path.isfile(os.path.join(path, _LIST))  # noqa: PTH113, PTH118  # never raises
+    return has_list or is_run_folder(path)
+
+
+def _summed_up(path: str, newest: str | None) -> RunSummary:
     found = tuple(
         VersionSummary(
             name=version.name,

@@ -119,7 +119,7 @@ async def look_into(path: str, options: ReadOptions) -> CheckpointSummary | RunS
         try:
             manifest = await read_headers(session)
         except CheckpointNotFoundError as error:
-            run = await session.on_disk(partial(run_folder, path))
+            run = await run_folder(path, stall_timeout=options.stall_timeout)
             if run is not None:
                 return run
             problem = await session.on_disk(partial(unfinished, path))

@@ -1,16 +1,10 @@
-"""Looks at the source on a thread, and waits until no file of a version is written to any more."""
+"""Waits until no file of a version is written to any more."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from functools import partial
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
-
-from asyncloader._threads.call import StalledError
-from asyncloader._threads.disk import Disk
-from asyncloader._threads.pool import WorkerPool
-from asyncloader.errors import CheckpointError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -19,50 +13,8 @@ if TYPE_CHECKING:
     from .source import Candidate, Files
 
 
-T = TypeVar("T")
-P = ParamSpec("P")
-
 _REMEMBERED = 100
 _NAMED = 3
-
-
-class Looks:
-    """Calls functions that look at the source on a thread. Belongs to one event loop.
-
-    Args:
-        source: A run folder, or a checkpoint.
-        stall_timeout: Seconds after which a look is given up if the disk gives no answer.
-    """
-
-    def __init__(self, source: Path, *, stall_timeout: float | None) -> None:
-        self._source = source
-        self._closed = False
-        self._workers = WorkerPool(1, name="asyncloader-look")
-        self._disk = Disk(self._workers, seconds=stall_timeout)
-
-    def close(self) -> None:
-        """Look no more. Waits for the thread, unless a look is still waited for."""
-        self._closed = True
-        # A command may still look at a disk that gives no answer: it will be given up.
-        self._workers.shutdown(wait=self._disk.is_idle)
-
-    async def __call__(self, look: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what `look` returns.
-
-        Raises:
-            CheckpointError: If there was no answer.
-            RuntimeError: If this is closed.
-            Exception: What `look` raises.
-        """
-        try:
-            return await self._disk.call(partial(look, *args, **kwargs))
-        except StalledError as error:
-            raise CheckpointError(str(self._source), f"cannot be looked at: {error}") from error
-        except RuntimeError as error:
-            if not self._closed:
-                raise
-            problem = f"{str(self._source)!r}: left: use it within its `async with` block"
-            raise RuntimeError(problem) from error
 
 
 class Rest:
