@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from asyncloader._threads.jobs import for_each, settled
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _MOST = 256
 _CLOSERS = 8
 _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
 
 
 class OpenFile:
@@ -195,7 +199,7 @@ class Descriptors:
         return {key: file for key, file in self._files.items() if key[0] is owner}
 
 
-def close_aside(files: Iterable[OpenFile]) -> None:
+def close_aside(files: Iterable[_Closable]) -> None:
     """Close files on a thread of its own, which nobody waits for."""
 
     def close_all() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .open_files import OpenFiles, naming
 from .protocol import views_after
-from .small_files import read_small
+from .small_files import read_file
 
 if sys.platform != "win32":
     import fcntl
@@ -176,7 +176,7 @@ class LocalFolder:
 
     async def aread(self, name: str, executor: Executor, /) -> bytes:
         """Return a whole file."""
-        return await read_small(self._root / name, executor)
+        return await read_file(self._root / name, executor)
 
     def size(self, name: str, /) -> int:
         """Return the length of a file in bytes."""

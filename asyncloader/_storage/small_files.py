@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
-import aiofiles
+from aiofiles.threadpool import wrap
 
 from asyncloader._threads.call import StalledError
 from asyncloader._threads.disk import Disk
@@ -20,18 +19,21 @@ from asyncloader._threads.jobs import settled
 from asyncloader._threads.pool import WorkerPool
 from asyncloader.errors import CheckpointError
 
+from .descriptors import close_aside
 from .opening import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from concurrent.futures import Executor
+    from io import BufferedReader
+    from pathlib import Path
 
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 
-async def read_small(path: Path, executor: Executor, *, last: int = -1) -> bytes:
+async def read_file(path: Path, executor: Executor, *, last: int = -1) -> bytes:
     """Return the content of a regular file.
 
     A caller that is cancelled waits for the thread, as long as the executor does.
@@ -48,16 +50,19 @@ async def read_small(path: Path, executor: Executor, *, last: int = -1) -> bytes
 
 
 async def _read(path: Path, executor: Executor, last: int) -> bytes:
-    # Not `async with`: aiofiles would close the file on the event loop's own executor, for which
-    # the end of the program waits, though the disk is gone.
-    file = await aiofiles.open(path, "rb", executor=executor, opener=_open)
+    loop = asyncio.get_running_loop()
+    # Not `async with aiofiles.open(…)`: that closes the file on the event loop's own threads, for
+    # which the end of the program waits, though the disk is gone.
+    opened = await loop.run_in_executor(executor, partial(_opened, path))
+    file = wrap(opened, executor=executor)
     try:
         if last >= 0:
             size = await file.seek(0, os.SEEK_END)
             await file.seek(max(size - last, 0))
-        content = await file.read(last)
+        content: bytes = await file.read(last)
     except StalledError:
-        raise  # the thread that still reads is the last to know the file, and so closes it
+        close_aside([opened])  # waits for the thread that still reads
+        raise
     except BaseException:
         await file.close()
         raise
@@ -65,8 +70,9 @@ async def _read(path: Path, executor: Executor, last: int) -> bytes:
     return content
 
 
-def _open(path: str, flags: int) -> int:
-    return open_regular(Path(path), flags, follow=True)[0]
+def _opened(path: Path) -> BufferedReader:
+    fd, _ = open_regular(path, os.O_RDONLY, follow=True)
+    return open(fd, "rb")  # noqa: PTH123  # a descriptor
 
 
 class Looks:
@@ -117,7 +123,7 @@ class Looks:
             RuntimeError: If this is closed.
             OSError: If it is no regular file, or cannot be read.
         """
-        return await self._answered(read_small(path, self._disk.executor(path), last=last))
+        return await self._answered(read_file(path, self._disk.executor(path), last=last))
 
     async def _answered(self, look: Awaitable[T]) -> T:
         try:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from concurrent.futures import Executor
 from functools import partial
+from io import IOBase
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .call import Call
@@ -121,9 +122,9 @@ class Disk:
         """Return an executor for `run_in_executor` and the like; its jobs are calls like others.
 
         A caller that is cancelled does not wait for the thread: jobs may write to no memory but
-        their own. Used on the event loop's thread only.
+        their own. A file that a job opens too late is closed. Used on the event loop's thread only.
         """
-        return _Executor(partial(self._begun, label=label, reading=None, late=None))
+        return _Executor(partial(self._begun, label=label, reading=None, late=_close))
 
     def close(self) -> None:
         """Look after no call any more."""
@@ -168,6 +169,11 @@ class Disk:
                 self._pool.replace(call)
             if self._seconds is not None and waited > self._seconds:
                 self.lost += call.give_up(self._seconds)
+
+
+def _close(result: object) -> None:
+    if isinstance(result, IOBase):
+        result.close()
 
 
 class _Executor(Executor):
