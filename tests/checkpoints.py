@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from asyncloader import ReadOptions, Saver, gen_slice
+from tests.forks import python
 from tests.oracle import TableData, flat_bytes, rows_of
 from tests.support import data, table_for
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -85,6 +84,5 @@ def flip(path: Path, offset: int, by: int = 1) -> None:
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
     """Run the command line as a process; return its exit code, and what it printed."""
-    command: Sequence[str] = [sys.executable, "-m", "asyncloader", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = python("-m", "asyncloader", *arguments)
     return done.returncode, done.stdout, done.stderr

@@ -36,7 +36,7 @@ ASYNCIO = ("asyncio", {"debug": True})
     params=[
         pytest.param(ASYNCIO, id="asyncio"),
         pytest.param(
-            ("asyncio", {"debug": True, "loop_factory": uvloop.new_event_loop}), id="uvloop"
+            ("asyncio", {"debug": False, "loop_factory": uvloop.new_event_loop}), id="uvloop"
         ),
     ],
 )

@@ -16,6 +16,7 @@ import torch
 
 from asyncloader import CheckpointNotFoundError, Loader, Progress, load_tensors
 from asyncloader._threads.blocking import run_blocking
+from tests.forks import Forked, python
 from tests.oracle import write_checkpoint
 from tests.support import data, table_for, unchanged
 
@@ -116,20 +117,11 @@ SCRIPT = """
 def test_control_c_ends_a_load_and_its_threads(tmp_path: Path, where: str) -> None:
     write_checkpoint(tmp_path / "c", {}, {"w": torch.zeros(4 << 20)})
     script = textwrap.dedent(SCRIPT)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "c"), where],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "loading\n"
-        process.send_signal(signal.SIGINT)
-        try:
-            out, _ = process.communicate(timeout=20)
-        finally:
-            process.kill()
+    process = Forked(["-c", script, tmp_path / "c", where])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
     assert out.splitlines()[-1] == "interrupted ['MainThread']"
 
 
@@ -185,13 +177,8 @@ AT_BOTH_ENDS = """
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT to send")
 def test_control_c_leaves_a_table_as_it_was_or_loaded(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {"t": data(list(range(1000)))}, {})
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(AT_BOTH_ENDS), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        check=True,
-    )
+    done = python("-c", textwrap.dedent(AT_BOTH_ENDS), tmp_path)
+    assert done.returncode == 0, done.stderr
     lines = [line.split(", ") for line in done.stdout.splitlines()]
     assert len(lines) == 6
     for where, _, outcome, count, *threads in lines:
@@ -353,10 +340,9 @@ STUCK = """
 
 
 def output_of(script: str, *arguments: str) -> str:
-    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, timeout=60
-    ).stdout
+    done = python("-c", textwrap.dedent(script), *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT to send")
@@ -502,13 +488,7 @@ MEANWHILE = """
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to catch")
 def test_a_signals_handler_may_save_and_exit_while_a_save_goes_on(tmp_path: Path) -> None:
     """It came in at any point of the loop that was saving, which never ended then."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEANWHILE), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    done = python("-c", textwrap.dedent(MEANWHILE), tmp_path)
     assert (done.returncode, done.stdout) == (7, "saved True\n"), done.stderr
     assert (tmp_path / "last" / "index").exists()
 
@@ -555,13 +535,8 @@ def test_what_is_saved_while_the_program_ends_is_saved_or_an_error_says_why(
     tmp_path: Path, where: str
 ) -> None:
     """`concurrent.futures` takes no more work then; threads can still be started, but by 3.12."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(LATE), where, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=True,
-    )
+    done = python("-c", textwrap.dedent(LATE), where, tmp_path)
+    assert done.returncode == 0, done.stderr
     if "can't create new thread" in done.stderr:
         assert sys.version_info[:2] == (3, 12)
         assert "at interpreter shutdown: load or save before the program ends" in done.stderr

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -34,6 +33,7 @@ from asyncloader._tools.converting.source import read_source
 from asyncloader._tools.verifying.verify import averify
 from asyncloader.cli._app import run as command
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, run, save
+from tests.forks import Forked
 from tests.oracle import Block as RawBlock
 from tests.oracle import (
     TableData,
@@ -713,11 +713,13 @@ def test_a_process_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     ids = torch.arange(3_000_000)
     table = TableData(ids=ids, slots={"embedding": torch.zeros(len(ids), 16)})
     write_checkpoint(tmp_path / "a", {"t": table}, {})
-    command_line = [sys.executable, "-m", "asyncloader", "convert", str(tmp_path / "a")]
-    with subprocess.Popen([*command_line, str(tmp_path / "b"), "--shards", "50"]) as process:
-        while not (tmp_path / "b").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+    into = [str(tmp_path / name) for name in "ab"]
+    process = Forked(["-m", "asyncloader", "convert", *into, "--shards", "50"])
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "b").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
     assert process.returncode == 130
     assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208

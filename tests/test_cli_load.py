@@ -7,8 +7,6 @@ import os
 import pty
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -29,6 +27,7 @@ from asyncloader.cli._load import Loaded, load_all
 from asyncloader.cli._terminal import bar
 from asyncloader.cli._trace_file import trace_of
 from tests.checkpoints import GENUINE, LIMITS, save
+from tests.forks import Forked, python
 from tests.oracle import (
     DTYPES,
     read_checkpoint,
@@ -364,18 +363,9 @@ def test_a_checkpoint_that_contradicts_itself_is_one_line(
 # Processes.
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "asyncloader", *map(str, arguments)]
-
-
 @pytest.mark.parametrize("flags", [[], ["--direct-io"]])
 def test_json_says_what_was_loaded(flags: list[str]) -> None:
-    done = subprocess.run(
-        command("load", GENUINE / "small_4shards", "--json", *flags),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python("-m", "asyncloader", "load", GENUINE / "small_4shards", "--json", *flags)
     document = json.loads(done.stdout)
     tables, tensors = read_checkpoint(GENUINE / "small_4shards")
     assert done.stderr == ""
@@ -386,15 +376,13 @@ def test_json_says_what_was_loaded(flags: list[str]) -> None:
 
 def test_ctrl_c_ends_it_quietly_with_exit_code_130(tmp_path: Path) -> None:
     file = huge(tmp_path)
-    process = subprocess.Popen(
-        command("show", file, "w"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = Forked(["-m", "asyncloader", "show", file, "w"])
     deadline = time.monotonic() + 30
     while str(file) not in files_of(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)  # another process: there is nothing to wait for
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == (b"", b"")
+    assert process.communicate(timeout=30) == ("", "")
     assert process.returncode == 130
 
 
@@ -422,16 +410,12 @@ def test_a_terminal_gets_a_bar_and_colours_and_keeps_stdout_clean(tmp_path: Path
     reader = threading.Thread(target=receive)
     reader.start()
     path = save(tmp_path)
-    good = subprocess.run(
-        command("load", path, "--json"), stdout=subprocess.PIPE, stderr=other, check=False
-    )
-    bad = subprocess.run(
-        command("load", tmp_path / "absent"), stdout=subprocess.PIPE, stderr=other, check=False
-    )
+    good = python("-m", "asyncloader", "load", path, "--json", stderr=other)
+    bad = python("-m", "asyncloader", "load", tmp_path / "absent", stderr=other)
     os.close(other)
     reader.join()
     os.close(terminal)
-    assert (good.returncode, bad.returncode, bad.stdout) == (0, 2, b"")
+    assert (good.returncode, bad.returncode, bad.stdout) == (0, 2, "")
     assert json.loads(good.stdout)["report"]["location"] == str(path)
     text = received.decode()
     assert "preparing" in text

@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +27,7 @@ from asyncloader.cli._app import run as run_here
 from asyncloader.cli._show_view import id_view, table_view, tensor_view
 from asyncloader.cli._terminal import Numbers, number_text
 from tests.checkpoints import GENUINE, LIMITS
+from tests.forks import python
 from tests.oracle import (
     DTYPES,
     Slice,
@@ -457,13 +455,7 @@ def test_numbers_that_do_not_fit_are_counted(width: int) -> None:
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "asyncloader", "show", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=dict(os.environ),
-    )
+    done = python("-m", "asyncloader", "show", *arguments)
     return done.returncode, done.stdout, done.stderr
 
 

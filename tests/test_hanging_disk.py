@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from asyncloader import (
     ReadStalledError,
     Runtime,
 )
+from tests.forks import python
 from tests.hanging_disk import NotMountableError, hanging_disk
 from tests.oracle import shard_holding, write_checkpoint
 from tests.support import data, nothing_left_behind, open_files, rows_in, rows_on_disk, table_for
@@ -418,8 +417,5 @@ asyncio.run(main())
 def test_a_program_ends_though_its_threads_wait_for_a_dead_disk(case: Case, what: str) -> None:
     path = case.disk.path / ("" if what == "folder" else case.shard)
     with case.disk.stopped():
-        done = subprocess.run(
-            [sys.executable, "-c", ENDS, str(path)],
-            capture_output=True, text=True, timeout=40, check=False,
-        )  # fmt: skip
+        done = python("-c", ENDS, path, timeout=40)
     assert (done.returncode, done.stdout) == (0, "given up\n"), done.stderr

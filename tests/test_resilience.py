@@ -7,8 +7,6 @@ import contextlib
 import errno
 import itertools
 import os
-import subprocess
-import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -32,6 +30,7 @@ from asyncloader import (
 )
 from asyncloader._storage.retrying import RetryingStorage
 from tests.faulty import FaultyStorage, Stuck, flips_a_bit, raises
+from tests.forks import python
 from tests.oracle import write_checkpoint
 from tests.support import (
     MemoryStorage,
@@ -394,9 +393,7 @@ def test_a_program_with_a_thread_that_never_returns_still_ends(written: Path) ->
     """Python waits for all threads but daemons when it ends."""
     root = str(Path(__file__).parents[1])
     code = textwrap.dedent(STUCK_AT_EXIT.format(root=root, folder=str(written)))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
-    )
+    done = python("-c", code, timeout=50)
     assert (done.returncode, done.stdout) == (0, "('w',)\n"), done.stderr
 
 

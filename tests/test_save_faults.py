@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +14,7 @@ import torch
 
 from asyncloader import HashTable, Loader, SaveError, Saver, gen_slice
 from tests.folders import WatchedFolder, content, save_into, sites
+from tests.forks import python
 from tests.oracle import read_checkpoint
 from tests.support import nothing_left_behind, open_files
 
@@ -406,13 +405,7 @@ def test_a_saver_that_is_killed_at_any_call_leaves_the_old_checkpoint_or_none(
     save_old(tmp_path / "clean")
     calls = asyncio.run(save_new(tmp_path / "clean", fine)).calls
     numbers = [*sites(calls, every=every_step), len(calls)]  # at the last one it is not killed
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path), json.dumps(numbers)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", KILLER, tmp_path, json.dumps(numbers))
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     outcomes = []

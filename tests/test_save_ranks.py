@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from asyncloader import HashTable, Loader, gen_slice
+from tests.forks import Forked
 from tests.oracle import read_checkpoint, read_parts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,12 +45,8 @@ if rendezvous:
 def run_ranks(path: Path, ranks: int, *, save_id: str = "", rendezvous: str = "") -> None:
     """Start the ranks, the last one first, and wait for all."""
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(path), str(rank), str(ranks), save_id, rendezvous],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Forked(
+            ["-c", RANK, path, str(rank), str(ranks), save_id, rendezvous],
             env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in reversed(range(ranks))
