@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from asyncloader import ReadError
 from asyncloader._storage.descriptors import Descriptors
-from asyncloader._storage.direct import DirectReader
 from asyncloader._storage.local import LocalStorage
-from asyncloader._storage.preadv import preadv
+from asyncloader._storage.preadv import DirectReader, preadv
 from asyncloader._storage.protocol import ThreadedStorage, fill, read_exactly, read_small, read_text
 from asyncloader._storage.retrying import ThreadedRetryingStorage
 from asyncloader._threads.call import Reading

@@ -15,7 +15,8 @@ from asyncloader._threads.jobs import for_each, settled
 
 from .descriptors import Descriptors, OpenFile, close_aside
 from .opening import O_DIRECT, FileChangedError, identity, open_regular, status_of
-from .preadv import preadv
+from .preadv import DirectReader
+from .preadv import preadv as through_cache
 from .protocol import scatter
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class LocalStorage:
         preadv: PReadV | None = None,
     ) -> None:
         self._flags = O_DIRECT if direct_io else 0
-        self._preadv = preadv or _reader(past_cache=bool(self._flags))
+        self._preadv = preadv or (DirectReader().preadv if self._flags else through_cache)
         self._root = Path(root)
         self._disk = disk
         self._descriptors = descriptors or Descriptors()
@@ -234,11 +235,3 @@ class LocalStorage:
         dangling = "symbolic link" in (error.strerror or "")
         problem = error.strerror if dangling else "No such file in the folder"
         return FileNotFoundError(errno.ENOENT, problem, str(error.filename))
-
-
-def _reader(*, past_cache: bool) -> PReadV:
-    if not past_cache:
-        return preadv
-    from .direct import DirectReader  # noqa: PLC0415  # seldom
-
-    return DirectReader().preadv

@@ -48,30 +48,27 @@ class Reading:
 
     Several reads, one after the other, are one reading of a thread that is lent: it calls `begin`
     before each of them.
+
+    Attributes:
+        name: The file.
+        views: The memory that is filled; `None` says that `begin` will tell.
+        is_large: Whether the gate counts it among the reads of which only some are of use.
+        waited: Whether it had to wait for bytes that were not in memory yet; a short one does not
+            look.
+        unsure: Whether the system could not say that; then its thread's time tells.
+        begun: Reads that were begun; each is waited for by itself.
+        is_lost: Whether its caller was let go: other loads may have the memory by now.
     """
 
     name: str = ""
-    """The file."""
-
     offset: int = 0
     views: Sequence[memoryview] | None = None
-    """The memory that is filled; `None` says that `begin` will tell."""
-
     length: int = field(init=False)
     is_large: bool = field(init=False)
-    """Whether the gate counts it among the reads of which only some are of use."""
-
     waited: bool = field(init=False)
-    """Whether it had to wait for bytes that were not in memory yet; a short one does not look."""
-
     unsure: bool = False
-    """Whether the system could not say that; then its thread's time tells."""
-
     begun: int = 0
-    """Reads that were begun; each is waited for by itself."""
-
     is_lost: bool = False
-    """Whether its caller was let go: other loads may have the memory by now."""
 
     def __post_init__(self) -> None:
         self.length = sum(map(_NBYTES, self.views or ()))
@@ -98,48 +95,38 @@ class Reading:
 
 @dataclass(slots=True, eq=False)
 class Call(Generic[T]):
-    """A job for a thread."""
+    """A job for a thread.
+
+    Attributes:
+        job: The work; `None` once a thread has begun, or the call was withdrawn.
+        reading: What the job reads, if it does.
+        is_counted: Whether the gate counts it; not where it uses no processor to speak of.
+        label: What it is about, for messages.
+        late: Gets the result if it comes after the call was given up.
+        future: The result, or what was raised; a `StalledError` if it was given up.
+        queue: That of its threads.
+        number: In order of arrival at the gate.
+        thread: The one that has begun with it.
+        begun: When that was, by the gate's clock.
+        waited: Seconds for which the storage has given no answer.
+        is_over: Whether its thread is done with it, given up or not.
+        is_struck: Whether its thread was replaced. It takes no other call.
+    """
 
     job: Callable[[], T] | None
-    """What to do; `None` once a thread has begun, or the call was withdrawn."""
-
     reading: Reading | None = None
-    """What it reads, if it does."""
-
     is_counted: bool = True
-    """Whether the gate counts it; not where it uses no processor to speak of."""
-
     label: object = ""
-    """What it is about, for messages."""
-
     late: Callable[[T], object] | None = None
-    """Gets the result if it comes after the call was given up."""
-
     future: Future[T] = field(default_factory=Future)
-    """The result, or what was raised; a `StalledError` if it was given up."""
-
     queue: SimpleQueue[Call[Any] | None] = field(init=False)
-    """That of its threads."""
-
     number: int = 0
-    """In order of arrival at the gate."""
-
     thread: threading.Thread | None = None
-    """The one that has begun with it."""
-
     begun: float = 0.0
-    """When that was, by the gate's clock."""
-
     waited: float = 0.0
-    """Seconds for which the storage has given no answer."""
-
     is_slow: bool = False
     is_over: bool = False
-    """Whether its thread is done with it, given up or not."""
-
     is_struck: bool = False
-    """Whether its thread was replaced. It takes no other call."""
-
     is_large: bool = field(init=False)
     _reads: int = 0
 
