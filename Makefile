@@ -22,7 +22,7 @@ serve: .venv/installed-serve ## serve a model in a browser's sight while new ver
 	@$(RUN) examples.serve $(ARGS)
 
 test: .venv/installed ## run the tests, three at a time: some of them wait
-	$(RUN) pytest --numprocesses 3 --dist loadfile $(ARGS)
+	$(RUN) pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-lowest: .venv-lowest/installed ## run some of the tests on the lowest releases that are declared
 	.venv-lowest/bin/python -m pytest -p no:cacheprovider $(LOWEST) $(ARGS)

@@ -78,7 +78,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests out on asyncio's own loop where nothing depends on which loop it is."""
+    """Run files with slow tests first, so that no worker is left alone with one in the end.
+
+    And leave tests out on asyncio's own loop where nothing depends on which loop it is.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if config.getoption("both_loops"):
         return
     left_out = [item for item in items if _on_asyncio(item) and not _wants_both(item)]

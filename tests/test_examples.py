@@ -35,6 +35,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_finds_every_bit_where_it_was_written() -> None:
     out = run("examples.demo")
     for what in ("bit for bit", "item_emb", "user_emb", "ad_emb", "GB/s", "worst", "all verified"):

@@ -98,6 +98,7 @@ class Looker:
             self._looked.set()
 
 
+@pytest.mark.slow
 def test_a_thread_sees_one_version_at_a_time_while_loads_go_on(
     table: HashTable, checkpoints: list[Path]
 ) -> None:

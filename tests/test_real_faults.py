@@ -164,6 +164,7 @@ def as_nobody(base: str) -> list[str] | None:
     return told
 
 
+@pytest.mark.slow
 @linux
 def test_who_may_not_write_or_read_is_told_where(found: Found) -> None:
     told = found[as_nobody]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.both_loops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwriting", [False, True])
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again and again"])
 async def test_a_save_cancelled_at_any_await_leaves_the_old_checkpoint_or_the_new(
