@@ -137,7 +137,7 @@ def _none_in(folder: Path) -> CheckpointNotFoundError:
     if not _is_committed(folder):
         problem = (
             f"no committed checkpoint here; looked for sub-folders that hold {INDEX!r}, which is "
-            f"written last, or a safetensors model, those first that the text file {_LIST!r} names"
+            f"written last, or a safetensors model, the first ones that {_LIST!r} names"
         )
     return CheckpointNotFoundError(str(folder), problem)
 
@@ -177,7 +177,7 @@ def is_run_folder(path: str | os.PathLike[str]) -> bool:
 
 
 async def _newest_first(looks: Looks, folder: Path) -> AsyncGenerator[Path, None]:
-    """Yield the committed checkpoints of a run folder, those first that its list names."""
+    """Yield the committed checkpoints of a run folder, the names in its list first."""
     seen = set()
     for name in await listed(looks, folder):
         if await looks(_is_committed, folder / name):

@@ -1,1 +1,1 @@
-"""Bytes from somewhere. `storage.folder` writes them; who only reads does not import it."""
+"""Where bytes come from, and go to: `folder.py` writes, all other modules read."""

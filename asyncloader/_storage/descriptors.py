@@ -92,19 +92,19 @@ class OpenFile:
 class Descriptors:
     """The open files of any number of storages, no more of them than the program can spare.
 
-    A file stays open when nobody uses it, until its place is wanted for another one; the file that
-    was not used for longest goes first. Where all are used, whoever came first gets the first place
-    that becomes free. Belongs to one event loop.
+    A file stays open when no task uses it, until its place is wanted for another one; the file that
+    was not used for longest goes first. Where all are used, the task that came first gets the
+    first place that becomes free. Belongs to one event loop.
 
     Args:
-        most: Files that are open at a time. `None` is 256, or a quarter of those that the process
-            may have open, if that is less: the others belong to the rest of the program.
+        most: Files that are open at a time. `None` is 256, or a quarter of the files that the
+            process may have open, if that is less: the others belong to the rest of the program.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self._most = _allowed() if most is None else most
         self._files: OrderedDict[tuple[object, str], OpenFile] = OrderedDict()
-        self._open = 0  # those, and what is being opened or closed
+        self._open = 0  # files, and what is being opened or closed
         self._turns = asyncio.Lock()  # first come, first served
         self._changed = asyncio.Event()
 
@@ -183,7 +183,7 @@ class Descriptors:
             self._open += 1
 
     async def _close(self, key: tuple[object, str]) -> None:
-        file = self._files.pop(key, None)  # before the await: nobody may take it meanwhile
+        file = self._files.pop(key, None)  # before the await: no task may take it meanwhile
         if file is not None:
             try:
                 await file.aclose()
@@ -200,7 +200,7 @@ class Descriptors:
 
 
 def close_aside(files: Iterable[_Closable]) -> None:
-    """Close files on a thread of its own, which nobody waits for."""
+    """Close files on a thread that the program does not wait for."""
 
     def close_all() -> None:
         for file in files:

@@ -54,7 +54,7 @@ class Folder(Protocol):
         ...
 
     def make(self, name: str, /) -> None:
-        """Make a folder and those above it; fine if it is there."""
+        """Make a folder, and its parents; fine if it is there."""
         ...
 
     def names(self, name: str, /) -> list[str]:
@@ -102,10 +102,10 @@ class Folder(Protocol):
         ...
 
     def hold(self) -> contextlib.AbstractContextManager[bool]:
-        """Keep others who hold the folder away, in any process, until the block ends.
+        """Hold the folder until the block ends, against any other process or thread that would.
 
         Yields:
-            Whether nobody else holds it.
+            Whether no other does.
         """
         ...
 
@@ -227,7 +227,7 @@ def _locked(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # Some network file systems lock no folders; the others say who else is at work.
+        # Some network file systems lock no folders; others refuse while another process holds it.
         return error.errno not in {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN}
     return True
 

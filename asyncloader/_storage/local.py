@@ -102,7 +102,7 @@ class LocalStorage:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close every descriptor. Nobody may be reading any more."""
+        """Close every descriptor. No read may be in flight any more."""
         if self._disk.lost:  # a disk that gives no answer may give none to this either
             close_aside(self._descriptors.take(self))
         else:
@@ -222,7 +222,7 @@ class LocalStorage:
         start = bytearray(min(size, _START))
         try:
             count = self._preadv(fd, [memoryview(start)], 0, Reading("", 0, ()))
-        except OSError:  # whoever asks for these bytes hears of it
+        except OSError:  # the read of these bytes will fail, and say why
             return b""
         return bytes(start[:count])
 

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _TOO_MANY_OPEN = {errno.EMFILE, errno.ENFILE}
-# Some more than one, for others who want to open files, too.
+# More than one: the rest of the program may want to open files, too.
 _CLOSED_AT_ONCE = 8
 
 
 class OpenFiles:
     """The descriptors of files that are being written.
 
-    All of them stay open. Only when the process may open no more files, those that nobody is
-    writing to are synced and closed, some at a time, and opened again for their next call.
+    All of them stay open. Only when the process may open no more files, idle ones
+    are synced and closed, some at a time, and opened again for their next call.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class OpenFiles:
                     raise
 
     def _close_idle(self) -> bool:
-        """Close those that were not used for longest; say whether there were any."""
+        """Close the files that were not used for longest; say whether there were any."""
         idle = [file for file in self._files.values() if file.fd is not None and not file.users]
         for file in idle[:_CLOSED_AT_ONCE]:
             if file.fd is not None:

@@ -15,7 +15,7 @@ _NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 class RefusedFileError(OSError):
-    """A file is none that is read. Says why, and no more: whoever tells of it names the file."""
+    """A file is of a kind that is not read. Says why; the error made of it names the file."""
 
     def __str__(self) -> str:
         return self.strerror or ""
@@ -42,7 +42,7 @@ def status_of(path: Path) -> os.stat_result | None:
 
 
 def open_regular(path: Path, flags: int, *, follow: bool) -> tuple[int, os.stat_result]:
-    """Open a file, but no FIFO, socket, device or folder: those would block or never end.
+    """Open a file, but no FIFO, socket, device or folder, which would block or never end.
 
     Args:
         path: The file; the folder that holds it is trusted.
@@ -81,7 +81,7 @@ def _open(path: Path, flags: int) -> int:
     flags |= _NONBLOCK | getattr(os, "O_CLOEXEC", 0)
     try:
         return os.open(path, flags)
-    except BlockingIOError:  # somebody has a lease on it, and is told to give it back
+    except BlockingIOError:  # another process has a lease on it, and is told to give it back
         return os.open(path, flags & ~_NONBLOCK)
     except OSError as error:
         if error.errno != errno.EINVAL or not flags & O_DIRECT:
@@ -95,7 +95,7 @@ def _within(link: Path) -> Path:
     Raises:
         OSError: If it leads elsewhere, or nowhere.
     """
-    _check_within(os.path.realpath(link), link)  # whether it is there or not is nobody's business
+    _check_within(os.path.realpath(link), link)  # before it says whether it is there
     try:
         return Path(os.path.realpath(link, strict=True))
     except FileNotFoundError as error:
@@ -117,7 +117,7 @@ def _check_within(target: str, link: Path) -> None:
     if os.path.commonpath([target, folder]) != folder:
         problem = (
             f"is a symbolic link to {target}, outside of the checkpoint's folder. Hugging Face's "
-            "cache is made of such links; if you trust whoever made this one: "
+            "cache is made of such links; if you trust the source of this one: "
             "follow_symlinks=True, or --follow-symlinks"
         )
         raise RefusedFileError(errno.ELOOP, problem, str(link))

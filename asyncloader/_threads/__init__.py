@@ -1,1 +1,1 @@
-"""Who may run, and when: threads, the gate for reads, the lag of the loop, the byte budget."""
+"""Which work may run, and when: threads, the gate for reads, the loop's lag, the byte budget."""

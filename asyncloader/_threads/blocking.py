@@ -36,16 +36,16 @@ def _one_thread() -> Executor:
 def _new_event_loop() -> asyncio.AbstractEventLoop:
     if sys.platform == "win32":
         return asyncio.new_event_loop()
-    import uvloop  # noqa: PLC0415  # who awaits has a loop
+    import uvloop  # noqa: PLC0415  # `aload()` does without
 
     _check_descriptors()
     return uvloop.new_event_loop()
 
 
 def _check_descriptors() -> None:
-    """See that a loop gets its descriptors.
+    """Make sure that a loop gets its descriptors.
 
-    One that does not get them all says so in other words, and keeps open those that it got.
+    A loop that gets too few says so in other words, and leaks the descriptors that it got.
 
     Raises:
         OSError: If there are too few.
@@ -72,7 +72,7 @@ class _Call(Generic[T]):
         self._task: asyncio.Task[T] | None = None
         self._stopped = False
         self._handlers: dict[int, Callable[..., object]] = {}
-        self._signals: dict[int, FrameType | None] = {}  # those that wait for the loop
+        self._signals: dict[int, FrameType | None] = {}  # signals that wait for the loop
 
     def serve(self) -> T:
         """Run it to its end.

@@ -84,7 +84,7 @@ class Reading:
         """Note the next read of this thread.
 
         Raises:
-            RuntimeError: If nobody waits for it any more.
+            RuntimeError: If the read was given up.
         """
         self.offset, self.views = offset, views
         self.length = sum(map(_NBYTES, views))
@@ -168,7 +168,7 @@ class Call(Generic[T]):
             self.future.set_result(result)
         except InvalidStateError:
             if self.late is not None:
-                with contextlib.suppress(Exception):  # there is nobody left to tell
+                with contextlib.suppress(Exception):  # no caller is left to tell
                     self.late(result)
 
     def fail(self, error: BaseException) -> None:

@@ -26,20 +26,20 @@ _LOOKS = 8
 """How often, at least, a call is looked after before it is given up."""
 
 _SLOW = 1.0
-"""Seconds. One that takes longer stands in nobody's way any more: its thread is replaced."""
+"""Seconds. The thread of a call that takes longer is replaced: no other call waits for it."""
 
 
 class Disk:
     """Has threads do what may block for ever, and waits no longer than was agreed.
 
     A thread cannot be interrupted: one that waits for a disk that is gone may do so for ever. One
-    that takes more than a second is replaced by another, so that it keeps nobody waiting but the
-    caller that it works for. One that takes `seconds` is given up: its caller is let go, and the
+    that takes more than a second is replaced by another, so that it keeps no caller waiting but the
+    one that it works for. One that takes `seconds` is given up: its caller is let go, and the
     memory that it was to write to stays alive and is known (`lost_memory`), whatever has become of
     the caller.
 
-    Time in which nobody looked, since the event loop or all of the process stood still, does not
-    count. Belongs to one event loop.
+    Time in which the event loop, or all of the process, stood still does not count. Belongs to one
+    event loop.
 
     Args:
         pool: Its threads do the work. Disks may share it.

@@ -23,7 +23,7 @@ _CROWDED = 0.67
 # Of the time of a read. What is in the page cache waits for 0.02 of it, what is not for 0.5 and
 # more, whatever else the processors have to do.
 _WAITING = 0.25
-# Whoever is cancelled waits for it.
+# Seconds. A caller that is cancelled waits for it.
 _LONGEST_REST = 0.1
 
 
@@ -38,7 +38,7 @@ class Ran(NamedTuple):
 
 
 def thread_time() -> Ran | None:
-    """Return what became of the calling thread's time; `None` where nobody knows (Linux only)."""
+    """Return what became of the calling thread's time; `None` where it is not told (only Linux)."""
     try:
         fd = os.open(_SCHEDSTAT, os.O_RDONLY)
         try:
@@ -63,12 +63,12 @@ class Gate:
     has waited for a processor lets one less in, down to half of the processors, and each that has
     not, one more, up to where it began.
 
-    *Allowed.* The share of the processors that all threads together, those that compute too, may
-    keep busy. Below 1 so many calls run at a time as keep no more than that share busy, and at
+    *Allowed.* The share of the processors that all threads together, computing ones too, may keep
+    busy. Below 1 so many calls run at a time as keep no more than that share busy, and at
     least one; below one processor, each call is followed by a rest, during which no other runs in
     its place. Calls should be short, milliseconds: one that has begun is not interrupted.
 
-    Calls wait here, in order of arrival, and not on threads: those have other things to do. The
+    Calls wait here, in order of arrival, and not on threads, which have other things to do. The
     thread that ends a call takes the next one over. Thread-safe.
 
     Args:
@@ -94,7 +94,7 @@ class Gate:
         self._least = max(self._usual // 2, 1)
         self._useful = self._usual
         self._allowed = 1.0
-        self._large: deque[Call[Any]] = deque()  # those that wait
+        self._large: deque[Call[Any]] = deque()  # waiting calls
         self._small: deque[Call[Any]] = deque()
         self._arrived = 0
         self._reading = 0  # large reads that were let in
@@ -194,7 +194,7 @@ class Gate:
         return taken
 
     def _next(self) -> Call[Any] | None:
-        """Take the call that came first, of those that may run now."""
+        """Take the first call that may run now."""
         if self._working >= self._places():
             return None
         large = self._large if self._reading < self._useful else None

@@ -33,7 +33,7 @@ async def settled(
 
     Args:
         work: The thread's future.
-        discard: Called with the result if nobody will take it because we were cancelled.
+        discard: Called with the result if the caller was cancelled and will not take it.
         withdraw: Called if we are cancelled, to take back what has not begun.
     """
     try:
@@ -56,7 +56,7 @@ async def run_jobs(executor: Executor, jobs: Sequence[Callable[[], T]]) -> list[
     works: list[asyncio.Future[T]] = []
     try:
         for job in jobs:
-            works.append(asyncio.wrap_future(executor.submit(job)))  # noqa: PERF401  # those before a failure count
+            works.append(asyncio.wrap_future(executor.submit(job)))  # noqa: PERF401  # jobs before a failure count
         await asyncio.wait(works)
     except (asyncio.CancelledError, RuntimeError):
         await _all_done(works)

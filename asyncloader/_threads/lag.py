@@ -25,7 +25,7 @@ _FASTER = 0.02
 _SLOWEST = 0.1
 _SLOWEST_IN_VAIN = 0.25
 _IN_VAIN = 20
-"""Decisions in a row after which the slowest pace has not helped: somebody else is in the way."""
+"""Decisions in a row after which the slowest pace has not helped: another program is in the way."""
 
 _WINDOW = 0.05
 """Seconds between two decisions."""
@@ -70,8 +70,8 @@ class LagWatch:
 
     While it comes later than the bound, the pace is halved, at most once in 50 ms, down to a tenth;
     while it comes earlier than half of the bound, it grows by a fiftieth. Where a second of the
-    slowest pace has not helped, somebody else is in the way, and a load that takes ten times as
-    long would only be in that one's way for longer: then a quarter is the slowest. An async context
+    slowest pace has not helped, another program is in the way, and a load that takes ten times as
+    long would only be in its way for longer: then a quarter is the slowest. An async context
     manager.
 
     Args:

@@ -37,8 +37,8 @@ class WorkerPool(Executor):
     """A fixed number of threads that carry calls out, first come, first served.
 
     What `ThreadPoolExecutor` lacks: a thread that does not come back, since the kernel keeps it
-    waiting for a disk that is gone, can be struck off and replaced. Nobody waits for it any more,
-    neither `shutdown` nor the end of the interpreter; should it ever come back, it ends.
+    waiting for a disk that is gone, can be struck off and replaced. Neither `shutdown` nor the end
+    of the interpreter waits for it; should it ever come back, it ends.
 
     Args:
         size: Threads; all of them are started when the first call comes.
@@ -103,9 +103,9 @@ class WorkerPool(Executor):
             self._start_missing()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002  # as the base has it
-        """Take no more calls; wait for those that are there, but for no thread given up on."""
+        """Take no more calls; wait for the others, but for no thread that was given up on."""
         if cancel_futures:
-            raise NotImplementedError("calls are withdrawn by whoever handed them in")
+            raise NotImplementedError("calls are withdrawn one by one, by their callers")
         self._is_shut = True
         self._queue.put(None)
         while wait:
@@ -154,7 +154,7 @@ class WorkerPool(Executor):
                 return None
             name = f"{self._name}_{self._started}"
             self._started += 1
-            # A daemon: Python would wait for all others at its end, those too that never return.
+            # A daemon: Python would wait for any other thread at its end, though it never returns.
             thread = threading.Thread(target=self._serve, name=name, daemon=True)
             self._threads.add(thread)
             return thread
@@ -216,8 +216,8 @@ def _carry_out(call: Call[Any], thread: threading.Thread, gate: Gate) -> None:
 class Threads:
     """Two pools: reads wait, kernels compute, and neither shall keep the other from running.
 
-    A thread that reads may never come back, and be replaced (`Disk`); those that compute always do,
-    as they touch no file.
+    A thread that reads may never come back, and be replaced (`Disk`); a thread that computes
+    always does, as it touches no file.
 
     They may be shared by several loads of one event loop. An async context manager: leaving
     joins all threads.
@@ -249,7 +249,7 @@ class Threads:
         await self._close()
 
     async def _close(self) -> None:
-        # Nobody is at work any more, but each thread still has to wake up to end. The readers are
+        # All threads are idle, but each of them still has to wake up to end. The readers are
         # joined off the loop; the few others, one of which did that, on it.
         loop = asyncio.get_running_loop()
         self.gate.allowed = 1  # or the loop would wait for threads that rest
