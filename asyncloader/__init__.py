@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ._serving.state import LiveState, LiveVersion
     from ._table.hashtable import HashTable
     from ._table.protocol import UpdateCounts
-    from ._table.slots import Slot
+    from ._table.schema import Slot
     from ._threads.lag import LoopLag
     from ._tools.converting.convert import Conversion
     from ._tools.diffing.difference import Difference
@@ -157,7 +157,7 @@ _MODULES = {
     "_serving.state": "LiveState LiveVersion",
     "_table.hashtable": "HashTable",
     "_table.protocol": "UpdateCounts",
-    "_table.slots": "Slot",
+    "_table.schema": "Slot",
     "_threads.lag": "LoopLag",
     "_tools.converting.convert": "Conversion",
     "_tools.diffing.difference": "Difference",

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader import Slice
-from asyncloader._table import arrays as _arrays
 from asyncloader._table import kernels as _kernels
 from asyncloader._table.index import NO_ROWS, IdIndex, scratch
+from asyncloader._table.schema import Encoding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,8 +60,10 @@ def accepts(bounds: tuple[int, int, int], id_: int) -> bool:
     return begin <= (id_ & _M) % size < end
 
 
-def encoded(id_: int, mask: int, bits: int) -> int:
-    return int(np.int64(id_) & np.int64(mask) | np.int64(bits))
+def encoded(id_: int, child: int | None) -> int:
+    if child is None:
+        return id_
+    return int(np.int64(id_) & np.int64(2**52 - 1) | np.uint64(child << 52).astype(np.int64))
 
 
 @dataclass
@@ -182,13 +184,11 @@ def bounds(draw: st.DrawFn) -> tuple[int, int, int]:
     return begin, draw(st.integers(begin, size)), size
 
 
-@st.composite
-def children(draw: st.DrawFn) -> tuple[int, int]:
-    """Return the mask and the bits of a child, or of a table that has none."""
-    child = draw(st.sampled_from([None, 0, 1, 2047, 2048, 4093]))
-    if child is None:
-        return -1, 0
-    return 2**52 - 1, int(np.uint64(child << 52).astype(np.int64))
+MERGED = Encoding.of("t", [str(number) for number in range(4094)], coalesced=True)
+ALONE = Encoding.of("0", None, coalesced=False)
+
+# The number of a child, or `None` for a table that is its own only child.
+children = st.sampled_from([None, 0, 1, 2047, 2048, 4093])
 
 
 any_ids = st.lists(st.one_of(st.sampled_from(EXTREMES), st.integers(-(2**63), 2**63 - 1)))
@@ -199,27 +199,33 @@ def test_the_hash_can_be_inverted() -> None:
         assert id_of_hash(slow_hash(id_, 12345), 12345) == id_
 
 
-@given(ids=any_ids, claimed=bounds(), child=children())
+@given(ids=any_ids, claimed=bounds(), child=children)
 def test_admit_encodes_ids_and_marks_those_outside_their_slice(
-    ids: list[int], claimed: tuple[int, int, int], child: tuple[int, int]
+    ids: list[int], claimed: tuple[int, int, int], child: int | None
 ) -> None:
     array = longs(ids)
-    refused = _arrays.admit(array, Slice(*claimed), *child)
-    assert refused.tolist() == [not accepts(claimed, id_) for id_ in ids]
-    assert array.tolist() == [encoded(id_, *child) for id_ in ids]
+    encoding = ALONE if child is None else MERGED
+    refused, dropped = encoding.admit(array, str(child or 0), Slice(*claimed))
+    strays = [not accepts(claimed, id_) for id_ in ids]
+    assert (refused is None) == (not any(strays))
+    assert refused is None or refused.tolist() == strays
+    assert dropped == sum(strays)
+    assert array.tolist() == [encoded(id_, child) for id_ in ids]
 
 
-@given(ids=any_ids, claimed=bounds(), wanted=bounds(), child=children())
-def test_select_rows_picks_ids_that_are_both_honest_and_wanted(
+@given(ids=any_ids, claimed=bounds(), wanted=bounds(), child=children)
+def test_select_picks_ids_that_are_both_honest_and_wanted(
     ids: list[int],
     claimed: tuple[int, int, int],
     wanted: tuple[int, int, int],
-    child: tuple[int, int],
+    child: int | None,
 ) -> None:
-    rows, kept, outside = _arrays.select_rows(longs(ids), Slice(*claimed), Slice(*wanted), *child)
+    encoding = ALONE if child is None else MERGED
+    slices = Slice(*claimed), Slice(*wanted)
+    rows, kept, outside = encoding.select(longs(ids), str(child or 0), *slices)
     expected = [i for i, id_ in enumerate(ids) if accepts(claimed, id_) and accepts(wanted, id_)]
     assert rows.tolist() == expected
-    assert kept.tolist() == [encoded(ids[i], *child) for i in expected]
+    assert kept.tolist() == [encoded(ids[i], child) for i in expected]
     assert outside == sum(not accepts(claimed, id_) for id_ in ids)
 
 
@@ -346,12 +352,12 @@ def test_an_index_that_grows_keeps_all_rows_but_those_that_are_gone(
     held = world.rows_without_repeats(0, len(world.ids))
     gone = np.array([world.rng.random() < 0.5 for _ in world.ids if leaving], np.bool_)
     stay = [row for row in held if not (leaving and gone[row])]
-    index = IdIndex(world.index(held), world.parts, len(held))
-    grown = index.grown(max(expected, len(held)), longs(world.ids), np.uint64(world.seed), gone)
+    index = IdIndex(world.index(held), world.parts, len(held), np.uint64(world.seed))
+    grown = index.grown(max(expected, len(held)), longs(world.ids), gone)
     assert (grown.count, grown.parts) == (len(stay), 8 if expected == 70_000 else 1)
     assert rows_in(grown.words) == sorted(stay)
     wanted = longs([world.ids[row] for row in stay])
-    rows, missing = grown.find(longs(world.ids), np.uint64(world.seed), wanted)
+    rows, missing = grown.find(longs(world.ids), wanted)
     assert (rows.tolist(), missing) == (stay, 0)
 
 
@@ -359,22 +365,19 @@ def test_an_index_that_grows_keeps_all_rows_but_those_that_are_gone(
 @pytest.mark.parametrize("after", [0, 1, 65_535, 65_536])
 def test_an_index_grows_into_more_parts_and_keeps_every_id(before: int, after: int) -> None:
     ids = np.random.default_rng(before).permutation(before) * 977 - 20_000_000
-    seed = np.uint64(7)
     runs = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    index = IdIndex.empty(before)
+    index = IdIndex.empty(before, np.uint64(7))
     assert index.room >= before
-    for low, high in index.shares(3):
-        new, again = _kernels.insert_rows(
-            index.words, index.parts, low, high, seed, ids, 0, before, NO_ROWS, *runs, scratch()
-        )
+    for share in index.shares(3):
+        new, again = index.insert(share, ids, (0, before), NO_ROWS, runs)
         assert again == 0
         index.count += new
     assert index.count == before
-    grown = index.grown(max(before, after), ids, seed)
+    grown = index.grown(max(before, after), ids)
     assert grown.room >= max(before, after)
     assert (grown.count, grown.copy().count) == (before, before)
     for some in (index, grown, grown.copy()):
-        rows, missing = some.find(ids, seed, np.append(ids, 5))
+        rows, missing = some.find(ids, np.append(ids, 5))
         assert (rows[:-1] == np.arange(before)).all()
         assert (rows[-1], missing) == (-1, 1)
         assert some.live_rows(before + 1).tolist() == list(range(before))
@@ -389,18 +392,16 @@ def test_a_copy_of_an_index_is_memory_of_its_own() -> None:
 some_rows = st.lists(st.integers(0, 60), unique=True)
 
 
-def as_words(rows: Sequence[int], rng: random.Random) -> Words:
-    """Return words of these rows with random tags, empty ones among them."""
+def index_of(rows: Sequence[int], rng: random.Random) -> IdIndex:
+    """Return an index of these rows with random tags, empty words among them."""
     words = [rng.randrange(2**24) << 40 | row + 1 for row in rows] + [0] * rng.randrange(5)
     rng.shuffle(words)
-    return np.array(words, np.uint64)
+    return IdIndex(np.array(words, np.uint64), 1, len(rows))
 
 
 @given(rows=some_rows, rng=st.randoms(use_true_random=False))
-def test_mark_rows_sets_a_flag_for_each_row(rows: list[int], rng: random.Random) -> None:
-    live = np.zeros(61, np.bool_)
-    _arrays.mark_rows(as_words(rows, rng), live)
-    assert np.flatnonzero(live).tolist() == sorted(rows)
+def test_live_rows_are_those_that_words_point_to(rows: list[int], rng: random.Random) -> None:
+    assert index_of(rows, rng).live_rows(61).tolist() == sorted(rows)
 
 
 @given(
@@ -412,10 +413,9 @@ def test_count_rows_counts_by_segment(
     rows: list[int], others: list[int], rng: random.Random
 ) -> None:
     firsts = sorted([0, *others])
-    counts = np.ones(len(firsts), np.int64)
-    _arrays.count_rows(as_words(rows, rng), longs(firsts), counts)
+    counts = index_of(rows, rng).count_rows(longs(firsts))
     owners = [max(first for first in firsts if first <= row) for row in rows]
-    assert counts.tolist() == [1 + owners.count(first) for first in firsts]
+    assert counts.tolist() == [owners.count(first) for first in firsts]
 
 
 @given(rows=some_rows, rng=st.randoms(use_true_random=False))
@@ -424,13 +424,13 @@ def test_rebase_lowers_the_rows_of_each_segment_and_keeps_their_tags(
 ) -> None:
     firsts = sorted({min(rows, default=3), *rng.sample(rows, min(len(rows), 2))})
     shifts = [rng.randrange(first + 1) for first in firsts]
-    words = as_words(rows, rng)
+    index = index_of(rows, rng)
     expected = [
         word and word - shifts[bisect.bisect_right(firsts, (word & 2**40 - 1) - 1) - 1]
-        for word in words.tolist()
+        for word in index.words.tolist()
     ]
-    _arrays.rebase(words, np.array(firsts, np.int64), np.array(shifts, np.int64))
-    assert words.tolist() == expected
+    index.rebase(longs(firsts), longs(shifts))
+    assert index.words.tolist() == expected
 
 
 @given(rows=some_rows, moved=some_rows, rng=st.randoms(use_true_random=False))
@@ -439,10 +439,10 @@ def test_relocate_points_moved_rows_to_their_new_places_in_order(
 ) -> None:
     moved.sort()
     to = {row: 1000 + place for place, row in enumerate(moved)}
-    words = as_words(rows, rng)
+    index = index_of(rows, rng)
     expected = [
         word and word >> 40 << 40 | to.get(row := (word & 2**40 - 1) - 1, row) + 1
-        for word in words.tolist()
+        for word in index.words.tolist()
     ]
-    _arrays.relocate(words, longs(moved), 1000)
-    assert words.tolist() == expected
+    index.relocate(longs(moved), 1000)
+    assert index.words.tolist() == expected

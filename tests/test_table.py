@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader._table.slots import Initializer
+    from asyncloader._table.schema import Initializer
     from asyncloader._table.update import TableUpdate
 
 EXTREMES = [-(2**63), 2**63 - 1, -1, 0, 1, 2**52, -(2**52), 65536]

@@ -10,8 +10,7 @@ import torch
 
 from asyncloader._checkpoint.slices import Slice, gen_slice
 
-from .encoding import Encoding, as_ids
-from .slots import Initializer, Slot, as_shape
+from .schema import Encoding, Initializer, Slot, as_ids, as_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .encoding import Children
+    from .schema import Children
     from .snapshot import TableSnapshot
     from .state import TableState
     from .update import TableUpdate
@@ -87,7 +86,6 @@ class HashTable(torch.nn.Module):
             raise TypeError(f"slice must be a Slice, as gen_slice() makes, got {slice!r}")
         self.name = name
         self.slice = gen_slice() if slice is None else slice
-        self.block_size = block_size
         self._encoding = Encoding.of(name, children, coalesced=coalesced)
         embedding = Slot(
             name=EMBEDDING,
@@ -96,7 +94,7 @@ class HashTable(torch.nn.Module):
             initializer=0.0 if initializer is None else initializer,
         )
         self._turn = Turn()
-        self._state = TableState.empty({EMBEDDING: embedding}, torch.device(device))
+        self._state = TableState.empty({EMBEDDING: embedding}, torch.device(device), block_size)
 
     def extra_repr(self) -> str:
         """Describe the table, as `repr` shows it."""
@@ -120,6 +118,11 @@ class HashTable(torch.nn.Module):
     def device(self) -> torch.device:
         """Where rows live."""
         return self._state.device
+
+    @property
+    def block_size(self) -> int:
+        """Rows by which capacity grows."""
+        return self._state.block_size
 
     @property
     def coalesced(self) -> bool:
@@ -156,7 +159,7 @@ class HashTable(torch.nn.Module):
         """Return the ids, int64 `[n]`: of one child as they stand on disk, or all, encoded."""
         state = self._state
         encoded = state.ids[self._rows_of(state, child)]
-        return torch.from_numpy(self._encoding.decode(encoded, child))
+        return torch.from_numpy(encoded if child is None else self._encoding.decode(encoded))
 
     def rows(self, slot: str = EMBEDDING, child: str | None = None) -> torch.Tensor:
         """Return a copy of a slot's rows, `[n, *shape]`, in the order of `ids(child)`.
@@ -208,13 +211,13 @@ class HashTable(torch.nn.Module):
             TypeError: If dtypes do not fit.
             ValueError: If shapes do not fit, or an id is not in the table's slice.
         """
-        from .edit import insert  # noqa: PLC0415  # numba
+        from .update import insert  # noqa: PLC0415  # numba
 
         spec = self._slot_of(self._state, slot)
         plain, _ = as_ids(ids)
         spec.check_rows(rows, len(plain))
         encoded = self._encoding.encode(plain, child)
-        on_disk = self._encoding.plain(encoded)
+        on_disk = self._encoding.decode(encoded)
         stray = on_disk[self.slice.strays(on_disk)]
         if len(stray):
             more = f", and {len(stray) - 1:,} others are not" if len(stray) > 1 else ""
@@ -225,22 +228,19 @@ class HashTable(torch.nn.Module):
 
     def delete(self, ids: torch.Tensor, child: str | None = None) -> int:
         """Take ids out, and return how many were there."""
-        from .edit import delete  # noqa: PLC0415  # numba
+        from .update import delete  # noqa: PLC0415  # numba
 
         encoded = self._encoding.encode(as_ids(ids)[0], child)
-        change = partial(delete, ids=encoded, block_size=self.block_size)
-        before, after = self._change(change)
+        before, after = self._change(partial(delete, ids=encoded))
         return before.index.count - after.index.count
 
     def clear(self) -> None:
         """Take all ids out and give their memory back; slots stay."""
-        self._change(lambda state: state.empty(state.slots, state.device))
+        self._change(lambda state: state.empty(state.slots, state.device, state.block_size))
 
     def reserve(self, n: int) -> None:
         """Reserve room, so that the table can grow to `n` ids in one piece."""
-        from .edit import with_room  # noqa: PLC0415  # numba
-
-        self._change(lambda state: with_room(state, n, block_size=self.block_size))
+        self._change(lambda state: state.with_room(n))
 
     def snapshot(self) -> TableSnapshot:
         """Return what the table holds now; for savers. Takes no lock, and copies nothing."""
@@ -260,12 +260,7 @@ class HashTable(torch.nn.Module):
         self._turn.begin(self.name)
         try:
             return TableUpdate(
-                self._state,
-                encode=self._encoding.bits,
-                block_size=self.block_size,
-                most=most,
-                expected=expected,
-                publish=self._publish,
+                self._state, self._encoding, most=most, expected=expected, publish=self._publish
             )
         except BaseException:
             self._publish(None)

@@ -34,8 +34,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.ma  # Numba does at the first call of a kernel, which is within a load
 
-from .compiling import Compiler, KernelCache
-from .probing import LINE, ONE, ROW, ZERO, hash_of, home_of, inline, part_of, prefetch, seek, tag_of
+from .compiling import (
+    LINE,
+    ONE,
+    ROW,
+    ZERO,
+    Compiler,
+    KernelCache,
+    hash_of,
+    home_of,
+    inline,
+    part_of,
+    prefetch,
+    seek,
+    tag_of,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,37 +83,23 @@ def _rank(row: np.int64, run_first: Longs, run_order: Longs) -> np.int64:
     "i8, i8, b1[::1], i8[::1], i8[::1], u8[:, ::1])"
 )
 def insert_rows(
-    words: Words,
+    words: Words,  # [parts * capacity], the index
     parts: int,
-    part_lo: int,
-    part_hi: int,
+    part_lo: int,  # the first part to fill
+    part_hi: int,  # one past the last
     seed: np.uint64,
-    ids: Longs,
-    first: int,
+    ids: Longs,  # [rows]
+    first: int,  # the first row
     count: int,
-    refused: Flags,
-    run_first: Longs,
-    run_order: Longs,
-    scratch: Words,
+    refused: Flags,  # [count], rows to pass over; or empty
+    run_first: Longs,  # [runs], ascending: the first row of each run
+    run_order: Longs,  # [runs], the rank of each run
+    scratch: Words,  # [2, BATCH]
 ) -> tuple[int, int]:
     """Put the ids of rows `[first, first + count)` into the index.
 
     Of two rows with the same id, the one of the later run wins, or the later one of a run,
     whichever comes first: the outcome does not depend on the order of the calls.
-
-    Args:
-        words: uint64 `[parts * capacity]`, the index.
-        parts: How many it has.
-        part_lo: First part to fill.
-        part_hi: One past the last.
-        seed: The hash's.
-        ids: int64 `[rows]`.
-        first: First row.
-        count: Rows.
-        refused: bool `[count]`, rows to pass over; or empty.
-        run_first: int64 `[runs]`, ascending; the first row of each run.
-        run_order: int64 `[runs]`; the rank of each run.
-        scratch: uint64 `[2, BATCH]`.
 
     Returns:
         How many ids were new, and how many were there already; the rest are in other parts.
@@ -154,28 +153,15 @@ def insert_rows(
 
 @_kernel("i8(u8[::1], u8, u8, i8[::1], i8[::1], i8[::1], u8[:, ::1])")
 def find(
-    words: Words,
+    words: Words,  # [parts * capacity], the index
     parts: int,
     seed: np.uint64,
-    ids: Longs,
-    wanted: Longs,
-    rows: Longs,
-    scratch: Words,
+    ids: Longs,  # [rows]
+    wanted: Longs,  # [n], the ids to find
+    rows: Longs,  # [n]; receives their rows, or -1
+    scratch: Words,  # [2, BATCH]
 ) -> int:
-    """Look ids up.
-
-    Args:
-        words: uint64 `[parts * capacity]`, the index.
-        parts: How many it has.
-        seed: The hash's.
-        ids: int64 `[rows]`.
-        wanted: int64 `[n]`, the ids to find.
-        rows: int64 `[n]`; receives their rows, or -1.
-        scratch: uint64 `[2, BATCH]`.
-
-    Returns:
-        How many are not there.
-    """
+    """Look ids up, and return how many are not there."""
     capacity = np.uint64(words.shape[0]) // parts
     homes, tags = scratch[0], scratch[1]
     missing = 0
@@ -214,33 +200,19 @@ def find(
     "u8[::1], b1[::1], b1, i8[:, ::1], u8[:, ::1])"
 )
 def merge(
-    words: Words,
+    words: Words,  # [parts * capacity], the index that receives
     parts: int,
-    part_lo: int,
-    part_hi: int,
-    seed: np.uint64,
-    ids: Longs,
-    source: Words,
-    gone: Flags,
-    wins: bool,
-    pairs: Longs,
-    scratch: Words,
+    part_lo: int,  # the first part to fill
+    part_hi: int,  # one past the last
+    seed: np.uint64,  # the same for both
+    ids: Longs,  # [rows]
+    source: Words,  # [n], words of the other index, empty ones among them
+    gone: Flags,  # [rows], rows to leave out; or empty
+    wins: bool,  # whether the row of the source stays, for an id in both
+    pairs: Longs,  # [2, m]; for each id in both, receives the row that lost and the one that stays
+    scratch: Words,  # [2, BATCH]
 ) -> tuple[int, int]:
     """Put words of another index over the same `ids` into this one.
-
-    Args:
-        words: uint64 `[parts * capacity]`, the index that receives.
-        parts: How many it has.
-        part_lo: First part to fill.
-        part_hi: One past the last.
-        seed: The hash's, the same for both.
-        ids: int64 `[rows]`.
-        source: uint64 `[n]`, words of the other index, empty ones among them.
-        gone: bool `[rows]`, rows to leave out; or empty.
-        wins: Whether, for an id in both, the source's row stays.
-        pairs: int64 `[2, m]`; receives, for each id in both, the row that lost and, in the second
-            row, the one that stays.
-        scratch: uint64 `[2, BATCH]`.
 
     Returns:
         How many ids were new, and how many were in both; the rest are in other parts, or gone.

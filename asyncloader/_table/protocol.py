@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from asyncloader._checkpoint.slices import Slice
 
-    from .slots import Slot
+    from .schema import Slot
     from .snapshot import SortedRows
 
 

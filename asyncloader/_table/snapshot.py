@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from asyncloader._checkpoint.slices import Slice
 
-    from .encoding import Encoding
-    from .slots import Slot
+    from .schema import Encoding, Slot
     from .state import TableState
 
 
@@ -97,7 +96,7 @@ class TableSnapshot:
             ids, rows = state.ids[order], order
         else:
             rows = self._rows_of(child)
-            ids = self._encoding.decode(state.ids[rows], child)
+            ids = self._encoding.decode(state.ids[rows])
             order = order_of(sort_keys(ids, self.slice.size))
             ids, rows = ids[order], rows[order]
         return SortedRows(ids=ids, rows=rows, offsets=self._offsets(ids, sub_slices))

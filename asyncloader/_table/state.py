@@ -1,8 +1,14 @@
-"""All that a lookup needs, in one value that never changes; and who may put the next in place."""
+"""All that a lookup needs, in one value that never changes: the id index, ids and rows.
+
+Rows lie in segments. They are only ever appended, never overwritten while a lookup may read them: a
+table grows by a new segment, not by moving its rows, so that a load into a full table takes no
+second copy of it.
+"""
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,14 +17,115 @@ import torch
 
 from asyncloader._memory.allocation import zeros
 
-from .index import IdIndex, new_seed
-from .segments import Segment, Segments, carried
-from .slots import Slot, fill
+from .index import IdIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
+
+    from .schema import Slot
+
+    Longs = NDArray[np.int64]
+
+
+# Gathering and scattering move bits; some dtypes (float8, uint16) lack kernels of their own.
+_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def _carried(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a dtype that every way of indexing knows."""
+    return tensor.view(_CARRIERS[tensor.dtype.itemsize])
+
+
+@dataclass(slots=True)
+class Segment:
+    """Memory for `capacity` rows of every slot, `[capacity, *shape]` each.
+
+    Attributes:
+        first: The number of its first row within the table.
+        lent: The first `lent` rows may have been written to; the rows behind them read as zero.
+    """
+
+    first: int
+    capacity: int
+    slots: Mapping[str, torch.Tensor]
+    lent: int = 0
+
+    def until(self, end: int) -> Segment:
+        """Return the part of it before row `end` of the table."""
+        count = min(end - self.first, self.capacity)
+        memory = {name: rows[:count] for name, rows in self.slots.items()}
+        return Segment(self.first, count, memory, min(self.lent, count))
+
+
+class Segments:
+    """Segments in the order of their rows. A segment's rows end where those of the next begin."""
+
+    def __init__(self, items: Iterable[Segment] = ()) -> None:
+        self.items = tuple(items)
+        self.firsts = np.array([segment.first for segment in self.items], np.int64)
+
+    @property
+    def capacity(self) -> int:
+        """One past the last row that has memory."""
+        return self.items[-1].first + self.items[-1].capacity if self.items else 0
+
+    def owner(self, row: int) -> Segment:
+        """Return the segment of a row."""
+        return self.items[bisect_right(self.firsts, row) - 1]
+
+    def view(self, slot: str, first: int, count: int) -> torch.Tensor:
+        """Return the memory of rows that lie in one segment, `[count, *shape]`."""
+        segment = self.owner(first)
+        start = first - segment.first
+        assert start >= 0, "a row is not before its segment"
+        assert start + count <= segment.capacity, "rows lie in one segment"
+        return segment.slots[slot][start : start + count]
+
+    def gather(self, slot: str, rows: Longs) -> torch.Tensor:
+        """Copy rows out, `[n, *shape]`. There is a segment."""
+        sample = self.items[0].slots[slot]
+        carrier = _CARRIERS[sample.dtype.itemsize]
+        if len(self.items) == 1:
+            first = self.items[0].first
+            index = torch.from_numpy(rows - first if first else rows).to(sample.device)
+            return sample.view(carrier).index_select(0, index).view(sample.dtype)
+        out = torch.empty((len(rows), *sample.shape[1:]), dtype=carrier, device=sample.device)
+        for segment, here in self._by_segment(rows):
+            index = torch.from_numpy(rows[here] - segment.first).to(sample.device)
+            memory = segment.slots[slot].view(carrier)
+            out[torch.from_numpy(here).to(sample.device)] = memory.index_select(0, index)
+        return out.view(sample.dtype)
+
+    def copy_out(self, slot: str, rows: Longs, out: torch.Tensor) -> None:
+        """Copy rows to host memory, uint8 `[n, row_bytes]`, without memory for a second copy."""
+        for segment, here in self._by_segment(rows):
+            whole = len(here) == len(rows)
+            index = torch.from_numpy((rows if whole else rows[here]) - segment.first)
+            memory = segment.slots[slot].view(segment.capacity, -1).view(torch.uint8)
+            if memory.device.type == "cpu" and whole:
+                torch.index_select(memory, 0, index, out=out)
+            else:
+                chosen = memory.index_select(0, index.to(memory.device)).to(out.device)
+                out[torch.from_numpy(here)] = chosen
+
+    def scatter(self, slot: str, rows: Longs, values: torch.Tensor) -> None:
+        """Copy rows in; `values` is `[n, *shape]`."""
+        for segment, here in self._by_segment(rows):
+            memory = _carried(segment.slots[slot])
+            index = torch.from_numpy(rows[here] - segment.first).to(memory.device)
+            chosen = _carried(values)[torch.from_numpy(here).to(values.device)]
+            memory.index_copy_(0, index, chosen.to(memory.device))
+
+    def _by_segment(self, rows: Longs) -> list[tuple[Segment, Longs]]:
+        """Say for each segment which of `rows` lie in it, as positions in `rows`."""
+        owners = np.searchsorted(self.firsts, rows, side="right") - 1
+        return [
+            (segment, here)
+            for number, segment in enumerate(self.items)
+            if len(here := np.flatnonzero(owners == number))
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,105 +133,132 @@ class TableState:
     """One version of a table.
 
     A lookup takes the state once and works on it; an update builds the next one beside it and
-    swaps. Memory beyond `end` may belong to an update in the making.
+    swaps. Memory from `end` on may belong to an update in the making.
+
+    Attributes:
+        block_size: Capacity grows by a multiple of so many rows.
+        ids: `[rows]`, the encoded id of each row; a row that `index` does not point to is dead.
+        end: One past the last row in use.
     """
 
     slots: Mapping[str, Slot]
     device: torch.device
-    seed: np.uint64
+    block_size: int
     index: IdIndex
-    ids: NDArray[np.int64]
-    """`[rows]`: the id of each row, encoded; rows that `index` does not point to are dead."""
-
+    ids: Longs
     segments: Segments
     end: int = 0
-    """One past the last row in use."""
 
     def __post_init__(self) -> None:
         assert self.index.count <= self.end, "an id has a row"
         assert self.end <= min(len(self.ids), self.segments.capacity), "a row has memory"
 
     @classmethod
-    def empty(cls, slots: Mapping[str, Slot], device: torch.device) -> TableState:
+    def empty(cls, slots: Mapping[str, Slot], device: torch.device, block_size: int) -> TableState:
         """Return a table without ids, and with a seed of its own."""
         return cls(
             slots=slots,
             device=device,
-            seed=new_seed(),
+            block_size=block_size,
             index=IdIndex.empty(0),
             ids=np.zeros(0, np.int64),
             segments=Segments(),
         )
 
-    def sealed(self, *, shares_ids: bool) -> TableState:
-        """Return the same rows, and no memory beyond them that the next update could use.
+    def find(self, wanted: Longs) -> tuple[Longs, int]:
+        """Return the row of each id, -1 where there is none, and how many have none."""
+        return self.index.find(self.ids, wanted)
 
-        Args:
-            shares_ids: Whether the memory of ids is to be left behind, too: then they are copied.
-        """
-        items = [segment for segment in self.segments.items if segment.first < self.end]
-        if items:
-            items[-1] = items[-1].until(self.end)
-        segments = Segments.of(tuple(items))
-        ids = self.ids[: self.end].copy() if shares_ids else self.ids
-        return replace(self, ids=ids, segments=segments)
-
-    def find(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-        """Return the rows of ids, -1 where there is none, and how many have none."""
-        return self.index.find(self.ids, self.seed, wanted)
-
-    def lookup(self, slot: str, wanted: NDArray[np.int64]) -> torch.Tensor:
+    def lookup(self, slot: str, wanted: Longs) -> torch.Tensor:
         """Return the rows of ids, `[n, *shape]`; zeros for ids that are not there."""
         rows, missing = self.find(wanted)
         if not missing:
             return self.gather(slot, rows)
-        spec = self.slots[slot]
         found = rows >= 0
-        out = torch.zeros((len(rows), *spec.shape), dtype=spec.dtype, device=self.device)
+        out = self._zeros(slot, len(rows))
         if found.any():
-            there = carried(self.segments.gather(slot, rows[found]))
-            carried(out)[torch.from_numpy(found).to(self.device)] = there
+            there = _carried(self.segments.gather(slot, rows[found]))
+            _carried(out)[torch.from_numpy(found).to(self.device)] = there
         return out
 
-    def gather(self, slot: str, rows: NDArray[np.int64]) -> torch.Tensor:
+    def gather(self, slot: str, rows: Longs) -> torch.Tensor:
         """Copy rows out, `[n, *shape]`."""
-        if len(rows):
-            return self.segments.gather(slot, rows)
-        spec = self.slots[slot]
-        return torch.zeros((0, *spec.shape), dtype=spec.dtype, device=self.device)
+        return self.segments.gather(slot, rows) if len(rows) else self._zeros(slot, 0)
 
-    def live_rows(self) -> NDArray[np.int64]:
-        """Return all rows in use, ascending."""
+    def _zeros(self, slot: str, count: int) -> torch.Tensor:
+        spec = self.slots[slot]
+        return torch.zeros((count, *spec.shape), dtype=spec.dtype, device=self.device)
+
+    def live_rows(self) -> Longs:
+        """Return the rows that ids point to, ascending."""
         return self.index.live_rows(self.end)
 
     def with_slot(self, slot: Slot) -> TableState:
-        """Return this state with another slot, initialised for the ids that are there."""
+        """Return this state with another slot, which has its initial value for all ids."""
         items = []
         for segment in self.segments.items:
             memory = zeros((segment.capacity, *slot.shape), slot.dtype, self.device)
             if not slot.starts_as_zero:
-                fill(memory[: min(self.end - segment.first, segment.capacity)], slot.initializer)
+                slot.initialize(memory[: min(self.end - segment.first, segment.capacity)])
             slots = {**segment.slots, slot.name: memory}
             items.append(Segment(segment.first, segment.capacity, slots, segment.lent))
-        segments = Segments.of(tuple(items))
-        return replace(self, slots={**self.slots, slot.name: slot}, segments=segments)
+        return replace(self, slots={**self.slots, slot.name: slot}, segments=Segments(items))
+
+    def with_room(self, count: int) -> TableState:
+        """Return this state with memory for `count` ids in all."""
+        more = count - self.index.count
+        segments, ids, index = self.segments, self.ids, self.index
+        if segments.capacity - self.end < more:
+            segments = self.grown(segments, self.end, more)
+        if len(ids) - self.end < more:
+            ids = self.copied_ids(self.end + more)
+        if index.room < count:
+            index = index.grown(count, ids)
+        return replace(self, segments=segments, ids=ids, index=index)
+
+    def grown(self, segments: Segments, first: int, count: int) -> Segments:
+        """Return segments and a new one, whose rows, `count` or some more, begin at `first`.
+
+        Raises:
+            MemoryError: If there is no room.
+        """
+        capacity = -(-count // self.block_size) * self.block_size
+        memory = {
+            name: zeros((capacity, *slot.shape), slot.dtype, self.device)
+            for name, slot in self.slots.items()
+        }
+        return Segments((*segments.items, Segment(first, capacity, memory)))
+
+    def copied_ids(self, capacity: int) -> Longs:
+        """Return a copy of the ids, with memory for so many rows."""
+        ids = zeros((capacity,), torch.int64).numpy()
+        ids[: self.end] = self.ids[: self.end]
+        return ids
+
+    def sealed(self, *, shares_ids: bool) -> TableState:
+        """Return the same rows, without memory behind them that the next update could use.
+
+        Args:
+            shares_ids: Whether the memory of ids is left behind, too: then they are copied.
+        """
+        items = [segment for segment in self.segments.items if segment.first < self.end]
+        if items:
+            items[-1] = items[-1].until(self.end)
+        ids = self.ids[: self.end].copy() if shares_ids else self.ids
+        return replace(self, ids=ids, segments=Segments(items))
 
 
 class Turn:
     """Lets one change of a table at a time be under way. A copy of it is a turn of its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # given back by another thread, maybe
+        self._lock = threading.Lock()  # another thread may give it back
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
         return Turn, ()  # a lock cannot be copied, and a model with a table can
 
     def begin(self, name: str) -> None:
-        """Begin a change of the table of that name.
-
-        Raises:
-            RuntimeError: If another one is under way.
-        """
+        """Begin a change of the table of that name; raise `RuntimeError` if one is under way."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 f"table {name!r} is being loaded or changed; one update at a time: "

@@ -1,12 +1,13 @@
 """An update in the making: rows and ids that no lookup sees before they are committed.
 
-The steps, in order: `reserve` rows, write to their `view`s, `admit` and index their ids, run what
-`finish` yields, `commit`; or `abort` at any time. The steps that take long come as jobs, plain
-functions that hold no GIL to speak of, so that the caller decides on which threads they run.
+The steps, in order: `reserve` rows, write to their `view`s, `admit` and index their ids, run the
+jobs that `finish` yields, `commit`; or `abort` at any time. The steps that take long come as jobs,
+plain functions that hardly ever hold the GIL, so that the caller decides on which threads they run.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,9 @@ import torch
 
 from asyncloader._memory.allocation import zeros
 
-from . import kernels as _kernels
-from .arrays import admit, select_rows
-from .fold import Fold, Layer, Run
-from .index import MAX_ROWS, NO_ROWS, IdIndex, scratch
+from .fold import Fold, Layer, Run, run_here
+from .index import MAX_ROWS, NO_ROWS, IdIndex
 from .protocol import UpdateCounts
-from .segments import Segment, Segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 
     from asyncloader._checkpoint.slices import Slice
 
+    from .schema import Encoding
     from .state import TableState
 
 
@@ -38,19 +37,17 @@ class TableUpdate:
     Not safe to share between threads, but for the jobs that it hands out, and `admit`.
     """
 
-    def __init__(  # all of it is the table's to know
+    def __init__(
         self,
         state: TableState,
+        encoding: Encoding,
         *,
-        encode: Callable[[str], tuple[int, int]],
-        block_size: int,
         most: int,
         expected: int,
         publish: Callable[[TableState | None], None],
     ) -> None:
         self._base = state
-        self._encode = encode
-        self._block_size = block_size
+        self._encoding = encoding
         self._publish = publish
         self._segments = state.segments
         self._end = state.end
@@ -77,15 +74,15 @@ class TableUpdate:
         held = self._base.index.count
         # The smaller index is folded into the larger one: spare that one from growing then.
         room = expected + (held if expected >= held else 0)
-        self._layers.append(Layer(slots, IdIndex.empty(room)))
+        self._layers.append(Layer(slots, IdIndex.empty(room, self._base.index.seed)))
         return len(self._layers) - 1
 
     def reserve(self, layer: int, count: int, rank: int) -> int:
-        """Reserve `count` rows that lie side by side, and return the first one's number.
+        """Reserve `count` rows that lie side by side, and return the number of the first one.
 
         Args:
-            layer: Where the rows belong.
-            count: Rows.
+            layer: The layer that the rows belong to.
+            count: The number of rows.
             rank: Of two rows of a layer with the same id, the one of higher rank wins; no two
                 ranges have the same.
         """
@@ -100,20 +97,17 @@ class TableUpdate:
         self._expected -= count
         segment = self._segments.owner(first)
         fresh = first - segment.first >= segment.lent
-        self._layers[layer].add(Run(first, count, fresh=fresh), rank)
+        self._layers[layer].add(Run(first, count, fresh), rank)
         segment.lent = max(segment.lent, first + count - segment.first)
         return first
 
     def _grow(self, count: int) -> None:
-        base = self._base
         held = sum(segment.capacity for segment in self._segments.items)
         # Memory that is not touched costs nothing on the host: a quarter more spares a table that
         # grows by little from falling into many segments.
-        spare = held // 4 if base.device.type == "cpu" else 0
+        spare = held // 4 if self._base.device.type == "cpu" else 0
         wanted = max(count, self._expected, spare)
-        blocks = -(-wanted // self._block_size)
-        new = Segment.allocate(base.slots, self._end, blocks * self._block_size, base.device)
-        self._segments = Segments.of((*self._segments.items, new))
+        self._segments = self._base.grown(self._segments, self._end, wanted)
 
     def view(self, slot: str, first: int, count: int) -> torch.Tensor:
         """Return the memory of reserved rows, `[count, *shape]`; for `id`, int64 `[count]`."""
@@ -129,20 +123,15 @@ class TableUpdate:
         """Encode ids that were read from disk, and say which lie outside their block's slice.
 
         Args:
-            child: Whose ids they are.
-            first: First row; their ids are in `view("id", …)`.
-            count: Rows.
+            child: The child that the ids belong to.
+            first: First row; the ids are in `view("id", …)`.
+            count: The number of rows.
             claimed: The slice that the block claims.
 
         Returns:
             bool `[count]`, or `None` where none is refused; and how many are.
         """
-        mask, bits = self._encode(child)
-        if claimed.is_whole and mask == -1:
-            return None, 0
-        refused = admit(self._ids[first : first + count], claimed, mask, bits)
-        dropped = int(np.count_nonzero(refused))
-        return (refused, dropped) if dropped else (None, 0)
+        return self._encoding.admit(self._ids[first : first + count], child, claimed)
 
     def select(
         self, child: str, ids: NDArray[np.int64], claimed: Slice, wanted: Slice
@@ -150,18 +139,17 @@ class TableUpdate:
         """Pick the ids of a block, int64 `[n]` as on disk, that belong to `wanted`.
 
         Returns:
-            Their positions in `ids`, themselves as the table keeps them, and how many of `ids` lie
-            outside the slice that the block claims.
+            Their positions in `ids`, ascending; the ids, encoded; and how many of `ids` lie outside
+            the slice that the block claims.
         """
-        return select_rows(ids, claimed, wanted, *self._encode(child))
+        return self._encoding.select(ids, child, claimed, wanted)
 
     def make_room(self, layer: int, count: int) -> None:
         """Let the layer's index take `count` ids more. No job may be using it."""
         index = self._layers[layer].index
         wanted = index.count + count
         if wanted > index.room:
-            grown = index.grown(wanted + wanted // 2, self._ids, self._base.seed)
-            self._layers[layer].index = grown
+            self._layers[layer].index = index.grown(wanted + wanted // 2, self._ids)
 
     def index_jobs(
         self,
@@ -174,21 +162,15 @@ class TableUpdate:
     ) -> list[Callable[[], tuple[int, int]]]:
         """Return jobs that together index a range of rows, and may run side by side.
 
-        Hand what they return to `indexed`. Only one range of a layer at a time.
+        Hand their results to `indexed`. Only one range of a layer at a time.
         """
-        index, ids, seed = self._layers[layer].index, self._ids, self._base.seed
+        into = self._layers[layer]
+        runs = np.array(into.firsts, np.int64), np.array(into.ranks, np.int64)
         skip = NO_ROWS if refused is None else refused
-        run_first = np.array(self._layers[layer].firsts, np.int64)
-        run_order = np.array(self._layers[layer].ranks, np.int64)
-
-        def job(lo: int, hi: int) -> tuple[int, int]:
-            index.touch(lo, hi)
-            return _kernels.insert_rows(
-                index.words, index.parts, lo, hi, seed, ids, first, count, skip,
-                run_first, run_order, scratch(),
-            )  # fmt: skip
-
-        return [partial(job, *share) for share in index.shares(threads)]
+        return [
+            partial(into.index.insert, share, self._ids, (first, count), skip, runs)
+            for share in into.index.shares(threads)
+        ]
 
     def indexed(self, layer: int, results: Sequence[tuple[int, int]]) -> None:
         """Note what the jobs for one range returned."""
@@ -204,7 +186,8 @@ class TableUpdate:
 
     def finish(self, *, threads: int) -> Iterator[list[Callable[[], None]]]:
         """Yield the rest of the work: lists of jobs that may run side by side."""
-        self._fold = Fold(self._base, self._segments, self._ids, self._end, self._block_size)
+        memory = replace(self._base, segments=self._segments, ids=self._ids, end=self._end)
+        self._fold = Fold(self._base, memory)
         for layer in self._layers:
             yield from self._fold.add(layer, threads=threads)
         yield from self._fold.tidy()
@@ -213,9 +196,8 @@ class TableUpdate:
         """Show everything at once, and say what changed. Cannot fail after `finish`."""
         if self._fold is None:
             raise RuntimeError(f"{self!r}: commit before finish")
-        state = self._fold.state()
+        state, replaced = self._fold.state, self._fold.replaced
         new = state.index.count - self._base.index.count
-        replaced = self._fold.replaced
         self._publish(state)
         return UpdateCounts(
             rows=self._taken,
@@ -230,8 +212,38 @@ class TableUpdate:
         self._publish(None)
 
     def abandon(self) -> None:
-        """Leave the table as it was, and use no memory again that views were lent of.
+        """Leave the table as it was, and never use the memory of views again.
 
-        For when a thread may still write to a view.
+        For an update of which a thread may still write to a view.
         """
         self._publish(self._base.sealed(shares_ids=self._ids is self._base.ids))
+
+
+def insert(update: TableUpdate, ids: NDArray[np.int64], rows: torch.Tensor, slot: str) -> None:
+    """Put ids, encoded, and their rows of one slot in, and commit."""
+    try:
+        layer = update.layer(frozenset({slot}), len(ids))
+        if len(ids):
+            first = update.reserve(layer, len(ids), 0)
+            update.view("id", first, len(ids)).copy_(torch.from_numpy(ids))
+            update.view(slot, first, len(ids)).copy_(rows.detach())
+            jobs = update.index_jobs(layer, first, len(ids), None, threads=1)
+            update.indexed(layer, [job() for job in jobs])
+        run_here(update.finish(threads=1))
+    except BaseException:
+        update.abort()
+        raise
+    update.commit()
+
+
+def delete(state: TableState, ids: NDArray[np.int64]) -> TableState:
+    """Return a state without these ids, encoded."""
+    rows, missing = state.find(ids)
+    if missing == len(ids):
+        return state
+    gone = np.zeros(state.end, np.bool_)
+    gone[rows[rows >= 0]] = True
+    index = state.index.grown(state.index.count, state.ids, gone)
+    fold = Fold(state, replace(state, index=index))
+    run_here(fold.tidy())
+    return fold.state
