@@ -6,139 +6,77 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._checkpoint.slices import Slice, gen_slice
-    from ._loading.progress import Progress
-    from ._loading.report import LoadReport
-    from ._loading.runtime import Runtime
-    from ._loading.trace import Span
-    from ._planning.casts import Cast
-    from ._planning.plan import LoadPlan
-    from ._saving.layout import WriteBlock
-    from ._saving.report import SaveReport
+    from ._checkpoint.slices import Slice as Slice, gen_slice as gen_slice
+    from ._loading.progress import Progress as Progress
+    from ._loading.report import LoadReport as LoadReport
+    from ._loading.runtime import Runtime as Runtime
+    from ._loading.trace import Span as Span
+    from ._planning.casts import Cast as Cast
+    from ._planning.plan import LoadPlan as LoadPlan
+    from ._saving.layout import WriteBlock as WriteBlock
+    from ._saving.report import SaveReport as SaveReport
     from ._serving.events import (
-        Event,
-        Freed,
-        LoadCancelled,
-        LoadFailed,
-        LoadFinished,
-        LoadStarted,
-        RolledBack,
-        Swapped,
-        VersionRefused,
+        Event as Event,
+        Freed as Freed,
+        LoadCancelled as LoadCancelled,
+        LoadFailed as LoadFailed,
+        LoadFinished as LoadFinished,
+        LoadStarted as LoadStarted,
+        RolledBack as RolledBack,
+        Swapped as Swapped,
+        VersionRefused as VersionRefused,
     )
-    from ._serving.model import Model
-    from ._serving.state import LiveState, LiveVersion
-    from ._table.hashtable import HashTable
-    from ._table.protocol import UpdateCounts
-    from ._table.schema import Slot
-    from ._threads.lag import LoopLag
-    from ._tools.converting.convert import Conversion
-    from ._tools.diffing.difference import Difference
-    from ._tools.folders import RunSummary
-    from ._tools.summary import CheckpointSummary
-    from ._tools.verifying.findings import Verification
+    from ._serving.model import Model as Model
+    from ._serving.state import LiveState as LiveState, LiveVersion as LiveVersion
+    from ._table.hashtable import HashTable as HashTable
+    from ._table.protocol import UpdateCounts as UpdateCounts
+    from ._table.schema import Slot as Slot
+    from ._threads.lag import LoopLag as LoopLag
+    from ._tools.converting.convert import Conversion as Conversion
+    from ._tools.diffing.difference import Difference as Difference
+    from ._tools.folders import RunSummary as RunSummary
+    from ._tools.summary import CheckpointSummary as CheckpointSummary
+    from ._tools.verifying.findings import Verification as Verification
     from .errors import (
-        AsyncLoaderError,
-        CheckpointChangedError,
-        CheckpointError,
-        CheckpointNotFoundError,
-        LoadTimeoutError,
-        PlanError,
-        ReadError,
-        ReadStalledError,
-        SaveError,
-        SaveTimeoutError,
-        TruncatedShardError,
+        AsyncLoaderError as AsyncLoaderError,
+        CheckpointChangedError as CheckpointChangedError,
+        CheckpointError as CheckpointError,
+        CheckpointNotFoundError as CheckpointNotFoundError,
+        LoadTimeoutError as LoadTimeoutError,
+        PlanError as PlanError,
+        ReadError as ReadError,
+        ReadStalledError as ReadStalledError,
+        SaveError as SaveError,
+        SaveTimeoutError as SaveTimeoutError,
+        TruncatedShardError as TruncatedShardError,
     )
-    from .live import Live
-    from .loader import Loader
-    from .model import targets
-    from .options import ReadOptions
-    from .reader import CheckpointReader, aload_tensors, load_tensors
-    from .runs import alatest, latest
-    from .saver import Saver
+    from .live import Live as Live
+    from .loader import Loader as Loader
+    from .model import targets as targets
+    from .options import ReadOptions as ReadOptions
+    from .reader import (
+        CheckpointReader as CheckpointReader,
+        aload_tensors as aload_tensors,
+        load_tensors as load_tensors,
+    )
+    from .runs import alatest as alatest, latest as latest
+    from .saver import Saver as Saver
     from .tools import (
-        aconvert,
-        adiff,
-        aempty_like,
-        ainspect,
-        averify,
-        convert,
-        diff,
-        empty_like,
-        inspect,
-        verify,
+        aconvert as aconvert,
+        adiff as adiff,
+        aempty_like as aempty_like,
+        ainspect as ainspect,
+        averify as averify,
+        convert as convert,
+        diff as diff,
+        empty_like as empty_like,
+        inspect as inspect,
+        verify as verify,
     )
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AsyncLoaderError",
-    "Cast",
-    "CheckpointChangedError",
-    "CheckpointError",
-    "CheckpointNotFoundError",
-    "CheckpointReader",
-    "CheckpointSummary",
-    "Conversion",
-    "Difference",
-    "Event",
-    "Freed",
-    "HashTable",
-    "Live",
-    "LiveState",
-    "LiveVersion",
-    "LoadCancelled",
-    "LoadFailed",
-    "LoadFinished",
-    "LoadPlan",
-    "LoadReport",
-    "LoadStarted",
-    "LoadTimeoutError",
-    "Loader",
-    "LoopLag",
-    "Model",
-    "PlanError",
-    "Progress",
-    "ReadError",
-    "ReadOptions",
-    "ReadStalledError",
-    "RolledBack",
-    "RunSummary",
-    "Runtime",
-    "SaveError",
-    "SaveReport",
-    "SaveTimeoutError",
-    "Saver",
-    "Slice",
-    "Slot",
-    "Span",
-    "Swapped",
-    "TruncatedShardError",
-    "UpdateCounts",
-    "Verification",
-    "VersionRefused",
-    "WriteBlock",
-    "__version__",
-    "aconvert",
-    "adiff",
-    "aempty_like",
-    "ainspect",
-    "alatest",
-    "aload_tensors",
-    "averify",
-    "convert",
-    "diff",
-    "empty_like",
-    "gen_slice",
-    "inspect",
-    "latest",
-    "load_tensors",
-    "targets",
-    "verify",
-]
-
-# Imported when somebody asks for them: torch takes seconds, and many commands do without.
+# A name is imported when it is first used: torch takes seconds, and many commands do without.
 _MODULES = {
     "_checkpoint.slices": "Slice gen_slice",
     "_loading.progress": "Progress",
@@ -179,6 +117,8 @@ _MODULES = {
     "tools": ("aconvert adiff aempty_like ainspect averify convert diff empty_like inspect verify"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604  # all of it is text
 
 
 def __getattr__(name: str) -> object:
