@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ._memory.sizes import listed
+from ._display import listed
 from ._table.hashtable import HashTable
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from asyncloader._as_dict import AsDict
+from asyncloader._display import AsDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._as_dict import AsDict
+from asyncloader._display import AsDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._as_dict import AsDict
+from asyncloader._display import AsDict
 
 if TYPE_CHECKING:
     from asyncloader._checkpoint.dtypes import DType

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from asyncloader._as_dict import AsDict
-from asyncloader._memory.sizes import listed, size_text
+from asyncloader._display import AsDict, listed, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._memory.sizes import listed
+from asyncloader._display import listed
 from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._threads.pool import Threads

@@ -7,8 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from asyncloader._as_dict import AsDict
-from asyncloader._memory.sizes import size_text
+from asyncloader._display import AsDict, size_text
 from asyncloader.errors import AsyncLoaderError
 
 if TYPE_CHECKING:

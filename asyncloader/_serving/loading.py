@@ -9,8 +9,8 @@ import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from asyncloader._display import size_text
 from asyncloader._memory.allocation import SPARE
-from asyncloader._memory.sizes import size_text
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointChangedError
 from asyncloader.loader import Loader

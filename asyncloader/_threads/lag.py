@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from asyncloader._as_dict import AsDict
+from asyncloader._display import AsDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.text import Text
 
 from asyncloader._checkpoint.parts import ID
-from asyncloader._memory.sizes import size_text
+from asyncloader._display import size_text
 from asyncloader._tools.folders import RunSummary
 
 from ._terminal import (

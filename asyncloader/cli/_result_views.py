@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from asyncloader._memory.sizes import size_text
+from asyncloader._display import size_text
 
 from ._terminal import count, escaped, facts, path_line, plural, shown
 

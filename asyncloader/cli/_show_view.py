@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncloader._checkpoint.parts import ID
-from asyncloader._memory.sizes import size_text
+from asyncloader._display import size_text
 from asyncloader._tools.finding import FoundId
 from asyncloader._tools.showing import ShownTable, ShownTensor
 

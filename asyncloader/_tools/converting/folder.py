@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.slices import gen_slice
+from asyncloader._display import listed
 from asyncloader._loading.progress import Meter, Stages
 from asyncloader._loading.reading import has_dtype
-from asyncloader._memory.sizes import listed
 from asyncloader._saving.commit import Commit
 from asyncloader._saving.save_id import fresh_save_id
 from asyncloader._storage.folder import LocalFolder

@@ -1,4 +1,4 @@
-"""Values as JSON takes them: for status pages and logs."""
+"""Values as JSON takes them, for status pages and logs; sizes and lists of names as people do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["AsDict"]
+_SHOWN = 8
 
 
 class AsDict:
@@ -40,3 +40,17 @@ def _plain(value: object) -> object:
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(one) for one in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes in powers of a thousand."""
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def listed(names: tuple[str, ...]) -> str:
+    """Return the first names, and how many more there are."""
+    shown = ", ".join(names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
