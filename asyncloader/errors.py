@@ -5,11 +5,11 @@ Arguments that make no sense are plain `ValueError` or `TypeError`, raised where
 
 from __future__ import annotations
 
-import errno
+from errno import ENOENT, ETIMEDOUT
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AsyncLoaderError",
@@ -27,26 +27,34 @@ __all__ = [
 
 _RANKS_NAMED = 20
 _READS_NAMED = 4
+# Set on classes: `OSError` takes arguments of ours for its own facts.
+_TIMED_OUT = (ETIMEDOUT, "timed out", None)
+
+
+def _named(things: Sequence[object], most: int) -> str:
+    """Name the first things, and say how many more there are."""
+    more = len(things) - most
+    return ", ".join(map(str, things[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 class AsyncLoaderError(Exception):
     """Base of all asyncloader errors.
 
     Attributes:
-        touched: Names of the tensors that a load which failed had begun to write to.
+        touched: The names of the tensors that the failed load had begun to write to.
     """
 
     touched: tuple[str, ...] = ()
 
 
 class CheckpointError(AsyncLoaderError):
-    """What stands on disk is unreadable or contradicts itself.
+    """The checkpoint on disk is unreadable or contradicts itself.
 
     Attributes:
         location: The checkpoint, as the storage names it.
-        problem: What is wrong, and what to do about it where something can be done.
-        shard: The file within the checkpoint, if one is to blame.
-        key: The block within that file, if one is to blame.
+        problem: What is wrong and, where there is a remedy, what to do about it.
+        shard: The file within the checkpoint that is to blame, if it is one file.
+        key: The block within that file that is to blame, if it is one block.
     """
 
     def __init__(
@@ -71,24 +79,24 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
         self, location: str, problem: str, shard: str | None = None, key: str | None = None
     ) -> None:
         super().__init__(location, problem, shard, key)
-        # OSError read its own facts from our arguments.
-        self.errno, self.strerror, self.filename = errno.ENOENT, problem, location
+        # OSError took our arguments for its own facts.
+        self.errno, self.strerror, self.filename = ENOENT, problem, location
 
 
 class CheckpointChangedError(CheckpointError):
-    """The checkpoint was replaced, or written to, while it was being read. Read it again."""
+    """The checkpoint was replaced or written to while it was read. Read it again."""
 
 
 class TruncatedShardError(CheckpointError):
     """A shard file ends before a block that it declares.
 
     Attributes:
-        begin: First byte of the range that cannot be read, from the start of the file.
-        end: One past its last byte.
-        size: Length of the file in bytes.
+        begin: The first byte of the range that cannot be read, from the start of the file.
+        end: One past the last byte of the range.
+        size: The length of the file in bytes.
     """
 
-    def __init__(  # each is a fact that the handler may ask for
+    def __init__(
         self, location: str, shard: str, key: str | None, begin: int, end: int, size: int
     ) -> None:
         early = f"{end - size} bytes early" if size else "so it is empty"
@@ -108,7 +116,7 @@ class PlanError(AsyncLoaderError):
 
     Attributes:
         location: The checkpoint, as the storage names it.
-        problems: Everything that is wrong, a line each.
+        problems: All that is wrong, a line for each problem.
     """
 
     def __init__(self, location: str, problems: Iterable[str]) -> None:
@@ -127,18 +135,19 @@ class ReadError(AsyncLoaderError):
 
     Attributes:
         shard: The file within the checkpoint.
-        offset: First byte of the range, from the start of the file.
-        length: Bytes in the range.
-        problem: What the storage said.
+        offset: The first byte of the range, from the start of the file.
+        length: The number of bytes in the range.
+        problem: The storage's message.
         location: The checkpoint, as the storage names it.
-        names: The tensors and tables that wanted these bytes, or some of them.
+        names: The tensors and tables that the bytes are for.
     """
 
     location: str = ""
     names: tuple[str, ...] = ()
 
     def __init__(self, shard: str, offset: int, length: int, problem: str) -> None:
-        super().__init__(shard, offset, length, problem)
+        super().__init__()
+        self.args = (shard, offset, length, problem)
         self.shard = shard
         self.offset = offset
         self.length = length
@@ -155,16 +164,12 @@ class ReadError(AsyncLoaderError):
 class ReadStalledError(ReadError, TimeoutError):
     """The storage gave no answer for a byte range within `stall_timeout`. Tables are as they were.
 
-    The thread that asked cannot be interrupted. Should it ever get an answer, it writes that to
-    memory that nobody uses any more; but for dense tensors, which `touched` names. Those cannot be
-    loaded into again before it has: take new ones.
+    The thread that asked cannot be interrupted. If it gets an answer later, it writes the bytes to
+    memory that is not used any more, or to dense tensors, which `touched` names. Such a tensor
+    cannot be loaded into before that: take a new one.
     """
 
-    def __init__(self, shard: str, offset: int, length: int, problem: str) -> None:
-        super().__init__(shard, offset, length, problem)
-        # OSError read its own facts from our arguments.
-        self.args = (shard, offset, length, problem)
-        self.errno, self.strerror, self.filename = errno.ETIMEDOUT, "timed out", None
+    errno, strerror, filename = _TIMED_OUT
 
 
 class LoadTimeoutError(AsyncLoaderError, TimeoutError):
@@ -173,23 +178,22 @@ class LoadTimeoutError(AsyncLoaderError, TimeoutError):
     Attributes:
         location: The checkpoint, as the storage names it.
         seconds: The time that was allowed.
-        under_way: The files and byte ranges that were being read then, the longest first.
+        under_way: The files and byte ranges in flight at that time, the oldest first.
     """
 
+    errno, strerror, filename = _TIMED_OUT
+
     def __init__(self, location: str, seconds: float, under_way: Iterable[str] = ()) -> None:
+        super().__init__()
         self.under_way = tuple(under_way)
-        super().__init__(location, seconds, self.under_way)
         self.args = (location, seconds, self.under_way)
-        self.errno, self.strerror, self.filename = errno.ETIMEDOUT, "timed out", None
         self.location = location
         self.seconds = seconds
 
     def __str__(self) -> str:
-        named = ", ".join(self.under_way[:_READS_NAMED])
-        more = len(self.under_way) - _READS_NAMED
+        named = _named(self.under_way, _READS_NAMED)
         reading = f"; reading then: {named}" if named else ""
-        also = f" and {more} more" if more > 0 else ""
-        return f"{self.location}: not loaded within {self.seconds:g} seconds{reading}{also}"
+        return f"{self.location}: not loaded within {self.seconds:g} seconds{reading}"
 
 
 class SaveError(AsyncLoaderError):
@@ -197,8 +201,8 @@ class SaveError(AsyncLoaderError):
 
     Attributes:
         location: The folder that was to become the checkpoint.
-        problem: What is wrong, and what to do about it where something can be done.
-        file: The file within the folder, if one is to blame.
+        problem: What is wrong and, where there is a remedy, what to do about it.
+        file: The file within the folder that is to blame, if it is one file.
     """
 
     def __init__(self, location: str, problem: str, file: str | None = None) -> None:
@@ -216,21 +220,20 @@ class SaveTimeoutError(SaveError, TimeoutError):
     """Other ranks did not write their parts in time. Nothing was committed.
 
     Attributes:
-        ranks: Those whose parts are missing.
-        seconds: How long they were waited for.
+        ranks: The ranks whose parts are missing.
+        seconds: How long the save waited for them.
     """
+
+    errno, strerror, filename = _TIMED_OUT
 
     def __init__(self, location: str, ranks: Iterable[int], seconds: float) -> None:
         self.ranks = tuple(ranks)
-        named = ", ".join(map(str, self.ranks[:_RANKS_NAMED]))
-        more = len(self.ranks) - _RANKS_NAMED
-        also = f" and {more} more" if more > 0 else ""
+        named = _named(self.ranks, _RANKS_NAMED)
         problem = (
-            f"rank{'s' * (len(self.ranks) != 1)} {named}{also} did not write their parts within "
+            f"rank{'s' * (len(self.ranks) != 1)} {named} did not write their parts within "
             f"{seconds:g} seconds, so nothing was committed; do they save to the same folder, "
             "with the same shard_num and the same save_id?"
         )
         super().__init__(location, problem)
         self.args = (location, self.ranks, seconds)
-        self.errno, self.strerror = errno.ETIMEDOUT, "timed out"
         self.seconds = seconds
