@@ -1,4 +1,7 @@
-"""Checks of what users pass to more than one class. Wrong arguments raise where they are passed."""
+"""Checks of arguments that more than one class takes: each raises where the argument is passed.
+
+An argument of the wrong type is a `TypeError`, one that makes no sense a `ValueError`.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,6 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-__all__ = [
-    "as_dict",
-    "check_callable",
-    "check_no_url",
-    "check_progress",
-    "check_timeout",
-    "checked_path",
-    "checked_switch",
-]
-
 T = TypeVar("T")
 
 # Two letters at least: one is a drive. `Path("s3://bucket")` is `s3:/bucket`.
@@ -26,12 +19,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
 def checked_path(path: str | os.PathLike[str], name: str) -> str:
-    """Return a path as text.
-
-    Raises:
-        TypeError: If it is no path, or one in bytes.
-        ValueError: If no path can be like that.
-    """
+    """Return a path as text."""
     if not isinstance(path, str | bytes | os.PathLike):
         raise TypeError(f"{name} must be a path, got {path!r}")
     text = os.fspath(path)
@@ -44,11 +32,7 @@ def checked_path(path: str | os.PathLike[str], name: str) -> str:
 
 
 def check_no_url(path: str | bytes, name: str) -> None:
-    """Refuse the address of something on the network; the local file system takes it for a folder.
-
-    Raises:
-        ValueError: If it is one, or was before `pathlib` took one of its slashes.
-    """
+    """Refuse an address on the network; the local file system would take it for a folder."""
     found = _URL.match(os.fsdecode(path))
     if found is not None:
         raise ValueError(
@@ -59,11 +43,7 @@ def check_no_url(path: str | bytes, name: str) -> None:
 
 
 def as_dict(mapping: Mapping[str, T] | None, name: str) -> dict[str, T]:
-    """Return a copy of a mapping; of none an empty one.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """Return a copy of a mapping, and an empty one for `None`."""
     given: object = mapping
     if given is not None and not isinstance(given, Mapping):
         is_module = hasattr(given, "state_dict")
@@ -73,12 +53,7 @@ def as_dict(mapping: Mapping[str, T] | None, name: str) -> dict[str, T]:
 
 
 def check_timeout(timeout: float | None, name: str = "timeout") -> None:
-    """Refuse what is no time to wait.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is not positive.
-    """
+    """Refuse all but a positive number and `None`."""
     if timeout is not None and not isinstance(timeout, int | float):
         raise TypeError(f"{name} is a number of seconds or None, got {timeout!r}")
     if timeout is not None and not timeout > 0:
@@ -86,29 +61,26 @@ def check_timeout(timeout: float | None, name: str = "timeout") -> None:
 
 
 def check_count(count: object, name: str) -> None:
-    """Refuse what is no positive number of things.
-
-    Raises:
-        TypeError: If it is no int.
-        ValueError: If it is not positive.
-    """
+    """Refuse all but a positive int."""
     if type(count) is not int:
         raise TypeError(f"{name} must be an int, got {count!r}")
     if count < 1:
         raise ValueError(f"{name} must be positive, got {count}")
 
 
+def check_switch(value: object, name: str) -> None:
+    """Refuse all but a bool: `"no"` would be on."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, got {value!r}")
+
+
 def check_callable(function: object, name: str, *, awaited: bool = False) -> None:
-    """Refuse what cannot be called, or would do nothing when it is.
+    """Refuse an object that cannot be called, or whose call only makes a coroutine or a generator.
 
     Args:
         function: A function, or an object that can be called.
-        name: What it was passed as.
-        awaited: Whether what it returns is awaited, so that it may be a coroutine function.
-
-    Raises:
-        TypeError: If it cannot, or its calls only make a coroutine or a generator, which does not
-            run.
+        name: The name of the argument.
+        awaited: Whether the result is awaited, so that it may be a coroutine function.
     """
     if not callable(function):
         raise TypeError(f"{name} must be callable, got {function!r}")
@@ -124,23 +96,8 @@ def check_callable(function: object, name: str, *, awaited: bool = False) -> Non
             raise TypeError(f"{name} is a generator function, which does nothing when it is called")
 
 
-def checked_switch(value: object, name: str) -> bool:
-    """Return what is on or off.
-
-    Raises:
-        TypeError: If it is something else; `"no"` would be on.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is True or False, got {value!r}")
-    return value
-
-
 def check_progress(progress: object) -> None:
-    """Refuse what is neither a listener nor a switch.
-
-    Raises:
-        TypeError: If it is neither, or a coroutine function.
-    """
+    """Refuse all but a plain function, a bool and `None`."""
     if progress is None or isinstance(progress, bool):
         return
     if not callable(progress):

@@ -1,4 +1,4 @@
-"""What users import to load a checkpoint."""
+"""For users who load a checkpoint."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ _NOTHING = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
 class Loader:
     """Fills hash tables and dense tensors from a checkpoint in RecIS's format, or from safetensors.
 
-    A load is planned first: whatever can be wrong with names, dtypes, shapes, offsets and sizes is
+    A load is planned first: all that is wrong with names, dtypes, shapes, offsets and sizes is
     found before the first byte is written, and listed in one error. A table shows no row of a load
     before all of them are there; a load that fails, times out or is cancelled leaves every table as
-    it was. Dense tensors are filled in place: if the *storage* fails half-way, the error says in
-    `touched` which of them were written to.
+    it was. Dense tensors are filled in place: if the *storage* fails half-way, the error's
+    `touched` names the tensors that were written to.
 
     The first five arguments are those of RecIS's `Loader`, in its order. A loader may be used any
     number of times.
@@ -66,35 +66,35 @@ class Loader:
     Args:
         checkpoint_path: A folder that holds `index`; for dense tensors also a safetensors file, or
             a folder of these, as Hugging Face's are.
-        hashtables: Tables to fill, by any name; their own `children` say which ids they take.
+        hashtables: Tables to fill, by any name; a table's own `children` say which ids it takes.
         tensors: Tensors to fill, by name: allocated, of the right shape and dtype, on any device,
             contiguous or not. Their storage must not be resized or exchanged during a load.
-        parallel: Reads in flight; `None` is what `options` say, 16 by default.
-        filter_func: Gets the plan, `{destination: {source: [slot, ...]}}`, and returns the one to
-            use: leave out what shall stay, name other sources to rename.
-        strict: Whether something that is asked for but not in the checkpoint is an error. If not,
-            the destination keeps its values, a warning is logged, the report lists it.
+        parallel: Reads in flight; `None` takes the number of `options`, 16 by default.
+        filter_func: Gets the load info, `{destination: {source: [slot, ...]}}`, and returns the one
+            to use. A destination that is left out stays as it is; another source renames it.
+        strict: Whether a name that is asked for but not in the checkpoint is an error. If not, the
+            destination keeps its values, a warning is logged, and the report lists the name.
         progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
             shows a bar on stderr.
         trace: Called on the event loop with a `Span` after every step of the load. (To have them in
             a file: `asyncloader load --trace FILE`.)
         on_plan: Called on the event loop with the `LoadPlan`, before tables take memory or a byte
-            is written; what it raises ends the load. May be a coroutine function: it is awaited.
-        runtime: Threads and bytes to share with other loads, in place of such of its own;
-            `max_inflight_bytes`, `max_loop_lag` and `pressure` are the runtime's then, and
-            `parallel` is no more than the runtime's. Not for `load()`, which has a loop of its own.
-        cast: Which values are converted on their way, of tensors and of tables' slots: `"widen"`,
-            to a dtype that holds every value of the one in the checkpoint (bfloat16 to float32,
-            int32 to int64); `"any"`, floats to any floats and integers to any integers, as
-            `Tensor.to` does it, which rounds and wraps around; `None`, none: another dtype is an
+            is written; an error that it raises ends the load. It may be a coroutine function.
+        runtime: Threads and bytes that loads share; without one, a load makes its own. With one,
+            `max_inflight_bytes`, `max_loop_lag` and `pressure` are the runtime's, and `parallel` is
+            at most the runtime's. Not for `load()`, which has a loop of its own.
+        cast: Which values of tensors and of slots are converted while they are loaded. `"widen"`:
+            to a dtype that holds every value of the dtype in the checkpoint (bfloat16 to float32,
+            int32 to int64). `"any"`: floats to any floats and integers to any integers, as
+            `Tensor.to` does it, which rounds and wraps around. `None`: none; another dtype is an
             error. Ids, bools and complex numbers are never converted, nor integers to floats or
-            back. The plan and the report list all that is. Digests are of the bytes as stored.
+            back. The plan and the report list all conversions. Digests are of the bytes as stored.
         options: How to read: reads in flight, memory for them, time-outs, digests, the lag of the
             event loop.
         **read: Fields of `ReadOptions`, which go before `options`.
 
     Attributes:
-        options: How it reads.
+        options: How the loader reads.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -148,11 +148,11 @@ class Loader:
         return f"<Loader {self._path!r}: {len(self._tables)} tables, {len(self._tensors)} tensors>"
 
     def default_load_info(self) -> LoadInfo:
-        """Return the plan that `filter_func` gets: every destination from its own name."""
+        """Return the load info that `filter_func` gets: every destination from its own name."""
         return self._planner.default_load_info()
 
     async def plan(self) -> LoadPlan:
-        """Say what a load would do. Reads names and headers, touches nothing.
+        """Say what a load would do. Reads names and headers, and writes nothing.
 
         Raises:
             CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
@@ -165,9 +165,9 @@ class Loader:
         return plan
 
     async def aload(self) -> LoadReport:
-        """Load, on the caller's event loop, which goes on serving meanwhile.
+        """Load on the caller's event loop, which goes on serving meanwhile.
 
-        An error that comes while bytes are read names in `touched` the tensors that may be partly
+        If an error comes while bytes are read, its `touched` names the tensors that may be partly
         overwritten; tables are as they were.
 
         Raises:
@@ -177,8 +177,8 @@ class Loader:
             ReadError: If the storage failed half-way.
             ReadStalledError: If the storage gave no answer for `stall_timeout`.
             LoadTimeoutError: If `timeout` passed.
-            RuntimeError: If one of the tables is being loaded or changed elsewhere, or
-                another load fills memory of the tensors at the same time, under whatever names.
+            RuntimeError: If one of the tables is being loaded or changed elsewhere, or another load
+                fills memory of the tensors at the same time, under any names.
         """
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(listening(self._progress, "loading"))
@@ -187,9 +187,9 @@ class Loader:
     def load(self) -> LoadReport:
         """Load, and return when it is done; raises what `aload` raises.
 
-        Runs an event loop of its own, from any thread, also where a loop is running already (which
-        it then blocks: inside a coroutine, `await aload()`). Handlers of signals run between two
-        steps of that loop; what one of them raises ends the call, and is raised.
+        Runs an event loop of its own. May be called on any thread, also where a loop runs already
+        (which it blocks: inside a coroutine, `await aload()`). Signal handlers run between two
+        steps of its loop; an error that a handler raises ends the call, and is raised.
         """
         return run_blocking(self.aload)
 

@@ -1,4 +1,4 @@
-"""What of a model can be loaded."""
+"""The tables and tensors of a model that a load can fill."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ __all__ = ["targets"]
 
 _log = logging.getLogger(__name__)
 
-_EXTRA_STATE = "_extra_state"
-"""The end of the names under which torch keeps what `get_extra_state()` returns."""
-
+_EXTRA_STATE = "_extra_state"  # ends the names of values that `get_extra_state()` returns
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # of torch.compile
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
@@ -28,39 +26,40 @@ _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
 }
-"""What torch's wrappers, by the names of their classes, call the module that they wrap. Importing
-the classes would take seconds."""
+"""By class, the name that a wrapper of torch gives the module that it wraps. To import the classes
+would take seconds."""
 
 
 def targets(model: nn.Module) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     """Return the hash tables of a model by their names, and the tensors of its `state_dict()`.
 
-    Both are the model's own, not copies: what is loaded into them is loaded into the model. Values
-    of the `state_dict()` that are no tensors are left out, and so are tensors that
-    `get_extra_state()` makes anew each time; a warning names these.
+    Both are the model's own, not copies: a load into them is a load into the model. Values of the
+    `state_dict()` that are no tensors are left out. So are tensors that `get_extra_state()` makes
+    anew each time; a warning names them.
 
-    Names are those of the model itself, whatever wraps it or parts of it: `_orig_mod.` of
-    `torch.compile`, `module.` of `DistributedDataParallel` and `DataParallel`, and
-    `_fsdp_wrapped_module.` of FSDP are taken off. So what is saved of a wrapped model can be loaded
-    into a bare one, and the other way round.
+    Names are those of the model without wrappers: `_orig_mod.` of `torch.compile`, `module.` of
+    `DistributedDataParallel` and `DataParallel`, and `_fsdp_wrapped_module.` of FSDP are taken off.
+    So the checkpoint of a wrapped model can be loaded into a bare one, and the other way round.
 
     ```python
     await Loader(path, *targets(model)).aload()
     ```
 
     Args:
-        model: With tables anywhere below it, or a table itself.
+        model: A module with tables anywhere below it, or a table itself.
 
     Raises:
         TypeError: If it is no module.
-        ValueError: If two tables have the same name, or two tensors once wrappers are taken off; or
-            if the `state_dict()` holds copies of the model's tensors, as a full one of FSDP does.
+        ValueError: If two tables have the same name, or two tensors have without wrappers; or if
+            the `state_dict()` holds copies of the model's tensors, as a full one of FSDP does.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     tables: dict[str, HashTable] = {}
     paths: dict[str, str] = {}
-    for path, table in _tables(model):
+    for path, table in model.named_modules():  # each once
+        if not isinstance(table, HashTable):
+            continue
         if table.name in tables:
             raise ValueError(
                 f"two tables are named {table.name!r}, {paths[table.name]!r} and {path!r}: "
@@ -75,7 +74,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _without_copies(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave extra state out that is made anew each time; refuse other tensors that are."""
+    """Leave out extra state that is made anew each time; refuse other tensors that are."""
     own = {_memory(one) for one in (*model.parameters(), *model.buffers())} | {None}
     doubtful = [name for name, tensor in tensors.items() if _memory(tensor) not in own]
     again = _state(model) if doubtful else {}
@@ -98,23 +97,16 @@ def _without_copies(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
 
 
 def _memory(tensor: Tensor) -> tuple[torch.device, int] | None:
-    """Say where a tensor lies; `None` where it has no memory, or is of a kind that does not say."""
+    """Return where a tensor lies; `None` if it has no memory, or is of a kind that does not say."""
     try:
         address = tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError, ValueError):  # the last one of a lazy module's
+    except (NotImplementedError, RuntimeError, ValueError):  # a lazy module's raises the last one
         return None
     return (tensor.device, address) if address else None
 
 
-def _tables(model: nn.Module) -> Iterator[tuple[str, HashTable]]:
-    """Yield each table once, with its path."""
-    for path, module in model.named_modules():
-        if isinstance(module, HashTable):
-            yield path, module
-
-
 def _unwrapped(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off names what wrappers of modules have put there."""
+    """Take the parts that wrappers have added off the names."""
     found: dict[str, Tensor] = {}
     taken_off: set[str] = set()
     for name, tensor in tensors.items():
@@ -132,12 +124,12 @@ def _unwrapped(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _bare(module: nn.Module, parts: Sequence[str], taken_off: set[str]) -> Iterator[str]:
-    """Yield the parts of a name that wrappers have not put there, from `module` on."""
+    """Yield the parts of a name that no wrapper has added, from `module` on."""
     for at, part in enumerate(parts):
         # Some wrappers take their own part off by a hook, so they are passed without one.
         while part not in module._modules and (inner := _wrapped(module)):  # noqa: SLF001
             module = module._modules[inner] or module  # noqa: SLF001
-        child = module._modules.get(part)  # noqa: SLF001  # wrappers show what is below as theirs
+        child = module._modules.get(part)  # noqa: SLF001  # a wrapper shows those below as its own
         if child is None:
             yield from parts[at:]
             return
@@ -149,7 +141,7 @@ def _bare(module: nn.Module, parts: Sequence[str], taken_off: set[str]) -> Itera
 
 
 def _wrapped(module: nn.Module) -> str | None:
-    """Return what a wrapper calls the module that it wraps; `None` if this is no wrapper."""
+    """Return the name of the module that a wrapper wraps; `None` if this is no wrapper."""
     for kind in type(module).__mro__:
         if kind.__module__.startswith("torch.") and kind.__name__ in _WRAPPERS:
             child = _WRAPPERS[kind.__name__]

@@ -7,7 +7,7 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict
 
-from ._arguments import check_callable, check_count, check_timeout, checked_switch
+from ._arguments import check_callable, check_count, check_switch, check_timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,14 +17,13 @@ __all__ = ["LoadKeywords", "ReadKeywords", "ReadOptions", "Verify"]
 Verify: TypeAlias = Literal["auto", "require", "off"]
 
 _VERIFY = ("auto", "require", "off")
-_NUMBERS = ("parallel", "chunk_bytes", "max_inflight_bytes")
-# Where the event loop was promised something: a job that has begun is not interrupted.
+# For a load with `max_loop_lag` or `pressure`: a job that has begun is not interrupted.
 _PROMISED_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadOptions:
-    """How a checkpoint is read: by `Loader`, `CheckpointReader`, `load_tensors` and the tools.
+    """How `Loader`, `CheckpointReader`, `load_tensors` and the tools read a checkpoint.
 
     Each of them takes the same fields as keyword arguments, too; a keyword goes before `options`.
 
@@ -35,32 +34,32 @@ class ReadOptions:
 
     Attributes:
         parallel: Reads in flight, as far as `max_inflight_bytes` has room for them.
-        chunk_bytes: The most that one read takes, in bytes. Cancelling waits for one such read.
-        max_inflight_bytes: Memory for reads in flight, in bytes, above the destinations' own.
-        verify: Whether the bytes that are read are compared with the digests that `Saver` wrote
-            along: `"auto"`, where there are digests, as far as whole chunks of 8 MiB are read
-            anyway; `"require"`, every byte that is loaded, and a checkpoint without digests is an
-            error; `"off"`. With digests, at least one chunk is read at a time. A `LoadReport` says
-            how many bytes were verified.
+        chunk_bytes: The largest read, in bytes. Cancelling waits for one such read.
+        max_inflight_bytes: Memory for reads in flight, in bytes, besides the destinations' own.
+        verify: Whether bytes are compared with the digests that `Saver` wrote. `"auto"`: if the
+            checkpoint has digests, each chunk of 8 MiB that is read as a whole is compared.
+            `"require"`: every loaded byte is compared, and a checkpoint without digests is an
+            error. `"off"`: none. With digests, at least one chunk is read at a time. A `LoadReport`
+            says how many bytes were verified.
         timeout: Seconds after which a load, or another call that reads, is given up; `None` waits
-            for ever. A read in flight is waited for, but no longer than `stall_timeout`.
+            for ever. Giving up waits for a read in flight, but no longer than `stall_timeout`.
         stall_timeout: Seconds that one read may take, from when the system gets it, before the call
             fails with `ReadStalledError`; `None` waits for ever. A read of a disk that is gone
-            cannot be interrupted: its thread is left behind, and so is the memory that the thread
-            may yet write to; the event loop and other loads go on.
-        direct_io: Whether files are read past the page cache (`O_DIRECT`), where the file system
-            lets us: faster for files that are not in the cache, and what others have there stays;
-            slower for files that are. Takes 4 MiB of memory more for each read in flight.
+            cannot be interrupted: its thread is left behind, with the memory that the thread may
+            yet write to; the event loop and other loads go on.
+        direct_io: Whether files are read past the page cache (`O_DIRECT`), if the file system
+            allows it. It is faster for files that are not in the cache, and slower for files that
+            are; other files stay in the cache. Takes 4 MiB of memory more for each read in flight.
         follow_symlinks: Whether a file of the checkpoint may be a symbolic link that leads out of
-            its folder, as in the cache of Hugging Face. Then whoever made the checkpoint chooses
+            its folder, as in the cache of Hugging Face. Then the author of the checkpoint chooses
             which files of this machine are read. (The path that you give may be a link anyway.)
-        max_loop_lag: Seconds by which the caller's event loop may be late because of the reading: a
-            timer on that loop is watched, and fewer threads read and index, with pauses, while the
-            timer is late. Chunks are at most 4 MiB then. `None` is full speed. The report's `lag`
-            says how late the loop was.
-        pressure: Called on the event loop twenty times a second; returns how little room the
-            program has for a load, from its own metrics: 0 leaves the load the whole machine, 0.75
-            a quarter of the processors, 1 as good as nothing (a tenth).
+        max_loop_lag: Seconds by which the reading may make the caller's event loop late. A timer on
+            that loop is watched; while it is late, fewer threads read and index, with pauses.
+            Chunks are at most 4 MiB then. `None` is full speed. The report's `lag` says how late
+            the loop was.
+        pressure: Called on the event loop twenty times a second. It returns, from metrics of the
+            program, how little room there is for a load: 0 leaves the load the whole machine, 0.75
+            a quarter of the processors, 1 nearly nothing (a tenth).
 
     Raises:
         TypeError: If a value is of the wrong type.
@@ -79,7 +78,7 @@ class ReadOptions:
     pressure: Callable[[], float] | None = None
 
     def __post_init__(self) -> None:
-        for name in _NUMBERS:
+        for name in ("parallel", "chunk_bytes", "max_inflight_bytes"):
             check_count(getattr(self, name), name)
         if self.verify not in _VERIFY:
             known = ", ".join(map(repr, _VERIFY))
@@ -87,7 +86,7 @@ class ReadOptions:
         for name in ("timeout", "stall_timeout", "max_loop_lag"):
             check_timeout(getattr(self, name), name)
         for name in ("direct_io", "follow_symlinks"):
-            checked_switch(getattr(self, name), name)
+            check_switch(getattr(self, name), name)
         if self.pressure is not None:
             check_callable(self.pressure, "pressure")
 
@@ -96,7 +95,7 @@ class ReadOptions:
         """Return options with some fields replaced by keyword arguments.
 
         Args:
-            options: What holds besides; `None` is the defaults.
+            options: The other fields; `None` is the defaults.
             keywords: Fields by name.
 
         Raises:
@@ -117,12 +116,12 @@ class ReadOptions:
 
     @property
     def promises(self) -> bool:
-        """Whether the event loop is promised something: `max_loop_lag` or `pressure` is given."""
+        """Whether `max_loop_lag` or `pressure` is given."""
         return self.max_loop_lag is not None or self.pressure is not None
 
     @property
     def read_bytes(self) -> int:
-        """The most that one read takes, in bytes, all options taken together."""
+        """The largest read, in bytes, by all options together."""
         most = _PROMISED_CHUNK_BYTES if self.promises else self.chunk_bytes
         return min(most, self.chunk_bytes, self.max_inflight_bytes)
 

@@ -1,4 +1,4 @@
-"""What users import to look into a checkpoint, or to read all of it."""
+"""For users who look into a checkpoint, or read all of its tensors."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ __all__ = ["CheckpointReader", "aload_tensors", "load_tensors"]
 
 
 class CheckpointReader:
-    """Reads single tensors of a checkpoint, by name, without knowing more about it.
+    """Reads single tensors of a checkpoint by name.
 
     A dense tensor goes by its name; a slot of a table by `table@slot`, and the table's ids by
     `table@id`: all rows that all ranks wrote, in the order of their slices, so that row *i* of
     each slot belongs to id *i*. Names are matched exactly.
 
     The methods are those of RecIS's `CheckpointReader`, and each has an awaitable twin whose name
-    begins with `a`. Names and headers are read when they are first needed, and then remembered; a
-    file that is replaced afterwards is an error.
+    begins with `a`. Names and headers are read at the first call that needs them, and remembered;
+    a file that is replaced afterwards is an error.
 
     ```python
     async with CheckpointReader(path) as reader:  # keeps files and threads for all calls
         ids = await reader.aread_tensor("item_emb@id")
     ```
 
-    Without `async with` every call opens and closes what it needs, and so do the blocking methods
-    always.
+    Without `async with`, each call opens its files and threads and closes them. The blocking
+    methods always do.
 
     Args:
         checkpoint_path: A folder that holds `index`; a safetensors file; or a folder of these, as
             Hugging Face's are.
-        options: How to read. Reads in flight, and their bytes, are those of all calls within one
-            `async with` together; `timeout` is for each call. Digests are of whole tensors: windows
-            of rows are not verified.
+        options: How to read. All calls within one `async with` share the reads in flight and
+            their bytes; `timeout` is for each call. Digests are of whole tensors: windows of rows
+            are not verified.
         **read: Fields of `ReadOptions`, which go before `options`.
 
     Raises:
@@ -78,7 +78,7 @@ class CheckpointReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close nothing: blocking calls leave nothing open."""
+        """Close nothing: a blocking call leaves nothing open."""
 
     async def __aenter__(self) -> Self:
         await self._sessions.__aenter__()
@@ -126,7 +126,7 @@ class CheckpointReader:
     async def aread_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Read the rows `[begin, end)` of a tensor, so that it need not fit into memory.
 
-        Rows are what the first dimension counts.
+        The first dimension counts the rows.
 
         Raises:
             ValueError: If not all of these rows are there, or the tensor is a scalar.
@@ -172,7 +172,7 @@ async def aload_tensors(
     Args:
         checkpoint_path: A folder that holds `index`; a safetensors file; or a folder of these, as
             Hugging Face's are.
-        names: What to read, and in which order to return it; a slot of a table is `table@slot`,
+        names: The tensors to read, in the order of the result; a slot of a table is `table@slot`,
             its ids are `table@id`. Without names, all dense tensors, in the checkpoint's order.
         options: How to read.
         **read: Fields of `ReadOptions`, which go before `options`.
