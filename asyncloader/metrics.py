@@ -1,4 +1,4 @@
-"""What loads and versions of a model do, as Prometheus metrics.
+"""Prometheus metrics of loads, and of the versions of a model.
 
 Needs prometheus_client: `pip install 'asyncloader[metrics]'`.
 """
@@ -44,7 +44,7 @@ _COUNTERS = {
     "retries": ("Loads begun that were not the first try",),
     "freed_bytes": ("Memory of versions that was given back",),
 }
-"""By name: what it counts; where it has a label besides the model, that and the known values."""
+"""By name: the meaning; for a label besides `model`, its name and its known values."""
 
 _OF_LAST = "of the last load with max_loop_lag or pressure"
 _GAUGES = {
@@ -73,18 +73,16 @@ _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 
 
 class _HasState(Protocol):
-    """A `Live`, whose module is none that this one may import."""
+    """A `Live`, whose module this one may not import. Its state is read on any thread."""
 
     @property
-    def state(self) -> LiveState:
-        """Asked on any thread."""
-        ...
+    def state(self) -> LiveState: ...
 
 
 class Metrics:
-    """Counts what loads do, and says how a `Live` is, in a Prometheus registry.
+    """Counts loads, and shows the state of a `Live`, in a Prometheus registry.
 
-    A listener for `Live`; for a plain `Loader`, tell it of each load:
+    It is a listener for `Live`. With a plain `Loader`, tell it of each load:
 
     ```python
     metrics = Metrics(model="ctr")
@@ -98,15 +96,15 @@ class Metrics:
         raise
     ```
 
-    Several listeners are one function: `on_event=lambda event: (metrics(event), spans(event))`.
+    For several listeners, pass a function: `on_event=lambda event: (metrics(event), spans(event))`.
 
-    Every series has the label `model`. Any number of these may share a registry; those of the same
+    Every series has the label `model`. Any number of `Metrics` may share a registry; those of one
     model count together. May be used from any thread.
 
     Args:
-        registry: Where the metrics are registered; `None` is prometheus_client's own, which
+        registry: The registry for the metrics; `None` is prometheus_client's own, which
             `start_http_server` serves.
-        model: The label's value: give each model in a process its own.
+        model: The value of the label: each model in a process needs its own.
     """
 
     def __init__(
@@ -118,7 +116,7 @@ class Metrics:
             if registry not in _known:
                 _known[registry] = _Families(registry)
             self._all = _known[registry]
-        # A series that is not there before its first event has no rate when it matters.
+        # A series that begins with its first event has no rate at that event.
         for name, (_, *label) in _COUNTERS.items():
             for value in [(one,) for one in label[1].split()] if label else [()]:
                 self._all.counters[name].labels(model, *value)
@@ -128,7 +126,7 @@ class Metrics:
         return f"<Metrics {self._model!r}>"
 
     def __call__(self, event: events.Event) -> None:
-        """Take in what happened to a service's model: `Live(..., on_event=metrics)`."""
+        """Count an event of a `Live`: `Live(..., on_event=metrics)`."""
         match event:
             case events.LoadStarted():
                 self._count("retries", event.attempt > 1)
@@ -141,7 +139,7 @@ class Metrics:
             case events.VersionRefused(error=None):
                 self._count("refusals", 1, "memory")
                 self._count("loads", 1, "refused")
-            case events.VersionRefused():  # by `check`: it was loaded, and counted as that
+            case events.VersionRefused():  # by `check`, once its load was counted as loaded
                 self._count("refusals", 1, "check")
             case events.Swapped():
                 self._count("swaps", 1)
@@ -151,7 +149,7 @@ class Metrics:
                 self._count("freed_bytes", event.nbytes)
 
     def observe(self, report: LoadReport) -> None:
-        """Take in a load that went well."""
+        """Count a load that went well."""
         self._count("loads", 1, "loaded")
         self._count("read_bytes", report.bytes_read)
         self._count("verified_bytes", report.bytes_verified)
@@ -165,8 +163,8 @@ class Metrics:
             self._count("held_back_seconds", report.lag.held_back)
 
     def failed(self, error: BaseException) -> None:
-        """Take in what a load raised."""
-        # The nearest class that is Python's or ours: users' own would be labels without end.
+        """Count a load that raised an error."""
+        # The nearest class of Python's or ours: classes of users would be labels without end.
         ours = ("builtins", "asyncloader.errors")
         kind = next(kind for kind in type(error).__mro__ if kind.__module__ in ours)
         self._count("loads", 1, "failed")
@@ -175,10 +173,11 @@ class Metrics:
     def watch(self, live: _HasState) -> None:
         """Read the state of a `Live` whenever the registry is scraped, from now on.
 
-        It is not kept alive by this. Once it serves no more, another one may take its place.
+        This does not keep the `Live` alive. Once it does not serve any more, another one may take
+        its place.
 
         Raises:
-            ValueError: If another one that serves is watched under the name of this model.
+            ValueError: If another `Live` that serves is watched under the name of this model.
         """
         self._all.watch(self._model, live)
 
@@ -256,9 +255,9 @@ class _Families:
                 gauges[name].add_metric([model], float(value))
         return [*gauges.values(), serving]
 
-    describe = collect  # asked for once, at registration
+    describe = collect  # called once, at registration
 
 
-# A registry takes a name once, and cannot be asked for what it has.
+# A registry takes a name once, and cannot say which names it has.
 _known: WeakKeyDictionary[CollectorRegistry, _Families] = WeakKeyDictionary()
 _lock = threading.Lock()

@@ -1,14 +1,13 @@
-"""Steps of a load, loads and swaps as OpenTelemetry spans.
+"""OpenTelemetry spans of the steps of a load, of loads and of swaps.
 
-Needs OpenTelemetry's API: `pip install 'asyncloader[otel]'`. Which spans are kept, and where they
-go, the program's SDK decides.
+Needs OpenTelemetry's API: `pip install 'asyncloader[otel]'`. The program's SDK decides which spans
+are kept, and where they go.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ._serving import events
 
@@ -45,15 +44,15 @@ def trace_to(tracer: Tracer) -> Callable[[Span], None]:
     ```
 
     The spans are `asyncloader.plan`, `.read`, `.verify`, `.copy`, `.index` and `.commit`, children
-    of the span that is current where the load is started. They have the attributes
-    `asyncloader.name` (a shard, a table, a part of planning), `asyncloader.lane` (the asyncio task)
-    and, where that says something, `asyncloader.bytes`.
+    of the span that is current where the load is started. Their attributes are `asyncloader.name`
+    (a shard, a table, a part of planning), `asyncloader.lane` (the asyncio task) and, for a step
+    with bytes, `asyncloader.bytes`.
 
-    There are as many spans of a kind as there were steps: a load of 10 GB has 600 reads or more,
-    with as many spans. One whose step failed looks like any other; the error is the load's.
+    Each step is a span: a load of 10 GB has 600 reads or more, and so many spans. The span of a
+    step that failed looks like any other; the error is the load's.
 
-    Times are right to a millisecond, by the clock as it is when this is called; setting the clock
-    afterwards does not move them.
+    Times are right to a millisecond, by the clock at this call; setting the clock afterwards does
+    not move them.
 
     Args:
         tracer: Makes the spans.
@@ -76,19 +75,19 @@ class LiveSpans:
         ...
     ```
 
-    Several listeners are one function: `on_event=lambda event: (metrics(event), spans(event))`.
+    For several listeners, pass a function: `on_event=lambda event: (metrics(event), spans(event))`.
 
-    A load's span begins when the load does, one for each try, and ends when it has failed, or when
-    its version serves or was refused: it includes `check`, and an event `loaded` says when that
-    began. Its `asyncloader.outcome` is `served`, `failed`, `refused` or `cancelled`; where
-    it failed or was refused, status and exception are recorded. A swap is a span without length, a
-    child of the load that brought the version; the steps of the load are its children too, if
-    `trace` listens to them. Other attributes are `asyncloader.version`, `.location`, `.attempt`,
-    `.bytes`, `.memory_bytes`, `.retry_in_seconds`, and, of swaps, `.previous` and `.back`.
+    Each try of a load is a span. It begins when the load begins, and ends when the load has failed,
+    or when its version serves or was refused: it includes `check`, and an event `loaded` says when
+    `check` began. Its `asyncloader.outcome` is `served`, `failed`, `refused` or `cancelled`; status
+    and exception are recorded if it failed or was refused. A swap is a span without length, a child
+    of the load that brought the version; the steps of the load are its children too, if `trace`
+    listens to them. Other attributes are `asyncloader.version`, `.location`, `.attempt`, `.bytes`,
+    `.memory_bytes`, `.retry_in_seconds`, and, of swaps, `.previous` and `.back`.
 
-    A load is a child of the span that is current where it was asked for (entering, `load()`,
+    A load is a child of the span that is current at the call that asked for it (entering, `load()`,
     `rollback()`). A load that follows the run folder is a child of the span in which the `Live` was
-    entered, if that is still recorded when the load begins; otherwise it is a trace of its own.
+    entered, if that span is still recorded when the load begins; otherwise it is its own trace.
 
     Belongs to one `Live`, and to its event loop.
 
@@ -104,7 +103,7 @@ class LiveSpans:
         return f"<LiveSpans: {'no load' if self._load is None else self._load.location}>"
 
     def __call__(self, event: events.Event) -> None:
-        """Take in what happened: `Live(..., on_event=spans)`."""
+        """Record an event: `Live(..., on_event=spans)`."""
         match event:
             case events.LoadStarted():
                 self._begin(event)
@@ -138,7 +137,7 @@ class LiveSpans:
             },
             start_time=_nanoseconds(event.at),
         )
-        self._load = _Load(span=span, location=event.location, epoch=_epoch())
+        self._load = _Load(span, event.location, _epoch())
 
     def _note_loaded(self, event: events.LoadFinished) -> None:
         if self._load is not None:
@@ -153,7 +152,7 @@ class LiveSpans:
         self._end(event, "failed", error=event.error, problem=problem)
 
     def _swap(self, event: events.Swapped | events.RolledBack) -> None:
-        # Going back at once comes before the load that it gives up has ended.
+        # A rollback at once is told before the end of the load that it gives up.
         load = self._load
         brought = load if load is not None and load.location == event.location else None
         context = _open_context() if brought is None else set_span_in_context(brought.span)
@@ -191,8 +190,7 @@ class LiveSpans:
         load.span.end(_nanoseconds(event.at))
 
 
-@dataclass(slots=True, kw_only=True)
-class _Load:
+class _Load(NamedTuple):
     """A load under way."""
 
     span: OpenSpan
@@ -201,16 +199,16 @@ class _Load:
 
 
 def _open_context() -> Context | None:
-    """Return the current context, or an empty one if the span in it has ended.
+    """Return `None` for the current context, or an empty one if the current span has ended.
 
-    Following goes on in the context in which `Live` was entered: without this, a year of loads
-    would be one trace, that of the program's start.
+    Following goes on in the context in which `Live` was entered: otherwise a year of loads would be
+    one trace, that of the program's start.
     """
     return None if get_current_span().is_recording() else Context()
 
 
 def _record(tracer: Tracer, step: Span, *, epoch: int, context: Context | None) -> None:
-    """Make a span of a step that is over."""
+    """Record a step that is over as a span."""
     attributes: dict[str, str | int] = {
         "asyncloader.name": step.name,
         "asyncloader.lane": step.lane,
@@ -226,7 +224,7 @@ def _record(tracer: Tracer, step: Span, *, epoch: int, context: Context | None) 
 
 def _epoch() -> int:
     """Return when `time.perf_counter` was 0, in nanoseconds since 1970."""
-    # Of several looks the quickest: a look that is interrupted between two clocks is wrong.
+    # The quickest of several looks: a look that is interrupted between two clocks is wrong.
     looks = [
         (time.perf_counter_ns(), time.time_ns(), time.perf_counter_ns()) for _ in range(_SAMPLES)
     ]
