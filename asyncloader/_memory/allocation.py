@@ -1,9 +1,9 @@
 """Memory that costs nothing until it is touched.
 
-Large allocations are anonymous mappings, whose kind of pages `pages` chooses. Fresh mappings read
-as zero, and pages that nothing touches take no memory, so tables may reserve more rows than they
-will use. Where touching is dear, memory that is given back is kept for the next caller, as far as
-an owner allows that.
+Large allocations are anonymous mappings; `pages` chooses their kind of pages. A fresh mapping reads
+as zero, and an untouched page takes no memory, so a table may reserve more rows than it will use.
+Where touching is dear, memory that is given back is kept for the next caller, as far as an owner
+allows that.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ _GROWTH = 8
 
 
 class _Kept(NamedTuple):
-    """A mapping that was given back."""
+    """A mapping that was given back. The first `used` bytes from `start` on may not be zero."""
 
     memory: mmap.mmap
     start: int
     used: int
-    """How many bytes, from `start` on, may be other than zero."""
 
     @property
     def room(self) -> int:
@@ -42,13 +41,13 @@ class _Kept(NamedTuple):
 
 
 class Spare:
-    """Memory that was given back and is kept, wiped, for the next caller that maps some.
+    """Memory that was given back and is kept, wiped, for the next caller that maps memory.
 
-    It is kept while an owner allows it, and where fresh memory is dear. No lock is held: memory may
-    be given back by the garbage collector, at any time on any thread.
+    It is kept while an owner allows it, and if fresh memory is dear. No lock is held: the garbage
+    collector may give memory back at any time on any thread.
 
     Args:
-        is_dear: Says whether fresh memory costs more than wiping some.
+        is_dear: Says whether fresh memory costs more than wiping used memory.
         wipe: Makes bytes of a mapping read as zero.
     """
 
@@ -68,11 +67,11 @@ class Spare:
 
     @property
     def nbytes(self) -> int:
-        """How much is kept."""
+        """How many bytes are kept."""
         return sum(kept.room for kept in (*self._used, *self._wiped))
 
     def allow(self, owner: object, nbytes: int) -> None:
-        """Keep up to so many bytes for an owner; what all owners allow adds up."""
+        """Keep up to so many bytes for an owner; the bytes of all owners add up."""
         self._allowed[owner] = nbytes
         self._drop(0)
 
@@ -93,20 +92,20 @@ class Spare:
                 if _taken(pool, kept):
                     if pool is self._used:
                         self._wipe(kept.memory, kept.start, kept.used)
-                    assert kept.start + size <= len(kept.memory), "what is lent lies within"
+                    assert kept.start + size <= len(kept.memory), "lent memory lies within"
                     give_up(kept.memory, kept.start + size)
                     return kept.memory, kept.start
         return map_fresh(size + size // _GROWTH if self._allowed else size)
 
     def give(self, memory: mmap.mmap, start: int, used: int) -> None:
-        """Take back what `map` has lent. Quick: `wipe` wipes it, or the next `map`."""
+        """Take back memory that `map` has lent. Quick: `wipe` or the next `map` wipes it."""
         kept = _Kept(memory, start, used)
         if kept.room <= sum(self._allowed.values()) and self._is_dear():
             self._drop(kept.room)
             self._used.append(kept)
 
     def wipe(self) -> None:
-        """Make what was given back read as zero. Belongs on a thread."""
+        """Make the memory that was given back read as zero. Belongs on a thread."""
         for kept in [*self._used]:
             if _taken(self._used, kept):
                 self._wipe(kept.memory, kept.start, kept.used)
@@ -114,7 +113,7 @@ class Spare:
                 self._drop(0)  # less may be allowed by now
 
     def _drop(self, more: int) -> None:
-        """Let go of what was kept longest, until there is room for `more`."""
+        """Let go of the memory that was kept longest, until there is room for `more`."""
         most = sum(self._allowed.values())
         for pool in (self._wiped, self._used):
             for kept in [*pool]:
@@ -134,7 +133,7 @@ def _taken(pool: deque[_Kept], kept: _Kept) -> bool:
 SPARE = Spare()
 
 
-@torch.inference_mode(mode=False)  # or what is made within it could not be changed outside of it
+@torch.inference_mode(mode=False)  # a tensor that is made within it cannot be changed outside
 def zeros(
     shape: Sequence[int],
     dtype: torch.dtype,

@@ -1,7 +1,7 @@
 """How much memory and how many processors this process may use, which may be less than there is.
 
-A container sees the memory and the processors of its machine. The kernel's control groups hold it
-to less, in either of their two versions, and every group is held to what those above it may use.
+A container sees the memory and the processors of its machine. The kernel's control groups, of
+version 1 or 2, hold it to less, and a group may use no more than the groups above it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 _FACT = re.compile(rb"^(MemAvailable|SwapFree): *([0-9]+) kB$", re.MULTILINE)
 _STATISTIC = re.compile(rb"^(\w+) ([0-9]+)$", re.MULTILINE)
 _GROUP = re.compile(r"^[0-9]+:([^:]*):(.*)$", re.MULTILINE)
-_MOUNT = re.compile(
-    r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S+ (\S+)$",
-    re.MULTILINE,
-)
+_MOUNT = re.compile(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S+ (\S+)$", re.MULTILINE)
 _ROOT = Path("/")
 _CACHED_1 = (b"total_inactive_file", b"total_active_file")
 _CACHED_2 = (b"inactive_file", b"active_file")
@@ -33,8 +30,8 @@ def free_memory(root: Path = _ROOT, address_space: int | None = None) -> int | N
     """Return the bytes that this process can still get, swap included; `None` if unknown.
 
     Args:
-        root: Where `proc` and the groups' folders are.
-        address_space: Bytes that the limit on it leaves; `None` is no limit.
+        root: The folder of `proc` and of the groups' folders.
+        address_space: Bytes that the limit on address space leaves; `None` is no limit.
     """
     free = [] if address_space is None else [address_space]
     swap = 0
@@ -62,7 +59,7 @@ def address_space(statm: Path = Path("/proc/self/statm")) -> int | None:
 
 
 def processor_quota(root: Path = _ROOT) -> int | None:
-    """Return how many processors the groups' quotas of time come to; `None` if there is none."""
+    """Return how many processors the groups' quotas of time are worth; `None` if there is none."""
     shares = []
     for group in _groups(root, "cpu"):
         quota, _, period = _read(group / "cpu.max").strip().partition(b" ")
@@ -75,7 +72,7 @@ def processor_quota(root: Path = _ROOT) -> int | None:
 
 
 def _left_2(group: Path, swap: int) -> list[int]:
-    """Return what a group of version 2 has left, if it has a limit."""
+    """Return the bytes that a group of version 2 has left, if it has a limit."""
     most, used = _number(group / "memory.max"), _number(group / "memory.current")
     if most is None or used is None:
         return []
@@ -86,7 +83,7 @@ def _left_2(group: Path, swap: int) -> list[int]:
 
 
 def _left_1(group: Path, swap: int) -> list[int]:
-    """Return what a group of version 1 has left: of memory, and of memory and swap together."""
+    """Return the bytes that a group of version 1 has left, of memory, and with swap."""
     left = []
     for kind, more in (("memory", swap), ("memory.memsw", 0)):
         most = _number(group / f"{kind}.limit_in_bytes")
@@ -97,13 +94,13 @@ def _left_1(group: Path, swap: int) -> list[int]:
 
 
 def _cached(group: Path, names: tuple[bytes, bytes]) -> int:
-    """Return the bytes of files that count as used, and that the kernel drops for a program."""
+    """Return the bytes of files that count as used, but that the kernel drops for a program."""
     facts = dict(_STATISTIC.findall(_read(group / "memory.stat")))
     return sum(int(facts.get(name, 0)) for name in names)
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders of the groups that we are in, and of those above, of both versions."""
+    """Yield the folders of this process's groups and of the groups above, of both versions."""
     groups = _read(root / "proc/self/cgroup").decode(errors="surrogateescape")
     paths = {name: path for names, path in _GROUP.findall(groups) for name in names.split(",")}
     mounts = _read(root / "proc/self/mountinfo").decode(errors="surrogateescape")
@@ -119,7 +116,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
             for part in ours.relative_to(whole).parts:
                 folder /= part
                 yield folder
-        elif set(whole.parts[1:]) == {".."}:  # it is above the root that we are told of
+        elif set(whole.parts[1:]) == {".."}:  # it is above the root that the process sees
             yield folder
 
 
@@ -129,14 +126,14 @@ def _number(file: Path) -> int | None:
 
 
 def _read(file: Path) -> bytes:
-    """Return a file's content, nothing if it cannot be read, as on another system than Linux."""
+    """Return a file's content; nothing if it cannot be read, as on other systems than Linux."""
     try:
         return file.read_bytes()
     except OSError:
         return b""
 
 
-# Read once: event loops ask, and should not wait for files.
+# Read once: event loops ask, and must not wait for files.
 _QUOTA = processor_quota()
 
 

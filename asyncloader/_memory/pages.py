@@ -1,10 +1,10 @@
-"""Which kind of pages fresh memory is made of: huge or small, by what touching them costs now.
+"""Chooses the kind of pages for fresh memory, huge or small, by what touching them costs now.
 
 The first touch of memory is the dearest part of a load. Huge pages are usually several times
 cheaper to touch than small ones. In a virtual machine that reports free pages to its host, they are
-several times dearer once memory has been free for a few seconds: the host takes what is reported
-back, in huge pages first, and gives it again page by page. No file says in which state memory is.
-So the thread that is about to read into fresh memory touches it first, a block at a time, and notes
+several times dearer once memory has been free for a few seconds: the host takes the reported pages
+back, huge ones first, and gives them again page by page. No file says in which state memory is. So
+the thread that is about to read into fresh memory touches it first, a block at a time, and notes
 the processor time; the cheaper kind is used, and the other one is tried now and then.
 """
 
@@ -28,19 +28,18 @@ if TYPE_CHECKING:
 BLOCK = 2 << 20
 """A huge page, in bytes; memory is touched in such blocks, and aligned to them."""
 
-# Smaller views are not worth a look; the read touches their pages itself.
+# The read itself touches the pages of smaller views.
 _WORTH_IT = 512 << 10
-# Of the time that touching takes, one part in so many is spent on trying the other kind; less and
-# less as long as it is the dearer one, since each try splits a mapping, of which a process may have
-# 65,530.
+# One part in so many of the time that touching takes is spent on trying the other kind; less and
+# less as long as that is the dearer one, since each try splits a mapping, of which a process may
+# have 65,530.
 _LOOKS = 24
 _LEAST_LOOKS = 24 << 5
 # Huge pages also spare look-ups of addresses, so small ones have to be this much cheaper.
 _MARGIN = 1.25
-# Seconds a block. One that is there already is wiped in 0.2 ms, a fresh one takes 0.3 to 0.5 where
-# that is fast.
+# Seconds a block. To wipe a block takes 0.2 ms, a fresh one 0.3 to 0.5 where that is fast.
 _DEAR = 0.0007
-# The weight of the latest block in what a kind is thought to cost.
+# The weight of the latest block in the known cost of its kind.
 _LATEST = 0.25
 # Linux 5.14 and newer: make pages present as a read or a write would. `mmap` has no names for them.
 _MADV_POPULATE_READ = 22
@@ -48,15 +47,15 @@ _MADV_POPULATE_WRITE = 23
 _MADV_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 _MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
 _MADV_NOHUGEPAGE = getattr(mmap, "MADV_NOHUGEPAGE", None)
-# Without it a mapping larger than memory and swap is refused, even if little of it is ever used.
+# Without it a mapping that is larger than memory and swap is refused, even if most stays untouched.
 # `mmap` has the constant from Python 3.13 on; the value is that of Linux on x86 and Arm.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if _MADV_HUGEPAGE else 0
 
 
 class PageChooser:
-    """Chooses the kind of pages for the next block, by what blocks of either kind have cost.
+    """Chooses the kind of pages for the next block, by the cost of earlier blocks of either kind.
 
-    Threads may share one: what two of them note at the same time is at worst noted once.
+    Threads may share one: at worst, only one of two notes at the same time is kept.
     """
 
     def __init__(self) -> None:
@@ -73,7 +72,7 @@ class PageChooser:
 
     @property
     def cost(self) -> float:
-        """What a block of the cheaper kind has cost, in seconds of processor time; 0 if unknown."""
+        """The cost of a block of the cheaper kind, in seconds of processor time; 0 if unknown."""
         return min(self._cost.values(), default=0.0)
 
     @property
@@ -95,7 +94,7 @@ class PageChooser:
         return preferred
 
     def note(self, *, huge: bool, seconds: float) -> None:
-        """Take in what a block has cost, in seconds of processor time."""
+        """Note the cost of a block, in seconds of processor time."""
         preferred = self.prefers_huge
         before = self._cost.get(huge, seconds)
         self._cost[huge] = before + (seconds - before) * _LATEST
@@ -107,9 +106,8 @@ class PageChooser:
 
 _untouched: dict[int, bool] = {}
 """Blocks that `map_fresh` has mapped and no thread has touched, by address over `BLOCK`, and
-whether they have been advised to be huge pages. Every change is one call of a method, so that
-threads need no lock, and none is held where a process forks or memory is freed by the garbage
-collector."""
+whether the kernel was advised to make them huge pages. Each change is one call of a method, so that
+no lock is held where a process forks or the garbage collector frees memory."""
 
 _chooser = PageChooser()
 # By ctypes, which lets other threads run meanwhile; `mmap.madvise` does not.
@@ -117,10 +115,7 @@ _madvise = ctypes.CDLL(None, use_errno=True).madvise if sys.platform == "linux" 
 
 
 def map_fresh(size: int) -> tuple[mmap.mmap, int]:
-    """Map memory that reads as zero, and takes no room before it is touched.
-
-    Args:
-        size: Bytes.
+    """Map `size` bytes that read as zero, and take no room before they are touched.
 
     Returns:
         The mapping, which is larger, and the offset in it at which the memory begins: the address
@@ -151,41 +146,39 @@ def map_fresh(size: int) -> tuple[mmap.mmap, int]:
 
 
 def _forget(blocks: Iterable[int]) -> None:
-    """Note that memory is no more: its addresses may be those of other memory soon."""
+    """Note that memory was freed: other memory may get its addresses soon."""
     for block in blocks:
         _untouched.pop(block, None)
 
 
 def fresh_memory_is_dear() -> bool:
-    """Say whether touching fresh memory costs so much that it is better to wipe used memory."""
+    """Say whether touching fresh memory costs more than wiping used memory."""
     return _chooser.cost > _DEAR
 
 
 def wipe(memory: mmap.mmap, start: int, size: int) -> None:
-    """Make bytes of a mapping read as zero; what was touched of it stays in memory.
+    """Make bytes of a mapping of `map_fresh` read as zero; touched pages stay in memory.
 
     Args:
-        memory: One that `map_fresh` has returned.
-        start: Where its first block begins.
-        size: How many bytes from there on.
+        memory: The mapping.
+        start: The offset of its first block.
+        size: The number of bytes from there on.
     """
     array = np.frombuffer(memory, np.uint8)[start : start + size]
     first = array.ctypes.data // BLOCK
     for at in range(0, size, BLOCK):
         block = first + at // BLOCK
-        # A view that is too small for `touch` may have been written to, all the same. The last
-        # block may be cut short: its rest is other memory.
+        # A view that is too small for `touch` may have been written to all the same. The last block
+        # may be cut short: its rest is other memory.
         is_fresh = at + BLOCK <= size and block in _untouched
         if not is_fresh or not _advise(block * BLOCK, _MADV_DONTNEED):
             array[at : at + BLOCK] = 0
 
 
 def give_up(memory: mmap.mmap, start: int) -> None:
-    """Give whole blocks of a mapping back to the system, from `start` on; they read as zero.
+    """Give whole blocks of a mapping of `map_fresh` back to the system; they read as zero.
 
-    Args:
-        memory: One that `map_fresh` has returned.
-        start: Offset in it; the block that it lies in stays, unless it is the block's first byte.
+    The block in which `start`, an offset, lies stays, unless it begins there.
     """
     address = np.frombuffer(memory, np.uint8).ctypes.data
     begin = -(-(address + start) // BLOCK) * BLOCK
@@ -194,10 +187,10 @@ def give_up(memory: mmap.mmap, start: int) -> None:
 
 
 def is_read_only(address: int) -> bool:
-    """Say whether an address can be read but not written to, where the kernel tells.
+    """Say whether an address can be read but not written to, if the kernel tells.
 
-    The page there is touched. Of memory that belongs to a device, as what CUDA has pinned, and on
-    other systems the kernel tells neither.
+    The page there is touched. The kernel does not tell of memory that belongs to a device, as
+    memory that CUDA has pinned; nor do other systems than Linux.
     """
     page = address & ~(mmap.PAGESIZE - 1)
     if _advise(page, _MADV_POPULATE_WRITE, 1) or ctypes.get_errno() != errno.EINVAL:
@@ -206,7 +199,7 @@ def is_read_only(address: int) -> bool:
 
 
 def touch(views: Iterable[memoryview]) -> None:
-    """Touch what of some views was never touched, on the thread that is about to fill them.
+    """Touch the untouched blocks of some views, on the thread that is about to fill them.
 
     Memory that `map_fresh` did not map is left as it is.
     """
@@ -230,7 +223,7 @@ def _touch(address: int, *, is_huge: bool) -> None:
 
 
 def _advise(address: int, advice: int | None, size: int = BLOCK) -> bool:
-    """Tell the kernel about a block; return whether it knows that advice, and has taken it."""
+    """Advise the kernel about a block; return whether it has taken the advice."""
     if _madvise is None or advice is None:
         return False
     done: int = _madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
