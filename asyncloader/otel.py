@@ -7,6 +7,7 @@ are kept, and where they go.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._serving import events
@@ -57,12 +58,7 @@ def trace_to(tracer: Tracer) -> Callable[[Span], None]:
     Args:
         tracer: Makes the spans.
     """
-    epoch = _epoch()
-
-    def record(step: Span) -> None:
-        _record(tracer, step, epoch=epoch, context=None)
-
-    return record
+    return partial(_record, tracer, epoch=_epoch(), context=None)
 
 
 class LiveSpans:

@@ -12,7 +12,6 @@ import math
 import mmap
 import weakref
 from collections import deque
-from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -59,8 +58,7 @@ class Spare:
         self._is_dear = is_dear
         self._wipe = wipe
         self._allowed: dict[object, int] = {}
-        self._used = deque[_Kept]()
-        self._wiped = deque[_Kept]()
+        self._kept = deque[_Kept]()
 
     def __repr__(self) -> str:
         return f"<Spare: {self.nbytes} bytes of {sum(self._allowed.values())}>"
@@ -68,7 +66,7 @@ class Spare:
     @property
     def nbytes(self) -> int:
         """How many bytes are kept."""
-        return sum(kept.room for kept in (*self._used, *self._wiped))
+        return sum(kept.room for kept in [*self._kept])
 
     def allow(self, owner: object, nbytes: int) -> None:
         """Keep up to so many bytes for an owner; the bytes of all owners add up."""
@@ -86,15 +84,13 @@ class Spare:
         Raises:
             MemoryError: If there is no room for it.
         """
-        for pool in (self._wiped, self._used):
-            fitting = [kept for kept in [*pool] if size <= kept.room <= 2 * size]
-            for kept in sorted(fitting, key=attrgetter("room")):
-                if _taken(pool, kept):
-                    if pool is self._used:
-                        self._wipe(kept.memory, kept.start, kept.used)
-                    assert kept.start + size <= len(kept.memory), "lent memory lies within"
-                    give_up(kept.memory, kept.start + size)
-                    return kept.memory, kept.start
+        fitting = [kept for kept in [*self._kept] if size <= kept.room <= 2 * size]
+        for kept in sorted(fitting, key=lambda kept: (kept.used > 0, kept.room)):
+            if self._taken(kept):
+                self._wipe(kept.memory, kept.start, kept.used)
+                assert kept.start + size <= len(kept.memory), "lent memory lies within"
+                give_up(kept.memory, kept.start + size)
+                return kept.memory, kept.start
         return map_fresh(size + size // _GROWTH if self._allowed else size)
 
     def give(self, memory: mmap.mmap, start: int, used: int) -> None:
@@ -102,32 +98,30 @@ class Spare:
         kept = _Kept(memory, start, used)
         if kept.room <= sum(self._allowed.values()) and self._is_dear():
             self._drop(kept.room)
-            self._used.append(kept)
+            self._kept.append(kept)
 
     def wipe(self) -> None:
         """Make the memory that was given back read as zero. Belongs on a thread."""
-        for kept in [*self._used]:
-            if _taken(self._used, kept):
+        for kept in [*self._kept]:
+            if kept.used and self._taken(kept):
                 self._wipe(kept.memory, kept.start, kept.used)
-                self._wiped.append(kept._replace(used=0))
+                self._kept.append(kept._replace(used=0))
                 self._drop(0)  # less may be allowed by now
 
     def _drop(self, more: int) -> None:
-        """Let go of the memory that was kept longest, until there is room for `more`."""
+        """Let go of the memory that was kept longest, wiped first, until there is room for more."""
         most = sum(self._allowed.values())
-        for pool in (self._wiped, self._used):
-            for kept in [*pool]:
-                if self.nbytes + more > most:
-                    _taken(pool, kept)
+        for kept in sorted([*self._kept], key=lambda kept: kept.used > 0):
+            if self.nbytes + more > most:
+                self._taken(kept)
 
-
-def _taken(pool: deque[_Kept], kept: _Kept) -> bool:
-    """Take a mapping out of a pool, unless another thread was quicker."""
-    try:
-        pool.remove(kept)
-    except ValueError:
-        return False
-    return True
+    def _taken(self, kept: _Kept) -> bool:
+        """Take a mapping out, unless another thread was quicker."""
+        try:
+            self._kept.remove(kept)
+        except ValueError:
+            return False
+        return True
 
 
 SPARE = Spare()

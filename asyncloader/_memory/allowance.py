@@ -22,8 +22,7 @@ _STATISTIC = re.compile(rb"^(\w+) ([0-9]+)$", re.MULTILINE)
 _GROUP = re.compile(r"^[0-9]+:([^:]*):(.*)$", re.MULTILINE)
 _MOUNT = re.compile(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S+ (\S+)$", re.MULTILINE)
 _ROOT = Path("/")
-_CACHED_1 = (b"total_inactive_file", b"total_active_file")
-_CACHED_2 = (b"inactive_file", b"active_file")
+_CACHED = (b"inactive_file", b"active_file")
 
 
 def free_memory(root: Path = _ROOT, address_space: int | None = None) -> int | None:
@@ -40,8 +39,7 @@ def free_memory(root: Path = _ROOT, address_space: int | None = None) -> int | N
         swap = int(facts.get(b"SwapFree", 0)) << 10
         free.append((int(facts[b"MemAvailable"]) << 10) + swap)
     for group in _groups(root, "memory"):
-        free += _left_2(group, swap)
-        free += _left_1(group, swap)
+        free += _left(group, swap)
     return max(min(free), 0) if free else None
 
 
@@ -71,32 +69,24 @@ def processor_quota(root: Path = _ROOT) -> int | None:
     return max(min(shares), 1) if shares else None
 
 
-def _left_2(group: Path, swap: int) -> list[int]:
-    """Return the bytes that a group of version 2 has left, if it has a limit."""
-    most, used = _number(group / "memory.max"), _number(group / "memory.current")
-    if most is None or used is None:
-        return []
-    most_swap = _number(group / "memory.swap.max")
-    if most_swap is not None:
-        swap = min(swap, max(most_swap - (_number(group / "memory.swap.current") or 0), 0))
-    return [most - used + _cached(group, _CACHED_2) + swap]
-
-
-def _left_1(group: Path, swap: int) -> list[int]:
-    """Return the bytes that a group of version 1 has left, of memory, and with swap."""
-    left = []
-    for kind, more in (("memory", swap), ("memory.memsw", 0)):
-        most = _number(group / f"{kind}.limit_in_bytes")
-        used = _number(group / f"{kind}.usage_in_bytes")
-        if most is not None and used is not None:
-            left.append(most - used + _cached(group, _CACHED_1) + more)
-    return left
-
-
-def _cached(group: Path, names: tuple[bytes, bytes]) -> int:
-    """Return the bytes of files that count as used, but that the kernel drops for a program."""
+def _left(group: Path, swap: int) -> Iterator[int]:
+    """Yield the bytes that a group leaves, by each of its limits."""
     facts = dict(_STATISTIC.findall(_read(group / "memory.stat")))
-    return sum(int(facts.get(name, 0)) for name in names)
+    most_swap = _number(group / "memory.swap.max")  # in version 2
+    left_swap = swap
+    if most_swap is not None:
+        used_swap = _number(group / "memory.swap.current") or 0
+        left_swap = min(swap, max(most_swap - used_swap, 0))
+    for limit, usage, prefix, more in (
+        ("memory.max", "memory.current", b"", left_swap),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", b"total_", swap),
+        ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes", b"total_", 0),
+    ):
+        most, used = _number(group / limit), _number(group / usage)
+        if most is not None and used is not None:
+            # Bytes of files count as used, and the kernel drops them for a program.
+            cached = (int(facts.get(prefix + name, 0)) for name in _CACHED)
+            yield most - used + sum(cached) + more
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

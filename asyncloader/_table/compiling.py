@@ -1,7 +1,7 @@
-"""Compiles kernels, keeps their machine code on disk, and has what kernels are made of.
+"""Compiles kernels, keeps their machine code on disk, and has the functions that kernels share.
 
-`kernels` says what a word is. Numba's cache looks at the file of a kernel alone: after a change of
-the functions here that kernels call, touch `kernels.py`.
+`kernels` says what a word is. Numba's cache looks only at the file of a kernel: after a change of a
+shared function, touch `kernels.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MIX1, _MIX2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
 
 class _Checked(CompileResultCacheImpl):
-    """Machine code with a digest: a damaged one that still unpickles would end the process."""
+    """Machine code with a digest: damaged code that still unpickles would end the process."""
 
     def reduce(self, cres: object) -> tuple[str, bytes]:
         code = dumps(super().reduce(cres))  # type: ignore[no-untyped-call]
@@ -58,13 +58,13 @@ class _Checked(CompileResultCacheImpl):
 
 
 class KernelCache(FunctionCache):
-    """Numba's cache on disk; its methods raise `OSError`, or anything if a file is damaged."""
+    """Numba's cache on disk; its methods raise `OSError`, or any error if a file is damaged."""
 
     _impl_class = _Checked
 
 
 class _Forgiving:
-    """A cache that costs time where it fails, and nothing else."""
+    """A cache whose failures cost time, and nothing else."""
 
     def __init__(self, cache: Any, problem: Callable[[Exception], None]) -> None:  # noqa: ANN401
         self._cache = cache
@@ -76,7 +76,7 @@ class _Forgiving:
     def load_overload(self, sig: object, target_context: object) -> object:
         try:
             return self._cache.load_overload(sig, target_context)
-        except Exception as error:  # noqa: BLE001  # a damaged pickle raises anything
+        except Exception as error:  # noqa: BLE001  # a damaged pickle raises any error
             self._problem(error)
         try:
             self._cache.flush()  # a damaged index would stand in the way of a new entry
@@ -94,11 +94,11 @@ class _Forgiving:
 class Compiler:
     """Compiles functions for given signatures, at once.
 
-    Where the cache has no place, no room, or damaged files, every process compiles anew. That is
+    If the cache has no place, no room, or damaged files, every process compiles anew. That is
     logged once.
 
     Args:
-        cache: Makes the cache of a function; raises where it has no place for it.
+        cache: Makes the cache of a function; raises if there is no place for it.
     """
 
     def __init__(self, cache: Callable[[Callable[..., object]], object]) -> None:
@@ -108,7 +108,7 @@ class Compiler:
     def __call__(self, signature: str) -> Callable[[Kernel], Kernel]:
         def compiled(function: Kernel) -> Kernel:
             dispatcher = _njit(nogil=True, no_cfunc_wrapper=True)(function)
-            # `cache=True` would put Numba's own here, which lets everything fail with it.
+            # `cache=True` would put Numba's own here: if that fails, the compiler fails.
             try:
                 dispatcher._cache = _Forgiving(self._cache(function), self._warn)  # noqa: SLF001
             except (OSError, RuntimeError) as error:  # no place
@@ -140,7 +140,7 @@ def inline(function: Kernel) -> Kernel:
 def prefetch(
     _typing: Context, array: types.Array, at: types.Integer
 ) -> tuple[Signature, Callable[..., object]]:
-    """Fetch `array[at]` into the cache, without waiting for it; there need not be such an item."""
+    """Fetch `array[at]` into the cache, and do not wait for it; the item need not be there."""
 
     def generate(
         context: BaseContext, builder: ir.IRBuilder, _signature: Signature, values: list[ir.Value]
@@ -158,8 +158,8 @@ def prefetch(
 
 @inline
 def hash_of(id_: np.int64, seed: np.uint64) -> np.uint64:
-    # The seed is drawn per table: ids that collide in one process do not in the next, so that a
-    # file cannot be made to turn the index into a list.
+    # Each table draws a seed: ids that collide in one process do not in the next, so that no file
+    # can be made to turn the index into a list.
     h = np.uint64(id_) ^ seed
     h ^= h >> _S33
     h *= _MIX1
@@ -183,7 +183,7 @@ def home_of(h: np.uint64, part: np.uint64, capacity: np.uint64) -> np.uint64:
 
 @inline
 def tag_of(h: np.uint64) -> np.uint64:
-    """Return an id's tag, where it stands in a word."""
+    """Return an id's tag, in its place within a word."""
     return (h | ONE) << _S40
 
 

@@ -58,7 +58,6 @@ class Layer:
     ranks: array[int] = field(default_factory=lambda: array("q"))
 
     def add(self, run: Run, rank: int) -> None:
-        """Add a run behind the others."""
         self.runs.append(run)
         self.firsts.append(run.first)
         self.ranks.append(rank)

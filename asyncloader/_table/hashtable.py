@@ -10,7 +10,7 @@ import torch
 
 from asyncloader._checkpoint.slices import Slice, gen_slice
 
-from .schema import Encoding, Initializer, Slot, as_ids, as_shape
+from .schema import Encoding, Initializer, Slot, as_ids, as_slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -87,17 +87,12 @@ class HashTable(torch.nn.Module):
         self.name = name
         self.slice = gen_slice() if slice is None else slice
         self._encoding = Encoding.of(name, children, coalesced=coalesced)
-        embedding = Slot(
-            name=EMBEDDING,
-            shape=as_shape(embedding_shape),
-            dtype=dtype,
-            initializer=0.0 if initializer is None else initializer,
-        )
+        initial = 0.0 if initializer is None else initializer
+        embedding = as_slot(EMBEDDING, embedding_shape, dtype, initial)
         self._turn = Turn()
         self._state = TableState.empty({EMBEDDING: embedding}, torch.device(device), block_size)
 
     def extra_repr(self) -> str:
-        """Describe the table, as `repr` shows it."""
         slots = ", ".join(
             f"{slot.name}: {list(slot.shape)} {str(slot.dtype).removeprefix('torch.')}"
             for slot in self._state.slots.values()
@@ -152,7 +147,7 @@ class HashTable(torch.nn.Module):
         """
         if name == ID or name in self._state.slots:
             raise ValueError(f"table {self.name!r} already has a slot {name!r}")
-        slot = Slot(name=name, shape=as_shape(shape), dtype=dtype, initializer=initializer)
+        slot = as_slot(name, shape, dtype, initializer)
         self._change(lambda state: state.with_slot(slot))
 
     def ids(self, child: str | None = None) -> torch.Tensor:

@@ -102,7 +102,6 @@ class IdIndex:
         return self.words[lo * capacity : hi * capacity]
 
     def copy(self) -> IdIndex:
-        """Return a copy to write to."""
         words = _new_words(self.words.size)
         np.copyto(words, self.words)
         return IdIndex(words, self.parts, self.count, self.seed)

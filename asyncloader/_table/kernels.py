@@ -5,26 +5,27 @@ The index is open addressing over 64-bit words, `parts` times `capacity` of them
     word = tag << 40 | (row + 1)        0 is an empty slot
 
 The row points into `ids`, int64 `[rows]`, where the id itself stands, so every int64 is a legal id
-and a word takes 8 bytes. Of an id's 64-bit hash the top bits choose the part, 32 bits in the
-middle the line, eight slots that share a cache line (multiplied up to the number of lines, which
-need not be a power of two), and the lowest 24 are the tag, which spares nearly every look at an id
-that is not the one. It is odd, so never that of an empty slot. An id stands in the first slot of
-its line that was free, or, where none was, of the lines after it; behind the part's last comes its
-first.
+and a word takes 8 bytes. An id has a 64-bit hash. Its top bits choose the part. 32 bits in the
+middle choose the line, eight slots that share a cache line (by a product with the number of lines,
+which need not be a power of two). The lowest 24 are the tag, which spares nearly every look at
+another id; it is odd, so it is never the tag of an empty slot. An id stands in the first slot of
+its line that was free or, if none was, of the lines behind it; behind the part's last line comes
+its first.
 
-Threads share the work by parts: each walks over all ids and takes those whose part is its own.
+Threads share the work by parts: each walks over all ids and takes those of its own parts.
 
 Two things keep the processor from waiting. A probe of a large index is a cache miss, so hashes are
 computed for a batch, and the lines fetched, before the first is examined. And a branch that may go
-either way stops it from starting the next probe, so the eight slots of a line are looked at
-without one; what that leaves open, a line that is full or a tag that is another id's, is rare.
+either way stops the processor from starting the next probe, so the eight slots of a line are
+examined without one; the cases that this leaves open, a full line or the same tag of another id,
+are rare.
 
-Everything is uint64 on purpose: numba turns a mixture of int64 and uint64 into float64.
-Signatures are given, so that all compiling (or loading from the cache) happens at import and never
-within a load. A table is not there before it is done, so there is little of it: numpy does what it
-does in about the same time (`arrays`), functions that are only called from here get no
-wrapper for calls from Python, and what takes long to compile is avoided (`np.searchsorted`,
-`np.empty`, comparing tuples).
+Everything is uint64 on purpose: numba turns a mixture of int64 and uint64 into float64. Signatures
+are given, so that all compiling (or loading from the cache) happens at import and never within a
+load. A table is not there before it is done, so there is little of it: numpy does what it does in
+about the same time (`index`, `schema`), a function that only kernels call gets no wrapper for calls
+from Python, and `np.searchsorted`, `np.empty` and comparing tuples, which take long to compile, are
+avoided.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.ma  # Numba does at the first call of a kernel, which is within a load
+import numpy.ma  # Numba imports it at the first call of a kernel, which is within a load
 
 from .compiling import (
     LINE,
@@ -60,14 +61,14 @@ if TYPE_CHECKING:
 
 BATCH = 128
 _MAX = np.uint64(2**64 - 1)
-_OPEN = -2  # what is not known yet of an id whose line is full of others
+_OPEN = -2  # the row of an id whose line is full of others, until it is found
 
 _kernel = Compiler(KernelCache)
 
 
 @inline
 def _rank(row: np.int64, run_first: Longs, run_order: Longs) -> np.int64:
-    """Return the rank of the run that a row belongs to."""
+    """Return the rank of a row's run."""
     low, high = 0, run_first.shape[0]
     while high - low > 1:
         middle = (low + high) // 2
@@ -98,8 +99,8 @@ def insert_rows(
 ) -> tuple[int, int]:
     """Put the ids of rows `[first, first + count)` into the index.
 
-    Of two rows with the same id, the one of the later run wins, or the later one of a run,
-    whichever comes first: the outcome does not depend on the order of the calls.
+    Of two rows with the same id, the one of the run of higher rank wins, or the later one of a run:
+    the outcome does not depend on the order of the calls.
 
     Returns:
         How many ids were new, and how many were there already; the rest are in other parts.

@@ -1,4 +1,4 @@
-"""What a loader and a saver need of a table, so that other tables than ours can be used."""
+"""The methods of a table that a loader and a saver call: other tables than ours may have them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCounts(AsDict):
-    """What an update did to a table.
+    """The rows of an update of a table.
 
     Attributes:
         rows: Rows taken in; equal to `new + replaced + duplicates`.
         new: Ids that were not there before.
         replaced: Ids that were there already.
-        duplicates: Rows that gave way to a later one with the same id in the same update.
+        duplicates: Rows that gave way to a later row with the same id in the same update.
         dropped: Rows whose id lies outside the slice that their block claims.
     """
 
@@ -44,7 +44,7 @@ class LoadableTable(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages and reports call it."""
+        """Its name in messages and reports."""
         ...
 
     @property
@@ -54,11 +54,11 @@ class LoadableTable(Protocol):
 
     @property
     def slice(self) -> Slice:
-        """The ids that it accepts, as they stand on disk."""
+        """The ids that it accepts, by their position on disk."""
         ...
 
     def slots(self) -> Mapping[str, Slot]:
-        """Return what it keeps for each id, `embedding` first."""
+        """Return the slots by name, `embedding` first."""
         ...
 
     def begin(self, *, most: int, expected: int) -> LoadableUpdate:
@@ -80,7 +80,7 @@ class SavableTable(Protocol):
         ...
 
     def snapshot(self) -> SavableSnapshot:
-        """Return what it holds now, which later changes leave alone. Must not take long."""
+        """Return the rows of this moment, which later changes leave alone. Must be quick."""
         ...
 
 
@@ -106,8 +106,8 @@ class LoadableUpdate(Protocol):
     """The next version of a table, which no lookup sees before `commit`.
 
     Rows are reserved, their memory is written to, their ids are indexed, then the update finishes
-    and commits. The steps that take long come as jobs, plain functions that hold no GIL to speak
-    of: the caller decides on which threads they run. `TableUpdate` documents each method.
+    and commits. The steps that take long come as jobs, plain functions that hardly ever hold the
+    GIL: the caller decides on which threads they run. `TableUpdate` documents each method.
     """
 
     def layer(self, slots: frozenset[str], expected: int) -> int: ...

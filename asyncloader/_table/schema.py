@@ -212,15 +212,11 @@ class Encoding:
         return rows, (ids[rows] & mask) | bits, outside
 
 
-def as_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a shape as a tuple.
-
-    Raises:
-        TypeError: If it is no sequence.
-    """
+def as_slot(name: str, shape: Sequence[int], dtype: torch.dtype, initializer: Initializer) -> Slot:
+    """Return a slot. Its shape may be any sequence."""
     if not isinstance(shape, Sequence):
         raise TypeError(f"a shape is a sequence of sizes, as [16], got {shape!r}")
-    return tuple(shape)
+    return Slot(name=name, shape=tuple(shape), dtype=dtype, initializer=initializer)
 
 
 def as_ids(ids: torch.Tensor) -> tuple[Longs, torch.Size]:

@@ -1,4 +1,4 @@
-"""What a table holds at one moment, in the order in which it is saved."""
+"""A table at one moment, and its rows in the order in which they are saved."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ _ROUNDS = 8
 
 @dataclass(frozen=True, slots=True)
 class SortedRows:
-    """The rows of one child, by slice position, then by id (both unsigned)."""
+    """The rows of one child, by slice position, then by id (both unsigned).
+
+    Attributes:
+        ids: `[n]`, as they stand on disk.
+        rows: `[n]`, their numbers within the table.
+        offsets: The first row of each of a number of equal sub-slices, then the number of rows.
+    """
 
     ids: NDArray[np.int64]
-    """`[n]`, as they stand on disk."""
-
     rows: NDArray[np.int64]
-    """`[n]`, where the table keeps them."""
-
     offsets: tuple[int, ...]
-    """First row of each of a number of equal sub-slices, and the number of rows."""
 
 
 @dataclass(slots=True)
 class TableSnapshot:
-    """A table at one moment. Whatever becomes of the table, this stays as it is.
+    """A table at one moment. Later changes of the table leave it alone.
 
     It keeps the memory of that moment alive, and copies none of it: it takes 8 bytes an id while
     children are sorted one after the other, and 48 while one is.
@@ -56,24 +57,23 @@ class TableSnapshot:
     _grouped: NDArray[np.int64] | None = field(default=None, init=False)
     _ends: NDArray[np.int64] = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-    _left: int = field(default=0, init=False)
-    """Rows of children that have not been sorted yet."""
+    _left: int = field(default=0, init=False)  # rows of children that were not sorted yet
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        """What it keeps for each id, in order."""
+        """The slots by name, in order."""
         return self._state.slots
 
     @property
     def device(self) -> torch.device:
-        """Where rows live."""
+        """The device of the rows."""
         return self._state.device
 
     def counts(self) -> dict[str, int]:
         """Return how many ids each child has. May take long, and belongs on a thread.
 
         Raises:
-            ValueError: If it holds ids of no child, which could not be saved.
+            ValueError: If an id belongs to no child, so that it cannot be saved.
         """
         if not self._encoding.coalesced:
             return {self.children[0]: self._state.index.count}
@@ -121,38 +121,35 @@ class TableSnapshot:
         if not self._encoding.coalesced:
             return self._state.live_rows()
         with self._lock:
-            return self._rows_of_child(child)
-
-    def _rows_of_child(self, child: str) -> NDArray[np.int64]:
-        if self._grouped is None:
-            rows, numbers = self._numbers()
-            # A stable sort of 16-bit numbers is a radix sort.
-            self._grouped = rows[np.argsort(numbers, kind="stable")]
-        number = self.children.index(child)
-        begin = int(self._ends[number - 1]) if number else 0
-        rows = self._grouped[begin : int(self._ends[number])]
-        self._left -= len(rows)
-        if self._left <= 0:  # that was the last child
-            self._grouped = None
-        return rows
+            if self._grouped is None:
+                rows, numbers = self._numbers()
+                # A stable sort of 16-bit numbers is a radix sort.
+                self._grouped = rows[np.argsort(numbers, kind="stable")]
+            number = self.children.index(child)
+            begin = int(self._ends[number - 1]) if number else 0
+            rows = self._grouped[begin : int(self._ends[number])]
+            self._left -= len(rows)
+            if self._left <= 0:  # that was the last child
+                self._grouped = None
+            return rows
 
     def _numbers(self) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
-        """Return all rows, and the number of the child that each belongs to."""
+        """Return all rows, and the number of each row's child."""
         rows = self._state.live_rows()
         return rows, (self._state.ids[rows].view(np.uint64) >> _CHILD_BITS).astype(np.uint16)
 
 
 def sort_keys(ids: NDArray[np.int64], size: int) -> NDArray[np.uint64]:
-    """Return numbers that sort as (slice position, id) do, so that one sort of numbers does it.
+    """Return numbers that sort as (slice position, id) do, so that one sort of numbers is enough.
 
-    Of ids whose quotients by `size` are `low` to `high` at most `high - low + 1` have the same
-    position: `position * (high - low + 1) + quotient - low` is an id's place among all such. Of all
-    2⁶⁴ ids that would be one too many at times; there `2⁶⁴ // size` have each position, and the
-    first `2⁶⁴ % size` positions have one more.
+    Of all ids with quotients by `size` from `low` to `high`, at most `high - low + 1` have the same
+    position, so an id's place among them is `position * (high - low + 1) + quotient - low`. Where
+    that may exceed 64 bits, places among all 2⁶⁴ ids are used: `2⁶⁴ // size` ids have each
+    position, and the first `2⁶⁴ % size` positions have one more.
 
     Args:
         ids: int64 `[n]`.
-        size: Of the slices.
+        size: The size of the slices.
     """
     unsigned = ids.view(np.uint64)
     if size == 1 or not len(ids):  # all ids have position 0
@@ -175,9 +172,9 @@ def order_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return the positions that sort keys, as `np.argsort` does, in a third of the time.
 
     numpy sorts plain numbers seven times faster than positions of numbers (4 million in 22 ms
-    instead of 158). So each key takes its position along in its lowest bits. Where that pushes out
-    bits of its own, neighbours may come in the wrong order: few if keys are spread, as hashed ids
-    are, and they are put right; if many, `np.argsort` does it after all.
+    instead of 158). So each key carries its position in its lowest bits. If that pushes bits of the
+    key out, neighbours may come in the wrong order. They are few if keys are spread, as hashed ids
+    are, and are put right; if they are many, `np.argsort` sorts after all.
 
     Args:
         keys: uint64 `[n]`, all different.
@@ -196,7 +193,7 @@ def order_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _put_right(keys: NDArray[np.uint64], order: NDArray[np.int64]) -> bool:
-    """Swap neighbours that are in the wrong order until none are; give up if they are many."""
+    """Swap neighbours in the wrong order until there are none; give up if there are many."""
     for _ in range(_ROUNDS):
         found = keys[order]
         wrong = np.flatnonzero(found[1:] < found[:-1])

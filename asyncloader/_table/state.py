@@ -72,7 +72,6 @@ class Segments:
         return self.items[-1].first + self.items[-1].capacity if self.items else 0
 
     def owner(self, row: int) -> Segment:
-        """Return the segment of a row."""
         return self.items[bisect_right(self.firsts, row) - 1]
 
     def view(self, slot: str, first: int, count: int) -> torch.Tensor:
@@ -190,7 +189,6 @@ class TableState:
         return torch.zeros((count, *spec.shape), dtype=spec.dtype, device=self.device)
 
     def live_rows(self) -> Longs:
-        """Return the rows that ids point to, ascending."""
         return self.index.live_rows(self.end)
 
     def with_slot(self, slot: Slot) -> TableState:
@@ -252,7 +250,7 @@ class Turn:
     """Lets one change of a table at a time be under way. A copy of it is a turn of its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # another thread may give it back
+        self._lock = threading.Lock()  # another thread may release it
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
         return Turn, ()  # a lock cannot be copied, and a model with a table can
@@ -266,6 +264,6 @@ class Turn:
             )
 
     def end(self) -> None:
-        """End the change that is under way, if one is."""
+        """End the change that is under way, if one is: an update may be aborted twice."""
         if self._lock.locked():
             self._lock.release()
