@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, get_args
 
 from ._arguments import check_callable, check_count, check_switch, check_timeout
 
@@ -16,7 +16,6 @@ __all__ = ["LoadKeywords", "ReadKeywords", "ReadOptions", "Verify"]
 
 Verify: TypeAlias = Literal["auto", "require", "off"]
 
-_VERIFY = ("auto", "require", "off")
 # For a load with `max_loop_lag` or `pressure`: a job that has begun is not interrupted.
 _PROMISED_CHUNK_BYTES = 4 << 20
 
@@ -80,8 +79,8 @@ class ReadOptions:
     def __post_init__(self) -> None:
         for name in ("parallel", "chunk_bytes", "max_inflight_bytes"):
             check_count(getattr(self, name), name)
-        if self.verify not in _VERIFY:
-            known = ", ".join(map(repr, _VERIFY))
+        if self.verify not in get_args(Verify):
+            known = ", ".join(map(repr, get_args(Verify)))
             raise ValueError(f"verify is one of {known}, got {self.verify!r}")
         for name in ("timeout", "stall_timeout", "max_loop_lag"):
             check_timeout(getattr(self, name), name)

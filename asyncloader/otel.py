@@ -126,11 +126,9 @@ class LiveSpans:
         span = self._tracer.start_span(
             "asyncloader.load",
             _open_context(),
-            attributes={
-                "asyncloader.version": event.version,
-                "asyncloader.location": event.location,
-                "asyncloader.attempt": event.attempt,
-            },
+            attributes=_attributes(
+                version=event.version, location=event.location, attempt=event.attempt
+            ),
             start_time=_nanoseconds(event.at),
         )
         self._load = _Load(span, event.location, _epoch())
@@ -152,13 +150,12 @@ class LiveSpans:
         load = self._load
         brought = load if load is not None and load.location == event.location else None
         context = _open_context() if brought is None else set_span_in_context(brought.span)
-        attributes: dict[str, str | bool] = {
-            "asyncloader.version": event.version,
-            "asyncloader.location": event.location,
-            "asyncloader.back": isinstance(event, events.RolledBack),
-        }
-        if event.previous is not None:
-            attributes["asyncloader.previous"] = event.previous
+        attributes = _attributes(
+            version=event.version,
+            location=event.location,
+            back=isinstance(event, events.RolledBack),
+            previous=event.previous,
+        )
         at = _nanoseconds(event.at)
         swap = self._tracer.start_span(
             "asyncloader.swap", context, attributes=attributes, start_time=at
@@ -205,17 +202,16 @@ def _open_context() -> Context | None:
 
 def _record(tracer: Tracer, step: Span, *, epoch: int, context: Context | None) -> None:
     """Record a step that is over as a span."""
-    attributes: dict[str, str | int] = {
-        "asyncloader.name": step.name,
-        "asyncloader.lane": step.lane,
-    }
-    if step.nbytes:
-        attributes["asyncloader.bytes"] = step.nbytes
+    attributes = _attributes(name=step.name, lane=step.lane, bytes=step.nbytes or None)
     start = epoch + _nanoseconds(step.start)
     span = tracer.start_span(
         f"asyncloader.{step.step}", context, attributes=attributes, start_time=start
     )
     span.end(start + _nanoseconds(step.seconds))
+
+
+def _attributes(**values: str | int | None) -> dict[str, str | int]:
+    return {f"asyncloader.{name}": one for name, one in values.items() if one is not None}
 
 
 def _epoch() -> int:

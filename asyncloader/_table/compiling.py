@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from numba.core.base import BaseContext
     from numba.core.typing.context import Context
     from numba.core.typing.templates import Signature
-    from numpy.typing import NDArray
+
+    from .schema import Longs, Words
 
     Kernel = TypeVar("Kernel", bound=Callable[..., object])
-    Longs = NDArray[np.int64]
-    Words = NDArray[np.uint64]
 
 
 _log = logging.getLogger(__name__)

@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .state import Segment, Segments
+from .state import Segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from numpy.typing import NDArray
-
     from .index import IdIndex
-    from .schema import Slot
+    from .schema import Flags, Longs, Slot, Words
     from .state import TableState
-
-    Longs = NDArray[np.int64]
 
 
 Jobs = list["Callable[[], None]"]
@@ -129,7 +125,7 @@ class Fold:
             into = made[0]
         found: list[tuple[int, int]] = []  # two threads append to it
 
-        def job(share: tuple[int, int], words: NDArray[np.uint64]) -> None:
+        def job(share: tuple[int, int], words: Words) -> None:
             pairs = np.empty((2, len(words)), np.int64)
             new, both = into.merge(share, self.state.ids, words, wins=wins, pairs=pairs)
             assert both <= pairs.shape[1], "each word is in both at most once"
@@ -168,54 +164,44 @@ class Fold:
             return  # counting costs more than so few dead rows
         counted: list[Longs] = []
         yield [lambda: counted.append(state.index.count_rows(state.segments.firsts))]
-        live = counted[0]
-        used = np.diff(np.append(state.segments.firsts, state.end))
-        sparse = (live * 2 < used) & (live > 0)
-        if sparse.any():
-            yield [lambda: self._compact(sparse)]
-            live = np.append(np.where(sparse, 0, live), live[sparse].sum())
-        kept = [s for s, n in zip(self.state.segments.items, live, strict=True) if n]
-        if len(kept) < len(self.state.segments.items):
-            yield [lambda: self._keep(kept)]
+        live, used = counted[0], np.diff(np.append(state.segments.firsts, state.end))
+        dense = (live > 0) & (live * 2 >= used)
+        if not dense.all():
+            yield [lambda: self._compact(dense, used)]
 
-    def _compact(self, sparse: NDArray[np.bool_]) -> None:
-        """Move the live rows of segments that are mostly dead into a new one."""
+    def _compact(self, dense: Flags, used: Longs) -> None:
+        """Keep dense segments, move the live rows of others to a new one, and leave no holes.
+
+        Args:
+            dense: `[segments]`, which to keep.
+            used: `[segments]`, how many rows of each are in use.
+        """
         state = self.state
         rows = state.live_rows()
         owners = np.searchsorted(state.segments.firsts, rows, side="right") - 1
-        moved = rows[sparse[owners]]
-        first, end = state.end, state.end + len(moved)
-        segments = state.grown(state.segments, first, len(moved))
-        ids = state.copied_ids(segments.capacity)
-        ids[first:end] = ids[moved]
-        segments.items[-1].lent = len(moved)
+        moved = rows[~dense[owners]]
+        counts, old = used[dense], state.segments.firsts[dense]
+        new = np.cumsum(counts) - counts
+        first = int(counts.sum())
+        kept = itertools.compress(state.segments.items, dense)
+        segments = Segments(
+            replace(segment, first=int(at)) for segment, at in zip(kept, new, strict=True)
+        )
+        if len(moved):
+            segments = state.grown(segments, first, len(moved))
+            segments.items[-1].lent = len(moved)
         for slot in state.slots.values():
             step = _step(slot)
             for i in range(0, len(moved), step):
                 values = state.segments.gather(slot.name, moved[i : i + step])
                 segments.view(slot.name, first + i, len(values)).copy_(values)
-        state.index.relocate(moved, first)
-        self.state = replace(state, segments=segments, ids=ids, end=end)
-
-    def _keep(self, kept: list[Segment]) -> None:
-        """Let go of all other segments, and number the rows anew, without holes."""
-        state = self.state
-        if not kept:
-            self.state = replace(state, ids=np.zeros(0, np.int64), segments=Segments(), end=0)
-            return
-        firsts = [segment.first for segment in state.segments.items]
-        ends = dict(zip(firsts, (*firsts[1:], state.end), strict=True))
-        used = np.array([ends[segment.first] - segment.first for segment in kept])
-        old = np.array([segment.first for segment in kept])
-        new = np.cumsum(used) - used
-        state.index.rebase(old, old - new)
+        # By way of rows that are beyond all others: a number must not mean two rows meanwhile.
+        state.index.relocate(moved, state.end)
+        state.index.rebase(np.append(old, state.end), np.append(old - new, state.end - first))
         # A copy: states before this one still look at the ids that were there.
-        ids = np.concatenate([state.ids[a : a + n] for a, n in zip(old, used, strict=True)])
-        segments = Segments(
-            Segment(int(first), segment.capacity, segment.slots, segment.lent)
-            for segment, first in zip(kept, new, strict=True)
-        )
-        self.state = replace(state, ids=ids, segments=segments, end=int(used.sum()))
+        ranges = [state.ids[at : at + n] for at, n in zip(old, counts, strict=True)]
+        ids = np.concatenate([*ranges, state.ids[moved]])
+        self.state = replace(state, segments=segments, ids=ids, end=first + len(moved))
 
 
 def _step(slot: Slot) -> int:

@@ -15,10 +15,7 @@ from .schema import Encoding, Initializer, Slot, as_ids, as_slot
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from .schema import Children
+    from .schema import Children, Longs
     from .snapshot import TableSnapshot
     from .state import TableState
     from .update import TableUpdate
@@ -283,7 +280,7 @@ class HashTable(torch.nn.Module):
             raise KeyError(f"table {self.name!r} has no slot {name!r}, only {known}")
         return state.slots[name]
 
-    def _rows_of(self, state: TableState, child: str | None) -> NDArray[np.int64]:
+    def _rows_of(self, state: TableState, child: str | None) -> Longs:
         rows = state.live_rows()
         if child is None:
             return rows

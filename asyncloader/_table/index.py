@@ -18,11 +18,7 @@ from . import kernels as _kernels
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from numpy.typing import NDArray
-
-    Flags = NDArray[np.bool_]
-    Longs = NDArray[np.int64]
-    Words = NDArray[np.uint64]
+    from .schema import Flags, Longs, Words
 
 
 MAX_ROWS = 2**40 - 2

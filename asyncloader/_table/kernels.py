@@ -52,11 +52,7 @@ from .compiling import (
 )
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Longs = NDArray[np.int64]
-    Words = NDArray[np.uint64]
-    Flags = NDArray[np.bool_]
+    from .schema import Flags, Longs, Words
 
 
 BATCH = 128

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     Flags = NDArray[np.bool_]
     Longs = NDArray[np.int64]
+    Words = NDArray[np.uint64]
 
 
 Initializer = float | Callable[[torch.Tensor], object]

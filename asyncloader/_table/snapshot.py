@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from asyncloader._checkpoint.slices import Slice
 
-    from .schema import Encoding, Slot
+    from .schema import Encoding, Longs, Slot, Words
     from .state import TableState
 
 
@@ -36,8 +36,8 @@ class SortedRows:
         offsets: The first row of each of a number of equal sub-slices, then the number of rows.
     """
 
-    ids: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    ids: Longs
+    rows: Longs
     offsets: tuple[int, ...]
 
 
@@ -54,8 +54,8 @@ class TableSnapshot:
     slice: Slice
     _state: TableState
     _encoding: Encoding
-    _grouped: NDArray[np.int64] | None = field(default=None, init=False)
-    _ends: NDArray[np.int64] = field(init=False)
+    _grouped: Longs | None = field(default=None, init=False)
+    _ends: Longs = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _left: int = field(default=0, init=False)  # rows of children that were not sorted yet
 
@@ -101,7 +101,7 @@ class TableSnapshot:
             ids, rows = ids[order], rows[order]
         return SortedRows(ids=ids, rows=rows, offsets=self._offsets(ids, sub_slices))
 
-    def _offsets(self, ids: NDArray[np.int64], sub_slices: int) -> tuple[int, ...]:
+    def _offsets(self, ids: Longs, sub_slices: int) -> tuple[int, ...]:
         """Return where the rows of each sub-slice begin, given sorted ids."""
         begin, size = self.slice.begin, self.slice.size
         share = self.slice.end - begin
@@ -113,11 +113,11 @@ class TableSnapshot:
         firsts = (bisect_left(range(len(ids)), cut, key=position) for cut in cuts)
         return (0, *firsts, len(ids))
 
-    def copy_rows(self, slot: str, rows: NDArray[np.int64], out: torch.Tensor) -> None:
+    def copy_rows(self, slot: str, rows: Longs, out: torch.Tensor) -> None:
         """Copy rows of a slot, `[n]` of them, to host memory, uint8 `[n, row_bytes]`."""
         self._state.segments.copy_out(slot, rows, out)
 
-    def _rows_of(self, child: str) -> NDArray[np.int64]:
+    def _rows_of(self, child: str) -> Longs:
         if not self._encoding.coalesced:
             return self._state.live_rows()
         with self._lock:
@@ -133,13 +133,13 @@ class TableSnapshot:
                 self._grouped = None
             return rows
 
-    def _numbers(self) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
+    def _numbers(self) -> tuple[Longs, NDArray[np.uint16]]:
         """Return all rows, and the number of each row's child."""
         rows = self._state.live_rows()
         return rows, (self._state.ids[rows].view(np.uint64) >> _CHILD_BITS).astype(np.uint16)
 
 
-def sort_keys(ids: NDArray[np.int64], size: int) -> NDArray[np.uint64]:
+def sort_keys(ids: Longs, size: int) -> Words:
     """Return numbers that sort as (slice position, id) do, so that one sort of numbers is enough.
 
     Of all ids with quotients by `size` from `low` to `high`, at most `high - low + 1` have the same
@@ -154,11 +154,11 @@ def sort_keys(ids: NDArray[np.int64], size: int) -> NDArray[np.uint64]:
     unsigned = ids.view(np.uint64)
     if size == 1 or not len(ids):  # all ids have position 0
         return unsigned
-    quotient: NDArray[np.uint64]
-    position: NDArray[np.uint64]
+    quotient: Words
+    position: Words
     quotient, position = np.divmod(unsigned, np.uint64(size))
     low, high = int(quotient.min()), int(quotient.max())
-    keys: NDArray[np.uint64]
+    keys: Words
     if (high - low + 1) * size <= 2**64:
         keys = position * np.uint64(high - low + 1) + quotient - np.uint64(low)
     else:
@@ -168,7 +168,7 @@ def sort_keys(ids: NDArray[np.int64], size: int) -> NDArray[np.uint64]:
     return keys
 
 
-def order_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+def order_of(keys: Words) -> Longs:
     """Return the positions that sort keys, as `np.argsort` does, in a third of the time.
 
     numpy sorts plain numbers seven times faster than positions of numbers (4 million in 22 ms
@@ -192,7 +192,7 @@ def order_of(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     return order if not lost or _put_right(keys, order) else np.argsort(keys)
 
 
-def _put_right(keys: NDArray[np.uint64], order: NDArray[np.int64]) -> bool:
+def _put_right(keys: Words, order: Longs) -> bool:
     """Swap neighbours in the wrong order until there are none; give up if there are many."""
     for _ in range(_ROUNDS):
         found = keys[order]

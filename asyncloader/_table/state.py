@@ -22,11 +22,7 @@ from .index import IdIndex
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from numpy.typing import NDArray
-
-    from .schema import Slot
-
-    Longs = NDArray[np.int64]
+    from .schema import Longs, Slot
 
 
 # Gathering and scattering move bits; some dtypes (float8, uint16) lack kernels of their own.

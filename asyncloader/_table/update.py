@@ -23,11 +23,9 @@ from .protocol import UpdateCounts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from numpy.typing import NDArray
-
     from asyncloader._checkpoint.slices import Slice
 
-    from .schema import Encoding
+    from .schema import Encoding, Flags, Longs
     from .state import TableState
 
 
@@ -117,9 +115,7 @@ class TableUpdate:
                 return torch.from_numpy(self._ids[first : first + count])
         return self._segments.view(slot, first, count)
 
-    def admit(
-        self, child: str, first: int, count: int, claimed: Slice
-    ) -> tuple[NDArray[np.bool_] | None, int]:
+    def admit(self, child: str, first: int, count: int, claimed: Slice) -> tuple[Flags | None, int]:
         """Encode ids that were read from disk, and say which lie outside their block's slice.
 
         Args:
@@ -134,8 +130,8 @@ class TableUpdate:
         return self._encoding.admit(self._ids[first : first + count], child, claimed)
 
     def select(
-        self, child: str, ids: NDArray[np.int64], claimed: Slice, wanted: Slice
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        self, child: str, ids: Longs, claimed: Slice, wanted: Slice
+    ) -> tuple[Longs, Longs, int]:
         """Pick the ids of a block, int64 `[n]` as on disk, that belong to `wanted`.
 
         Returns:
@@ -156,7 +152,7 @@ class TableUpdate:
         layer: int,
         first: int,
         count: int,
-        refused: NDArray[np.bool_] | None,
+        refused: Flags | None,
         *,
         threads: int,
     ) -> list[Callable[[], tuple[int, int]]]:
@@ -219,7 +215,7 @@ class TableUpdate:
         self._publish(self._base.sealed(shares_ids=self._ids is self._base.ids))
 
 
-def insert(update: TableUpdate, ids: NDArray[np.int64], rows: torch.Tensor, slot: str) -> None:
+def insert(update: TableUpdate, ids: Longs, rows: torch.Tensor, slot: str) -> None:
     """Put ids, encoded, and their rows of one slot in, and commit."""
     try:
         layer = update.layer(frozenset({slot}), len(ids))
@@ -236,7 +232,7 @@ def insert(update: TableUpdate, ids: NDArray[np.int64], rows: torch.Tensor, slot
     update.commit()
 
 
-def delete(state: TableState, ids: NDArray[np.int64]) -> TableState:
+def delete(state: TableState, ids: Longs) -> TableState:
     """Return a state without these ids, encoded."""
     rows, missing = state.find(ids)
     if missing == len(ids):
