@@ -35,7 +35,6 @@ class _Kept(NamedTuple):
 
     @property
     def room(self) -> int:
-        """The most bytes that it can be lent for."""
         return len(self.memory) - self.start
 
 
@@ -65,7 +64,6 @@ class Spare:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes are kept."""
         return sum(kept.room for kept in [*self._kept])
 
     def allow(self, owner: object, nbytes: int) -> None:
@@ -74,7 +72,6 @@ class Spare:
         self._drop(0)
 
     def forget(self, owner: object) -> None:
-        """Keep nothing for an owner any more."""
         self._allowed.pop(owner, None)
         self._drop(0)
 

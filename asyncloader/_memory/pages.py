@@ -82,7 +82,6 @@ class PageChooser:
         return huge is None or small is None or huge <= small * _MARGIN
 
     def choose(self) -> bool:
-        """Return whether the next block is to be a huge page."""
         for kind in (True, False):
             if kind not in self._cost:
                 return kind
@@ -94,7 +93,6 @@ class PageChooser:
         return preferred
 
     def note(self, *, huge: bool, seconds: float) -> None:
-        """Note the cost of a block, in seconds of processor time."""
         preferred = self.prefers_huge
         before = self._cost.get(huge, seconds)
         self._cost[huge] = before + (seconds - before) * _LATEST

@@ -84,7 +84,6 @@ class Slot:
             )
 
     def initialize(self, rows: torch.Tensor) -> None:
-        """Give rows, `[n, *shape]`, their initial values."""
         if callable(self.initializer):
             self.initializer(rows)
         else:
@@ -92,7 +91,6 @@ class Slot:
 
     @property
     def row_bytes(self) -> int:
-        """The bytes of one row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -166,7 +164,6 @@ class Encoding:
         return ids & np.int64(_MASK) if self.coalesced else ids
 
     def are_of(self, ids: Longs, child: str) -> Flags:
-        """Say which of the table's ids belong to a child."""
         mask, bits = self._bits(child)
         if mask == -1:
             return np.ones(len(ids), np.bool_)

@@ -177,7 +177,6 @@ class TableState:
         return out
 
     def gather(self, slot: str, rows: Longs) -> torch.Tensor:
-        """Copy rows out, `[n, *shape]`."""
         return self.segments.gather(slot, rows) if len(rows) else self._zeros(slot, 0)
 
     def _zeros(self, slot: str, count: int) -> torch.Tensor:
@@ -199,7 +198,6 @@ class TableState:
         return replace(self, slots={**self.slots, slot.name: slot}, segments=Segments(items))
 
     def with_room(self, count: int) -> TableState:
-        """Return this state with memory for `count` ids in all."""
         more = count - self.index.count
         segments, ids, index = self.segments, self.ids, self.index
         if segments.capacity - self.end < more:
