@@ -1,4 +1,4 @@
-"""What others may implement: storages to read from, tables to load into and to save."""
+"""Protocols that users may implement: storages to read from, tables to load into and to save."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class CheckpointReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close nothing: a blocking call leaves nothing open."""
+        """Do nothing: a blocking call leaves no file open."""
 
     async def __aenter__(self) -> Self:
         await self._sessions.__aenter__()

@@ -1,1 +1,1 @@
-"""Memory: fresh pages, what this process may use, what is kept for the next version."""
+"""Memory: fresh pages, the limits of this process, memory kept for the next version."""

@@ -79,7 +79,7 @@ class _Forgiving:
             self._problem(error)
         try:
             self._cache.flush()  # a damaged index would stand in the way of a new entry
-        except Exception as error:  # noqa: BLE001  # Numba adds its own to those of the disk
+        except Exception as error:  # noqa: BLE001  # not of the disk alone: Numba has errors of its own
             self._problem(error)
         return None
 

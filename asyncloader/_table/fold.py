@@ -83,7 +83,7 @@ class Fold:
         self._lacks_ids = state.ids is not base.ids
 
     def add(self, layer: Layer, *, threads: int) -> Iterator[Jobs]:
-        """Yield the jobs that put a layer on top of what is there."""
+        """Yield the jobs that put a layer on top of the others."""
         missing = [slot for name, slot in self._base.slots.items() if name not in layer.slots]
         jobs = self._initialize_jobs(missing, layer)
         while wave := list(itertools.islice(jobs, threads)):
@@ -108,7 +108,7 @@ class Fold:
                     yield partial(slot.initialize, rows)
 
     def _take_over_ids(self) -> None:
-        """Copy the ids of the rows that were there, where new memory was taken for ids."""
+        """Copy the ids of the rows that were there, if new memory was taken for ids."""
         if self._lacks_ids:
             self.state.ids[: self._base.end] = self._base.ids[: self._base.end]
             self._lacks_ids = False
@@ -157,9 +157,9 @@ class Fold:
     def tidy(self) -> Iterator[Jobs]:
         """Yield the jobs that give back memory of rows that no id points to any more."""
         state = self.state
-        if state.index is self._base.index:  # nothing came in: do not keep rows that were reserved
+        if state.index is self._base.index:  # no id came in: do not keep rows that were reserved
             self.state = self._base
-            return  # what is below writes to the index, and lookups are using this one
+            return  # the jobs below write to the index, and lookups are using this one
         if state.end - state.index.count <= max(state.index.count // 2, state.block_size):
             return  # counting costs more than so few dead rows
         counted: list[Longs] = []

@@ -28,16 +28,16 @@ ID = "id"
 class HashTable(torch.nn.Module):
     """Ids (any int64) → rows: an embedding and further slots, such as the optimizer's state.
 
-    Constructor and names are those of RecIS's `HashTable`. Lookups take no lock and may run in any
-    number of threads, also while the table is being loaded into or changed: they see the table
-    before or after, never in between. Changes come one at a time; each builds the next version
-    beside the present one, so `insert` copies the id index (2 ms per million ids that the
-    table holds) and `delete` builds it anew (80 ms): hand them many ids at once. A change while
-    another one, or a load, is under way is a `RuntimeError`.
+    Constructor and names are as in RecIS's `HashTable`. Lookups take no lock and may run in any
+    number of threads, also while the table is loaded into or changed: a lookup sees the table
+    before or after the change, never in between. Changes come one at a time. Each builds the next
+    version beside the present one: `insert` copies the id index (2 ms per million ids that the
+    table holds) and `delete` builds it anew (80 ms), so pass them many ids at once. A change while
+    another change or a load is under way is a `RuntimeError`.
 
-    A coalesced table is a merger of several children. In memory its ids are *encoded*: the lower 52
-    bits are the id, the upper 12 the child's number. `child=` names the child whose plain ids are
-    given (of which only the lower 52 bits count); without it ids are encoded ones.
+    A coalesced table merges several children. In memory its ids are *encoded*: the lower 52 bits
+    are the id, the upper 12 the child's number. With `child=`, ids are the plain ids of that child
+    (of which only the lower 52 bits count); without it, ids are encoded.
 
     ```python
     table = HashTable([16], name="item_emb")
@@ -51,13 +51,13 @@ class HashTable(torch.nn.Module):
 
     Args:
         embedding_shape: Shape of one row.
-        block_size: Rows by which capacity grows; a multiple of it is reserved.
-        dtype: Of the embedding.
-        device: Where rows live. The id index stays on the host.
+        block_size: Capacity grows by a multiple of so many rows.
+        dtype: The dtype of the embedding.
+        device: The device of the rows. The id index stays on the host.
         coalesced: Whether the table merges `children`.
-        children: Their names on disk, at most 4094; the table's own unless given.
-        slice: The ids that the table accepts, by their position on disk; all unless given.
-        initializer: What embeddings hold before they are written: a number, or a function that
+        children: Their names on disk, at most 4094; by default the table's own name.
+        slice: The ids that the table accepts, by their position on disk; by default all.
+        initializer: The value of an embedding before it is written: a number, or a function that
             fills a `[n, *embedding_shape]` tensor in place. `None` is 0.0.
         name: The table's name on disk.
     """
@@ -101,19 +101,19 @@ class HashTable(torch.nn.Module):
         return self._state.index.count
 
     def __bool__(self) -> bool:
-        return True  # or `if table:` would ask whether it holds ids
+        return True  # otherwise `if table:` would ask whether it holds ids
 
     def __copy__(self) -> HashTable:
-        return copy.deepcopy(self)  # two tables that append to the same memory would be neither
+        return copy.deepcopy(self)  # two tables must not append to the same memory
 
     @property
     def device(self) -> torch.device:
-        """Where rows live."""
+        """The device of the rows."""
         return self._state.device
 
     @property
     def block_size(self) -> int:
-        """Rows by which capacity grows."""
+        """Capacity grows by a multiple of so many rows."""
         return self._state.block_size
 
     @property
@@ -123,11 +123,11 @@ class HashTable(torch.nn.Module):
 
     @property
     def children(self) -> Children:  # RecIS's name, and callable too
-        """The names under which its ids stand on disk; its own, unless it is coalesced."""
+        """The names of its ids on disk; its own name, unless it is coalesced."""
         return self._encoding.children
 
     def slots(self) -> Mapping[str, Slot]:
-        """Return what the table keeps for each id, by name, `embedding` first."""
+        """Return the slots by name, `embedding` first."""
         return dict(self._state.slots)
 
     def add_slot(
@@ -137,7 +137,7 @@ class HashTable(torch.nn.Module):
         dtype: torch.dtype = torch.float32,
         initializer: Initializer = 0.0,
     ) -> None:
-        """Keep another value for each id; ids that are there get its initial value.
+        """Add a slot; ids that are there get its initial value.
 
         Raises:
             ValueError: If there is such a slot already, or the name is `id`.
@@ -148,7 +148,7 @@ class HashTable(torch.nn.Module):
         self._change(lambda state: state.with_slot(slot))
 
     def ids(self, child: str | None = None) -> torch.Tensor:
-        """Return the ids, int64 `[n]`: of one child as they stand on disk, or all, encoded."""
+        """Return the ids, int64 `[n]`: a child's as they stand on disk, or all, encoded."""
         state = self._state
         encoded = state.ids[self._rows_of(state, child)]
         return torch.from_numpy(encoded if child is None else self._encoding.decode(encoded))
@@ -165,7 +165,7 @@ class HashTable(torch.nn.Module):
     def lookup(
         self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None
     ) -> torch.Tensor:
-        """Return rows of ids of any shape, `[*ids.shape, *shape]`; zeros for ids not there.
+        """Return the rows of ids of any shape, `[*ids.shape, *shape]`; zeros for ids not there.
 
         Raises:
             KeyError: If there is no such slot or child.
@@ -177,7 +177,7 @@ class HashTable(torch.nn.Module):
         return state.lookup(slot, self._encoding.encode(wanted, child)).view(*shape, *spec.shape)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return embeddings of ids of any shape; zeros for ids not there."""
+        """Return the embeddings of ids of any shape; zeros for ids not there."""
         return self.lookup(ids)
 
     def contains(self, ids: torch.Tensor, child: str | None = None) -> torch.Tensor:
@@ -195,8 +195,8 @@ class HashTable(torch.nn.Module):
     ) -> None:
         """Give ids, int64 `[n]`, rows of one slot, `[n, *shape]`.
 
-        Other slots of ids that are new get their initial values, those of ids that were there stay.
-        Of an id that is given twice the later row stays.
+        The other slots of a new id get their initial values; those of a known id stay. If an id is
+        given twice, the later row stays.
 
         Raises:
             KeyError: If there is no such slot or child.
@@ -227,7 +227,7 @@ class HashTable(torch.nn.Module):
         return before.index.count - after.index.count
 
     def clear(self) -> None:
-        """Take all ids out and give their memory back; slots stay."""
+        """Take all ids out, and give their memory back; the slots stay."""
         self._change(lambda state: state.empty(state.slots, state.device, state.block_size))
 
     def reserve(self, n: int) -> None:
@@ -235,13 +235,13 @@ class HashTable(torch.nn.Module):
         self._change(lambda state: state.with_room(n))
 
     def snapshot(self) -> TableSnapshot:
-        """Return what the table holds now; for savers. Takes no lock, and copies nothing."""
+        """Return the table at this moment, for savers. Takes no lock, and copies no row."""
         from .snapshot import TableSnapshot  # noqa: PLC0415  # loads do without
 
         return TableSnapshot(self.name, self.children, self.slice, self._state, self._encoding)
 
     def begin(self, *, most: int, expected: int) -> TableUpdate:
-        """Begin an update of at most `most` rows, about `expected` of them; for loaders.
+        """Begin an update of at most `most` rows, about `expected` of them, for loaders.
 
         Raises:
             RuntimeError: If another update of the table is under way.
@@ -269,7 +269,7 @@ class HashTable(torch.nn.Module):
         return before, after
 
     def _publish(self, state: TableState | None) -> None:
-        """End an update: with its state, or none if the table stays as it is."""
+        """End an update with its state, or with `None` if the table stays as it is."""
         if state is not None:
             self._state = state
         self._turn.end()

@@ -39,7 +39,7 @@ _NO_PAIRS: Longs = np.zeros((2, 0), np.int64)
 
 
 def scratch() -> Words:
-    """Return what a kernel needs to work on a batch of ids."""
+    """Return memory for a kernel's work on a batch of ids."""
     return np.empty((2, _kernels.BATCH), np.uint64)
 
 

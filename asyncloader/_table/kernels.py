@@ -22,8 +22,8 @@ are rare.
 
 Everything is uint64 on purpose: numba turns a mixture of int64 and uint64 into float64. Signatures
 are given, so that all compiling (or loading from the cache) happens at import and never within a
-load. A table is not there before it is done, so there is little of it: numpy does what it does in
-about the same time (`index`, `schema`), a function that only kernels call gets no wrapper for calls
+load. The first table waits for it, so there is little to compile: numpy does the work for which it
+takes about as long (`index`, `schema`), a function that only kernels call gets no wrapper for calls
 from Python, and `np.searchsorted`, `np.empty` and comparing tuples, which take long to compile, are
 avoided.
 """

@@ -1,4 +1,4 @@
-"""What a table keeps: its slots, and its children, whose ids it encodes.
+"""The slots of a table, and its children, whose ids it encodes.
 
 An id of a child is encoded as `(id & (2**52 - 1)) | (child << 52)`, as RecIS does. A table that is
 not coalesced keeps ids as they are.
@@ -45,7 +45,7 @@ class Slot:
         name: Its name, on disk too.
         shape: The shape of one row.
         dtype: The dtype of the elements.
-        initializer: What a row holds before it is written.
+        initializer: The value of a row before it is written.
     """
 
     name: str

@@ -169,7 +169,7 @@ class TableUpdate:
         ]
 
     def indexed(self, layer: int, results: Sequence[tuple[int, int]]) -> None:
-        """Note what the jobs for one range returned."""
+        """Note the results of the jobs for one range."""
         new = sum(result[0] for result in results)
         index = self._layers[layer].index
         index.count += new
@@ -189,7 +189,7 @@ class TableUpdate:
         yield from self._fold.tidy()
 
     def commit(self) -> UpdateCounts:
-        """Show everything at once, and say what changed. Cannot fail after `finish`."""
+        """Show all rows at once, and count the changes. Cannot fail after `finish`."""
         if self._fold is None:
             raise RuntimeError(f"{self!r}: commit before finish")
         state, replaced = self._fold.state, self._fold.replaced
