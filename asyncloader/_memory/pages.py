@@ -157,10 +157,7 @@ def fresh_memory_is_dear() -> bool:
 def wipe(memory: mmap.mmap, start: int, size: int) -> None:
     """Make bytes of a mapping of `map_fresh` read as zero; touched pages stay in memory.
 
-    Args:
-        memory: The mapping.
-        start: The offset of its first block.
-        size: The number of bytes from there on.
+    A block begins at offset `start`.
     """
     array = np.frombuffer(memory, np.uint8)[start : start + size]
     first = array.ctypes.data // BLOCK

@@ -172,9 +172,7 @@ class Fold:
     def _compact(self, dense: Flags, used: Longs) -> None:
         """Keep dense segments, move the live rows of others to a new one, and leave no holes.
 
-        Args:
-            dense: `[segments]`, which to keep.
-            used: `[segments]`, how many rows of each are in use.
+        `used`, `[segments]`, is how many rows of each segment are in use.
         """
         state = self.state
         rows = state.live_rows()

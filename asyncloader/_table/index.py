@@ -103,13 +103,7 @@ class IdIndex:
         return IdIndex(words, self.parts, self.count, self.seed)
 
     def grown(self, expected: int, ids: Longs, gone: Flags = NO_ROWS) -> IdIndex:
-        """Return a copy with room for `expected` ids.
-
-        Args:
-            expected: The number of ids.
-            ids: `[rows]`, the id of each row.
-            gone: `[rows]`, rows to leave out; or empty.
-        """
+        """Return a copy with room for `expected` ids, without the rows that `gone` flags."""
         new = IdIndex.empty(expected, self.seed)
         whole = (0, new.parts)
         new.count, _ = new.merge(whole, ids, self.words, gone=gone, wins=False)  # no id is in both

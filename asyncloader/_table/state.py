@@ -20,7 +20,7 @@ from asyncloader._memory.allocation import zeros
 from .index import IdIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from .schema import Longs, Slot
 
@@ -87,40 +87,36 @@ class Segments:
             index = torch.from_numpy(rows - first if first else rows).to(sample.device)
             return sample.view(carrier).index_select(0, index).view(sample.dtype)
         out = torch.empty((len(rows), *sample.shape[1:]), dtype=carrier, device=sample.device)
-        for segment, here in self._by_segment(rows):
-            index = torch.from_numpy(rows[here] - segment.first).to(sample.device)
-            memory = segment.slots[slot].view(carrier)
-            out[torch.from_numpy(here).to(sample.device)] = memory.index_select(0, index)
+        for memory, index, here in self._by_segment(slot, rows):
+            out[here.to(out.device)] = _carried(memory).index_select(0, index)
         return out.view(sample.dtype)
 
     def copy_out(self, slot: str, rows: Longs, out: torch.Tensor) -> None:
         """Copy rows to host memory, uint8 `[n, row_bytes]`, without memory for a second copy."""
-        for segment, here in self._by_segment(rows):
-            whole = len(here) == len(rows)
-            index = torch.from_numpy((rows if whole else rows[here]) - segment.first)
-            memory = segment.slots[slot].view(segment.capacity, -1).view(torch.uint8)
-            if memory.device.type == "cpu" and whole:
-                torch.index_select(memory, 0, index, out=out)
+        for memory, index, here in self._by_segment(slot, rows):
+            plain = memory.view(len(memory), -1).view(torch.uint8)
+            if plain.device.type == "cpu" and len(here) == len(rows):
+                torch.index_select(plain, 0, index, out=out)
             else:
-                chosen = memory.index_select(0, index.to(memory.device)).to(out.device)
-                out[torch.from_numpy(here)] = chosen
+                out[here] = plain.index_select(0, index).to(out.device)
 
     def scatter(self, slot: str, rows: Longs, values: torch.Tensor) -> None:
         """Copy rows in; `values` is `[n, *shape]`."""
-        for segment, here in self._by_segment(rows):
-            memory = _carried(segment.slots[slot])
-            index = torch.from_numpy(rows[here] - segment.first).to(memory.device)
-            chosen = _carried(values)[torch.from_numpy(here).to(values.device)]
-            memory.index_copy_(0, index, chosen.to(memory.device))
+        for memory, index, here in self._by_segment(slot, rows):
+            chosen = _carried(values)[here.to(values.device)].to(memory.device)
+            _carried(memory).index_copy_(0, index, chosen)
 
-    def _by_segment(self, rows: Longs) -> list[tuple[Segment, Longs]]:
-        """Say for each segment which of `rows` lie in it, as positions in `rows`."""
+    def _by_segment(
+        self, slot: str, rows: Longs
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield the memory of each segment, the rows in it, and their positions in `rows`."""
         owners = np.searchsorted(self.firsts, rows, side="right") - 1
-        return [
-            (segment, here)
-            for number, segment in enumerate(self.items)
-            if len(here := np.flatnonzero(owners == number))
-        ]
+        for number, segment in enumerate(self.items):
+            here = np.flatnonzero(owners == number)
+            if len(here):
+                memory = segment.slots[slot]
+                index = torch.from_numpy(rows[here] - segment.first).to(memory.device)
+                yield memory, index, torch.from_numpy(here)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
