@@ -118,7 +118,8 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-__all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604  # all of it is text
+if not TYPE_CHECKING:  # type checkers, which cannot read this, have the imports above
+    __all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604  # all of it is text
 
 
 def __getattr__(name: str) -> object:

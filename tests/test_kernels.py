@@ -396,7 +396,7 @@ def index_of(rows: Sequence[int], rng: random.Random) -> IdIndex:
     """Return an index of these rows with random tags, empty words among them."""
     words = [rng.randrange(2**24) << 40 | row + 1 for row in rows] + [0] * rng.randrange(5)
     rng.shuffle(words)
-    return IdIndex(np.array(words, np.uint64), 1, len(rows))
+    return IdIndex(np.array(words, np.uint64), 1, len(rows), np.uint64(0))
 
 
 @given(rows=some_rows, rng=st.randoms(use_true_random=False))

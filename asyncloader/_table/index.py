@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,10 +47,6 @@ def _new_words(count: int) -> Words:
     return zeros((count,), torch.int64).numpy().view(np.uint64)
 
 
-def _new_seed() -> np.uint64:
-    return np.uint64(int.from_bytes(os.urandom(8), "little"))
-
-
 @dataclass(slots=True)
 class IdIndex:
     """Words that point to rows. Once in a `TableState`, it does not change.
@@ -58,21 +54,22 @@ class IdIndex:
     Attributes:
         words: `[parts * capacity]`; each part takes ids of its own.
         count: The number of ids in it.
-        seed: The hash's. Each table draws its own.
+        seed: The seed of the hash. Each table draws its own.
     """
 
     words: Words
     parts: int
     count: int
-    seed: np.uint64 = field(default_factory=_new_seed)
+    seed: np.uint64
 
     @classmethod
     def empty(cls, expected: int, seed: np.uint64 | None = None) -> IdIndex:
-        """Return an index with room for `expected` ids."""
+        """Return an index with room for `expected` ids, and a seed of its own unless given."""
+        if seed is None:
+            seed = np.uint64(int.from_bytes(os.urandom(8), "little"))
         parts = 1 if expected < _SMALL else _PARTS
         lines = (int(expected / parts / _LOAD) + _SPARE) // _LINE
-        words = _new_words(parts * lines * _LINE)
-        return cls(words, parts, 0, _new_seed() if seed is None else seed)
+        return cls(_new_words(parts * lines * _LINE), parts, 0, seed)
 
     def __repr__(self) -> str:
         return f"<IdIndex {self.count} ids in {self.words.size} slots>"

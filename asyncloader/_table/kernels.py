@@ -96,10 +96,8 @@ def insert_rows(
     """Put the ids of rows `[first, first + count)` into the index.
 
     Of two rows with the same id, the one of the run of higher rank wins, or the later one of a run:
-    the outcome does not depend on the order of the calls.
-
-    Returns:
-        How many ids were new, and how many were there already; the rest are in other parts.
+    the outcome does not depend on the order of the calls. Returns how many ids were new, and how
+    many were there already; the rest are in other parts.
     """
     capacity = np.uint64(words.shape[0]) // parts
     homes, entries = scratch[0], scratch[1]
@@ -211,8 +209,7 @@ def merge(
 ) -> tuple[int, int]:
     """Put words of another index over the same `ids` into this one.
 
-    Returns:
-        How many ids were new, and how many were in both; the rest are in other parts, or gone.
+    Returns how many ids were new, and how many were in both; the rest are in other parts, or gone.
     """
     capacity = np.uint64(words.shape[0]) // parts
     homes, entries = scratch[0], scratch[1]

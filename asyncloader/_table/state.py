@@ -48,12 +48,6 @@ class Segment:
     slots: Mapping[str, torch.Tensor]
     lent: int = 0
 
-    def until(self, end: int) -> Segment:
-        """Return the part of it before row `end` of the table."""
-        count = min(end - self.first, self.capacity)
-        memory = {name: rows[:count] for name, rows in self.slots.items()}
-        return Segment(self.first, count, memory, min(self.lent, count))
-
 
 class Segments:
     """Segments in the order of their rows. A segment's rows end where those of the next begin."""
@@ -231,7 +225,10 @@ class TableState:
         """
         items = [segment for segment in self.segments.items if segment.first < self.end]
         if items:
-            items[-1] = items[-1].until(self.end)
+            last = items.pop()
+            count = min(self.end - last.first, last.capacity)
+            memory = {name: rows[:count] for name, rows in last.slots.items()}
+            items.append(Segment(last.first, count, memory, min(last.lent, count)))
         ids = self.ids[: self.end].copy() if shares_ids else self.ids
         return replace(self, ids=ids, segments=Segments(items))
 
