@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._checkpoint.slices import Slice, gen_slice
-    from ._loading.progress import Progress
+    from ._loading.progress import Progress, Span
     from ._loading.report import LoadReport
     from ._loading.runtime import Runtime
-    from ._loading.trace import Span
     from ._planning.casts import Cast
     from ._planning.plan import LoadPlan
     from ._saving.layout import WriteBlock
@@ -141,10 +140,9 @@ __all__ = [
 # Imported when somebody asks for them: torch takes seconds, and many commands do without.
 _MODULES = {
     "_checkpoint.slices": "Slice gen_slice",
-    "_loading.progress": "Progress",
+    "_loading.progress": "Progress Span",
     "_loading.report": "LoadReport",
     "_loading.runtime": "Runtime",
-    "_loading.trace": "Span",
     "_planning.casts": "Cast",
     "_planning.plan": "LoadPlan",
     "_saving.layout": "WriteBlock",

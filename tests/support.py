@@ -266,7 +266,7 @@ class Run:
             plan = await self._plan(threads, into.targets)
             load = Load(session, plan, into, self.tables, meter=self.meter)
             self.touched = load.touched
-            return await complete(load, session)
+            return await complete(load)
 
     async def _plan(self, threads: Threads, tensors: TensorTargets) -> LoadPlan:
         targets = Targets(tensors=tensors, tables=describe_tables(self.tables))

@@ -510,7 +510,7 @@ async def load_from(
         )
         into = describe_tensors(destinations.tensors)
         load = Load(session, plan, into, destinations.tables, meter=Meter(0, None))
-        return await complete(load, session)
+        return await complete(load)
 
 
 HashTable([1])  # the first one imports numba, for which an event loop has no time

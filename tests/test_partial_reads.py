@@ -358,13 +358,12 @@ def test_memory_that_takes_no_bytes_as_they_lie_gets_its_rows() -> None:
     block = table_block(rows=20, row_bytes=12)
     rows = np.array([1, 2, 3, 9, 17])
     target = torch.zeros(5, 6)[:, ::2]
-    filling = Filling.of(block, rows, target, Verifier("here", widen=False))
+    filling = Filling(block, rows, target, Verifier("here", widen=False))
     assert filling.memory is None
     buffer = torch.zeros(1000, dtype=torch.uint8)
     for step in filling.steps(most=40, gap=24):
         view = filling.view(step, buffer)
-        first, last = filling.window(step)
-        view[:] = raw[first:last]
+        view[:] = raw[step.first : step.last]
         filling.take(step, view)
     assert torch.equal(target, stored[rows])
 

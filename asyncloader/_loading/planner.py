@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from asyncloader._table.protocol import LoadableTable
 
     from .destinations import Destinations
+    from .progress import Tracer
     from .session import Session
-    from .trace import Tracer
 
 _log = logging.getLogger(__name__)
 

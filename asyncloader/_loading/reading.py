@@ -43,7 +43,7 @@ async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, T
     views: dict[str, Tensor] = {}
     prepare = partial(_prepare, session.location, wanted, tensors, views)
     [(plan, into)] = await run_jobs(session.threads.kernels, [undisturbed(prepare)])
-    await complete(Load(session, plan, into, {}, meter=Meter(plan.nbytes)), session)
+    await complete(Load(session, plan, into, {}, meter=Meter(plan.nbytes)))
     return tensors
 
 

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """Checks what was read, by whole chunks: of a chunk that was read in part nothing is known."""
+    """Checks what was read, by whole chunks: of a chunk that was read in part nothing is known.
+
+    Attributes:
+        location: The checkpoint, for messages.
+        widen: Whether to read more than is wanted, so that every wanted byte lies in a whole chunk.
+    """
 
     location: str
-    """The checkpoint, for messages."""
-
     widen: bool
-    """Whether to read more than is wanted, so that every wanted byte lies in a whole chunk."""
 
     def window(self, block: Block, begin: int, end: int) -> tuple[int, int]:
         """Return which bytes of a block to read where `[begin, end)` are wanted."""
@@ -35,9 +37,9 @@ class Verifier:
     def windows(
         self, block: Block, begins: NDArray[np.int64], chunk_bytes: int
     ) -> NDArray[np.int64] | None:
-        """Say which of several stretches of whole chunks bytes of a block lie in.
+        """Return a number for the stretch of whole chunks that each of some bytes lies in.
 
-        Reads that keep to one of them read as many chunks whole as they can, and none twice.
+        Reads that keep to one stretch read as many chunks whole as they can, and none twice.
 
         Args:
             block: The whole of it.
@@ -45,7 +47,7 @@ class Verifier:
             chunk_bytes: About how long a stretch is.
 
         Returns:
-            int64 `[n]`, a number each; `None` if it does not matter.
+            int64 `[n]`, a number each; `None` where there are no digests.
         """
         if block.digests is None:
             return None
@@ -76,17 +78,12 @@ class Verifier:
             last = min(first + DIGEST_CHUNK, block.nbytes)
             found = digest_of(view[first - begin : last - begin])
             if found != block.digests[number]:
-                raise self._failed(block, first, last, block.digests[number], found)
+                problem = (
+                    f"bytes [{block.offset + first}, {block.offset + last}) are not those that "
+                    f"were written: their digest should be {block.digests[number]}, it is {found}; "
+                    "copy the file again, or take another checkpoint"
+                )
+                raise CheckpointError(self.location, problem, block.shard, block.key)
         if not chunks:
             return range(begin, begin)
         return range(chunks.start * DIGEST_CHUNK, min(chunks.stop * DIGEST_CHUNK, block.nbytes))
-
-    def _failed(
-        self, block: Block, first: int, last: int, wanted: str, found: str
-    ) -> CheckpointError:
-        problem = (
-            f"bytes [{block.offset + first}, {block.offset + last}) are not those that were "
-            f"written: their digest should be {wanted}, it is {found}; copy the file again, or "
-            "take another checkpoint"
-        )
-        return CheckpointError(self.location, problem, block.shard, block.key)

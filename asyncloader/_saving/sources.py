@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from asyncloader._checkpoint.sidecar import SUB_SLICES
-from asyncloader._loading.tensors import copy_elements, plain_bytes
+from asyncloader._loading.buffers import copy_elements, plain_bytes
 
 if TYPE_CHECKING:
     import torch
 
-    from asyncloader._loading.staging import Arena
+    from asyncloader._loading.buffers import Arena
     from asyncloader._table.protocol import SavableSnapshot
     from asyncloader._table.snapshot import SortedRows
 

@@ -193,6 +193,4 @@ async def fill(
     [(plan, into)] = await run_jobs(session.threads.kernels, [decide])
     meter.total = plan.nbytes
     verifier = Verifier(session.location, widen=True)
-    return await complete(
-        Load(session, plan, into, tables, meter=meter, verifier=verifier), session
-    )
+    return await complete(Load(session, plan, into, tables, meter=meter, verifier=verifier))
