@@ -1,7 +1,9 @@
-"""What a checkpoint holds, by name; names and headers are remembered."""
+"""What one checkpoint holds, by name, for any number of calls."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import heapq
 import logging
 import os
@@ -14,12 +16,16 @@ from asyncloader._checkpoint.stored import places_of, stored_names, stored_tenso
 from asyncloader._planning.hints import did_you_mean
 from asyncloader._threads.jobs import run_jobs
 
+from .runtime import Hold
+from .session import in_time, open_session
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from asyncloader._checkpoint.header import ShardHeader
     from asyncloader._checkpoint.index import Catalog, Place
     from asyncloader._checkpoint.stored import Stored
+    from asyncloader.options import ReadOptions
 
     from .session import Session
 
@@ -35,16 +41,50 @@ _LIKELY = 200
 class Contents:
     """The names of one checkpoint, and the headers that were needed so far.
 
-    Works with any session of that checkpoint, one after the other or several at once.
+    Every call has a session: the one that `async with` holds open, or one of its own. All of them
+    see the same files: one that is replaced after it was first opened is an error.
+
+    Args:
+        path: As for `open_session`.
+        options: For each session; `timeout` is for each call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: str, options: ReadOptions) -> None:
+        self._path = path
+        self._options = options
+        self._seen: dict[str, tuple[int, ...]] = {}
+        self._held: Hold[Session] | None = None
         self._catalog: Catalog | None = None
         self._headers: dict[str, ShardHeader] = {}
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Contents: {len(self._headers)} headers known>"
+
+    async def __aenter__(self) -> None:
+        if self._held is not None:
+            raise RuntimeError(f"{self._path}: is open already")
+        options = replace(self._options, timeout=None)
+        self._held = await Hold.open(open_session(self._path, options, seen=self._seen))
+
+    async def __aexit__(self, *_: object) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            await held.close()
+
+    @contextlib.asynccontextmanager
+    async def use(self) -> AsyncIterator[Session]:
+        """Lend a session for the length of the block."""
+        held = self._held
+        if held is None or held.loop is not asyncio.get_running_loop():
+            async with open_session(self._path, self._options, seen=self._seen) as session:
+                yield session
+            return
+        with held.use() as session:
+            async with in_time(self._path, self._options.timeout) as watched:
+                watched.append(session.disk)
+                async with session.explaining():
+                    yield session
 
     async def catalog(self, session: Session) -> Catalog:
         """Return which names there are.
@@ -55,7 +95,10 @@ class Contents:
         """
         async with session.lock:  # or many calls at once would all read it
             if self._catalog is None:
-                self._catalog = _kept(await session.catalog())
+                catalog = await session.catalog()
+                if catalog.sidecar is not None:  # `unread` may be large, and is for tables only
+                    catalog = replace(catalog, sidecar=replace(catalog.sidecar, unread=None))
+                self._catalog = catalog
             return self._catalog
 
     async def find(self, session: Session, names: Iterable[str]) -> list[Stored]:
@@ -67,57 +110,42 @@ class Contents:
             CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
             ReadError: If the storage failed.
         """
-        pool = session.threads.kernels
+        kernels = session.threads.kernels
         catalog = await self.catalog(session)
-        locate = partial(_locate, session.location, catalog, names)
-        [places] = await run_jobs(pool, [locate])
+        [places] = await run_jobs(kernels, [partial(_places, session.location, catalog, names)])
         shards = sorted({place.shard for found in places.values() for place in found})
-        manifest = await self._manifest(session, catalog, shards)
-        [stored] = await run_jobs(
-            pool, [lambda: [stored_tensor(manifest, name) for name in places]]
-        )
-        return stored
-
-    async def _manifest(
-        self, session: Session, catalog: Catalog, shards: Sequence[str]
-    ) -> Manifest:
         async with session.lock:
             unknown = [shard for shard in shards if shard not in self._headers]
             if unknown:
                 manifest = await session.manifest(catalog, unknown)
                 self._headers |= manifest.headers
                 self._warn(session.location, manifest.warnings)
-        return Manifest(session.location, catalog, self._headers)
+        manifest = Manifest(session.location, catalog, self._headers)
+        [stored] = await run_jobs(
+            kernels, [lambda: [stored_tensor(manifest, name) for name in places]]
+        )
+        return stored
 
     def _warn(self, location: str, warnings: Iterable[str]) -> None:
-        """Say of each thing that is odd, once."""
+        """Log each warning once."""
         for warning in warnings:
             if warning not in self._warned:
                 self._warned.add(warning)
                 _log.warning("%s: %s", location, warning)
 
 
-def _kept(catalog: Catalog) -> Catalog:
-    """Return a catalog without what only loads of tables ask for, and what may be large."""
-    if catalog.sidecar is None:
-        return catalog
-    return replace(catalog, sidecar=replace(catalog.sidecar, unread=None))
-
-
-def _locate(
-    location: str, catalog: Catalog, names: Iterable[str]
-) -> Mapping[str, tuple[Place, ...]]:
-    found = {name: places_of(catalog, name) for name in map(_checked, names)}
-    unknown = [name for name, places in found.items() if not places]
+def _places(
+    location: str, catalog: Catalog, names: Iterable[object]
+) -> dict[str, tuple[Place, ...]]:
+    places: dict[str, tuple[Place, ...]] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names are text, got {name!r}")
+        places[name] = places_of(catalog, name)
+    unknown = [name for name, found in places.items() if not found]
     if unknown:
         raise KeyError(_complaint(location, catalog, unknown))
-    return found
-
-
-def _checked(name: object) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"names are text, got {name!r}")
-    return name
+    return places
 
 
 def _complaint(location: str, catalog: Catalog, unknown: Sequence[str]) -> str:
@@ -141,12 +169,7 @@ def _hint(catalog: Catalog, names: Sequence[str], name: str) -> str:
 
 
 def hint_for(name: str, names: Sequence[str]) -> str:
-    """Return in brackets which name was meant, or nothing.
-
-    Args:
-        name: The one that is not there.
-        names: Those that are.
-    """
+    """Return in brackets which of `names` was meant by another name, or nothing."""
     likely = heapq.nlargest(_LIKELY, names, partial(_in_common, name))
     return did_you_mean([name], likely)[name]
 

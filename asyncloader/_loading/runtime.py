@@ -135,19 +135,20 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What loads of one event loop take, one of them or many at a time."""
+    """What one load, or many loads at a time, take on one event loop.
+
+    Attributes:
+        options: The limits of all of them together.
+        watch: Keeps what the event loop was promised, if that is anything.
+        wrap: Gets the files of a checkpoint, and returns what is read from in their place.
+    """
 
     options: ReadOptions
-    """What they keep to, all together."""
-
     threads: Threads
     budget: ByteBudget
     descriptors: Descriptors
     watch: LagWatch | None
-    """Keeps what the event loop was promised, if that is anything."""
-
     wrap: Callable[[ThreadedStorage], ThreadedStorage]
-    """Gets the files of a checkpoint, and returns what is read from in their place."""
 
 
 @contextlib.asynccontextmanager
@@ -155,20 +156,24 @@ async def open_resources(
     options: ReadOptions,
     *,
     reads: int | None = None,
-    wrap: Callable[[ThreadedStorage], ThreadedStorage] = lambda storage: storage,
+    wrap: Callable[[ThreadedStorage], ThreadedStorage] = _as_it_is,
 ) -> AsyncIterator[Resources]:
     """Hold threads for the length of the block.
 
     Args:
         options: For all that use them together.
         reads: Threads that read; `None` is as many as are of use for chunks of the usual size.
-        wrap: Gets the files of a checkpoint, and returns what is read from in their place.
+        wrap: See `Resources`.
     """
     # No more threads than whole chunks fit into memory: the others would wait.
     count = max(options.max_inflight_bytes // options.read_bytes, 1)
     count = min(options.parallel, count) if reads is None else reads
     gate = Gate(most=count)
-    async with _watch(gate, options) as watch, Threads(reads=count, gate=gate) as threads:
+    watching: contextlib.AbstractAsyncContextManager[LagWatch | None] = contextlib.nullcontext()
+    if options.promises:
+        bound = math.inf if options.max_loop_lag is None else options.max_loop_lag
+        watching = LagWatch(gate, bound=bound, pressure=options.pressure)
+    async with watching as watch, Threads(reads=count, gate=gate) as threads:
         yield Resources(
             options=options,
             threads=threads,
@@ -179,23 +184,10 @@ async def open_resources(
         )
 
 
-def _watch(
-    gate: Gate, options: ReadOptions
-) -> contextlib.AbstractAsyncContextManager[LagWatch | None]:
-    if not options.promises:
-        return contextlib.nullcontext()
-    bound = math.inf if options.max_loop_lag is None else options.max_loop_lag
-    return LagWatch(gate, bound=bound, pressure=options.pressure)
-
-
 class Hold(Generic[T]):
-    """Belongs to the event loop and the process that opened it.
+    """A value that is open, and how many blocks use it.
 
-    Attributes:
-        value: What is open.
-        users: How many blocks use it.
-        loop: The event loop.
-        process: The process's number.
+    Belongs to the event loop and the process that opened it.
     """
 
     def __init__(self, value: T, stack: contextlib.AsyncExitStack) -> None:
