@@ -10,8 +10,7 @@ import torch
 
 from ._arguments import checked_path
 from ._checkpoint.stored import stored_names
-from ._loading.contents import Contents
-from ._loading.reading import read_stored, torch_dtype
+from ._loading.reading import Contents, read_stored, torch_dtype
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs
 from .options import ReadOptions

@@ -277,10 +277,9 @@ async def load_from(storage: Any, content: TableData, wanted: Slice, chunk_bytes
 
 @pytest.mark.parametrize(("chunk_bytes", "at_most"), [(40, 1000), (1000, 7), (1 << 20, 1 << 20)])
 @pytest.mark.parametrize("saved", [True, False])
-async def test_a_storage_that_lends_no_thread_gives_the_same(
+async def test_short_reads_give_the_same(
     tmp_path: Path, chunk_bytes: int, at_most: int, saved: bool
 ) -> None:
-    """`Loader`'s lends one; this is how all others are read."""
     content = data([*range(-50, 150, 3), 2**63 - 1, -(2**63)], width=3, exp_avg=1)
     if saved:
         save(tmp_path, content)

@@ -8,15 +8,20 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from asyncloader._checkpoint.dtypes import BY_TORCH
 from asyncloader._planning.targets import RowType, TableTarget
 
 if TYPE_CHECKING:
+    from asyncloader._checkpoint.dtypes import DType
     from asyncloader._table.protocol import LoadableTable, SavableTable
 
+
+_log = logging.getLogger("asyncloader")
+
+_UNNAMED = "hashtable"
+"""The name of a table without a name of its own, in RecIS, too."""
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
@@ -111,10 +116,9 @@ def _problem(  # noqa: PLR0911  # one for each kind
     return None
 
 
-_log = logging.getLogger("asyncloader")
-
-_UNNAMED = "hashtable"
-"""The name of a table without a name of its own, in RecIS, too."""
+def stored_dtype(dtype: torch.dtype) -> DType | None:
+    """Return what a checkpoint calls a dtype, or `None` if no checkpoint can hold it."""
+    return BY_TORCH.get(str(dtype).removeprefix("torch."))
 
 
 def check_tables(
@@ -128,7 +132,7 @@ def check_tables(
     Args:
         tables: By any name.
         tensors: By name.
-        able: The method that they are there for.
+        able: The method that a table needs.
 
     Raises:
         TypeError: If one is no table.
@@ -137,7 +141,8 @@ def check_tables(
     owners: dict[str, str] = {}
     for name, table in tables.items():
         if type(name) is not str or not hasattr(table, able):
-            hint = "; dense tensors are passed as tensors=" if isinstance(table, Tensor) else ""
+            dense = isinstance(table, torch.Tensor)
+            hint = "; dense tensors are passed as tensors=" if dense else ""
             problem = f"hashtables maps names to HashTables, got {name!r}: {type(table)}"
             raise TypeError(problem + hint)
         if list(table.children) == [_UNNAMED] != [name]:
@@ -165,12 +170,11 @@ def describe_tables(tables: Mapping[str, LoadableTable]) -> dict[str, TableTarge
     for name, table in tables.items():
         slots = {}
         for slot in table.slots().values():
-            dtype = BY_TORCH.get(str(slot.dtype).removeprefix("torch."))
+            dtype = stored_dtype(slot.dtype)
             if dtype is None:
                 raise ValueError(f"hashtables[{name!r}]: no checkpoint can hold {slot.dtype}")
             slots[slot.name] = RowType(shape=slot.shape, dtype=dtype)
-        target = TableTarget(
-            name=name, children=tuple(table.children), slice=table.slice, slots=slots
-        )
-        targets |= dict.fromkeys(table.children, target)
+        children = tuple(table.children)
+        target = TableTarget(name=name, children=children, slice=table.slice, slots=slots)
+        targets |= dict.fromkeys(children, target)
     return targets

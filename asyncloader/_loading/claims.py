@@ -26,15 +26,17 @@ _claims: set[Claim] = set()
 
 
 class _Ranges(NamedTuple):
-    """Memory on one device, each int64 `[n]`, ascending."""
+    """Memory on one device, each int64 `[n]`, ascending.
+
+    Attributes:
+        numbers: Of the tensors.
+        reach: The largest end so far: a range begins anew where it lies below the next begin.
+    """
 
     numbers: NDArray[np.int64]
-    """Of the tensors."""
-
     begin: NDArray[np.int64]
     end: NDArray[np.int64]
     reach: NDArray[np.int64]
-    """The largest end so far: a range begins anew where it lies below the next begin."""
 
     def meeting(self, other: _Ranges) -> Iterator[tuple[int, int]]:
         """Yield the tensors whose ranges have bytes in common, one of ours and one of theirs.
@@ -49,7 +51,7 @@ class _Ranges(NamedTuple):
 
 
 class _Taken(NamedTuple):
-    """What one load fills."""
+    """The tensors and tables that one load fills."""
 
     location: str
     into: Destinations
@@ -65,15 +67,10 @@ class _Taken(NamedTuple):
         for table in self.tables.keys() & other.tables.keys():
             raise RuntimeError(_refusal(f"table {self.tables[table]!r}", other.location))
         for device in self.ranges.keys() & other.ranges.keys():
-            mine, theirs = self.ranges[device], other.ranges[device]
-            for number, taken in mine.meeting(theirs):
+            for number, taken in self.ranges[device].meeting(other.ranges[device]):
                 if share(self.into.held[number], other.into.held[taken]):
-                    there = f"{other.location} (there it is {other.name(taken)!r})"
-                    raise RuntimeError(_refusal(f"tensors[{self.name(number)!r}]", there))
-
-    def name(self, number: int) -> str:
-        """Return the name of a tensor."""
-        return list(self.into.tensors)[number]
+                    there = f"{other.location} (there it is {other.into.name(taken)!r})"
+                    raise RuntimeError(_refusal(f"tensors[{self.into.name(number)!r}]", there))
 
 
 class Claim:
@@ -87,7 +84,7 @@ class Claim:
     def __init__(self) -> None:
         self.taken: _Taken | None = None
         self.ended: list[_Taken] | None = []
-        """What other loads have filled since this one began, until it comes to `take`."""
+        """The memory that other loads have filled since this one began, until `take`."""
 
     def __enter__(self) -> Self:
         with _lock:
@@ -109,7 +106,7 @@ class Claim:
         tables: Mapping[str, object],
         location: str,
     ) -> None:
-        """Take what is filled. Belongs on a thread.
+        """Take the memory that is filled. Belongs on a thread.
 
         Args:
             into: All tensors.
@@ -120,9 +117,9 @@ class Claim:
         Raises:
             RuntimeError: If another load fills some of it, or a read that was given up may.
         """
-        numbers = {id(table): name for name, table in tables.items()}
         for unsafe in into.unsafe(names):
             raise RuntimeError(unsafe)
+        numbers = {id(table): name for name, table in tables.items()}
         mine = _Taken(location, into, dict(_by_device(into, names)), numbers)
         # Compared outside of the lock, for which event loops wait: a later load sees this one.
         with _lock:
@@ -148,9 +145,7 @@ def _refusal(what: str, other: str) -> str:
 def _by_device(
     into: Destinations, names: Collection[str]
 ) -> Iterator[tuple[torch.device, _Ranges]]:
-    chosen = np.array(into.targets.numbers(names), np.int64)
-    chosen = chosen[into.end[chosen] > into.begin[chosen]]
-    chosen = chosen[np.argsort(into.begin[chosen])]
+    chosen = into.filled(names)
     devices = list(map(attrgetter("device"), map(into.held.__getitem__, chosen.tolist())))
     kinds = {device: number for number, device in enumerate(set(devices))}
     kind = np.array(list(map(kinds.__getitem__, devices)), np.int64)

@@ -15,48 +15,72 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from asyncloader._checkpoint.dtypes import BY_TORCH
 from asyncloader._memory.pages import is_read_only
 from asyncloader._planning.targets import TensorTargets
 from asyncloader._threads.call import lost_memory
 
-from .checks import check_tensors
+from .checks import check_tensors, stored_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from asyncloader._checkpoint.blocks import BlockType
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Destinations:
-    """Dense tensors as they were when they were described. Holds on to their memory."""
+    """Dense tensors as they were when they were described. Holds on to their memory.
+
+    Attributes:
+        held: Each of `tensors`, detached: the same memory, whatever becomes of the tensor.
+        plain: Whether a file's bytes can go there as they lie.
+        begin: Address of the first byte.
+        end: One past the last.
+    """
 
     tensors: Mapping[str, torch.Tensor]
     held: Sequence[torch.Tensor]
-    """Each of them, detached: the same memory, whatever becomes of the tensor."""
-
     targets: TensorTargets
     plain: NDArray[np.bool_]
-    """Whether a file's bytes can go there as they lie."""
-
     begin: NDArray[np.int64]
-    """Address of the first byte."""
-
     end: NDArray[np.int64]
-    """One past the last."""
+
+    def name(self, number: int) -> str:
+        """Return the name of a tensor."""
+        return list(self.tensors)[number]
+
+    def filled(self, names: Collection[str]) -> NDArray[np.int64]:
+        """Return the numbers of the tensors that have bytes, as they lie in memory, int64 `[n]`."""
+        chosen = np.array(self.targets.numbers(names), np.int64)
+        chosen = chosen[self.end[chosen] > self.begin[chosen]]
+        return chosen[np.argsort(self.begin[chosen])]
 
     def overlaps(self, names: Collection[str]) -> list[str]:
-        """Name the pairs of tensors that are neither apart nor the same, a sentence each."""
-        chosen = self.targets.numbers(names)
-        filled = np.array(chosen, np.int64)
-        filled = filled[self.end[filled] > self.begin[filled]]
-        order = filled[np.argsort(self.begin[filled])]
+        """Name the pairs of tensors that are neither apart nor the same, a sentence each.
+
+        Views that interleave, as the columns of one matrix do, are apart.
+        """
+        order = self.filled(names)
         if not (self.begin[order[1:]] < self.end[order[:-1]]).any():
             return []  # nearly always; on several devices addresses may be alike by chance
-        return overlaps({name: self.held[at] for name, at in zip(names, chosen, strict=True)})
+        known = list(self.tensors)
+        spans = sorted(
+            (int(self.begin[at]), int(self.end[at]), str(self.held[at].device), known[at], at)
+            for at in order.tolist()
+        )
+        problems = []
+        open_: list[tuple[int, int, str, str, int]] = []
+        for span in spans:
+            begin, _, device, name, at = span
+            open_ = [other for other in open_ if other[1] > begin]
+            problems += [
+                f"tensors {other[3]!r} and {name!r} overlap in memory in part: what is loaded last "
+                "would overwrite the other; give one of them memory of its own"
+                for other in open_
+                if other[2] == device and share(self.held[other[4]], self.held[at])
+            ]
+            open_.append(span)
+        return problems
 
     def unsafe(self, names: Collection[str]) -> list[str]:
         """Name the tensors that a thread may still write to which was given up, a sentence each."""
@@ -86,8 +110,8 @@ class Destinations:
         for odd in chosen[filled & ((now != self.begin[chosen]) | (now == 0))][:1].tolist():
             what = "got other memory while it was being loaded" if self.begin[odd] else "has none"
             raise RuntimeError(
-                f"tensors[{list(self.tensors)[odd]!r}] {what}: its storage may not be exchanged, "
-                "resized or empty during a load"
+                f"tensors[{self.name(odd)!r}] {what}: its storage may not be exchanged, resized or "
+                "empty during a load"
             )
 
     def check_writable(self, staged: NDArray[np.int64]) -> None:
@@ -105,8 +129,8 @@ class Destinations:
             filled = self.held[number].is_cpu and self.end[number] > self.begin[number]
             if filled and is_read_only(int(self.begin[number])):
                 raise ValueError(
-                    f"tensors[{list(self.tensors)[number]!r}] cannot be written to, as a file that "
-                    "is mapped read-only: load into a copy (`tensor.clone()`)"
+                    f"tensors[{self.name(number)!r}] cannot be written to, as a file that is "
+                    "mapped read-only: load into a copy (`tensor.clone()`)"
                 )
 
     def span(self) -> tuple[memoryview, int]:
@@ -138,9 +162,10 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
     check_tensors(tensors, able="filled")
     given = list(tensors.values())
     dtypes = list(map(attrgetter("dtype"), given))
-    if not {_dtype_name(dtype) for dtype in set(dtypes)} <= BY_TORCH.keys():
+    stored = {one: found for one in set(dtypes) if (found := stored_dtype(one)) is not None}
+    if len(stored) < len(set(dtypes)):
         for name, dtype in zip(tensors, dtypes, strict=True):
-            if _dtype_name(dtype) not in BY_TORCH:
+            if dtype not in stored:
                 raise ValueError(f"tensors[{name!r}] is {dtype}, which no checkpoint can hold")
     held = list(map(torch.Tensor.detach, given))
     types: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
@@ -153,24 +178,21 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
     begin = np.array(list(map(torch.Tensor.data_ptr, held)), np.int64)
     end = begin + (sizes[kinds] if len(kinds) else kinds)
     for number in np.flatnonzero(~contiguous & (end > begin)).tolist():
-        if overlaps_itself(held[number]):
+        if _overlaps_itself(held[number]):
             raise ValueError(
                 f"tensors[{list(tensors)[number]!r}] is expanded, or overlaps itself: several of "
                 "its elements are one place in memory; pass a clone() of it"
             )
-        end[number] = begin[number] + extent(held[number])
+        end[number] = begin[number] + _extent(held[number])
     turned = _flags(map(torch.Tensor.is_neg, held))
     if any(dtype.is_complex for dtype, _ in types):
         turned |= _flags(map(torch.Tensor.is_conj, held))
-    known: list[BlockType] = [
-        (BY_TORCH[_dtype_name(dtype)], tuple(shape)) for dtype, shape in types
-    ]
+    known = [(stored[dtype], tuple(shape)) for dtype, shape in types]
+    memory = _memory(list(tensors), held, dtypes, begin[end > begin])
     return Destinations(
         tensors=tensors,
         held=held,
-        targets=TensorTargets(
-            tensors, known, kinds, _memory(list(tensors), held, dtypes, begin[end > begin])
-        ),
+        targets=TensorTargets(tensors, known, kinds, memory),
         plain=contiguous & ~turned & _flags(map(attrgetter("is_cpu"), held)),
         begin=begin,
         end=end,
@@ -179,10 +201,6 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
 
 def _flags(answers: Iterable[bool]) -> NDArray[np.bool_]:
     return np.array(list(answers), np.bool_)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _memory(
@@ -209,7 +227,7 @@ def _memory(
 _MAX_WORK = 1_000_000
 
 
-def overlaps_itself(tensor: torch.Tensor) -> bool:
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
     """Say whether elements share a place; exact for whatever slicing, turning and viewing make."""
     last = 0  # where the last element of the dimensions so far lies
     steps = zip(tensor.stride(), tensor.shape, strict=True)
@@ -220,31 +238,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Name the pairs of tensors that are neither apart nor the same, a sentence each.
-
-    Views that interleave, as the columns of one matrix do, are apart.
-    """
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + extent(tensor), str(tensor.device), name)
-        for name, tensor in tensors.items()
-        if tensor.numel()
-    )
-    problems = []
-    open_: list[tuple[int, int, str, str]] = []
-    for span in spans:
-        open_ = [other for other in open_ if other[1] > span[0]]
-        problems += [
-            f"tensors {other[3]!r} and {span[3]!r} overlap in memory in part: what is loaded last "
-            "would overwrite the other; give one of them memory of its own"
-            for other in open_
-            if other[2] == span[2] and share(tensors[other[3]], tensors[span[3]])
-        ]
-        open_.append(span)
-    return problems
-
-
-def extent(tensor: torch.Tensor) -> int:
+def _extent(tensor: torch.Tensor) -> int:
     """Return the bytes from the first element to the end of the last."""
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.itemsize

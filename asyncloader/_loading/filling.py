@@ -94,13 +94,13 @@ class Batch:
 
     Attributes:
         wanted: Bytes.
-        last: Whether it is the last of its block.
+        is_last: Whether it is the last of its block.
         verified: The bytes among `wanted` that were found to be what was written.
     """
 
     steps: list[Step]
     wanted: int
-    last: bool
+    is_last: bool
     verified: int = 0
 
     @property
@@ -147,11 +147,11 @@ class Filling:
         nbytes = 0
         for one in self.steps(most=step, gap=gap):
             if steps and nbytes + one.end - one.begin > most:
-                yield self._batch(steps, last=False)
+                yield self._batch(steps, is_last=False)
                 steps, nbytes = [], 0
             steps.append(one)
             nbytes += one.end - one.begin
-        yield self._batch(steps, last=True)
+        yield self._batch(steps, is_last=True)
 
     def steps(self, *, most: int, gap: int) -> Iterator[Step]:
         """Cut the bytes into steps of about `most`; read gaps of up to `gap` along."""
@@ -204,12 +204,12 @@ class Filling:
         first, last = self._verifier.window(self.block, begin, end)
         return Step(first, last, begin, end, low, high, at)
 
-    def _batch(self, steps: list[Step], *, last: bool) -> Batch:
+    def _batch(self, steps: list[Step], *, is_last: bool) -> Batch:
         wanted = sum(
             (step.high - step.low) * self._row_bytes if step.at is None else step.end - step.begin
             for step in steps
         )
-        return Batch(steps, wanted, last)
+        return Batch(steps, wanted, is_last)
 
     def _pick(self, step: Step, source: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         """Copy chosen rows. Not by torch: it would start threads for that on every thread."""

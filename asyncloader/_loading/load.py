@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._planning.reads import plan_reads
-from asyncloader._storage.protocol import ThreadedStorage
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import AsyncLoaderError
 
@@ -38,7 +37,7 @@ _NAMED = 20
 # Ids, those wanted, encoded, their positions, and what grouping them takes: five int64 a row.
 _ID_BYTES = 8
 ROW_COST = 5 * _ID_BYTES
-# What one thread reads and picks rows from before it reads on: it is still in the cache then.
+# So many bytes are still in the cache when a thread picks rows from them.
 _STEP = 4 << 20
 
 
@@ -110,7 +109,6 @@ class Load:
         self.verifier = verifier or session.verifier
         self.threads = session.threads
         self.storage = session.storage
-        self.lender = self.storage if isinstance(self.storage, ThreadedStorage) else None
         self.chunk_bytes = session.options.read_bytes
         self.staging = StagingPool(self.chunk_bytes)
         self.row_staging = StagingPool(self._row_step())
@@ -177,12 +175,8 @@ class Load:
         return self.storage.lost > self._lost_before
 
     def step_bytes(self, block: Block) -> int:
-        """Return how many bytes of a block of rows to read before something is done with them.
-
-        Whole chunks of one with digests. Where each read is a hand-over to a thread, as much as one
-        may take.
-        """
-        most = self.chunk_bytes if self.lender is None else min(self.chunk_bytes, _STEP)
+        """Return how many bytes of a block a thread reads before it picks rows from them."""
+        most = min(self.chunk_bytes, _STEP)
         if block.digests is None:
             return most
         return max(most // DIGEST_CHUNK, 1) * DIGEST_CHUNK

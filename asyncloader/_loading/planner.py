@@ -70,19 +70,7 @@ class Planner:
 
     def default_load_info(self) -> LoadInfo:
         """Return what `filter_func` gets: every destination from its own name."""
-        return default_load_info(self._targets(describe_tensors(self.tensors)))
-
-    async def load_info(self, session: Session, targets: Targets) -> LoadInfo:
-        """Return what to load from which names, as `filter_func` wants it.
-
-        Raises:
-            TypeError: If `filter_func` returns something else.
-            ValueError: If what it returns makes no sense.
-        """
-        kernels = session.threads.kernels
-        [default] = await run_jobs(kernels, [partial(default_load_info, targets)])
-        [info] = await run_jobs(kernels, [partial(checked_load_info, self.filter_func(default))])
-        return info
+        return default_load_info(self._describe()[1])
 
     async def plan(self, session: Session) -> tuple[LoadPlan, Destinations]:
         """Read names and headers, and decide which bytes go where.
@@ -94,11 +82,12 @@ class Planner:
             CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
             PlanError: If checkpoint and destinations disagree.
             ReadError: If the storage failed.
+            TypeError: If `filter_func` returns something else than a load info.
         """
         kernels, described, info = session.threads.kernels, None, None
         if self.filter_func is not identity:
             [described] = await run_jobs(kernels, [undisturbed(self._describe)])
-            info = await self.load_info(session, described[1])
+            info = await self._load_info(session, described[1])
         with self.tracer.span("plan", "names"):
             choose_now = partial(self._choose, described=described, info=info)
             into, catalog, choice, shards = await session.with_names(choose_now)
@@ -112,6 +101,18 @@ class Planner:
             _log.warning("%s: %s", plan.location, warning)
         return plan, into
 
+    async def _load_info(self, session: Session, targets: Targets) -> LoadInfo:
+        """Return what to load from which names, as `filter_func` wants it."""
+        kernels = session.threads.kernels
+        [default] = await run_jobs(kernels, [partial(default_load_info, targets)])
+        [info] = await run_jobs(kernels, [partial(checked_load_info, self.filter_func(default))])
+        return info
+
+    def _describe(self) -> tuple[Destinations, Targets]:
+        """Describe the destinations as they are now, and hold on to their memory."""
+        into = describe_tensors(self.tensors)
+        return into, Targets(tensors=into.targets, tables=describe_tables(self.tables))
+
     def _choose(
         self,
         names: Names,
@@ -124,15 +125,6 @@ class Planner:
         catalog = names.parse()
         choice = choose(catalog, info, targets)
         return into, catalog, choice, choice.shards()
-
-    def _describe(self) -> tuple[Destinations, Targets]:
-        """Describe the destinations as they are now, and hold on to their memory."""
-        into = describe_tensors(self.tensors)
-        return into, self._targets(into)
-
-    def _targets(self, into: Destinations) -> Targets:
-        """Say what there is to fill, as it is now: slots may have come."""
-        return Targets(tensors=into.targets, tables=describe_tables(self.tables))
 
     def _decide(
         self, manifest: Manifest, choice: Choice, into: Destinations

@@ -1,14 +1,21 @@
-"""Reads what is stored into memory made for it."""
+"""Finds what is stored under a name, and reads it into memory made for it."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
+import logging
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from asyncloader._checkpoint.manifest import Manifest
+from asyncloader._checkpoint.stored import places_of, stored_names, stored_tensor
 from asyncloader._memory.allocation import zeros
+from asyncloader._planning.hints import hint_for
 from asyncloader._planning.plan import LoadPlan
 from asyncloader._planning.tensor_loads import TensorLoad, TensorLoads
 from asyncloader._threads.jobs import run_jobs, undisturbed
@@ -17,22 +24,163 @@ from asyncloader.errors import CheckpointError
 from .destinations import describe_tensors
 from .load import Load
 from .progress import Meter
+from .runtime import Hold
+from .session import in_time, open_session
 from .transaction import complete
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from torch import Tensor
 
     from asyncloader._checkpoint.dtypes import DType
+    from asyncloader._checkpoint.header import ShardHeader
+    from asyncloader._checkpoint.index import Catalog, Place
     from asyncloader._checkpoint.stored import Stored
+    from asyncloader.options import ReadOptions
 
     from .destinations import Destinations
     from .session import Session
 
 
+_log = logging.getLogger(__name__)
+
+_NAMED = 20
+_GUESSED = 5
+
+
+class Contents:
+    """The names of one checkpoint, and the headers that were needed so far.
+
+    Every call has a session: the one that `async with` holds open, or one of its own. All of them
+    see the same files: one that is replaced after it was first opened is an error.
+
+    Args:
+        path: As for `open_session`.
+        options: For each session; `timeout` is for each call.
+    """
+
+    def __init__(self, path: str, options: ReadOptions) -> None:
+        self._path = path
+        self._options = options
+        self._seen: dict[str, tuple[int, ...]] = {}
+        self._held: Hold[Session] | None = None
+        self._catalog: Catalog | None = None
+        self._headers: dict[str, ShardHeader] = {}
+        self._warned: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<Contents: {len(self._headers)} headers known>"
+
+    async def __aenter__(self) -> None:
+        if self._held is not None:
+            raise RuntimeError(f"{self._path}: is open already")
+        options = replace(self._options, timeout=None)
+        self._held = await Hold.open(open_session(self._path, options, seen=self._seen))
+
+    async def __aexit__(self, *_: object) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            await held.close()
+
+    @contextlib.asynccontextmanager
+    async def use(self) -> AsyncIterator[Session]:
+        """Lend a session for the length of the block."""
+        held = self._held
+        if held is None or held.loop is not asyncio.get_running_loop():
+            async with open_session(self._path, self._options, seen=self._seen) as session:
+                yield session
+            return
+        with held.use() as session:
+            async with in_time(self._path, self._options.timeout) as watched:
+                watched.append(session.disk)
+                async with session.explaining():
+                    yield session
+
+    async def catalog(self, session: Session) -> Catalog:
+        """Return which names there are.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+            ReadError: If the storage failed.
+        """
+        async with session.lock:  # or many calls at once would all read it
+            if self._catalog is None:
+                catalog = await session.catalog()
+                if catalog.sidecar is not None:  # `unread` may be large, and is for tables only
+                    catalog = replace(catalog, sidecar=replace(catalog.sidecar, unread=None))
+                self._catalog = catalog
+            return self._catalog
+
+    async def find(self, session: Session, names: Iterable[str]) -> list[Stored]:
+        """Return what is stored under each name, in their order.
+
+        Raises:
+            TypeError: If a name is no text.
+            KeyError: If there are no such names; it lists them.
+            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
+            ReadError: If the storage failed.
+        """
+        kernels = session.threads.kernels
+        catalog = await self.catalog(session)
+        [places] = await run_jobs(kernels, [partial(_places, session.location, catalog, names)])
+        shards = sorted({place.shard for found in places.values() for place in found})
+        async with session.lock:
+            unknown = [shard for shard in shards if shard not in self._headers]
+            if unknown:
+                manifest = await session.manifest(catalog, unknown)
+                self._headers |= manifest.headers
+                self._warn(session.location, manifest.warnings)
+        manifest = Manifest(session.location, catalog, self._headers)
+        [stored] = await run_jobs(
+            kernels, [lambda: [stored_tensor(manifest, name) for name in places]]
+        )
+        return stored
+
+    def _warn(self, location: str, warnings: Iterable[str]) -> None:
+        """Log each warning once."""
+        for warning in warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                _log.warning("%s: %s", location, warning)
+
+
+def _places(
+    location: str, catalog: Catalog, names: Iterable[object]
+) -> dict[str, tuple[Place, ...]]:
+    places: dict[str, tuple[Place, ...]] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names are text, got {name!r}")
+        places[name] = places_of(catalog, name)
+    unknown = [name for name, found in places.items() if not found]
+    if unknown:
+        raise KeyError(_complaint(location, catalog, unknown))
+    return places
+
+
+def _complaint(location: str, catalog: Catalog, unknown: Sequence[str]) -> str:
+    names = stored_names(catalog)
+    listed = [
+        f"{name!r}{_hint(catalog, names, name) if number < _GUESSED else ''}"
+        for number, name in enumerate(unknown[:_NAMED])
+    ]
+    more = f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
+    return (
+        f"not in {location}: {', '.join(listed)}{more}; "
+        "CheckpointReader.tensor_names() lists what there is"
+    )
+
+
+def _hint(catalog: Catalog, names: Sequence[str], name: str) -> str:
+    if name in catalog.tables:
+        slots = ", ".join(repr(f"{name}@{slot}") for slot in catalog.tables[name])
+        return f" (a table: read {slots})"
+    return hint_for(name, names)
+
+
 async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, Tensor]:
-    """Read each into a tensor of its own; return them by name.
+    """Read each stored tensor into memory of its own; return them by name.
 
     Raises:
         CheckpointError: If torch has no such dtype or shape.
@@ -40,8 +188,7 @@ async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, T
         MemoryError: If there is no room.
     """
     tensors: dict[str, Tensor] = {}
-    views: dict[str, Tensor] = {}
-    prepare = partial(_prepare, session.location, wanted, tensors, views)
+    prepare = partial(_prepare, session.location, wanted, tensors)
     [(plan, into)] = await run_jobs(session.threads.kernels, [undisturbed(prepare)])
     await complete(Load(session, plan, into, {}, meter=Meter(plan.nbytes)))
     return tensors
@@ -81,12 +228,10 @@ def _bad(location: str, stored: Stored, problem: str) -> CheckpointError:
 
 
 def _prepare(
-    location: str,
-    wanted: Sequence[Stored],
-    tensors: dict[str, Tensor],
-    views: dict[str, Tensor],
+    location: str, wanted: Sequence[Stored], tensors: dict[str, Tensor]
 ) -> tuple[LoadPlan, Destinations]:
-    """Make the tensors, and say which block goes into which view of one."""
+    """Make `tensors`, and say which block goes into which view of one."""
+    views: dict[str, Tensor] = {}
     loads = []
     for stored in wanted:
         tensor = tensors[stored.name] = _allocate(location, stored)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from asyncloader._checkpoint.files import SIDECAR
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
-from asyncloader._storage.protocol import fill, read_error, read_exactly
+from asyncloader._storage.protocol import fill, read_error
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, ReadError
 
@@ -28,8 +27,6 @@ from .load import ROW_COST, Arrival, RowPiece, is_believed
 from .sinks import GAP_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -113,35 +110,10 @@ def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
 
 async def _load_rows(piece: RowPiece, load: Load, filling: Filling) -> None:
     """Read chosen rows of a block to where they belong."""
-    most = load.step_bytes(filling.block)
-    batches = filling.batches(step=most, gap=GAP_BYTES, most=load.chunk_bytes)
-    last = False
-    while not last:
-        start = time.perf_counter()
-        batch = await _carry_out(filling, batches, load, most)
-        load.tracer.note("read", filling.block.shard, start, batch.read)
-        load.meter.note(
-            read=batch.read, wanted=batch.wanted, verified=batch.verified, current=piece.table.name
-        )
-        last = batch.last
+    block, usual = filling.block, load.step_bytes(filling.block)
+    batches = filling.batches(step=usual, gap=GAP_BYTES, most=load.chunk_bytes)
 
-
-async def _carry_out(filling: Filling, batches: Iterator[Batch], load: Load, usual: int) -> Batch:
-    """Read the next batch, and take what is wanted, step by step."""
-    block = filling.block
-
-    if load.lender is None:
-        [batch] = await run_jobs(load.threads.reads, [batches.__next__])
-        buffer = load.row_staging.take(batch.room(usual))
-        for step in batch.steps:
-            view = filling.view(step, buffer)
-            await read_exactly(load.storage, block.shard, block.offset + step.first, [view])
-            [count] = await run_jobs(load.threads.reads, [partial(filling.take, step, view)])
-            batch.verified += count
-        load.row_staging.give(buffer)
-        return batch
-
-    def at_once(read: ReadInto) -> Batch:
+    def carry_out(read: ReadInto) -> Batch:
         batch = next(batches)  # here: looking for gaps takes long
         buffer = load.row_staging.take(batch.room(usual))
         for step in batch.steps:
@@ -151,7 +123,15 @@ async def _carry_out(filling: Filling, batches: Iterator[Batch], load: Load, usu
         load.row_staging.give(buffer)
         return batch
 
-    try:
-        return await load.lender.on_thread(block.shard, at_once)
-    except OSError as error:
-        raise read_error(block.shard, block.offset, block.nbytes, error) from error
+    is_last = False
+    while not is_last:
+        start = time.perf_counter()
+        try:
+            batch = await load.storage.on_thread(block.shard, carry_out)
+        except OSError as error:
+            raise read_error(block.shard, block.offset, block.nbytes, error) from error
+        load.tracer.note("read", block.shard, start, batch.read)
+        load.meter.note(
+            read=batch.read, wanted=batch.wanted, verified=batch.verified, current=piece.table.name
+        )
+        is_last = batch.is_last

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._storage.protocol import Storage
     from asyncloader._threads.budget import ByteBudget
     from asyncloader._threads.lag import LagWatch
     from asyncloader._threads.pool import Threads
@@ -70,7 +69,7 @@ class Session:
 
     location: str
     file: str | None
-    storage: Storage
+    storage: ThreadedStorage
     threads: Threads
     disk: Disk
     options: ReadOptions
