@@ -18,8 +18,7 @@ from ._loading.load import Load
 from ._loading.planner import Planner, identity
 from ._loading.progress import Meter, Tracer, listening
 from ._loading.report import LoadReport, report_of
-from ._loading.runtime import Runtime
-from ._loading.session import open_session
+from ._loading.runtime import Runtime, open_session
 from ._loading.transaction import run
 from ._planning.casts import checked_cast
 from ._table.protocol import UpdateCounts

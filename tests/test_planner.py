@@ -12,7 +12,7 @@ from asyncloader import ReadOptions
 from asyncloader._loading.load import Load
 from asyncloader._loading.planner import Planner, identity
 from asyncloader._loading.progress import Meter, Tracer
-from asyncloader._loading.session import open_session
+from asyncloader._loading.runtime import open_session
 from tests.oracle import write_checkpoint
 from tests.support import data, rows_in, table_for
 

@@ -127,12 +127,7 @@ def check_tables(
     *,
     able: str,
 ) -> None:
-    """Refuse tables and tensors whose names could not be told apart.
-
-    Args:
-        tables: By any name.
-        tensors: By name.
-        able: The method that a table needs.
+    """Refuse tables without the method `able`, and names that could not be told apart.
 
     Raises:
         TypeError: If one is no table.

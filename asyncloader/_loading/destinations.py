@@ -29,24 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Destinations:
-    """Dense tensors as they were when they were described. Holds on to their memory.
-
-    Attributes:
-        held: Each of `tensors`, detached: the same memory, whatever becomes of the tensor.
-        plain: Whether a file's bytes can go there as they lie.
-        begin: Address of the first byte.
-        end: One past the last.
-    """
+    """Dense tensors as they were when they were described. Holds on to their memory."""
 
     tensors: Mapping[str, torch.Tensor]
-    held: Sequence[torch.Tensor]
+    held: Sequence[torch.Tensor]  # detached: the same memory, whatever becomes of the tensor
     targets: TensorTargets
-    plain: NDArray[np.bool_]
-    begin: NDArray[np.int64]
-    end: NDArray[np.int64]
+    plain: NDArray[np.bool_]  # whether a file's bytes can go there as they lie
+    begin: NDArray[np.int64]  # address of the first byte
+    end: NDArray[np.int64]  # one past the last
 
     def name(self, number: int) -> str:
-        """Return the name of a tensor."""
         return list(self.tensors)[number]
 
     def filled(self, names: Collection[str]) -> NDArray[np.int64]:
@@ -74,10 +66,10 @@ class Destinations:
             begin, _, device, name, at = span
             open_ = [other for other in open_ if other[1] > begin]
             problems += [
-                f"tensors {other[3]!r} and {name!r} overlap in memory in part: what is loaded last "
+                f"tensors {other!r} and {name!r} overlap in memory in part: what is loaded last "
                 "would overwrite the other; give one of them memory of its own"
-                for other in open_
-                if other[2] == device and share(self.held[other[4]], self.held[at])
+                for _, _, there, other, number in open_
+                if there == device and share(self.held[number], self.held[at])
             ]
             open_.append(span)
         return problems
@@ -95,42 +87,27 @@ class Destinations:
             if any(self.begin[at] < end and begin < self.end[at] for begin, end in lost)
         ]
 
-    def check_memory(self, chosen: NDArray[np.int64]) -> None:
-        """Make sure that tensors lie where they lay when they were described.
+    def check_memory(self, chosen: NDArray[np.int64], staged: NDArray[np.int64]) -> None:
+        """Refuse tensors, by number, that lie elsewhere than when they were described, or nowhere.
 
-        Args:
-            chosen: int64 `[n]`, numbers of tensors.
-
-        Raises:
-            RuntimeError: If one lies elsewhere, or nowhere.
+        Refuse also those that are `staged`, to which values are copied, in memory that cannot be
+        written to: a copy would end the process. Into others the kernel writes, which says so.
         """
-        given = list(self.tensors.values())
+        given, names = list(self.tensors.values()), list(self.tensors)
         now = np.array([given[number].data_ptr() for number in chosen.tolist()], np.int64)
-        filled = self.end[chosen] > self.begin[chosen]
-        for odd in chosen[filled & ((now != self.begin[chosen]) | (now == 0))][:1].tolist():
+        filled = self.end > self.begin
+        moved = (now != self.begin[chosen]) | (now == 0)
+        for odd in chosen[filled[chosen] & moved][:1].tolist():
             what = "got other memory while it was being loaded" if self.begin[odd] else "has none"
             raise RuntimeError(
-                f"tensors[{self.name(odd)!r}] {what}: its storage may not be exchanged, resized or "
+                f"tensors[{names[odd]!r}] {what}: its storage may not be exchanged, resized or "
                 "empty during a load"
             )
-
-    def check_writable(self, staged: NDArray[np.int64]) -> None:
-        """Make sure that tensors to which values are copied can be written to.
-
-        Into others the kernel writes, which says so; a copy would end the process.
-
-        Args:
-            staged: int64 `[n]`, numbers of tensors.
-
-        Raises:
-            ValueError: If one cannot.
-        """
-        for number in staged.tolist():
-            filled = self.held[number].is_cpu and self.end[number] > self.begin[number]
-            if filled and is_read_only(int(self.begin[number])):
+        for number in staged[filled[staged]].tolist():
+            if self.held[number].is_cpu and is_read_only(int(self.begin[number])):
                 raise ValueError(
-                    f"tensors[{self.name(number)!r}] cannot be written to, as a file that is "
-                    "mapped read-only: load into a copy (`tensor.clone()`)"
+                    f"tensors[{names[number]!r}] cannot be written to, as a file that is mapped "
+                    "read-only: load into a copy (`tensor.clone()`)"
                 )
 
     def span(self) -> tuple[memoryview, int]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from asyncloader._checkpoint.blocks import Block
 
-    from .verification import Verifier
+    from .session import Verifier
 
 # Bytes of rows that are picked before they are copied or converted: more would be memory that
 # the budget has not counted.
@@ -61,25 +61,15 @@ def row_groups(
 
 
 class Step(NamedTuple):
-    """The bytes `[first, last)` of a block, which are read at once.
+    """Bytes of a block that are read at once."""
 
-    Attributes:
-        first: Not after `begin`: whole chunks may be read, to be verified.
-        last: Not before `end`.
-        begin: First wanted byte of the block.
-        end: One past the last.
-        low: Number of the first of the rows that are picked out of them.
-        high: One past the last.
-        at: Where in the target's memory they go as they lie, or `None` if rows are picked.
-    """
-
-    first: int
+    first: int  # not after `begin`: whole chunks may be read, to be verified
     last: int
-    begin: int
+    begin: int  # the first wanted byte
     end: int
-    low: int
+    low: int  # the number of the first row that is picked out of them
     high: int
-    at: int | None
+    at: int | None  # where in the target's memory they go as they lie; `None` if rows are picked
 
     @property
     def staged(self) -> int:
@@ -90,22 +80,15 @@ class Step(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """Steps that a thread carries out without an interruption.
-
-    Attributes:
-        wanted: Bytes.
-        is_last: Whether it is the last of its block.
-        verified: The bytes among `wanted` that were found to be what was written.
-    """
+    """Steps that a thread carries out without an interruption; bytes are counted."""
 
     steps: list[Step]
     wanted: int
     is_last: bool
-    verified: int = 0
+    verified: int = 0  # of the wanted bytes
 
     @property
     def read(self) -> int:
-        """Bytes."""
         return sum(step.last - step.first for step in self.steps)
 
     def room(self, usual: int) -> int:
@@ -118,13 +101,10 @@ class Filling:
     """Fills memory with chosen rows of a block.
 
     Args:
-        block: The block.
+        block: All of it is on disk.
         rows: `[n]`, ascending positions in the block.
         target: `[n, *shape]`.
-        verifier: Compares what is read with digests.
-
-    Attributes:
-        memory: The target's, if the file's bytes can go there as they lie.
+        verifier: Compares bytes with digests.
     """
 
     def __init__(
@@ -135,6 +115,7 @@ class Filling:
         verifier: Verifier,
     ) -> None:
         self.block = block
+        # The target's, if the file's bytes can go there as they lie.
         self.memory = plain_bytes(target) if target.dtype == torch_dtype(block.dtype) else None
         self._rows = rows
         self._target = target
@@ -183,10 +164,9 @@ class Filling:
         return buffer[: step.last - step.first].numpy().data
 
     def take(self, step: Step, view: memoryview) -> int:
-        """Compare what was read with its digests, and take what is wanted; belongs on a thread.
+        """Compare what was read with its digests, and take the wanted bytes; belongs on a thread.
 
-        Returns:
-            How many wanted bytes were found to be what was written.
+        Returns how many of them were verified.
         """
         checked = self._verifier.check(self.block, step.first, view)
         inner = np.frombuffer(view, np.uint8)[step.begin - step.first : step.end - step.first]

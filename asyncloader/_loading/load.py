@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from .claims import Claim
     from .destinations import Destinations
     from .progress import Meter
-    from .session import Session
-    from .verification import Verifier
+    from .session import Session, Verifier
 
 
 _NAMED = 20
@@ -54,39 +53,28 @@ class RowPiece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """Rows `[first, first + count)` of an update, whose ids are there and not in the index yet.
-
-    Attributes:
-        claimed: The slice to check the ids against, or `None` where that is done.
-    """
+    """Rows `[first, first + count)` of an update, whose ids are there and not in the index yet."""
 
     update: LoadableUpdate
     layer: int
     child: str
     first: int
     count: int
-    claimed: Slice | None
+    claimed: Slice | None  # the slice to check the ids against; `None` where that is done
 
 
 class Load:
-    """A load under way: what is read, the memory that it goes to, the updates of tables.
+    """A load under way: its reads, the memory that they fill, the updates of tables.
 
     Args:
         session: The checkpoint, threads and memory for reads.
-        plan: What to read, and where to.
-        tensors: The tensors that the plan was made for.
-        tables: The tables that the plan was made for.
+        plan: It was made for these tensors and tables.
+        tensors: As they were described for the plan.
+        tables: By the names in the plan.
         meter: Counts reads.
         claim: The right to fill memory; `None` where the memory is new.
         tracer: Gets every step.
         verifier: Compares bytes with digests; `None` is the session's.
-
-    Attributes:
-        touched: The tensors that were written to, by name, and whether by way of staging memory.
-        warnings: What is odd about the values, once all is read.
-        reads: What is left for `stream` to carry out.
-        arrivals: What is left to index; the queue has no bound, as it holds a few numbers only.
-            `None` ends one worker.
     """
 
     def __init__(
@@ -114,9 +102,11 @@ class Load:
         self.row_staging = StagingPool(self._row_step())
         self.sinks: Sinks
         self.reads: list[Read | RowPiece] = []
+        # No bound: these are a few numbers each, the ids are where they will stay. `None` ends one
+        # of those who index.
         self.arrivals: asyncio.Queue[Arrival | None] = asyncio.Queue()
-        self.touched: dict[str, bool] = {}
-        self.warnings: Sequence[str] = ()
+        self.touched: dict[str, bool] = {}  # by name; whether by way of staging memory
+        self.warnings: Sequence[str] = ()  # what is odd about the values, once all is read
         self._claim = claim
         self._tables = tables
         self._updates: dict[str, LoadableUpdate] = {}
@@ -126,10 +116,6 @@ class Load:
         """Take the memory, make room in the tables, and cut everything into reads.
 
         Afterwards, or after a failure, call `commit` or `abort` in the end.
-
-        Raises:
-            RuntimeError: If another load fills some of the memory.
-            MemoryError: If there is no room.
         """
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
@@ -182,7 +168,7 @@ class Load:
         return max(most // DIGEST_CHUNK, 1) * DIGEST_CHUNK
 
     def _row_step(self) -> int:
-        """Return how large the buffers are that rows, wanted in part, are picked from."""
+        """Return how large the buffers are that some rows of a part are picked from."""
         parts = (part for table in self.plan.tables for part in table.parts if not part.certain)
         return max((self.step_bytes(part.ids) for part in parts), default=self.chunk_bytes)
 

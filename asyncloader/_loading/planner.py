@@ -50,22 +50,13 @@ def identity(info: LoadInfo) -> LoadInfo:
 
 @dataclass(kw_only=True)
 class Planner:
-    """Plans loads into tables and tensors.
+    """Plans loads into tables and tensors."""
 
-    Args:
-        tables: By any name.
-        tensors: By name.
-        filter_func: Gets the load info, and returns the one to use.
-        strict: Whether something that is asked for but not in the checkpoint is an error.
-        cast: Which values may be converted.
-        tracer: Gets every step.
-    """
-
-    tables: Mapping[str, LoadableTable]
+    tables: Mapping[str, LoadableTable]  # by any name
     tensors: Mapping[str, Tensor]
-    filter_func: Callable[[LoadInfo], LoadInfo]
-    strict: bool
-    cast: Casting | None
+    filter_func: Callable[[LoadInfo], LoadInfo]  # returns the load info to use
+    strict: bool  # whether something that is asked for but not in the checkpoint is an error
+    cast: Casting | None  # which values may be converted
     tracer: Tracer
 
     def default_load_info(self) -> LoadInfo:
@@ -75,13 +66,11 @@ class Planner:
     async def plan(self, session: Session) -> tuple[LoadPlan, Destinations]:
         """Read names and headers, and decide which bytes go where.
 
-        Returns:
-            The plan, and the tensors as they were described for it; their memory is held on to.
+        Returns the plan, and the tensors as they were described for it; their memory is held on to.
 
         Raises:
             CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
             PlanError: If checkpoint and destinations disagree.
-            ReadError: If the storage failed.
             TypeError: If `filter_func` returns something else than a load info.
         """
         kernels, described, info = session.threads.kernels, None, None

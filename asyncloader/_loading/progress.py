@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 Step = Literal["plan", "read", "verify", "copy", "index", "commit"]
 
-_EVERY = 0.1
-"""Seconds between two calls."""
+_EVERY = 0.1  # seconds between two calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +70,10 @@ class Meter:
         return self._clock() - self._start
 
     def note(self, *, read: int, wanted: int, current: str, verified: int = 0) -> None:
-        """Count one read of `read` bytes.
+        """Count one read of so many bytes.
 
-        Args:
-            read: Bytes.
-            wanted: The bytes among them that the load asked for.
-            verified: The bytes among `wanted` that were compared with digests.
-            current: The tensor or table that the last ones belong to.
+        The load `wanted` some of them, and of these some were `verified`; the last ones belong to
+        the tensor or table `current`.
         """
         self.read += read
         self.verified += verified
@@ -106,14 +102,9 @@ class Meter:
 
 @dataclass(slots=True)
 class Stages:
-    """Passes on what several loads and saves tell, one after the other, as if they were one.
+    """Passes on what several loads and saves tell, one after the other, as if they were one."""
 
-    Attributes:
-        total: Bytes of all of them, about.
-        listener: Gets the progress of the whole.
-    """
-
-    total: int
+    total: int  # bytes of all of them, about
     listener: Callable[[Progress], object] | None
     _before: int = 0
     _now: int = 0
@@ -199,11 +190,11 @@ def progress_bar(
     label: Callable[[str], str] = str,
     after: float = 0.0,
 ) -> Iterator[Callable[[Progress], object]]:
-    """Show a bar on the terminal, and yield the listener that moves it.
+    """Show a bar on the terminal, by default on stderr, and yield the listener that moves it.
 
     Args:
         doing: Is shown where a `Progress` has no name.
-        console: Where to; by default stderr.
+        console: Another terminal.
         label: Returns the text to show for a name.
         after: Seconds that have to pass before the bar is shown, where it is known how much there
             is to do. Such a bar is gone when the block has ended.

@@ -24,8 +24,8 @@ from asyncloader.errors import CheckpointError
 from .destinations import describe_tensors
 from .load import Load
 from .progress import Meter
-from .runtime import Hold
-from .session import in_time, open_session
+from .runtime import Hold, open_session
+from .session import in_time
 from .transaction import complete
 
 if TYPE_CHECKING:
@@ -53,18 +53,17 @@ class Contents:
     """The names of one checkpoint, and the headers that were needed so far.
 
     Every call has a session: the one that `async with` holds open, or one of its own. All of them
-    see the same files: one that is replaced after it was first opened is an error.
-
-    Args:
-        path: As for `open_session`.
-        options: For each session; `timeout` is for each call.
+    see the same files: one that is replaced after it was first opened is an error. The time-out
+    is for each call.
     """
 
     def __init__(self, path: str, options: ReadOptions) -> None:
         self._path = path
         self._options = options
         self._seen: dict[str, tuple[int, ...]] = {}
-        self._held: Hold[Session] | None = None
+        self._held = Hold(
+            partial(open_session, path, replace(options, timeout=None), seen=self._seen)
+        )
         self._catalog: Catalog | None = None
         self._headers: dict[str, ShardHeader] = {}
         self._warned: set[str] = set()
@@ -73,21 +72,18 @@ class Contents:
         return f"<Contents: {len(self._headers)} headers known>"
 
     async def __aenter__(self) -> None:
-        if self._held is not None:
+        if self._held.is_entered:
             raise RuntimeError(f"{self._path}: is open already")
-        options = replace(self._options, timeout=None)
-        self._held = await Hold.open(open_session(self._path, options, seen=self._seen))
+        await self._held.open()
 
     async def __aexit__(self, *_: object) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            await held.close()
+        await self._held.close()
 
     @contextlib.asynccontextmanager
     async def use(self) -> AsyncIterator[Session]:
         """Lend a session for the length of the block."""
         held = self._held
-        if held is None or held.loop is not asyncio.get_running_loop():
+        if held.value is None or held.loop is not asyncio.get_running_loop():
             async with open_session(self._path, self._options, seen=self._seen) as session:
                 yield session
             return
@@ -98,12 +94,7 @@ class Contents:
                     yield session
 
     async def catalog(self, session: Session) -> Catalog:
-        """Return which names there are.
-
-        Raises:
-            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
-            ReadError: If the storage failed.
-        """
+        """Return which names there are; raises what `Session.with_names` does."""
         async with session.lock:  # or many calls at once would all read it
             if self._catalog is None:
                 catalog = await session.catalog()
@@ -118,8 +109,6 @@ class Contents:
         Raises:
             TypeError: If a name is no text.
             KeyError: If there are no such names; it lists them.
-            CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
-            ReadError: If the storage failed.
         """
         kernels = session.threads.kernels
         catalog = await self.catalog(session)
@@ -130,19 +119,15 @@ class Contents:
             if unknown:
                 manifest = await session.manifest(catalog, unknown)
                 self._headers |= manifest.headers
-                self._warn(session.location, manifest.warnings)
+                for warning in manifest.warnings:
+                    if warning not in self._warned:  # a reader says each once
+                        self._warned.add(warning)
+                        _log.warning("%s: %s", session.location, warning)
         manifest = Manifest(session.location, catalog, self._headers)
         [stored] = await run_jobs(
             kernels, [lambda: [stored_tensor(manifest, name) for name in places]]
         )
         return stored
-
-    def _warn(self, location: str, warnings: Iterable[str]) -> None:
-        """Log each warning once."""
-        for warning in warnings:
-            if warning not in self._warned:
-                self._warned.add(warning)
-                _log.warning("%s: %s", location, warning)
 
 
 def _places(
@@ -184,8 +169,6 @@ async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, T
 
     Raises:
         CheckpointError: If torch has no such dtype or shape.
-        ReadError: If the storage failed.
-        MemoryError: If there is no room.
     """
     tensors: dict[str, Tensor] = {}
     prepare = partial(_prepare, session.location, wanted, tensors)

@@ -166,10 +166,7 @@ class LoadReport(AsDict):
 def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport:
     """Say what a load did, but for what `commit` does to tables; belongs on a thread.
 
-    Args:
-        load: It has run.
-        tensors: All names that were asked for.
-        retries: How often something was read again.
+    `tensors` are all names that were asked for.
     """
     plan, meter = load.plan, load.meter
     done = dict.fromkeys(plan.tensors.names, "loaded")

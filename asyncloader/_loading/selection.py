@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from .filling import Batch
     from .load import Load
-    from .verification import Verifier
+    from .session import Verifier
 
 
 _UNSIGNED = 2**64

@@ -7,17 +7,14 @@ import contextlib
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from asyncloader._checkpoint.catalog import Names, read_names
 from asyncloader._checkpoint.manifest import read_manifest
-from asyncloader._checkpoint.safetensors import is_weight_map
-from asyncloader._storage.local import LocalStorage
-from asyncloader._storage.protocol import ThreadedStorage, read_error
-from asyncloader._storage.retrying import RetryingStorage, ThreadedRetryingStorage
+from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
+from asyncloader._storage.protocol import read_error
+from asyncloader._storage.retrying import RetryingStorage
 from asyncloader._threads.call import StalledError
-from asyncloader._threads.disk import Disk
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import (
     CheckpointChangedError,
@@ -28,25 +25,25 @@ from asyncloader.errors import (
     ReadStalledError,
 )
 
-from .runtime import open_resources
-from .verification import Verifier
-
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from asyncloader._checkpoint.blocks import Block
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader._storage.protocol import ThreadedStorage
     from asyncloader._threads.budget import ByteBudget
+    from asyncloader._threads.disk import Disk
     from asyncloader._threads.lag import LagWatch
     from asyncloader._threads.pool import Threads
     from asyncloader.options import ReadOptions
 
-    from .runtime import Runtime
-
 
 T = TypeVar("T")
 
-_SUFFIX = ".safetensors"
 _JUST_BEFORE = 1e-6  # seconds
 
 _CHANGED = (
@@ -55,27 +52,75 @@ _CHANGED = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """Checks what was read, by whole chunks: of a chunk that was read in part nothing is known."""
+
+    location: str  # the checkpoint, for messages
+    widen: bool  # whether to read more, so that every wanted byte lies in a whole chunk
+
+    def window(self, block: Block, begin: int, end: int) -> tuple[int, int]:
+        """Return which bytes of a block to read where `[begin, end)` are wanted."""
+        if not self.widen or block.digests is None:
+            return begin, end
+        first, last = begin // DIGEST_CHUNK, chunk_count(end)
+        return first * DIGEST_CHUNK, min(last * DIGEST_CHUNK, block.nbytes)
+
+    def windows(
+        self, block: Block, begins: NDArray[np.int64], chunk_bytes: int
+    ) -> NDArray[np.int64] | None:
+        """Return a number for the stretch of whole chunks that each of some bytes lies in.
+
+        Reads that keep to one stretch, of about `chunk_bytes`, read as many chunks whole as they
+        can, and none twice. Takes and returns int64 `[n]`; `None` where there are no digests.
+        """
+        if block.digests is None:
+            return None
+        stretch: NDArray[np.int64] = begins // (max(chunk_bytes // DIGEST_CHUNK, 1) * DIGEST_CHUNK)
+        return stretch
+
+    def check(self, block: Block, begin: int, view: memoryview) -> range:
+        """Compare the bytes from `begin` on with the block's digests; belongs on a thread.
+
+        Returns the bytes of the block that were found to be what was written.
+
+        Raises:
+            CheckpointError: If some are not.
+        """
+        if block.digests is None:
+            return range(begin, begin)
+        end = begin + view.nbytes
+        last = chunk_count(block.nbytes) if end >= block.nbytes else end // DIGEST_CHUNK
+        chunks = range(chunk_count(begin), last)
+        for number in chunks:
+            first = number * DIGEST_CHUNK
+            last = min(first + DIGEST_CHUNK, block.nbytes)
+            found = digest_of(view[first - begin : last - begin])
+            if found != block.digests[number]:
+                problem = (
+                    f"bytes [{block.offset + first}, {block.offset + last}) are not those that "
+                    f"were written: their digest should be {block.digests[number]}, it is {found}; "
+                    "copy the file again, or take another checkpoint"
+                )
+                raise CheckpointError(self.location, problem, block.shard, block.key)
+        if not chunks:
+            return range(begin, begin)
+        return range(chunks.start * DIGEST_CHUNK, min(chunks.stop * DIGEST_CHUNK, block.nbytes))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """A checkpoint that is open for reading, on one event loop.
+    """A checkpoint that is open for reading, on one event loop."""
 
-    Attributes:
-        location: The checkpoint, for messages.
-        file: The one file in `storage` that is all of it, unless all of the folder is.
-        disk: Has threads do what may block.
-        watch: Keeps the loop's lag within a bound, if there is one.
-        lock: For what several tasks should not do at the same time.
-    """
-
-    location: str
-    file: str | None
+    location: str  # the checkpoint, for messages
+    file: str | None  # the one file in `storage` that is all of it, unless all of the folder is
     storage: ThreadedStorage
     threads: Threads
     disk: Disk
     options: ReadOptions
     budget: ByteBudget
-    watch: LagWatch | None = None
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    watch: LagWatch | None = None  # keeps the loop's lag within a bound, if there is one
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # tasks take turns to read names
 
     @property
     def retries(self) -> int:
@@ -84,16 +129,11 @@ class Session:
 
     @property
     def verifier(self) -> Verifier:
-        """Compares what was read with digests."""
         return Verifier(self.location, widen=self.options.verify == "require")
 
     @contextlib.asynccontextmanager
     async def explaining(self) -> AsyncIterator[None]:
-        """Say which checkpoint could not be read; or that it has changed, if that is why.
-
-        Raises:
-            CheckpointChangedError: If a file could not be read that is another one by now.
-        """
+        """Say which checkpoint could not be read; or that it has changed, if that is why."""
         try:
             yield
         except ReadStalledError as error:  # another question would wait as long again
@@ -123,15 +163,10 @@ class Session:
             raise CheckpointChangedError(self.location, _CHANGED, changed[0])
 
     async def on_disk(self, job: Callable[[], T]) -> T:
-        """Return what a job finds that looks at files, but reads none.
-
-        Raises:
-            ReadStalledError: If it was given up.
-        """
-        return await _on_disk(self.disk, job, self.location)
+        """Return what a job finds that looks at files, but reads none."""
+        return await on_disk(self.disk, job, self.location)
 
     async def catalog(self) -> Catalog:
-        """Read which names there are; raises what `with_names` does."""
         return await self.with_names(Names.parse)
 
     async def with_names(self, job: Callable[[Names], T]) -> T:
@@ -151,18 +186,9 @@ class Session:
         return result
 
     async def manifest(self, catalog: Catalog, shards: Iterable[str]) -> Manifest:
-        """Read the headers of some shards.
-
-        Raises:
-            CheckpointError: If one of them is no good.
-            ReadError: If the storage failed.
-        """
+        parallel, executor = self.options.parallel, self.threads.kernels
         manifest = await read_manifest(
-            self.storage,
-            catalog,
-            shards,
-            parallel=self.options.parallel,
-            executor=self.threads.kernels,
+            self.storage, catalog, shards, parallel=parallel, executor=executor
         )
         return replace(manifest, location=self.location)
 
@@ -191,78 +217,10 @@ class Session:
 
 
 @contextlib.asynccontextmanager
-async def open_session(
-    path: str,
-    options: ReadOptions,
-    *,
-    seen: dict[str, tuple[int, ...]] | None = None,
-    runtime: Runtime | None = None,
-) -> AsyncIterator[Session]:
-    """Hold descriptors and threads for the length of the block, and keep to a time-out.
-
-    Args:
-        path: A folder, a safetensors file, or a weight map.
-        options: How to read; `timeout` is for the block. As far as a shared runtime allows.
-        seen: Which files there were when they were first opened; see `LocalStorage`.
-        runtime: Whose threads, bytes and promises to use, in place of such of its own.
-
-    Raises:
-        LoadTimeoutError: If `timeout` passed.
-    """
-    holding = open_resources(options) if runtime is None else runtime.lend()
-    async with in_time(path, options.timeout) as watched, holding as resources:
-        disk = Disk(resources.threads.reads, seconds=options.stall_timeout)
-        root, file = await _on_disk(disk, partial(_root_and_file, path), path)
-        # Of a weight map's files, the map chooses which.
-        trusted = file is not None and not is_weight_map(file)
-        files = LocalStorage(
-            root,
-            disk=disk,
-            descriptors=resources.descriptors,
-            seen=seen,
-            direct_io=options.direct_io,
-            # A file that the user has named may be a link to anywhere: nobody else chose it.
-            follow_symlinks=options.follow_symlinks or trusted,
-        )
-        async with files:
-            storage = resources.wrap(files)
-            if not isinstance(storage, ThreadedStorage):
-                raise TypeError(f"wrap_storage returned {storage!r}, which is no ThreadedStorage")
-            session = Session(
-                location=str(Path(path)),
-                file=file,
-                # What wraps the files need not know what threads may still write to.
-                storage=ThreadedRetryingStorage(storage, lost=lambda: files.lost),
-                threads=resources.threads,
-                disk=disk,
-                options=_within(options, resources.options),
-                budget=resources.budget,
-                watch=resources.watch,
-            )
-            watched.append(disk)
-            async with session.explaining():
-                yield session
-
-
-def _within(options: ReadOptions, shared: ReadOptions) -> ReadOptions:
-    """Return options that keep to the limits that several loads have together."""
-    return replace(
-        options,
-        parallel=min(options.parallel, shared.parallel),
-        chunk_bytes=min(options.read_bytes, shared.read_bytes),
-        max_inflight_bytes=shared.max_inflight_bytes,
-    )
-
-
-@contextlib.asynccontextmanager
 async def in_time(path: str, seconds: float | None) -> AsyncIterator[list[Disk]]:
     """Keep to a time-out, and say what was being read when it passed.
 
-    Yields:
-        An empty list, for the disks to ask.
-
-    Raises:
-        LoadTimeoutError: If it passed.
+    Yields an empty list, for the disks to ask.
     """
     disks: list[Disk] = []
     under_way: list[str] = []
@@ -284,18 +242,8 @@ async def in_time(path: str, seconds: float | None) -> AsyncIterator[list[Disk]]
             timer.cancel()
 
 
-async def _on_disk(disk: Disk, job: Callable[[], T], location: str) -> T:
+async def on_disk(disk: Disk, job: Callable[[], T], location: str) -> T:
     try:
         return await disk.call(job, label=location)
     except StalledError as error:
         raise ReadStalledError(location, 0, 0, str(error)) from error
-
-
-def _root_and_file(path: str) -> tuple[Path, str | None]:
-    """Return the folder to look into, and the name of the file if it is one."""
-    whole = Path(path)
-    # Of `os.path`, whose questions never raise.
-    is_file = os.path.isfile(whole)  # noqa: PTH113
-    if is_file or (whole.name.endswith(_SUFFIX) and not os.path.isdir(whole)):  # noqa: PTH112
-        return whole.parent, whole.name
-    return whole, None

@@ -33,22 +33,16 @@ _CAST_STEP = 64 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sink:
-    """Memory that a block fills, in pieces, in any order.
+    """Memory that a block fills, in pieces, in any order. Positions are bytes of the block.
 
-    Attributes:
-        name: The tensor or table that the memory belongs to.
-        block: Its bytes are counted by positions.
-        tensor: The memory.
-        memory: The same, if a file's bytes can go there as they lie; if not, they stop over in
-            staging memory.
-        arrived: Gets the first row and the number of rows whose ids are there.
+    Where a file's bytes cannot go as they lie, they stop over in staging memory.
     """
 
-    name: str
+    name: str  # the tensor or table that the memory belongs to
     block: Block
     tensor: torch.Tensor
-    memory: memoryview | None
-    arrived: Callable[[int, int], None] | None = None
+    memory: memoryview | None  # the tensor's, if a file's bytes can go there as they lie
+    arrived: Callable[[int, int], None] | None = None  # gets the first row with ids, and how many
 
     @classmethod
     def of(
@@ -66,7 +60,7 @@ class Sink:
 
     @property
     def grain(self) -> int:
-        """The sink takes whole multiples of so many bytes."""
+        """So many bytes, or a multiple, the sink takes at a time."""
         if self.block.digests is not None:  # whatever is read can be compared then
             return DIGEST_CHUNK
         whole = self.memory is None or self.arrived is not None
@@ -111,8 +105,7 @@ class Sinks:
         span, base = into.span()
         plain = into.plain[chosen] & ~loads.cast
         begin = into.begin[chosen]
-        into.check_memory(chosen)
-        into.check_writable(chosen[~plain])
+        into.check_memory(chosen, chosen[~plain])
         if ((into.end[chosen] - begin != loads.nbytes) & plain).any():
             raise RuntimeError("blocks were planned for tensors of another size")
         self.ids: set[int] = set()

@@ -29,11 +29,6 @@ async def run(load: Load) -> None:
 
     Afterwards, or after a failure, call `load.commit()` or `load.abort()`: no thread writes any
     more then.
-
-    Raises:
-        CheckpointError: If bytes differ from their digests.
-        CheckpointChangedError: If a shard was replaced or written to meanwhile.
-        ReadError: If the storage failed.
     """
     await load.prepare()
     await stream(load)
@@ -53,13 +48,7 @@ async def complete(load: Load) -> dict[str, UpdateCounts]:
 
 
 async def _compare_tied(load: Load) -> list[str]:
-    """Find tied tensors that the checkpoint holds twice, with different values.
-
-    The memory is filled. Returns a warning for each.
-
-    Raises:
-        ReadError: If the storage failed.
-    """
+    """Return a warning for each two tied tensors that have different values in the checkpoint."""
     plan = load.plan
     if not plan.again:
         return []
@@ -80,14 +69,7 @@ async def _compare_tied(load: Load) -> list[str]:
 
 
 async def _same(load: Load, again: TensorLoad, filler: str, filled: Block) -> bool:
-    """Say whether the memory would hold the same had `again` filled it, and not `filler`.
-
-    Args:
-        load: Whose memory it is.
-        again: What was not loaded.
-        filler: The name under which the memory was filled.
-        filled: The block that filled it.
-    """
+    """Say whether the memory would hold the same had `again` filled it, not `filler`'s block."""
     block, dtype = again.block, torch_dtype(again.block.dtype)
     chosen = load.tensors.targets.numbers([again.name, filler])
     tensor, other = map(load.tensors.held.__getitem__, chosen)

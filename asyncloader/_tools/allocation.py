@@ -17,9 +17,9 @@ from asyncloader._loading.checks import describe_tables
 from asyncloader._loading.destinations import describe_tensors
 from asyncloader._loading.load import Load
 from asyncloader._loading.reading import has_dtype, torch_dtype
-from asyncloader._loading.session import open_session
+from asyncloader._loading.runtime import open_session
+from asyncloader._loading.session import Verifier
 from asyncloader._loading.transaction import complete
-from asyncloader._loading.verification import Verifier
 from asyncloader._memory.allocation import zeros
 from asyncloader._planning.casts import can_cast
 from asyncloader._planning.choice import choose

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._loading.progress import Meter, Stages
 from asyncloader._loading.reading import has_numbers, read_stored
-from asyncloader._loading.session import open_session
+from asyncloader._loading.runtime import open_session
 from asyncloader._threads.jobs import for_each, run_jobs
 from asyncloader._tools.content import read_content
 from asyncloader._tools.values import flat
