@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.dtypes import DType
 
 
-# Larger buffers are mappings of their own: the C library keeps what large temporary buffers leave
-# behind, and that counts as ours (measured: up to 290 MB, 215 allowed).
+# Larger buffers are mappings of their own: the C library keeps the memory of large temporary
+# buffers, and that counts as ours (measured: up to 290 MB, 215 allowed).
 _SMALL = 1 << 20
 _ALIGNMENT = 16
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """Return torch's own dtype; destinations of it are known to be there."""
+    """Return torch's own dtype; there is a destination of it, so torch has it."""
     found: torch.dtype = getattr(torch, dtype.torch)
     return found
 
@@ -30,8 +30,8 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 def plain_bytes(tensor: torch.Tensor) -> memoryview | None:
     """Return a tensor's memory, if a file's bytes can go there as they lie.
 
-    Not by way of `numpy()`: that forbids the tensor's storage, for good, to be resized. A
-    program that resizes it meanwhile takes the memory away: `Loader` and `Saver` say so.
+    Not by way of `numpy()`: then the tensor's storage can never be resized again. A program that
+    resizes it during a load or a save takes the memory away: `Loader` and `Saver` say so.
     """
     plain = tensor.detach()
     if plain.device.type != "cpu" or not plain.is_contiguous() or plain.is_conj() or plain.is_neg():
@@ -43,26 +43,14 @@ def plain_bytes(tensor: torch.Tensor) -> memoryview | None:
     return memoryview(memory).cast("B")
 
 
-def copy_flat(tensor: torch.Tensor, start: int, values: torch.Tensor) -> None:
-    """Copy `values`, `[n]`, to the elements `[start, start + n)` of a tensor in row-major order.
-
-    Works for every tensor that can be written to, and copies boxes, not elements: at most two of
-    each number of dimensions.
-    """
-    for box, part in _boxes(tensor, start, values):
-        box.copy_(part)
-
-
-def copy_elements(tensor: torch.Tensor, start: int, out: torch.Tensor) -> None:
-    """Copy the elements `[start, start + n)` of a tensor in row-major order to `out`, `[n]`."""
-    for box, part in _boxes(tensor, start, out):
-        part.copy_(box)
-
-
-def _boxes(
+def boxes(
     tensor: torch.Tensor, start: int, flat: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pair parts of a tensor with parts of `flat`, `[n]`: its elements `[start, start + n)`."""
+    """Pair parts of a tensor with parts of `flat`, `[n]`, to copy from one to the other.
+
+    `flat` stands for the elements `[start, start + n)` in row-major order, of any tensor. There are
+    at most two boxes of each number of dimensions.
+    """
     if not flat.numel():
         return
     if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
@@ -76,7 +64,7 @@ def _boxes(
     row, column = divmod(start, inner)
     if column:  # up to the end of the first row
         head = min(inner - column, len(flat))
-        yield from _boxes(tensor[row], column, flat[:head])
+        yield from boxes(tensor[row], column, flat[:head])
         flat, row = flat[head:], row + 1
     whole = len(flat) // inner
     if whole:
@@ -84,7 +72,7 @@ def _boxes(
         yield box, flat[: whole * inner].view(box.shape)
     rest = flat[whole * inner :]
     if rest.numel():
-        yield from _boxes(tensor[row + whole], 0, rest)
+        yield from boxes(tensor[row + whole], 0, rest)
 
 
 def bump_versions(
@@ -101,7 +89,7 @@ def bump_versions(
 
 
 class StagingPool:
-    """Lends buffers, and keeps those of the usual size. Safe to use from several threads.
+    """Lends buffers, and keeps buffers of the usual size. Several threads may use it at once.
 
     Args:
         size: The usual size, in bytes.
@@ -115,7 +103,7 @@ class StagingPool:
         return f"<StagingPool {len(self._free)} buffers of {self._size} bytes free>"
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Return a buffer of at least `nbytes`, uint8 `[n]`; what it holds is anything."""
+        """Return a buffer of at least `nbytes`, uint8 `[n]`; it may hold any bytes."""
         if nbytes < _SMALL:
             return torch.empty(nbytes, dtype=torch.uint8)
         # A buffer that is much too large would take more memory than the budget was charged for.
@@ -124,11 +112,11 @@ class StagingPool:
                 return self._free.pop()
             except IndexError:
                 return zeros((self._size,), torch.uint8)
-        self._free.clear()  # what is kept and what is lent shall not add up
+        self._free.clear()  # kept and lent buffers shall not add up
         return zeros((nbytes,), torch.uint8)
 
     def give(self, buffer: torch.Tensor) -> None:
-        """Take a buffer back. Nothing may read it or write to it any more."""
+        """Take a buffer back, which nothing reads or writes to any more."""
         if buffer.numel() == self._size:
             self._free.append(buffer)
 
@@ -151,7 +139,6 @@ class Arena:
         return self._buffer[start : start + nbytes]
 
     def close(self) -> None:
-        """Give the buffer back."""
         if self._buffer is not None:
             self._pool.give(self._buffer)
             self._buffer = None

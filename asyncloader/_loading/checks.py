@@ -1,4 +1,4 @@
-"""Which tensors and tables can be loaded and saved, and what to do about the others."""
+"""Which tensors and tables can be loaded and saved, and how to replace the others."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _QUANTIZED = {
 
 
 def check_tensors(tensors: Mapping[str, object], *, able: Literal["filled", "saved"]) -> None:
-    """Refuse what is no tensor, and tensors without memory that can be read or written as it lies.
+    """Refuse objects that are no tensors, and tensors without memory that can be used as it lies.
 
     Raises:
         TypeError: If one is no tensor, or a name is no text.
-        ValueError: If one has no plain memory; it says what to pass in its place.
+        ValueError: If one has no plain memory; the message says what to pass in its place.
     """
     given: list[torch.Tensor] = []
     for name, tensor in tensors.items():
@@ -67,7 +67,7 @@ def _remedy(value: object) -> str:
 
 
 def _are_plain(tensors: list[torch.Tensor]) -> bool:
-    """Say whether all are beyond doubt; asked of all at once, as most always are."""
+    """Say whether all are surely plain, as nearly always; asked of all at once."""
     return (
         set(map(type, tensors)) <= _PLAIN
         and set(map(attrgetter("layout"), tensors)) <= {torch.strided}
@@ -90,7 +90,7 @@ def _has_memory(tensor: torch.Tensor) -> bool:
 def _problem(  # noqa: PLR0911  # one for each kind
     tensor: torch.Tensor, able: Literal["filled", "saved"]
 ) -> str | None:
-    """Say why a tensor cannot be filled or saved, and what to do; `None` if it can."""
+    """Return why a tensor cannot be filled or saved, and a remedy; `None` if it can."""
     if is_lazy(tensor):
         return "is not initialized yet: run its module once, with some batch, and then pass it"
     if any(kind.__name__ == "FakeTensor" for kind in type(tensor).__mro__):
@@ -117,7 +117,7 @@ def _problem(  # noqa: PLR0911  # one for each kind
 
 
 def stored_dtype(dtype: torch.dtype) -> DType | None:
-    """Return what a checkpoint calls a dtype, or `None` if no checkpoint can hold it."""
+    """Return a dtype as checkpoints know it, or `None` if no checkpoint can hold it."""
     return BY_TORCH.get(str(dtype).removeprefix("torch."))
 
 

@@ -1,4 +1,4 @@
-"""What is being filled, in all of the process: two loads into one tensor would mix."""
+"""The memory that loads fill, in all of the process: two loads into one tensor would mix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ class _Taken(NamedTuple):
     tables: Mapping[int, str]  # their names, by `id`
 
     def check(self, other: _Taken) -> None:
-        """Refuse another load that fills some of it."""
         for table in self.tables.keys() & other.tables.keys():
             raise RuntimeError(_refusal(f"table {self.tables[table]!r}", other.location))
         for number, taken in self._meeting(other):
@@ -41,7 +40,7 @@ class _Taken(NamedTuple):
                 raise RuntimeError(_refusal(f"tensors[{self.into.name(number)!r}]", there))
 
     def _meeting(self, other: _Taken) -> Iterator[tuple[int, int]]:
-        """Yield the tensors whose addresses meet, one of ours and one of theirs.
+        """Yield the pairs of tensors, one of ours and one of theirs, whose addresses meet.
 
         Views that interleave, as the columns of a matrix do, count; so do tensors of two devices
         whose addresses are alike by chance.
@@ -58,9 +57,9 @@ class _Taken(NamedTuple):
 class Claim:
     """One load's right to fill tensors and tables: no other may fill them during the block.
 
-    Enter it when the load begins: of two loads that are under way at a time, the one that comes to
-    `take` the memory second is refused, also where the first has ended by then. Which values stayed
-    would be chance.
+    Enter it when the load begins. Of two loads that are under way at a time, the one that calls
+    `take` second is refused, also where the first has ended by then: which values stayed would be
+    chance.
     """
 
     def __init__(self) -> None:
@@ -118,7 +117,7 @@ def _refusal(what: str, other: str) -> str:
 
 
 def _forked() -> None:
-    """Forget the loads of the parent: its threads are not here, its memory is a copy."""
+    """Forget the loads of the parent process: its threads are not here, its memory is a copy."""
     global _lock  # noqa: PLW0603  # a thread of the parent may have held it
     _lock = threading.Lock()
     _claims.clear()

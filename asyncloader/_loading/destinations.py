@@ -1,7 +1,7 @@
-"""What dense tensors can take, where their memory lies, and which of them share it.
+"""Describes dense tensors: their types, where their memory lies, and which of them share it.
 
-Asked column by column: 100,000 tensors are asked in a few dozen milliseconds, one question after
-the other, and in half a second, one tensor after the other.
+Each question is asked of all tensors, then the next: of 100,000 tensors that takes a few dozen
+milliseconds. One tensor after the other would take half a second.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Destinations:
         return chosen[np.argsort(self.begin[chosen])]
 
     def overlaps(self, names: Collection[str]) -> list[str]:
-        """Name the pairs of tensors that are neither apart nor the same, a sentence each.
+        """Return a sentence for each pair of tensors that share some of their memory, but not all.
 
         Views that interleave, as the columns of one matrix do, are apart.
         """
@@ -75,7 +75,7 @@ class Destinations:
         return problems
 
     def unsafe(self, names: Collection[str]) -> list[str]:
-        """Name the tensors that a thread may still write to which was given up, a sentence each."""
+        """Return a sentence for each tensor to which a thread that was given up may still write."""
         lost = lost_memory()
         if not lost:
             return []
@@ -90,8 +90,9 @@ class Destinations:
     def check_memory(self, chosen: NDArray[np.int64], staged: NDArray[np.int64]) -> None:
         """Refuse tensors, by number, that lie elsewhere than when they were described, or nowhere.
 
-        Refuse also those that are `staged`, to which values are copied, in memory that cannot be
-        written to: a copy would end the process. Into others the kernel writes, which says so.
+        Values are copied to the `staged` ones among them: where such memory is read-only, a copy
+        would end the process, so that is refused, too. Into the others the kernel writes, which
+        returns an error.
         """
         given, names = list(self.tensors.values()), list(self.tensors)
         now = np.array([given[number].data_ptr() for number in chosen.tolist()], np.int64)
@@ -113,12 +114,12 @@ class Destinations:
     def span(self) -> tuple[memoryview, int]:
         """Return one view that spans the memory of all plain tensors, and where it begins.
 
-        There may be anything between them, or nothing: only slices of it may be used, and those
-        only where a tensor lies. A slice costs a tenth of what a view made for each tensor does,
-        and keeps all of them alive.
+        Anything, or nothing, may lie between them: use only slices of the view, and only where a
+        tensor lies. A slice takes a tenth of the time that a view of each tensor would take, and
+        keeps all of them alive.
 
-        Not by way of `numpy()`: that forbids a tensor's storage, for good, to be resized. A
-        program that resizes it meanwhile takes the memory away: `Loader` says so.
+        Not by way of `numpy()`: then a tensor's storage can never be resized again. A program that
+        resizes it during a load takes the memory away: `Loader` says so.
         """
         used = self.plain & (self.end > self.begin) & (self.begin > 0)
         if not used.any():
@@ -130,7 +131,7 @@ class Destinations:
 
 
 def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
-    """Say what each tensor can take, and where.
+    """Describe tensors, and hold on to their memory.
 
     Raises:
         TypeError: If one is no tensor.
@@ -186,7 +187,7 @@ def _memory(
     dtypes: Sequence[torch.dtype],
     addresses: NDArray[np.int64],
 ) -> list[int] | None:
-    """Return a number for each memory; `None` if all are different."""
+    """Return a number for each tensor, equal for equal memory; `None` if all are different."""
     ordered = np.sort(addresses)  # `np.unique` imports `numpy.ma`, which takes 50 ms or more
     if not (ordered[1:] == ordered[:-1]).any():
         return None
@@ -205,7 +206,7 @@ _MAX_WORK = 1_000_000
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Say whether elements share a place; exact for whatever slicing, turning and viewing make."""
+    """Say whether elements share a place; exact for what slices, transposes and views make."""
     last = 0  # where the last element of the dimensions so far lies
     steps = zip(tensor.stride(), tensor.shape, strict=True)
     for step, size in sorted(pair for pair in steps if pair[1] > 1):

@@ -1,4 +1,4 @@
-"""Fills memory with chosen rows of a block: what to read at once, and what becomes of it."""
+"""Fills memory with chosen rows of a block: which bytes to read at once, which to take."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from .session import Verifier
 
-# Bytes of rows that are picked before they are copied or converted: more would be memory that
-# the budget has not counted.
+# Bytes of rows that are picked before they are copied or converted. The budget has not counted
+# this memory, so it is little.
 _PICKED = 256 << 10
 
 
@@ -33,7 +33,7 @@ def row_groups(
     runs: bool = False,
     windows: NDArray[np.int64] | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Group ascending positions into spans worth one read.
+    """Group ascending positions into spans, one for each read.
 
     Args:
         rows: int64 `[n]`, ascending.
@@ -83,8 +83,8 @@ class Batch:
     """Steps that a thread carries out without an interruption; bytes are counted."""
 
     steps: list[Step]
-    wanted: int
-    is_last: bool
+    wanted: int = 0
+    is_last: bool = False
     verified: int = 0  # of the wanted bytes
 
     @property
@@ -123,16 +123,18 @@ class Filling:
         self._verifier = verifier
 
     def batches(self, *, step: int, gap: int, most: int) -> Iterator[Batch]:
-        """Put steps of about `most` bytes together: for so long a thread cannot be interrupted."""
-        steps: list[Step] = []
-        nbytes = 0
+        """Put steps of about `most` bytes together: a thread carries out a batch in one go."""
+        batch, nbytes = Batch([]), 0
         for one in self.steps(most=step, gap=gap):
-            if steps and nbytes + one.end - one.begin > most:
-                yield self._batch(steps, is_last=False)
-                steps, nbytes = [], 0
-            steps.append(one)
-            nbytes += one.end - one.begin
-        yield self._batch(steps, is_last=True)
+            length = one.end - one.begin
+            if batch.steps and nbytes + length > most:
+                yield batch
+                batch, nbytes = Batch([]), 0
+            batch.steps.append(one)
+            batch.wanted += (one.high - one.low) * self._row_bytes if one.at is None else length
+            nbytes += length
+        batch.is_last = True
+        yield batch
 
     def steps(self, *, most: int, gap: int) -> Iterator[Step]:
         """Cut the bytes into steps of about `most`; read gaps of up to `gap` along."""
@@ -158,22 +160,21 @@ class Filling:
                 yield self._step(one, other, low, high, low * wide + one - begin)
 
     def view(self, step: Step, buffer: torch.Tensor) -> memoryview:
-        """Return the memory to read to."""
         if self.memory is not None and step.at is not None and not step.staged:
             return self.memory[step.at : step.at + step.end - step.begin]
         return buffer[: step.last - step.first].numpy().data
 
     def take(self, step: Step, view: memoryview) -> int:
-        """Compare what was read with its digests, and take the wanted bytes; belongs on a thread.
+        """Compare a step's bytes with digests, and take the wanted ones; belongs on a thread.
 
-        Returns how many of them were verified.
+        Returns how many of the wanted bytes were verified.
         """
         checked = self._verifier.check(self.block, step.first, view)
         inner = np.frombuffer(view, np.uint8)[step.begin - step.first : step.end - step.first]
         if step.at is None:
             wide, rows = self._row_bytes, np.asarray(self._rows[step.low : step.high])
             self._pick(step, inner, rows - rows[0])
-            first = -(-checked.start // wide)  # of the rows that all of their bytes were checked of
+            first = -(-checked.start // wide)  # the first row that was checked whole
             low, high = np.searchsorted(rows, [first, max(checked.stop // wide, first)])
             return wide * int(high - low)
         if self.memory is not None and step.staged:
@@ -183,13 +184,6 @@ class Filling:
     def _step(self, begin: int, end: int, low: int, high: int, at: int | None) -> Step:
         first, last = self._verifier.window(self.block, begin, end)
         return Step(first, last, begin, end, low, high, at)
-
-    def _batch(self, steps: list[Step], *, is_last: bool) -> Batch:
-        wanted = sum(
-            (step.high - step.low) * self._row_bytes if step.at is None else step.end - step.begin
-            for step in steps
-        )
-        return Batch(steps, wanted, is_last)
 
     def _pick(self, step: Step, source: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         """Copy chosen rows. Not by torch: it would start threads for that on every thread."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._planning.reads import plan_reads
@@ -33,33 +32,31 @@ if TYPE_CHECKING:
 
 _NAMED = 20
 
-# Ids, those wanted, encoded, their positions, and what grouping them takes: five int64 a row.
+# All ids, the wanted ones, the encoded ones, their positions, their groups: five int64 a row.
 _ID_BYTES = 8
 ROW_COST = 5 * _ID_BYTES
 # So many bytes are still in the cache when a thread picks rows from them.
 _STEP = 4 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowPiece:
-    """Rows `[start, start + count)` of a part of which only some are wanted."""
+class RowPiece(NamedTuple):
+    """Rows `[start, start + rows)` of a part of which only some are wanted."""
 
     table: TableLoad
     part: PartLoad
     update: LoadableUpdate
     start: int
-    count: int
+    rows: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
-    """Rows `[first, first + count)` of an update, whose ids are there and not in the index yet."""
+class Arrival(NamedTuple):
+    """Rows `[first, first + rows)` of an update, whose ids are there and not in the index yet."""
 
     update: LoadableUpdate
     layer: int
     child: str
     first: int
-    count: int
+    rows: int
     claimed: Slice | None  # the slice to check the ids against; `None` where that is done
 
 
@@ -102,11 +99,11 @@ class Load:
         self.row_staging = StagingPool(self._row_step())
         self.sinks: Sinks
         self.reads: list[Read | RowPiece] = []
-        # No bound: these are a few numbers each, the ids are where they will stay. `None` ends one
-        # of those who index.
+        # No bound: an arrival is a few numbers, its ids are where they will stay. `None` ends one
+        # of the tasks that take arrivals.
         self.arrivals: asyncio.Queue[Arrival | None] = asyncio.Queue()
         self.touched: dict[str, bool] = {}  # by name; whether by way of staging memory
-        self.warnings: Sequence[str] = ()  # what is odd about the values, once all is read
+        self.warnings: Sequence[str] = ()  # of odd values; known once all is read
         self._claim = claim
         self._tables = tables
         self._updates: dict[str, LoadableUpdate] = {}
@@ -122,7 +119,7 @@ class Load:
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
 
     async def finish(self) -> None:
-        """Make ready what `commit` will show. Everything has been read."""
+        """Make the new rows ready for `commit`. Everything has been read."""
         for name, update in self._updates.items():
             with self.tracer.span("index", f"{name}: join"):
                 for jobs in update.finish(threads=self.threads.kernel_count):
@@ -131,7 +128,7 @@ class Load:
         self.meter.finish()
 
     def commit(self) -> dict[str, UpdateCounts]:
-        """Let every table show its new rows; return what was done to each.
+        """Let every table show its new rows; return the counts of each.
 
         Nothing is awaited, so no cancellation can come between one table and the next.
         """
@@ -146,7 +143,7 @@ class Load:
                 stack.callback(update.abandon if lost else update.abort)
 
     def explain(self, error: BaseException) -> None:
-        """Say on an error which tensors are no longer what they were."""
+        """Note on an error which tensors were written to."""
         names = tuple(sorted(self.touched))
         if isinstance(error, AsyncLoaderError):
             error.touched = names
@@ -157,7 +154,7 @@ class Load:
 
     @property
     def lost(self) -> bool:
-        """Whether a read was given up: its thread may write at any time."""
+        """Whether a read was given up: its thread may still write."""
         return self.storage.lost > self._lost_before
 
     def step_bytes(self, block: Block) -> int:
@@ -176,7 +173,7 @@ class Load:
         bump_versions(list(map(self.tensors.tensors.__getitem__, self.touched)))
 
     def _prepare(self) -> None:
-        _ = self.plan.shards  # worked out here, not on the loop
+        _ = self.plan.shards  # computed here, not on the loop
         if self._claim is not None:
             tables = {load.name: self._tables[load.name] for load in self.plan.tables}
             names = self.plan.tensors.names
@@ -213,11 +210,8 @@ class Load:
         def arrived(row: int, count: int) -> None:
             assert row + count <= part.rows, "rows lie within their part"
             arrivals.put_nowait(
-                Arrival(
-                    update=update, layer=part.layer, child=part.child,
-                    first=first + row, count=count, claimed=part.claimed,
-                )
-            )  # fmt: skip
+                Arrival(update, part.layer, part.child, first + row, count, part.claimed)
+            )
 
         ids = Sink.of(table.name, update.view("id", first, part.rows), part.ids, arrived)
         if ids.memory is None:
@@ -229,10 +223,10 @@ class Load:
     def _row_pieces(
         self, table: TableLoad, part: PartLoad, update: LoadableUpdate
     ) -> Iterator[RowPiece]:
-        """Cut what may be wanted of a part into pieces whose bookkeeping fits into a chunk.
+        """Cut the rows of a part that may be wanted into pieces whose bookkeeping fits a chunk.
 
-        If there are digests, where chunks of ids, or of rows of many a size, end too; if what is
-        read of the ids is widened to whole chunks, into pieces of as many ids as one has.
+        If there are digests, a piece ends where a chunk of ids ends, or of rows of many a size. If
+        reads of ids are widened to whole chunks, a piece has as many ids as a chunk.
         """
         step = max(self.chunk_bytes // ROW_COST, 1)
         if part.ids.digests is not None:
@@ -241,10 +235,10 @@ class Load:
         start, stop = part.reach.start, part.reach.stop
         while start < stop:
             end = min((start // step + 1) * step, stop)
-            yield RowPiece(table=table, part=part, update=update, start=start, count=end - start)
+            yield RowPiece(table, part, update, start, end - start)
             start = end
 
 
 def is_believed(part: PartLoad) -> bool:
-    """Whether only those rows are looked at that the sidecar says may be wanted."""
+    """Say whether rows are left out because the sidecar says that they are not wanted."""
     return len(part.reach) < part.rows

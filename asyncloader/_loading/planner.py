@@ -1,6 +1,6 @@
 """Produces the load info and the plan: which bytes go where. Touches no destination.
 
-Names and headers are read; everything else is pure work, done on threads so that the event loop
+Names and headers are read; everything else is pure work, on threads, so that the event loop
 gets its turn.
 """
 
@@ -44,7 +44,7 @@ _NAMED = 20
 
 
 def identity(info: LoadInfo) -> LoadInfo:
-    """Return what it is given: the `filter_func` that changes nothing."""
+    """Return the load info as it is: the `filter_func` that changes nothing."""
     return info
 
 
@@ -60,7 +60,7 @@ class Planner:
     tracer: Tracer
 
     def default_load_info(self) -> LoadInfo:
-        """Return what `filter_func` gets: every destination from its own name."""
+        """Return the load info that `filter_func` gets: every destination from its own name."""
         return default_load_info(self._describe()[1])
 
     async def plan(self, session: Session) -> tuple[LoadPlan, Destinations]:
@@ -78,7 +78,7 @@ class Planner:
             [described] = await run_jobs(kernels, [undisturbed(self._describe)])
             info = await self._load_info(session, described[1])
         with self.tracer.span("plan", "names"):
-            choose_now = partial(self._choose, described=described, info=info)
+            choose_now = partial(self._choose, described, info)
             into, catalog, choice, shards = await session.with_names(choose_now)
         with self.tracer.span("plan", "headers"):
             manifest = await session.manifest(catalog, shards)
@@ -91,7 +91,7 @@ class Planner:
         return plan, into
 
     async def _load_info(self, session: Session, targets: Targets) -> LoadInfo:
-        """Return what to load from which names, as `filter_func` wants it."""
+        """Return the load info that `filter_func` makes of the default."""
         kernels = session.threads.kernels
         [default] = await run_jobs(kernels, [partial(default_load_info, targets)])
         [info] = await run_jobs(kernels, [partial(checked_load_info, self.filter_func(default))])
@@ -103,13 +103,9 @@ class Planner:
         return into, Targets(tensors=into.targets, tables=describe_tables(self.tables))
 
     def _choose(
-        self,
-        names: Names,
-        *,
-        described: tuple[Destinations, Targets] | None,
-        info: LoadInfo | None,
+        self, described: tuple[Destinations, Targets] | None, info: LoadInfo | None, names: Names
     ) -> tuple[Destinations, Catalog, Choice, tuple[str, ...]]:
-        """Choose what to load; return also the shards whose headers are needed."""
+        """Choose the blocks to load; return also the shards whose headers are needed."""
         into, targets = described or self._describe()
         catalog = names.parse()
         choice = choose(catalog, info, targets)
@@ -118,7 +114,7 @@ class Planner:
     def _decide(
         self, manifest: Manifest, choice: Choice, into: Destinations
     ) -> tuple[LoadPlan, list[str]]:
-        """Return the plan, and what to warn of."""
+        """Return the plan, and warnings."""
         choice.problems += [*into.overlaps(choice.tensors), *into.unsafe(choice.tensors)]
         plan = plan_load(manifest, choice, strict=self.strict, casting=self.cast)
         warnings = list(plan.warnings)

@@ -1,4 +1,4 @@
-"""What a load or a save tells while it runs: how far it has come, and every step; a bar."""
+"""Tells how far a load or a save has come, and of every step; draws the bar."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Meter:
 
 @dataclass(slots=True)
 class Stages:
-    """Passes on what several loads and saves tell, one after the other, as if they were one."""
+    """Makes one progress of several loads and saves that run one after the other."""
 
     total: int  # bytes of all of them, about
     listener: Callable[[Progress], object] | None
@@ -110,14 +110,13 @@ class Stages:
     _now: int = 0
 
     def tell(self, moment: Progress) -> None:
-        """Tell of the present stage: this is its `progress`."""
+        """Tell the progress of the present stage."""
         self._now = moment.bytes_done
         if self.listener is not None:
             done = self._before + self._now
             self.listener(replace(moment, bytes_done=done, bytes_total=max(self.total, done)))
 
     def next(self) -> None:
-        """Begin the next stage."""
         self._before += self._now
         self._now = 0
 
@@ -157,7 +156,6 @@ class Tracer:
     def span(
         self, step: Step, name: str, nbytes: int = 0
     ) -> contextlib.AbstractContextManager[None]:
-        """Measure the block."""
         if self._listener is None:
             return contextlib.nullcontext()
         return self._measured(step, name, nbytes)

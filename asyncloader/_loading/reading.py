@@ -81,7 +81,6 @@ class Contents:
 
     @contextlib.asynccontextmanager
     async def use(self) -> AsyncIterator[Session]:
-        """Lend a session for the length of the block."""
         held = self._held
         if held.value is None or held.loop is not asyncio.get_running_loop():
             async with open_session(self._path, self._options, seen=self._seen) as session:
@@ -94,7 +93,7 @@ class Contents:
                     yield session
 
     async def catalog(self, session: Session) -> Catalog:
-        """Return which names there are; raises what `Session.with_names` does."""
+        """Return the names; raises what `Session.with_names` does."""
         async with session.lock:  # or many calls at once would all read it
             if self._catalog is None:
                 catalog = await session.catalog()
@@ -104,7 +103,7 @@ class Contents:
             return self._catalog
 
     async def find(self, session: Session, names: Iterable[str]) -> list[Stored]:
-        """Return what is stored under each name, in their order.
+        """Return the stored tensor of each name, in their order.
 
         Raises:
             TypeError: If a name is no text.
@@ -146,8 +145,15 @@ def _places(
 
 def _complaint(location: str, catalog: Catalog, unknown: Sequence[str]) -> str:
     names = stored_names(catalog)
+
+    def hint(name: str) -> str:
+        if name in catalog.tables:
+            slots = ", ".join(repr(f"{name}@{slot}") for slot in catalog.tables[name])
+            return f" (a table: read {slots})"
+        return hint_for(name, names)
+
     listed = [
-        f"{name!r}{_hint(catalog, names, name) if number < _GUESSED else ''}"
+        f"{name!r}{hint(name) if number < _GUESSED else ''}"
         for number, name in enumerate(unknown[:_NAMED])
     ]
     more = f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
@@ -155,13 +161,6 @@ def _complaint(location: str, catalog: Catalog, unknown: Sequence[str]) -> str:
         f"not in {location}: {', '.join(listed)}{more}; "
         "CheckpointReader.tensor_names() lists what there is"
     )
-
-
-def _hint(catalog: Catalog, names: Sequence[str], name: str) -> str:
-    if name in catalog.tables:
-        slots = ", ".join(repr(f"{name}@{slot}") for slot in catalog.tables[name])
-        return f" (a table: read {slots})"
-    return hint_for(name, names)
 
 
 async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, Tensor]:
@@ -178,17 +177,16 @@ async def read_stored(session: Session, wanted: Sequence[Stored]) -> dict[str, T
 
 
 def has_dtype(dtype: DType) -> bool:
-    """Say whether this version of torch has a dtype."""
     return isinstance(getattr(torch, dtype.torch, None), torch.dtype)
 
 
 def has_numbers(dtype: DType) -> bool:
-    """Say whether torch knows the numbers of a dtype: not where one element of its own is two."""
+    """Say whether torch has a dtype, and an element of it is one number: some pack two."""
     return dtype.is_number and has_dtype(dtype)
 
 
 def torch_dtype(location: str, stored: Stored) -> torch.dtype:
-    """Return what torch calls the dtype.
+    """Return the dtype as torch knows it.
 
     Raises:
         CheckpointError: If this version of torch does not have it.

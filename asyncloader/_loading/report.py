@@ -27,7 +27,7 @@ class LoadReport(AsDict):
 
     Attributes:
         location: The checkpoint.
-        bytes_read: From storage; headers, index, and what was only compared not counted.
+        bytes_read: From storage; without headers, index, and bytes that were only compared.
         bytes_wanted: The bytes that were asked for; gaps that were read along with them do not
             count.
         bytes_verified: The bytes among `bytes_wanted` that were compared with digests, and found to
@@ -124,7 +124,9 @@ class LoadReport(AsDict):
             head.add_row("storage", Text(f"failed and was tried again {times}", style="yellow"))
         if self.lag is not None:
             head.add_row("event loop", str(self.lag))
-        tally = Counter("shared" if o.startswith("shared") else o for o in self.tensors.values())
+        tally = Counter(
+            "shared" if how.startswith("shared") else how for how in self.tensors.values()
+        )
         if tally:
             counts = ", ".join(f"{count:,} {what}" for what, count in tally.items())
             head.add_row("tensors", counts)
@@ -164,7 +166,7 @@ class LoadReport(AsDict):
 
 
 def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport:
-    """Say what a load did, but for what `commit` does to tables; belongs on a thread.
+    """Report a load that is not committed yet, so without tables; belongs on a thread.
 
     `tensors` are all names that were asked for.
     """

@@ -1,4 +1,4 @@
-"""What loads take, and may share: threads, a budget of bytes, descriptors."""
+"""Opens checkpoints, with threads, a byte budget and descriptors, which loads may share."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Runtime:
 
     @contextlib.asynccontextmanager
     async def lend(self) -> AsyncIterator[Resources]:
-        """Lend what loads share, for the length of the block; for loaders."""
+        """Lend resources to a load, for the length of the block."""
         held = self._held
         if held.value is None:
             raise RuntimeError("the runtime is not entered: async with Runtime() as runtime: ...")
@@ -123,13 +123,13 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What one load, or many loads at a time, take on one event loop."""
+    """The threads and memory of one load, or of many at a time, on one event loop."""
 
     options: ReadOptions  # the limits of all loads together
     threads: Threads
     budget: ByteBudget
     descriptors: Descriptors
-    watch: LagWatch | None  # keeps what the event loop was promised, if that is anything
+    watch: LagWatch | None  # keeps the promises to the event loop, if there are any
     wrap: Callable[[ThreadedStorage], ThreadedStorage]
 
 
@@ -140,7 +140,7 @@ async def open_resources(
     reads: int | None = None,
     wrap: Callable[[ThreadedStorage], ThreadedStorage] = _as_it_is,
 ) -> AsyncIterator[Resources]:
-    """Hold threads for the length of the block, `reads` of which read.
+    """Start threads for the length of the block, `reads` of them for reads.
 
     `None` is as many as are of use for chunks of the usual size.
     """
@@ -164,13 +164,13 @@ async def open_resources(
 
 
 class Hold(Generic[T]):
-    """What a context manager yields, for any number of blocks at a time; may be opened again.
+    """Opens a value once for any number of blocks that use it; may be opened again.
 
     Belongs to the event loop and the process that opened it.
     """
 
     def __init__(self, manager: Callable[[], contextlib.AbstractAsyncContextManager[T]]) -> None:
-        self.value: T | None = None  # unless it is open
+        self.value: T | None = None  # `None` where it is not open
         self.users = 0
         self.is_entered = False  # from when it begins to open until it is closed
         self.process = 0
@@ -243,7 +243,7 @@ async def open_session(
             descriptors=resources.descriptors,
             seen=seen,
             direct_io=options.direct_io,
-            # A file that the user has named may be a link to anywhere: nobody else chose it.
+            # A file that the user has named may be a link to anywhere: the user chose it.
             follow_symlinks=options.follow_symlinks or trusted,
         )
         async with files:
@@ -253,7 +253,7 @@ async def open_session(
             session = Session(
                 location=str(Path(path)),
                 file=file,
-                # What wraps the files need not know what threads may still write to.
+                # A wrapper need not count lost reads: the files do.
                 storage=ThreadedRetryingStorage(storage, lost=lambda: files.lost),
                 threads=resources.threads,
                 disk=disk,
@@ -274,7 +274,7 @@ async def open_session(
 def _root_and_file(path: str) -> tuple[Path, str | None]:
     """Return the folder to look into, and the name of the file if it is one."""
     whole = Path(path)
-    # Of `os.path`, whose questions never raise.
+    # `os.path`, unlike `Path`, never raises.
     is_file = os.path.isfile(whole)  # noqa: PTH113
     if is_file or (whole.name.endswith(".safetensors") and not os.path.isdir(whole)):  # noqa: PTH112
         return whole.parent, whole.name

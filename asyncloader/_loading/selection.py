@@ -50,7 +50,7 @@ async def load_piece(piece: RowPiece, load: Load) -> None:
     if verifier.widen:
         room += room + 2 * DIGEST_CHUNK
     try:
-        async with load.session.budget.reserve(piece.count * ROW_COST + room):
+        async with load.session.budget.reserve(piece.rows * ROW_COST + room):
             await _load_piece(piece, load, verifier)
     except ReadError as error:
         error.names = (piece.table.name,)
@@ -59,8 +59,8 @@ async def load_piece(piece: RowPiece, load: Load) -> None:
 
 async def _load_piece(piece: RowPiece, load: Load, verifier_of_ids: Verifier) -> None:
     part, update, kernels = piece.part, piece.update, load.threads.kernels
-    ids = torch.empty(piece.count, dtype=torch.int64)
-    every = range(piece.start, piece.start + piece.count)
+    ids = torch.empty(piece.rows, dtype=torch.int64)
+    every = range(piece.start, piece.start + piece.rows)
     await _load_rows(piece, load, Filling(part.ids, every, ids, verifier_of_ids))
     found = ids.numpy()
     _check_ends(piece, found, load.verifier.location)
@@ -76,12 +76,7 @@ async def _load_piece(piece: RowPiece, load: Load, verifier_of_ids: Verifier) ->
     first = update.reserve(part.layer, len(rows), part.rank + piece.start)
     room = update.view("id", first, len(rows))
     await run_jobs(kernels, [lambda: room.copy_(torch.from_numpy(kept))])
-    load.arrivals.put_nowait(
-        Arrival(
-            update=update, layer=part.layer, child=part.child,
-            first=first, count=len(rows), claimed=None,
-        )
-    )  # fmt: skip
+    load.arrivals.put_nowait(Arrival(update, part.layer, part.child, first, len(rows), None))
     for slot, block in part.slots.items():
         target = update.view(slot, first, len(rows))
         await _load_rows(piece, load, Filling(block, rows, target, load.verifier))
@@ -95,7 +90,7 @@ def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
     """
     part, wanted = piece.part, piece.table.slice
     begins = piece.start == part.reach.start > 0
-    ends = piece.start + piece.count == part.reach.stop < part.rows
+    ends = piece.start + piece.rows == part.reach.stop < part.rows
     before, behind = (int(ids[end]) % _UNSIGNED % wanted.size for end in (0, -1))
     if (begins and before >= wanted.begin) or (ends and behind < wanted.end):
         problem = (
@@ -109,7 +104,6 @@ def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
 
 
 async def _load_rows(piece: RowPiece, load: Load, filling: Filling) -> None:
-    """Read chosen rows of a block to where they belong."""
     block, usual = filling.block, load.step_bytes(filling.block)
     batches = filling.batches(step=usual, gap=GAP_BYTES, most=load.chunk_bytes)
 

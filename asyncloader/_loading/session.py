@@ -54,13 +54,13 @@ _CHANGED = (
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """Checks what was read, by whole chunks: of a chunk that was read in part nothing is known."""
+    """Compares whole chunks with their digests; a chunk that was read in part is not verified."""
 
     location: str  # the checkpoint, for messages
     widen: bool  # whether to read more, so that every wanted byte lies in a whole chunk
 
     def window(self, block: Block, begin: int, end: int) -> tuple[int, int]:
-        """Return which bytes of a block to read where `[begin, end)` are wanted."""
+        """Return the bytes of a block to read where `[begin, end)` are wanted."""
         if not self.widen or block.digests is None:
             return begin, end
         first, last = begin // DIGEST_CHUNK, chunk_count(end)
@@ -69,7 +69,7 @@ class Verifier:
     def windows(
         self, block: Block, begins: NDArray[np.int64], chunk_bytes: int
     ) -> NDArray[np.int64] | None:
-        """Return a number for the stretch of whole chunks that each of some bytes lies in.
+        """Cut a block into stretches of whole chunks, and return the number of each byte's stretch.
 
         Reads that keep to one stretch, of about `chunk_bytes`, read as many chunks whole as they
         can, and none twice. Takes and returns int64 `[n]`; `None` where there are no digests.
@@ -82,10 +82,10 @@ class Verifier:
     def check(self, block: Block, begin: int, view: memoryview) -> range:
         """Compare the bytes from `begin` on with the block's digests; belongs on a thread.
 
-        Returns the bytes of the block that were found to be what was written.
+        Returns the bytes of the block that are verified.
 
         Raises:
-            CheckpointError: If some are not.
+            CheckpointError: If a chunk has another digest.
         """
         if block.digests is None:
             return range(begin, begin)
@@ -124,7 +124,7 @@ class Session:
 
     @property
     def retries(self) -> int:
-        """How often the storage tried again what had failed."""
+        """How often the storage tried a failed read again."""
         return self.storage.retries if isinstance(self.storage, RetryingStorage) else 0
 
     @property
@@ -133,7 +133,7 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def explaining(self) -> AsyncIterator[None]:
-        """Say which checkpoint could not be read; or that it has changed, if that is why."""
+        """Name the checkpoint in the errors of reads; say that it has changed, if that is why."""
         try:
             yield
         except ReadStalledError as error:  # another question would wait as long again
@@ -147,12 +147,7 @@ class Session:
             raise
 
     async def check_unchanged(self, shards: Sequence[str]) -> None:
-        """Make sure that the shards are the files that they were when they were opened.
-
-        Raises:
-            CheckpointChangedError: If one of them is not.
-            ReadError: If the storage failed.
-        """
+        """Make sure that the shards are the files that they were when they were opened."""
         if not shards:
             return
         try:
@@ -163,14 +158,14 @@ class Session:
             raise CheckpointChangedError(self.location, _CHANGED, changed[0])
 
     async def on_disk(self, job: Callable[[], T]) -> T:
-        """Return what a job finds that looks at files, but reads none."""
+        """Have a thread do a job that looks at files, but reads none."""
         return await on_disk(self.disk, job, self.location)
 
     async def catalog(self) -> Catalog:
         return await self.with_names(Names.parse)
 
     async def with_names(self, job: Callable[[Names], T]) -> T:
-        """Read which names there are, and return what a job, on a thread, makes of them.
+        """Read the names, and return the result of a job that a thread does with them.
 
         Raises:
             CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
@@ -218,7 +213,7 @@ class Session:
 
 @contextlib.asynccontextmanager
 async def in_time(path: str, seconds: float | None) -> AsyncIterator[list[Disk]]:
-    """Keep to a time-out, and say what was being read when it passed.
+    """Keep to a time-out; its error says what was being read when it passed.
 
     Yields an empty list, for the disks to ask.
     """

@@ -12,7 +12,7 @@ import torch
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._planning.reads import GAP, Extent, Extents
 
-from .buffers import copy_flat, plain_bytes, torch_dtype
+from .buffers import boxes, plain_bytes, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ GAP_BYTES = 64 << 10
 _CAST_STEP = 64 << 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Sink:
     """Memory that a block fills, in pieces, in any order. Positions are bytes of the block.
 
@@ -56,12 +56,12 @@ class Sink:
         memory = plain_bytes(tensor) if tensor.dtype == torch_dtype(block.dtype) else None
         if memory is not None and memory.nbytes != block.nbytes:
             raise RuntimeError(f"{name!r} got other memory while it was being loaded")
-        return cls(name=name, block=block, tensor=tensor.detach(), memory=memory, arrived=arrived)
+        return cls(name, block, tensor.detach(), memory, arrived)
 
     @property
     def grain(self) -> int:
-        """So many bytes, or a multiple, the sink takes at a time."""
-        if self.block.digests is not None:  # whatever is read can be compared then
+        """The sink takes multiples of so many bytes."""
+        if self.block.digests is not None:  # so that every read can be verified
             return DIGEST_CHUNK
         whole = self.memory is None or self.arrived is not None
         return torch_dtype(self.block.dtype).itemsize if whole else 1
@@ -73,7 +73,7 @@ class Sink:
         return self.memory[position : position + length]
 
     def filled(self, position: int, view: memoryview) -> Callable[[], None] | None:
-        """Take note that a view is filled; return what is left to do, for a kernel thread."""
+        """Take note that a view is filled; return the rest of the work, for a kernel thread."""
         if self.memory is None:
             return partial(self._copy, position, view)
         if self.arrived is not None:
@@ -88,7 +88,8 @@ class Sink:
         step = len(values) if dtype == tensor.dtype else _CAST_STEP
         with torch.inference_mode(tensor.is_inference()):  # else torch refuses to write to it
             for low in range(0, len(values), step):
-                copy_flat(tensor, start + low, values[low : low + step])
+                for box, part in boxes(tensor, start + low, values[low : low + step]):
+                    box.copy_(part)
 
 
 class Sinks:
@@ -118,17 +119,11 @@ class Sinks:
         self._tables: list[Extent] = []
         self._next = len(loads)
         self._sinks = {  # all but tensors that take bytes as they lie
-            number: Sink(
-                name=loads.names[number],
-                block=loads.block(number),
-                tensor=into.held[chosen[number]],
-                memory=None,
-            )
+            number: Sink(loads.names[number], loads.block(number), into.held[chosen[number]], None)
             for number in np.flatnonzero(~plain).tolist()
         }
 
     def add(self, sink: Sink) -> None:
-        """Take in a part of a table."""
         number, block = self._next, sink.block
         self._next += 1
         self._sinks[number] = sink
@@ -139,7 +134,6 @@ class Sinks:
             self._tables.append(extent)
 
     def extents(self) -> Extents:
-        """Return what is to be read."""
         loads = self._loads
         grain = np.ones(self._count, np.int64)
         for number, sink in self._sinks.items():
@@ -171,7 +165,7 @@ class Sinks:
         return self._loads.block(number) if sink is None else sink.block
 
     def views(self, read: Read) -> list[memoryview] | None:
-        """Return the memory of all pieces of a read, if nothing is left to do once it is filled."""
+        """Return the memory of all pieces of a read, if all of them only have to be filled."""
         sinks = read.sinks
         if sinks[0] >= self._count or sinks.max() >= self._count or sinks.min() < 0:
             return None
@@ -198,6 +192,6 @@ class Sinks:
         return self._span[begin : begin + piece.length]
 
     def filled(self, piece: Piece, view: memoryview) -> Callable[[], None] | None:
-        """Take note that a piece is there; return what is left to do, for a kernel thread."""
+        """Take note that a piece is filled; return the rest of the work, for a kernel thread."""
         sink = self._sinks.get(piece.sink)
         return None if sink is None else sink.filled(piece.position, view)

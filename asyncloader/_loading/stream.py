@@ -50,7 +50,7 @@ async def stream(load: Load) -> None:
 
     async def indexer() -> None:
         while (arrival := await load.arrivals.get()) is not None:
-            with load.tracer.span("index", arrival.child, 8 * arrival.count):
+            with load.tracer.span("index", arrival.child, 8 * arrival.rows):
                 await _index(arrival, load, locks[id(arrival.update), arrival.layer])
 
     with raising_first():
@@ -65,7 +65,6 @@ async def stream(load: Load) -> None:
 
 
 async def _fill(read: Read, load: Load) -> None:
-    """Fill the memory that a read is for."""
     load.touched.update(load.sinks.tensors(read))
     views = load.sinks.views(read)
     verified = 0
@@ -126,13 +125,13 @@ async def _verify(
 
 async def _index(arrival: Arrival, load: Load, layer_lock: asyncio.Lock) -> None:
     """Put the ids of rows into the index of their layer."""
-    update, layer, first, count = arrival.update, arrival.layer, arrival.first, arrival.count
+    update, layer, child, first, rows, claimed = arrival
     kernels, refused = load.threads.kernels, None
-    if arrival.claimed is not None:
-        admit = partial(update.admit, arrival.child, first, count, arrival.claimed)
+    if claimed is not None:
+        admit = partial(update.admit, child, first, rows, claimed)
         [(refused, dropped)] = await run_jobs(kernels, [admit])
         update.dropped(dropped)
     async with layer_lock:  # one range at a time; within it, threads share the work
-        await run_jobs(kernels, [partial(update.make_room, layer, count)])
-        jobs = update.index_jobs(layer, first, count, refused, threads=load.threads.kernel_count)
+        await run_jobs(kernels, [partial(update.make_room, layer, rows)])
+        jobs = update.index_jobs(layer, first, rows, refused, threads=load.threads.kernel_count)
         update.indexed(layer, await run_jobs(kernels, jobs))

@@ -10,7 +10,7 @@ import torch
 from asyncloader._storage.protocol import read_exactly
 from asyncloader._threads.jobs import for_each, run_jobs
 
-from .buffers import copy_elements, torch_dtype
+from .buffers import boxes, torch_dtype
 from .stream import stream
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _STEP = 1 << 16
 
 
 async def run(load: Load) -> None:
-    """Read everything, and make ready what `load.commit()` will show.
+    """Read everything, and make it ready for `load.commit()`.
 
     Afterwards, or after a failure, call `load.commit()` or `load.abort()`: no thread writes any
     more then.
@@ -38,7 +38,7 @@ async def run(load: Load) -> None:
 
 
 async def complete(load: Load) -> dict[str, UpdateCounts]:
-    """Run a load and commit it, or abort it; return what was done to each table."""
+    """Run a load and commit it, or abort it; return the counts of each table."""
     try:
         await run(load)
     except BaseException:
@@ -103,7 +103,8 @@ def _holds(tensor: torch.Tensor, start: int, values: torch.Tensor) -> bool:
     for at in range(0, len(values), _STEP):
         wanted = values[at : at + _STEP].to(tensor.dtype)
         held = torch.empty_like(wanted)
-        copy_elements(tensor, start + at, held)
+        for box, part in boxes(tensor, start + at, held):
+            part.copy_(box)
         if not torch.equal(held.view(torch.uint8), wanted.view(torch.uint8)):
             return False
     return True
