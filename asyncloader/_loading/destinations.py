@@ -55,23 +55,19 @@ class Destinations:
         order = self.filled(names)
         if not (self.begin[order[1:]] < self.end[order[:-1]]).any():
             return []  # nearly always; on several devices addresses may be alike by chance
-        known = list(self.tensors)
-        spans = sorted(
-            (int(self.begin[at]), int(self.end[at]), str(self.held[at].device), known[at], at)
-            for at in order.tolist()
-        )
+        known, begin, end = list(self.tensors), self.begin, self.end
         problems = []
-        open_: list[tuple[int, int, str, str, int]] = []
-        for span in spans:
-            begin, _, device, name, at = span
-            open_ = [other for other in open_ if other[1] > begin]
+        open_: list[int] = []
+        for at in sorted(order.tolist(), key=lambda at: (begin[at], end[at], known[at])):
+            open_ = [other for other in open_ if end[other] > begin[at]]
             problems += [
-                f"tensors {other!r} and {name!r} overlap in memory in part: what is loaded last "
-                "would overwrite the other; give one of them memory of its own"
-                for _, _, there, other, number in open_
-                if there == device and share(self.held[number], self.held[at])
+                f"tensors {known[other]!r} and {known[at]!r} overlap in memory in part: what is "
+                "loaded last would overwrite the other; give one of them memory of its own"
+                for other in open_
+                if self.held[other].device == self.held[at].device
+                and share(self.held[other], self.held[at])
             ]
-            open_.append(span)
+            open_.append(at)
         return problems
 
     def unsafe(self, names: Collection[str]) -> list[str]:

@@ -188,13 +188,18 @@ class Session:
         return replace(manifest, location=self.location)
 
     async def _names(self) -> Names:
+        def listed() -> Sequence[str]:
+            with contextlib.suppress(OSError):
+                return os.listdir(self.storage.location)  # noqa: PTH208  # names
+            return ()
+
         try:
             return await read_names(
                 self.storage,
                 executor=self.threads.kernels,
                 file=self.file,
                 verify=self.options.verify,
-                names=partial(self.on_disk, self._listed),
+                names=partial(self.on_disk, listed),
             )
         except CheckpointNotFoundError as error:
             from asyncloader.runs import is_run_folder  # noqa: PLC0415  # seldom
@@ -204,11 +209,6 @@ class Session:
                 raise
             problem = f"{error.problem}. It holds checkpoints: take asyncloader.latest() of it"
             raise CheckpointNotFoundError(error.location, problem) from error.__cause__
-
-    def _listed(self) -> Sequence[str]:
-        with contextlib.suppress(OSError):
-            return os.listdir(self.storage.location)  # noqa: PTH208  # names
-        return ()
 
 
 @contextlib.asynccontextmanager
