@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._checkpoint.slices import Slice as Slice, gen_slice as gen_slice
-    from ._loading.progress import Progress as Progress
+    from ._loading.progress import Progress as Progress, Span as Span
     from ._loading.report import LoadReport as LoadReport
     from ._loading.runtime import Runtime as Runtime
-    from ._loading.trace import Span as Span
     from ._planning.casts import Cast as Cast
     from ._planning.plan import LoadPlan as LoadPlan
     from ._saving.layout import WriteBlock as WriteBlock
@@ -79,10 +78,9 @@ __version__ = "0.1.0"
 # A name is imported when it is first used: torch takes seconds, and many commands do without.
 _MODULES = {
     "_checkpoint.slices": "Slice gen_slice",
-    "_loading.progress": "Progress",
+    "_loading.progress": "Progress Span",
     "_loading.report": "LoadReport",
     "_loading.runtime": "Runtime",
-    "_loading.trace": "Span",
     "_planning.casts": "Cast",
     "_planning.plan": "LoadPlan",
     "_saving.layout": "WriteBlock",

@@ -15,13 +15,10 @@ from ._loading.checks import check_tables
 from ._loading.claims import Claim
 from ._loading.destinations import describe_tensors
 from ._loading.load import Load
-from ._loading.opening import open_session
 from ._loading.planner import Planner, identity
-from ._loading.progress import Meter
-from ._loading.progress_bar import listening
+from ._loading.progress import Meter, Tracer, listening
 from ._loading.report import LoadReport, report_of
-from ._loading.runtime import Runtime
-from ._loading.trace import Tracer
+from ._loading.runtime import Runtime, open_session
 from ._loading.transaction import run
 from ._planning.casts import checked_cast
 from ._table.protocol import UpdateCounts
@@ -35,9 +32,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ._loading.progress import Progress
+    from ._loading.progress import Progress, Span
     from ._loading.session import Session
-    from ._loading.trace import Span
     from ._planning.casts import Casting
     from ._planning.plan import LoadPlan
     from ._planning.targets import LoadInfo
@@ -211,9 +207,8 @@ class Loader:
                 )  # fmt: skip
                 unless_committed.push(partial(_explain, load))
                 unless_committed.callback(load.abort)
-                await run(load, session)
-                retries = 0 if session.retrying is None else session.retrying.retries
-                tell = partial(report_of, load, tensors=self._tensors, retries=retries)
+                await run(load)
+                tell = partial(report_of, load, tensors=self._tensors, retries=session.retries)
                 [report] = await run_jobs(session.threads.kernels, [undisturbed(tell)])
             # No await from here on: a load that is cancelled leaves the tables as they were.
             start = time.perf_counter()

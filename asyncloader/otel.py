@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span as OpenSpan
     from opentelemetry.trace import Tracer
 
-    from ._loading.trace import Span
+    from ._loading.progress import Span
 
 __all__ = ["LiveSpans", "trace_to"]
 

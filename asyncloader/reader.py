@@ -10,9 +10,7 @@ import torch
 
 from ._arguments import checked_path
 from ._checkpoint.stored import stored_names
-from ._loading.contents import Contents
-from ._loading.opening import Sessions, open_session
-from ._loading.reading import read_stored, torch_dtype
+from ._loading.reading import Contents, read_stored, torch_dtype
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs
 from .options import ReadOptions
@@ -68,8 +66,7 @@ class CheckpointReader:
         **read: Unpack[ReadKeywords],
     ) -> None:
         self._path = checked_path(checkpoint_path, "checkpoint_path")
-        self._sessions = Sessions(self._path, ReadOptions.of(options, read))
-        self._contents = Contents()
+        self._contents = Contents(self._path, ReadOptions.of(options, read))
 
     def __repr__(self) -> str:
         return f"<CheckpointReader {self._path!r}: {self._contents!r}>"
@@ -81,11 +78,11 @@ class CheckpointReader:
         """Do nothing: a blocking call leaves no file open."""
 
     async def __aenter__(self) -> Self:
-        await self._sessions.__aenter__()
+        await self._contents.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._sessions.__aexit__()
+        await self._contents.__aexit__()
 
     async def atensor_names(self) -> list[str]:
         """Return all names: dense tensors, then `table@slot` of each table.
@@ -94,7 +91,7 @@ class CheckpointReader:
             CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
             ReadError: If the storage failed.
         """
-        async with self._sessions.use() as session:
+        async with self._contents.use() as session:
             catalog = await self._contents.catalog(session)
             [names] = await run_jobs(session.threads.kernels, [partial(stored_names, catalog)])
         return list(names)
@@ -107,19 +104,19 @@ class CheckpointReader:
             CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
             ReadError: If the storage failed.
         """
-        async with self._sessions.use() as session:
+        async with self._contents.use() as session:
             [stored] = await self._contents.find(session, [name])
         return torch.Size(stored.shape)
 
     async def atensor_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that `aread_tensor` would return; raises what `atensor_shape` does."""
-        async with self._sessions.use() as session:
+        async with self._contents.use() as session:
             [stored] = await self._contents.find(session, [name])
         return torch_dtype(self._path, stored)
 
     async def aread_tensor(self, name: str) -> Tensor:
         """Read all of a tensor into memory of its own; raises what `atensor_shape` does."""
-        async with self._sessions.use() as session:
+        async with self._contents.use() as session:
             found = await self._contents.find(session, [name])
             return (await read_stored(session, found))[name]
 
@@ -135,7 +132,7 @@ class CheckpointReader:
             ReadError: If the storage failed.
         """
         first, last = operator.index(begin), operator.index(end)
-        async with self._sessions.use() as session:
+        async with self._contents.use() as session:
             [stored] = await self._contents.find(session, [name])
             return (await read_stored(session, [stored.window(first, last)]))[name]
 
@@ -191,8 +188,8 @@ async def aload_tensors(
     if isinstance(names, str):
         raise TypeError(f"names are several, got one text; write [{names!r}]")
     wanted = None if names is None else tuple(names)
-    async with open_session(path, ReadOptions.of(options, read)) as session:
-        contents = Contents()
+    contents = Contents(path, ReadOptions.of(options, read))
+    async with contents.use() as session:
         if wanted is None:
             wanted = tuple((await contents.catalog(session)).tensors)
         return await read_stored(session, await contents.find(session, wanted))

@@ -38,6 +38,7 @@ __all__ = [
     "listed",
     "name_order",
     "newest_committed",
+    "newest_finished",
     "versions",
 ]
 

@@ -17,8 +17,7 @@ from ._arguments import (
     checked_path,
 )
 from ._loading.checks import check_tables, check_tensors
-from ._loading.progress import Meter
-from ._loading.progress_bar import listening
+from ._loading.progress import Meter, listening
 from ._saving.save import Order, save
 from ._saving.save_id import checked_save_id
 from ._storage.folder import LocalFolder

@@ -10,7 +10,7 @@ import functools
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ._arguments import check_progress, checked_path
-from ._loading.progress_bar import listening
+from ._loading.progress import listening
 from .options import ReadOptions
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from asyncloader import UpdateCounts
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._planning.targets import LoadInfo, TensorTargets
-    from asyncloader._storage.protocol import Storage
+    from asyncloader._storage.protocol import ReadInto, ThreadedStorage
     from asyncloader._threads.gate import Gate
 
+T = TypeVar("T")
 FDS = Path("/proc/self/fd")
 POISON = 0xA5
 
@@ -213,18 +214,33 @@ class MemoryStorage:
         return [name for name in names if name not in self.files]
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
-        number = len(self.reads)
+        with self._counted(name, offset, views) as number:
+            await asyncio.sleep(0)
+            return self._read(number, name, offset, views)
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
+        def read(offset: int, views: Sequence[memoryview]) -> int:
+            with self._counted(name, offset, views) as number:
+                return self._read(number, name, offset, views)
+
+        await asyncio.sleep(0)
+        return job(read)
+
+    @contextlib.contextmanager
+    def _counted(self, name: str, offset: int, views: Sequence[memoryview]) -> Iterator[int]:
         length = sum(view.nbytes for view in views)
         self.reads.append((name, offset, length))
         self.in_flight += length
         self.peak = max(self.peak, self.in_flight)
         try:
-            await asyncio.sleep(0)
-            if (error := self.before_read(number)) is not None:
-                raise error
-            return self._fill(self.files[name][offset:], views)
+            yield len(self.reads) - 1
         finally:
             self.in_flight -= length
+
+    def _read(self, number: int, name: str, offset: int, views: Sequence[memoryview]) -> int:
+        if (error := self.before_read(number)) is not None:
+            raise error
+        return self._fill(self.files[name][offset:], views)
 
     def _fill(self, content: bytes, views: Sequence[memoryview]) -> int:
         left = content[: self.at_most]
@@ -240,7 +256,7 @@ class MemoryStorage:
 class Run:
     """A load from a storage of one's own, which `Loader` does not take."""
 
-    storage: Storage
+    storage: ThreadedStorage
     tables: Mapping[str, HashTable] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     parallel: int = 4
@@ -266,7 +282,7 @@ class Run:
             plan = await self._plan(threads, into.targets)
             load = Load(session, plan, into, self.tables, meter=self.meter)
             self.touched = load.touched
-            return await complete(load, session)
+            return await complete(load)
 
     async def _plan(self, threads: Threads, tensors: TensorTargets) -> LoadPlan:
         targets = Targets(tensors=tensors, tables=describe_tables(self.tables))

@@ -13,8 +13,7 @@ from tests.live import Events, damage, live, publish
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from asyncloader._loading.progress import Progress
-    from asyncloader._loading.trace import Span
+    from asyncloader._loading.progress import Progress, Span
 
 
 def through_json(value: Any) -> dict[str, Any]:  # noqa: ANN401  # whatever has to_dict

@@ -27,7 +27,7 @@ from asyncloader import (
     SaveError,
     aconvert,
 )
-from asyncloader._loading.opening import open_session
+from asyncloader._loading.runtime import open_session
 from asyncloader._tools.converting.file import write_file
 from asyncloader._tools.converting.source import read_source
 from asyncloader._tools.verifying.verify import averify

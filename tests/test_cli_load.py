@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, Loader, Progress, aempty_like, gen_slice
-from asyncloader._loading.trace import Span
+from asyncloader._loading.progress import Span
 from asyncloader._tools.allocation import allocate
 from asyncloader._tools.content import check_room
 from asyncloader.cli._app import run as run_here
@@ -43,7 +43,7 @@ from tests.support import data, nothing_left_behind, raw, rows_in
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from asyncloader._loading.trace import Step
+    from asyncloader._loading.progress import Step
     from asyncloader.options import Verify
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.lowlevel
 import pytest
@@ -44,10 +45,13 @@ from tests.oracle import (
 from tests.support import debug_off
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from asyncloader._storage.protocol import ReadInto
+
+T = TypeVar("T")
 Shape = tuple[int, ...]
 Spec = tuple[Shape, torch.dtype, float]
 
@@ -481,8 +485,18 @@ class Unruly:
         return []
 
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
+        await self._later()
+        return self._read(name, offset, views)
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
+        await self._later()
+        return job(partial(self._read, name))
+
+    async def _later(self) -> None:
         for _ in range(self._rng.choice([0, 0, 1, 3, 9])):
             await anyio.lowlevel.checkpoint()
+
+    def _read(self, name: str, offset: int, views: Sequence[memoryview]) -> int:
         most = self._rng.choice([9, 1 << 30, 1 << 30, 1 << 30])
         done = 0
         for view in views:
@@ -510,7 +524,7 @@ async def load_from(
         )
         into = describe_tensors(destinations.tensors)
         load = Load(session, plan, into, destinations.tables, meter=Meter(0, None))
-        return await complete(load, session)
+        return await complete(load)
 
 
 HashTable([1])  # the first one imports numba, for which an event loop has no time

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from asyncloader._loading.tensors import bump_versions
+from asyncloader._loading.buffers import bump_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

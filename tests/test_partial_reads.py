@@ -20,7 +20,7 @@ from asyncloader._checkpoint.blocks import Block
 from asyncloader._checkpoint.dtypes import DTYPES
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, PartRows
 from asyncloader._loading.filling import Filling, row_groups
-from asyncloader._loading.verification import Verifier
+from asyncloader._loading.session import Verifier
 from asyncloader._threads.budget import ByteBudget
 from tests.oracle import TableData, edit_json, shard_holding, write_checkpoint
 from tests.support import MemoryStorage, Run, data, rows_in, rows_on_disk, table_for, unchanged
@@ -277,10 +277,9 @@ async def load_from(storage: Any, content: TableData, wanted: Slice, chunk_bytes
 
 @pytest.mark.parametrize(("chunk_bytes", "at_most"), [(40, 1000), (1000, 7), (1 << 20, 1 << 20)])
 @pytest.mark.parametrize("saved", [True, False])
-async def test_a_storage_that_lends_no_thread_gives_the_same(
+async def test_short_reads_give_the_same(
     tmp_path: Path, chunk_bytes: int, at_most: int, saved: bool
 ) -> None:
-    """`Loader`'s lends one; this is how all others are read."""
     content = data([*range(-50, 150, 3), 2**63 - 1, -(2**63)], width=3, exp_avg=1)
     if saved:
         save(tmp_path, content)
@@ -358,13 +357,12 @@ def test_memory_that_takes_no_bytes_as_they_lie_gets_its_rows() -> None:
     block = table_block(rows=20, row_bytes=12)
     rows = np.array([1, 2, 3, 9, 17])
     target = torch.zeros(5, 6)[:, ::2]
-    filling = Filling.of(block, rows, target, Verifier("here", widen=False))
+    filling = Filling(block, rows, target, Verifier("here", widen=False))
     assert filling.memory is None
     buffer = torch.zeros(1000, dtype=torch.uint8)
     for step in filling.steps(most=40, gap=24):
         view = filling.view(step, buffer)
-        first, last = filling.window(step)
-        view[:] = raw[first:last]
+        view[:] = raw[step.first : step.last]
         filling.take(step, view)
     assert torch.equal(target, stored[rows])
 

@@ -380,6 +380,18 @@ async def test_a_reader_can_be_opened_again_but_not_twice_at_once(checkpoint: Pa
         await reader.aread_tensor("layer1")
 
 
+async def test_a_reader_that_two_tasks_open_at_a_time_is_opened_once(checkpoint: Path) -> None:
+    """The files and threads of the other one were never let go."""
+    reader = CheckpointReader(checkpoint)
+    with nothing_left_behind():
+        opened, refused = await asyncio.gather(
+            reader.__aenter__(), reader.__aenter__(), return_exceptions=True
+        )
+        assert opened is reader
+        assert "open already" in str(refused)
+        await reader.__aexit__()
+
+
 def test_names_and_headers_are_read_once(checkpoint: Path, tmp_path: Path) -> None:
     for path in checkpoint.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from asyncloader._loading.staging import Arena, StagingPool
+from asyncloader._loading.buffers import Arena, StagingPool
 
 SIZE = 4 << 20
 

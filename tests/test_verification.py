@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import torch
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from asyncloader._storage.protocol import ReadInto
+
+T = TypeVar("T")
 CONTENT = data(list(range(500)), width=4, exp_avg=4)
 CHUNK = 8 << 20
 
@@ -348,6 +351,10 @@ class Replaced:
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         await self._count()
         return await self.real.readinto(name, offset, views)
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
+        await self._count()
+        return await self.real.on_thread(name, job)
 
 
 OLD = data(range(50), width=4, exp_avg=4)

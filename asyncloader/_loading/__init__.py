@@ -1,1 +1,1 @@
-"""Carries plans out: byte budget, readers, sinks."""
+"""Loads: opens a checkpoint, plans what goes where, and streams it there."""

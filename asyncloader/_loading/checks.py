@@ -1,4 +1,4 @@
-"""Which tensors and tables can be loaded and saved, and what to do about the others."""
+"""Which tensors and tables can be loaded and saved, and how to replace the others."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from asyncloader._checkpoint.dtypes import BY_TORCH
 from asyncloader._planning.targets import RowType, TableTarget
 
 if TYPE_CHECKING:
+    from asyncloader._checkpoint.dtypes import DType
     from asyncloader._table.protocol import LoadableTable, SavableTable
 
+
+_log = logging.getLogger("asyncloader")
+
+_UNNAMED = "hashtable"
+"""The name of a table without a name of its own, in RecIS, too."""
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
@@ -31,11 +36,11 @@ _QUANTIZED = {
 
 
 def check_tensors(tensors: Mapping[str, object], *, able: Literal["filled", "saved"]) -> None:
-    """Refuse what is no tensor, and tensors without memory that can be read or written as it lies.
+    """Refuse objects that are no tensors, and tensors without memory that can be used as it lies.
 
     Raises:
         TypeError: If one is no tensor, or a name is no text.
-        ValueError: If one has no plain memory; it says what to pass in its place.
+        ValueError: If one has no plain memory; the message says what to pass in its place.
     """
     given: list[torch.Tensor] = []
     for name, tensor in tensors.items():
@@ -62,7 +67,7 @@ def _remedy(value: object) -> str:
 
 
 def _are_plain(tensors: list[torch.Tensor]) -> bool:
-    """Say whether all are beyond doubt; asked of all at once, as most always are."""
+    """Say whether all are surely plain, as nearly always; asked of all at once."""
     return (
         set(map(type, tensors)) <= _PLAIN
         and set(map(attrgetter("layout"), tensors)) <= {torch.strided}
@@ -85,7 +90,7 @@ def _has_memory(tensor: torch.Tensor) -> bool:
 def _problem(  # noqa: PLR0911  # one for each kind
     tensor: torch.Tensor, able: Literal["filled", "saved"]
 ) -> str | None:
-    """Say why a tensor cannot be filled or saved, and what to do; `None` if it can."""
+    """Return why a tensor cannot be filled or saved, and a remedy; `None` if it can."""
     if is_lazy(tensor):
         return "is not initialized yet: run its module once, with some batch, and then pass it"
     if any(kind.__name__ == "FakeTensor" for kind in type(tensor).__mro__):
@@ -111,10 +116,9 @@ def _problem(  # noqa: PLR0911  # one for each kind
     return None
 
 
-_log = logging.getLogger("asyncloader")
-
-_UNNAMED = "hashtable"
-"""The name of a table without a name of its own, in RecIS, too."""
+def stored_dtype(dtype: torch.dtype) -> DType | None:
+    """Return a dtype as checkpoints know it, or `None` if no checkpoint can hold it."""
+    return BY_TORCH.get(str(dtype).removeprefix("torch."))
 
 
 def check_tables(
@@ -123,12 +127,7 @@ def check_tables(
     *,
     able: str,
 ) -> None:
-    """Refuse tables and tensors whose names could not be told apart.
-
-    Args:
-        tables: By any name.
-        tensors: By name.
-        able: The method that they are there for.
+    """Refuse tables without the method `able`, and names that could not be told apart.
 
     Raises:
         TypeError: If one is no table.
@@ -137,7 +136,8 @@ def check_tables(
     owners: dict[str, str] = {}
     for name, table in tables.items():
         if type(name) is not str or not hasattr(table, able):
-            hint = "; dense tensors are passed as tensors=" if isinstance(table, Tensor) else ""
+            dense = isinstance(table, torch.Tensor)
+            hint = "; dense tensors are passed as tensors=" if dense else ""
             problem = f"hashtables maps names to HashTables, got {name!r}: {type(table)}"
             raise TypeError(problem + hint)
         if list(table.children) == [_UNNAMED] != [name]:
@@ -165,12 +165,11 @@ def describe_tables(tables: Mapping[str, LoadableTable]) -> dict[str, TableTarge
     for name, table in tables.items():
         slots = {}
         for slot in table.slots().values():
-            dtype = BY_TORCH.get(str(slot.dtype).removeprefix("torch."))
+            dtype = stored_dtype(slot.dtype)
             if dtype is None:
                 raise ValueError(f"hashtables[{name!r}]: no checkpoint can hold {slot.dtype}")
             slots[slot.name] = RowType(shape=slot.shape, dtype=dtype)
-        target = TableTarget(
-            name=name, children=tuple(table.children), slice=table.slice, slots=slots
-        )
-        targets |= dict.fromkeys(table.children, target)
+        children = tuple(table.children)
+        target = TableTarget(name=name, children=children, slice=table.slice, slots=slots)
+        targets |= dict.fromkeys(children, target)
     return targets

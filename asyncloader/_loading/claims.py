@@ -1,10 +1,9 @@
-"""What is being filled, in all of the process: two loads into one tensor would mix."""
+"""The memory that loads fill, in all of the process: two loads into one tensor would mix."""
 
 from __future__ import annotations
 
 import os
 import threading
-from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -14,80 +13,58 @@ from .destinations import share
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-    import torch
     from numpy.typing import NDArray
 
     from .destinations import Destinations
 
 
 _lock = threading.Lock()
-_claims: set[Claim] = set()
-"""Of all loads that are under way."""
-
-
-class _Ranges(NamedTuple):
-    """Memory on one device, each int64 `[n]`, ascending."""
-
-    numbers: NDArray[np.int64]
-    """Of the tensors."""
-
-    begin: NDArray[np.int64]
-    end: NDArray[np.int64]
-    reach: NDArray[np.int64]
-    """The largest end so far: a range begins anew where it lies below the next begin."""
-
-    def meeting(self, other: _Ranges) -> Iterator[tuple[int, int]]:
-        """Yield the tensors whose ranges have bytes in common, one of ours and one of theirs.
-
-        Views that interleave, as the columns of a matrix do, count.
-        """
-        before = np.searchsorted(other.begin, self.end)  # how many ranges begin before each ends
-        reach = np.concatenate([[np.int64(-1)], other.reach])
-        for at in np.flatnonzero(reach[before] > self.begin):
-            for there in np.flatnonzero(other.end[: before[at]] > self.begin[at]):
-                yield int(self.numbers[at]), int(other.numbers[there])
+_claims: set[Claim] = set()  # of all loads that are under way
 
 
 class _Taken(NamedTuple):
-    """What one load fills."""
+    """The tensors and tables that one load fills."""
 
     location: str
     into: Destinations
-    ranges: Mapping[torch.device, _Ranges]
-    tables: Mapping[int, str]
+    numbers: NDArray[np.int64]  # of the tensors, as they lie in memory, `[n]`
+    tables: Mapping[int, str]  # their names, by `id`
 
     def check(self, other: _Taken) -> None:
-        """Make sure that another load fills nothing of it.
-
-        Raises:
-            RuntimeError: If it does.
-        """
         for table in self.tables.keys() & other.tables.keys():
             raise RuntimeError(_refusal(f"table {self.tables[table]!r}", other.location))
-        for device in self.ranges.keys() & other.ranges.keys():
-            mine, theirs = self.ranges[device], other.ranges[device]
-            for number, taken in mine.meeting(theirs):
-                if share(self.into.held[number], other.into.held[taken]):
-                    there = f"{other.location} (there it is {other.name(taken)!r})"
-                    raise RuntimeError(_refusal(f"tensors[{self.name(number)!r}]", there))
+        for number, taken in self._meeting(other):
+            one, another = self.into.held[number], other.into.held[taken]
+            if one.device == another.device and share(one, another):
+                there = f"{other.location} (there it is {other.into.name(taken)!r})"
+                raise RuntimeError(_refusal(f"tensors[{self.into.name(number)!r}]", there))
 
-    def name(self, number: int) -> str:
-        """Return the name of a tensor."""
-        return list(self.into.tensors)[number]
+    def _meeting(self, other: _Taken) -> Iterator[tuple[int, int]]:
+        """Yield the pairs of tensors, one of ours and one of theirs, whose addresses meet.
+
+        Views that interleave, as the columns of a matrix do, count; so do tensors of two devices
+        whose addresses are alike by chance.
+        """
+        begin, end = self.into.begin[self.numbers], self.into.end[self.numbers]
+        begins, ends = other.into.begin[other.numbers], other.into.end[other.numbers]
+        before = np.searchsorted(begins, end)  # how many of theirs begin before each of ours ends
+        reach = np.concatenate([[np.int64(-1)], np.maximum.accumulate(ends)])  # the last of those
+        for at in np.flatnonzero(reach[before] > begin).tolist():
+            for there in np.flatnonzero(ends[: before[at]] > begin[at]).tolist():
+                yield int(self.numbers[at]), int(other.numbers[there])
 
 
 class Claim:
     """One load's right to fill tensors and tables: no other may fill them during the block.
 
-    Enter it when the load begins: of two loads that are under way at a time, the one that comes to
-    `take` the memory second is refused, also where the first has ended by then. Which values stayed
-    would be chance.
+    Enter it when the load begins. Of two loads that are under way at a time, the one that calls
+    `take` second is refused, also where the first has ended by then: which values stayed would be
+    chance.
     """
 
     def __init__(self) -> None:
         self.taken: _Taken | None = None
-        self.ended: list[_Taken] | None = []
-        """What other loads have filled since this one began, until it comes to `take`."""
+        self.ended: list[_Taken] | None = []  # filled by others since we began, until `take`
 
     def __enter__(self) -> Self:
         with _lock:
@@ -109,21 +86,15 @@ class Claim:
         tables: Mapping[str, object],
         location: str,
     ) -> None:
-        """Take what is filled. Belongs on a thread.
-
-        Args:
-            into: All tensors.
-            names: The tensors that are filled.
-            tables: The tables that are filled, by name.
-            location: The checkpoint, for messages.
+        """Take the memory of the tensors `names`, and the tables; belongs on a thread.
 
         Raises:
             RuntimeError: If another load fills some of it, or a read that was given up may.
         """
-        numbers = {id(table): name for name, table in tables.items()}
         for unsafe in into.unsafe(names):
             raise RuntimeError(unsafe)
-        mine = _Taken(location, into, dict(_by_device(into, names)), numbers)
+        by_id = {id(table): name for name, table in tables.items()}
+        mine = _Taken(location, into, into.filled(names), by_id)
         # Compared outside of the lock, for which event loops wait: a later load sees this one.
         with _lock:
             others = (*(one.taken for one in _claims), *(self.ended or ()))
@@ -145,23 +116,8 @@ def _refusal(what: str, other: str) -> str:
     )
 
 
-def _by_device(
-    into: Destinations, names: Collection[str]
-) -> Iterator[tuple[torch.device, _Ranges]]:
-    chosen = np.array(into.targets.numbers(names), np.int64)
-    chosen = chosen[into.end[chosen] > into.begin[chosen]]
-    chosen = chosen[np.argsort(into.begin[chosen])]
-    devices = list(map(attrgetter("device"), map(into.held.__getitem__, chosen.tolist())))
-    kinds = {device: number for number, device in enumerate(set(devices))}
-    kind = np.array(list(map(kinds.__getitem__, devices)), np.int64)
-    for device, number in kinds.items():
-        numbers = chosen[kind == number]
-        end = into.end[numbers]
-        yield device, _Ranges(numbers, into.begin[numbers], end, np.maximum.accumulate(end))
-
-
 def _forked() -> None:
-    """Forget the loads of the parent: its threads are not here, its memory is a copy."""
+    """Forget the loads of the parent process: its threads are not here, its memory is a copy."""
     global _lock  # noqa: PLW0603  # a thread of the parent may have held it
     _lock = threading.Lock()
     _claims.clear()

@@ -1,7 +1,7 @@
-"""What dense tensors can take, where their memory lies, and which of them share it.
+"""Describes dense tensors: their types, where their memory lies, and which of them share it.
 
-Asked column by column: 100,000 tensors are asked in a few dozen milliseconds, one question after
-the other, and in half a second, one tensor after the other.
+Each question is asked of all tensors, then the next: of 100,000 tensors that takes a few dozen
+milliseconds. One tensor after the other would take half a second.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from asyncloader._checkpoint.dtypes import BY_TORCH
 from asyncloader._memory.pages import is_read_only
 from asyncloader._planning.targets import TensorTargets
 from asyncloader._threads.call import lost_memory
 
-from .checks import check_tensors
+from .checks import check_tensors, stored_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
-
-    from asyncloader._checkpoint.blocks import BlockType
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,31 +32,46 @@ class Destinations:
     """Dense tensors as they were when they were described. Holds on to their memory."""
 
     tensors: Mapping[str, torch.Tensor]
-    held: Sequence[torch.Tensor]
-    """Each of them, detached: the same memory, whatever becomes of the tensor."""
-
+    held: Sequence[torch.Tensor]  # detached: the same memory, whatever becomes of the tensor
     targets: TensorTargets
-    plain: NDArray[np.bool_]
-    """Whether a file's bytes can go there as they lie."""
+    plain: NDArray[np.bool_]  # whether a file's bytes can go there as they lie
+    begin: NDArray[np.int64]  # address of the first byte
+    end: NDArray[np.int64]  # one past the last
 
-    begin: NDArray[np.int64]
-    """Address of the first byte."""
+    def name(self, number: int) -> str:
+        return list(self.tensors)[number]
 
-    end: NDArray[np.int64]
-    """One past the last."""
+    def filled(self, names: Collection[str]) -> NDArray[np.int64]:
+        """Return the numbers of the tensors that have bytes, as they lie in memory, int64 `[n]`."""
+        chosen = np.array(self.targets.numbers(names), np.int64)
+        chosen = chosen[self.end[chosen] > self.begin[chosen]]
+        return chosen[np.argsort(self.begin[chosen])]
 
     def overlaps(self, names: Collection[str]) -> list[str]:
-        """Name the pairs of tensors that are neither apart nor the same, a sentence each."""
-        chosen = self.targets.numbers(names)
-        filled = np.array(chosen, np.int64)
-        filled = filled[self.end[filled] > self.begin[filled]]
-        order = filled[np.argsort(self.begin[filled])]
+        """Return a sentence for each pair of tensors that share some of their memory, but not all.
+
+        Views that interleave, as the columns of one matrix do, are apart.
+        """
+        order = self.filled(names)
         if not (self.begin[order[1:]] < self.end[order[:-1]]).any():
             return []  # nearly always; on several devices addresses may be alike by chance
-        return overlaps({name: self.held[at] for name, at in zip(names, chosen, strict=True)})
+        known, begin, end = list(self.tensors), self.begin, self.end
+        problems = []
+        open_: list[int] = []
+        for at in sorted(order.tolist(), key=lambda at: (begin[at], end[at], known[at])):
+            open_ = [other for other in open_ if end[other] > begin[at]]
+            problems += [
+                f"tensors {known[other]!r} and {known[at]!r} overlap in memory in part: what is "
+                "loaded last would overwrite the other; give one of them memory of its own"
+                for other in open_
+                if self.held[other].device == self.held[at].device
+                and share(self.held[other], self.held[at])
+            ]
+            open_.append(at)
+        return problems
 
     def unsafe(self, names: Collection[str]) -> list[str]:
-        """Name the tensors that a thread may still write to which was given up, a sentence each."""
+        """Return a sentence for each tensor to which a thread that was given up may still write."""
         lost = lost_memory()
         if not lost:
             return []
@@ -71,53 +83,39 @@ class Destinations:
             if any(self.begin[at] < end and begin < self.end[at] for begin, end in lost)
         ]
 
-    def check_memory(self, chosen: NDArray[np.int64]) -> None:
-        """Make sure that tensors lie where they lay when they were described.
+    def check_memory(self, chosen: NDArray[np.int64], staged: NDArray[np.int64]) -> None:
+        """Refuse tensors, by number, that lie elsewhere than when they were described, or nowhere.
 
-        Args:
-            chosen: int64 `[n]`, numbers of tensors.
-
-        Raises:
-            RuntimeError: If one lies elsewhere, or nowhere.
+        Values are copied to the `staged` ones among them: where such memory is read-only, a copy
+        would end the process, so that is refused, too. Into the others the kernel writes, which
+        returns an error.
         """
-        given = list(self.tensors.values())
+        given, names = list(self.tensors.values()), list(self.tensors)
         now = np.array([given[number].data_ptr() for number in chosen.tolist()], np.int64)
-        filled = self.end[chosen] > self.begin[chosen]
-        for odd in chosen[filled & ((now != self.begin[chosen]) | (now == 0))][:1].tolist():
+        filled = self.end > self.begin
+        moved = (now != self.begin[chosen]) | (now == 0)
+        for odd in chosen[filled[chosen] & moved][:1].tolist():
             what = "got other memory while it was being loaded" if self.begin[odd] else "has none"
             raise RuntimeError(
-                f"tensors[{list(self.tensors)[odd]!r}] {what}: its storage may not be exchanged, "
-                "resized or empty during a load"
+                f"tensors[{names[odd]!r}] {what}: its storage may not be exchanged, resized or "
+                "empty during a load"
             )
-
-    def check_writable(self, staged: NDArray[np.int64]) -> None:
-        """Make sure that tensors to which values are copied can be written to.
-
-        Into others the kernel writes, which says so; a copy would end the process.
-
-        Args:
-            staged: int64 `[n]`, numbers of tensors.
-
-        Raises:
-            ValueError: If one cannot.
-        """
-        for number in staged.tolist():
-            filled = self.held[number].is_cpu and self.end[number] > self.begin[number]
-            if filled and is_read_only(int(self.begin[number])):
+        for number in staged[filled[staged]].tolist():
+            if self.held[number].is_cpu and is_read_only(int(self.begin[number])):
                 raise ValueError(
-                    f"tensors[{list(self.tensors)[number]!r}] cannot be written to, as a file that "
-                    "is mapped read-only: load into a copy (`tensor.clone()`)"
+                    f"tensors[{names[number]!r}] cannot be written to, as a file that is mapped "
+                    "read-only: load into a copy (`tensor.clone()`)"
                 )
 
     def span(self) -> tuple[memoryview, int]:
         """Return one view that spans the memory of all plain tensors, and where it begins.
 
-        There may be anything between them, or nothing: only slices of it may be used, and those
-        only where a tensor lies. A slice costs a tenth of what a view made for each tensor does,
-        and keeps all of them alive.
+        Anything, or nothing, may lie between them: use only slices of the view, and only where a
+        tensor lies. A slice takes a tenth of the time that a view of each tensor would take, and
+        keeps all of them alive.
 
-        Not by way of `numpy()`: that forbids a tensor's storage, for good, to be resized. A
-        program that resizes it meanwhile takes the memory away: `Loader` says so.
+        Not by way of `numpy()`: then a tensor's storage can never be resized again. A program that
+        resizes it during a load takes the memory away: `Loader` says so.
         """
         used = self.plain & (self.end > self.begin) & (self.begin > 0)
         if not used.any():
@@ -129,7 +127,7 @@ class Destinations:
 
 
 def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
-    """Say what each tensor can take, and where.
+    """Describe tensors, and hold on to their memory.
 
     Raises:
         TypeError: If one is no tensor.
@@ -138,9 +136,10 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
     check_tensors(tensors, able="filled")
     given = list(tensors.values())
     dtypes = list(map(attrgetter("dtype"), given))
-    if not {_dtype_name(dtype) for dtype in set(dtypes)} <= BY_TORCH.keys():
+    stored = {one: found for one in set(dtypes) if (found := stored_dtype(one)) is not None}
+    if len(stored) < len(set(dtypes)):
         for name, dtype in zip(tensors, dtypes, strict=True):
-            if _dtype_name(dtype) not in BY_TORCH:
+            if dtype not in stored:
                 raise ValueError(f"tensors[{name!r}] is {dtype}, which no checkpoint can hold")
     held = list(map(torch.Tensor.detach, given))
     types: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
@@ -153,24 +152,21 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
     begin = np.array(list(map(torch.Tensor.data_ptr, held)), np.int64)
     end = begin + (sizes[kinds] if len(kinds) else kinds)
     for number in np.flatnonzero(~contiguous & (end > begin)).tolist():
-        if overlaps_itself(held[number]):
+        if _overlaps_itself(held[number]):
             raise ValueError(
                 f"tensors[{list(tensors)[number]!r}] is expanded, or overlaps itself: several of "
                 "its elements are one place in memory; pass a clone() of it"
             )
-        end[number] = begin[number] + extent(held[number])
+        end[number] = begin[number] + _extent(held[number])
     turned = _flags(map(torch.Tensor.is_neg, held))
     if any(dtype.is_complex for dtype, _ in types):
         turned |= _flags(map(torch.Tensor.is_conj, held))
-    known: list[BlockType] = [
-        (BY_TORCH[_dtype_name(dtype)], tuple(shape)) for dtype, shape in types
-    ]
+    known = [(stored[dtype], tuple(shape)) for dtype, shape in types]
+    memory = _memory(list(tensors), held, dtypes, begin[end > begin])
     return Destinations(
         tensors=tensors,
         held=held,
-        targets=TensorTargets(
-            tensors, known, kinds, _memory(list(tensors), held, dtypes, begin[end > begin])
-        ),
+        targets=TensorTargets(tensors, known, kinds, memory),
         plain=contiguous & ~turned & _flags(map(attrgetter("is_cpu"), held)),
         begin=begin,
         end=end,
@@ -181,17 +177,13 @@ def _flags(answers: Iterable[bool]) -> NDArray[np.bool_]:
     return np.array(list(answers), np.bool_)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _memory(
     names: Sequence[str],
     tensors: Sequence[torch.Tensor],
     dtypes: Sequence[torch.dtype],
     addresses: NDArray[np.int64],
 ) -> list[int] | None:
-    """Return a number for each memory; `None` if all are different."""
+    """Return a number for each tensor, equal for equal memory; `None` if all are different."""
     ordered = np.sort(addresses)  # `np.unique` imports `numpy.ma`, which takes 50 ms or more
     if not (ordered[1:] == ordered[:-1]).any():
         return None
@@ -209,8 +201,8 @@ def _memory(
 _MAX_WORK = 1_000_000
 
 
-def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Say whether elements share a place; exact for whatever slicing, turning and viewing make."""
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Say whether elements share a place; exact for what slices, transposes and views make."""
     last = 0  # where the last element of the dimensions so far lies
     steps = zip(tensor.stride(), tensor.shape, strict=True)
     for step, size in sorted(pair for pair in steps if pair[1] > 1):
@@ -220,31 +212,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Name the pairs of tensors that are neither apart nor the same, a sentence each.
-
-    Views that interleave, as the columns of one matrix do, are apart.
-    """
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + extent(tensor), str(tensor.device), name)
-        for name, tensor in tensors.items()
-        if tensor.numel()
-    )
-    problems = []
-    open_: list[tuple[int, int, str, str]] = []
-    for span in spans:
-        open_ = [other for other in open_ if other[1] > span[0]]
-        problems += [
-            f"tensors {other[3]!r} and {span[3]!r} overlap in memory in part: what is loaded last "
-            "would overwrite the other; give one of them memory of its own"
-            for other in open_
-            if other[2] == span[2] and share(tensors[other[3]], tensors[span[3]])
-        ]
-        open_.append(span)
-    return problems
-
-
-def extent(tensor: torch.Tensor) -> int:
+def _extent(tensor: torch.Tensor) -> int:
     """Return the bytes from the first element to the end of the last."""
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.itemsize

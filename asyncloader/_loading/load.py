@@ -2,58 +2,76 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from asyncloader._planning.reads import Extents, plan_reads
-from asyncloader._storage.protocol import ThreadedStorage
+from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
+from asyncloader._planning.reads import plan_reads
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import AsyncLoaderError
 
-from .indexing import Arrival, Indexer
-from .pieces import GAP_BYTES, row_pieces, step_bytes
-from .sinks import DirectSink, IdSink, Sinks, sink_for
-from .staging import StagingPool
-from .tensors import bump_versions, plain_bytes
-from .trace import Tracer
+from .buffers import StagingPool, bump_versions
+from .progress import Tracer
+from .sinks import GAP_BYTES, Sink, Sinks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from asyncloader._checkpoint.blocks import Block
+    from asyncloader._checkpoint.slices import Slice
     from asyncloader._planning.plan import LoadPlan, PartLoad, TableLoad
-    from asyncloader._planning.reads import Extent, Read
+    from asyncloader._planning.reads import Read
     from asyncloader._table.protocol import LoadableTable, LoadableUpdate, UpdateCounts
 
     from .claims import Claim
     from .destinations import Destinations
-    from .pieces import RowPiece
     from .progress import Meter
-    from .session import Session
-    from .sinks import Sink
-    from .verification import Verifier
+    from .session import Session, Verifier
 
 
 _NAMED = 20
 
+# All ids, the wanted ones, the encoded ones, their positions, their groups: five int64 a row.
+_ID_BYTES = 8
+ROW_COST = 5 * _ID_BYTES
+# So many bytes are still in the cache when a thread picks rows from them.
+_STEP = 4 << 20
+
+
+class RowPiece(NamedTuple):
+    """Rows `[start, start + rows)` of a part of which only some are wanted."""
+
+    table: TableLoad
+    part: PartLoad
+    update: LoadableUpdate
+    start: int
+    rows: int
+
+
+class Arrival(NamedTuple):
+    """Rows `[first, first + rows)` of an update, whose ids are there and not in the index yet."""
+
+    update: LoadableUpdate
+    layer: int
+    child: str
+    first: int
+    rows: int
+    claimed: Slice | None  # the slice to check the ids against; `None` where that is done
+
 
 class Load:
-    """A load under way: what is read, the memory that it goes to, the updates of tables.
+    """A load under way: its reads, the memory that they fill, the updates of tables.
 
     Args:
         session: The checkpoint, threads and memory for reads.
-        plan: What to read, and where to.
-        tensors: The tensors that the plan was made for.
-        tables: The tables that the plan was made for.
+        plan: It was made for these tensors and tables.
+        tensors: As they were described for the plan.
+        tables: By the names in the plan.
         meter: Counts reads.
         claim: The right to fill memory; `None` where the memory is new.
         tracer: Gets every step.
         verifier: Compares bytes with digests; `None` is the session's.
-
-    Attributes:
-        touched: The tensors that were written to, by name, and whether by way of staging memory.
-        warnings: What is odd about the values, once all is read.
-        reads: What is left for `stream` to carry out.
     """
 
     def __init__(
@@ -68,47 +86,40 @@ class Load:
         tracer: Tracer | None = None,
         verifier: Verifier | None = None,
     ) -> None:
+        self.session = session
         self.plan = plan
         self.tensors = tensors
         self.meter = meter
         self.tracer = tracer or Tracer(None)
         self.verifier = verifier or session.verifier
-        self.storage = session.storage
-        self.lender = self.storage if isinstance(self.storage, ThreadedStorage) else None
         self.threads = session.threads
-        self.budget = session.budget
-        self.parallel = session.options.parallel
+        self.storage = session.storage
         self.chunk_bytes = session.options.read_bytes
-        self.indexer = Indexer(self.threads, self.tracer)
         self.staging = StagingPool(self.chunk_bytes)
         self.row_staging = StagingPool(self._row_step())
-        self.gap = memoryview(bytearray(GAP_BYTES))  # reads write to it, and nothing reads it
         self.sinks: Sinks
         self.reads: list[Read | RowPiece] = []
-        self.touched: dict[str, bool] = {}
-        self.warnings: Sequence[str] = ()
+        # No bound: an arrival is a few numbers, its ids are where they will stay. `None` ends one
+        # of the tasks that take arrivals.
+        self.arrivals: asyncio.Queue[Arrival | None] = asyncio.Queue()
+        self.touched: dict[str, bool] = {}  # by name; whether by way of staging memory
+        self.warnings: Sequence[str] = ()  # of odd values; known once all is read
         self._claim = claim
         self._tables = tables
         self._updates: dict[str, LoadableUpdate] = {}
-        self._extents: list[Extent] = []
-        self._pieces: list[RowPiece] = []
         self._lost_before = self.storage.lost
 
     async def prepare(self) -> None:
         """Take the memory, make room in the tables, and cut everything into reads.
 
         Afterwards, or after a failure, call `commit` or `abort` in the end.
-
-        Raises:
-            RuntimeError: If another load fills some of the memory.
-            MemoryError: If there is no room.
         """
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
 
     async def finish(self) -> None:
-        """Make ready what `commit` will show. Everything has been read."""
+        """Make the new rows ready for `commit`. Everything has been read."""
         for name, update in self._updates.items():
             with self.tracer.span("index", f"{name}: join"):
                 for jobs in update.finish(threads=self.threads.kernel_count):
@@ -117,7 +128,7 @@ class Load:
         self.meter.finish()
 
     def commit(self) -> dict[str, UpdateCounts]:
-        """Let every table show its new rows; return what was done to each.
+        """Let every table show its new rows; return the counts of each.
 
         Nothing is awaited, so no cancellation can come between one table and the next.
         """
@@ -132,7 +143,7 @@ class Load:
                 stack.callback(update.abandon if lost else update.abort)
 
     def explain(self, error: BaseException) -> None:
-        """Say on an error which tensors are no longer what they were."""
+        """Note on an error which tensors were written to."""
         names = tuple(sorted(self.touched))
         if isinstance(error, AsyncLoaderError):
             error.touched = names
@@ -143,29 +154,33 @@ class Load:
 
     @property
     def lost(self) -> bool:
-        """Whether a read was given up: its thread may write at any time."""
+        """Whether a read was given up: its thread may still write."""
         return self.storage.lost > self._lost_before
+
+    def step_bytes(self, block: Block) -> int:
+        """Return how many bytes of a block a thread reads before it picks rows from them."""
+        most = min(self.chunk_bytes, _STEP)
+        if block.digests is None:
+            return most
+        return max(most // DIGEST_CHUNK, 1) * DIGEST_CHUNK
+
+    def _row_step(self) -> int:
+        """Return how large the buffers are that some rows of a part are picked from."""
+        parts = (part for table in self.plan.tables for part in table.parts if not part.certain)
+        return max((self.step_bytes(part.ids) for part in parts), default=self.chunk_bytes)
 
     def _tell_autograd(self) -> None:
         bump_versions(list(map(self.tensors.tensors.__getitem__, self.touched)))
 
-    def _row_step(self) -> int:
-        """Return how large the buffers are that rows, wanted in part, are picked from."""
-        lends = self.lender is not None
-        parts = (part for table in self.plan.tables for part in table.parts if not part.certain)
-        steps = (step_bytes(part.ids, chunk_bytes=self.chunk_bytes, lends=lends) for part in parts)
-        return max(steps, default=self.chunk_bytes)
-
     def _prepare(self) -> None:
-        _ = self.plan.shards  # worked out here, not on the loop
+        _ = self.plan.shards  # computed here, not on the loop
         if self._claim is not None:
             tables = {load.name: self._tables[load.name] for load in self.plan.tables}
             names = self.plan.tensors.names
             self._claim.take(self.tensors, names, tables, self.plan.location)
         self.sinks = Sinks(self.plan.tensors, self.tensors)
-        for table in self.plan.tables:
-            self._begin(table)
-        extents = self.sinks.dense_extents() + Extents.of(self._extents)
+        pieces = [piece for table in self.plan.tables for piece in self._begin(table)]
+        extents = self.sinks.extents()
         reads = plan_reads(extents, chunk_bytes=self.chunk_bytes, gap_bytes=GAP_BYTES)
         # Ids first, so that they are indexed while the rest is read.
         ids = self.sinks.ids
@@ -173,48 +188,57 @@ class Load:
         rest: list[Read] = []
         for read in reads:
             (first if ids and ids.intersection(read.sinks.tolist()) else rest).append(read)
-        self.reads = [*first, *self._pieces, *rest]
+        self.reads = [*first, *pieces, *rest]
 
-    def _begin(self, table: TableLoad) -> None:
-        """Reserve rows for the blocks that are wanted whole; note the others for later."""
+    def _begin(self, table: TableLoad) -> Iterator[RowPiece]:
+        """Reserve rows for the blocks that are wanted whole; yield pieces of the others."""
         update = self._tables[table.name].begin(most=table.most, expected=table.expected)
         self._updates[table.name] = update
         for number, slots in enumerate(table.layers):
             expected = sum(part.expected for part in table.parts if part.layer == number)
             update.layer(slots, expected)
-        widen = self.verifier.widen
         for part in table.parts:
             if part.certain:
-                self._add_part(table, part, update)
+                self._reserve(table, part, update)
             else:
-                self._pieces += row_pieces(
-                    table, part, update, chunk_bytes=self.chunk_bytes, widen=widen
-                )
+                yield from self._row_pieces(table, part, update)
 
-    def _add_part(self, table: TableLoad, part: PartLoad, update: LoadableUpdate) -> None:
+    def _reserve(self, table: TableLoad, part: PartLoad, update: LoadableUpdate) -> None:
         first = update.reserve(part.layer, part.rows, part.rank)
-        indexer = self.indexer  # not self: a cycle would keep the tables until the next collection
+        arrivals = self.arrivals  # not self: a cycle would keep tables until the next collection
 
         def arrived(row: int, count: int) -> None:
             assert row + count <= part.rows, "rows lie within their part"
-            indexer.put(
-                Arrival(
-                    update=update, layer=part.layer, child=part.child,
-                    first=first + row, count=count, claimed=part.claimed,
-                )
-            )  # fmt: skip
+            arrivals.put_nowait(
+                Arrival(update, part.layer, part.child, first + row, count, part.claimed)
+            )
 
-        memory = plain_bytes(update.view("id", first, part.rows))
-        if memory is None:
+        ids = Sink.of(table.name, update.view("id", first, part.rows), part.ids, arrived)
+        if ids.memory is None:
             raise TypeError(f"table {table.name!r}: its ids are not in plain host memory")
-        self._add(IdSink(table.name, memory, arrived), part.ids)
+        self.sinks.add(ids)
         for slot, block in part.slots.items():
-            rows = update.view(slot, first, part.rows)
-            self._add(sink_for(table.name, rows, block.dtype), block)
+            self.sinks.add(Sink.of(table.name, update.view(slot, first, part.rows), block))
 
-    def _add(self, sink: Sink, block: Block) -> None:
-        if isinstance(sink, DirectSink) and sink.nbytes != block.nbytes:
-            raise RuntimeError(f"{sink.name!r} got other memory while it was being loaded")
-        extent = self.sinks.add(sink, block)
-        if extent is not None:
-            self._extents.append(extent)
+    def _row_pieces(
+        self, table: TableLoad, part: PartLoad, update: LoadableUpdate
+    ) -> Iterator[RowPiece]:
+        """Cut the rows of a part that may be wanted into pieces whose bookkeeping fits a chunk.
+
+        If there are digests, a piece ends where a chunk of ids ends, or of rows of many a size. If
+        reads of ids are widened to whole chunks, a piece has as many ids as a chunk.
+        """
+        step = max(self.chunk_bytes // ROW_COST, 1)
+        if part.ids.digests is not None:
+            whole = self.verifier.widen or is_believed(part)
+            step = DIGEST_CHUNK // _ID_BYTES if whole else 1 << (step.bit_length() - 1)
+        start, stop = part.reach.start, part.reach.stop
+        while start < stop:
+            end = min((start // step + 1) * step, stop)
+            yield RowPiece(table, part, update, start, end - start)
+            start = end
+
+
+def is_believed(part: PartLoad) -> bool:
+    """Say whether rows are left out because the sidecar says that they are not wanted."""
+    return len(part.reach) < part.rows

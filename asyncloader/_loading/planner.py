@@ -1,6 +1,6 @@
 """Produces the load info and the plan: which bytes go where. Touches no destination.
 
-Names and headers are read; everything else is pure work, done on threads so that the event loop
+Names and headers are read; everything else is pure work, on threads, so that the event loop
 gets its turn.
 """
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from asyncloader._table.protocol import LoadableTable
 
     from .destinations import Destinations
+    from .progress import Tracer
     from .session import Session
-    from .trace import Tracer
 
 _log = logging.getLogger(__name__)
 
@@ -44,63 +44,41 @@ _NAMED = 20
 
 
 def identity(info: LoadInfo) -> LoadInfo:
-    """Return what it is given: the `filter_func` that changes nothing."""
+    """Return the load info as it is: the `filter_func` that changes nothing."""
     return info
 
 
 @dataclass(kw_only=True)
 class Planner:
-    """Plans loads into tables and tensors.
+    """Plans loads into tables and tensors."""
 
-    Args:
-        tables: By any name.
-        tensors: By name.
-        filter_func: Gets the load info, and returns the one to use.
-        strict: Whether something that is asked for but not in the checkpoint is an error.
-        cast: Which values may be converted.
-        tracer: Gets every step.
-    """
-
-    tables: Mapping[str, LoadableTable]
+    tables: Mapping[str, LoadableTable]  # by any name
     tensors: Mapping[str, Tensor]
-    filter_func: Callable[[LoadInfo], LoadInfo]
-    strict: bool
-    cast: Casting | None
+    filter_func: Callable[[LoadInfo], LoadInfo]  # returns the load info to use
+    strict: bool  # whether something that is asked for but not in the checkpoint is an error
+    cast: Casting | None  # which values may be converted
     tracer: Tracer
 
     def default_load_info(self) -> LoadInfo:
-        """Return what `filter_func` gets: every destination from its own name."""
-        return default_load_info(self._targets(describe_tensors(self.tensors)))
-
-    async def load_info(self, session: Session, targets: Targets) -> LoadInfo:
-        """Return what to load from which names, as `filter_func` wants it.
-
-        Raises:
-            TypeError: If `filter_func` returns something else.
-            ValueError: If what it returns makes no sense.
-        """
-        kernels = session.threads.kernels
-        [default] = await run_jobs(kernels, [partial(default_load_info, targets)])
-        [info] = await run_jobs(kernels, [partial(checked_load_info, self.filter_func(default))])
-        return info
+        """Return the load info that `filter_func` gets: every destination from its own name."""
+        return default_load_info(self._describe()[1])
 
     async def plan(self, session: Session) -> tuple[LoadPlan, Destinations]:
         """Read names and headers, and decide which bytes go where.
 
-        Returns:
-            The plan, and the tensors as they were described for it; their memory is held on to.
+        Returns the plan, and the tensors as they were described for it; their memory is held on to.
 
         Raises:
             CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
             PlanError: If checkpoint and destinations disagree.
-            ReadError: If the storage failed.
+            TypeError: If `filter_func` returns something else than a load info.
         """
         kernels, described, info = session.threads.kernels, None, None
         if self.filter_func is not identity:
             [described] = await run_jobs(kernels, [undisturbed(self._describe)])
-            info = await self.load_info(session, described[1])
+            info = await self._load_info(session, described[1])
         with self.tracer.span("plan", "names"):
-            choose_now = partial(self._choose, described=described, info=info)
+            choose_now = partial(self._choose, described, info)
             into, catalog, choice, shards = await session.with_names(choose_now)
         with self.tracer.span("plan", "headers"):
             manifest = await session.manifest(catalog, shards)
@@ -112,32 +90,31 @@ class Planner:
             _log.warning("%s: %s", plan.location, warning)
         return plan, into
 
+    async def _load_info(self, session: Session, targets: Targets) -> LoadInfo:
+        """Return the load info that `filter_func` makes of the default."""
+        kernels = session.threads.kernels
+        [default] = await run_jobs(kernels, [partial(default_load_info, targets)])
+        [info] = await run_jobs(kernels, [partial(checked_load_info, self.filter_func(default))])
+        return info
+
+    def _describe(self) -> tuple[Destinations, Targets]:
+        """Describe the destinations as they are now, and hold on to their memory."""
+        into = describe_tensors(self.tensors)
+        return into, Targets(tensors=into.targets, tables=describe_tables(self.tables))
+
     def _choose(
-        self,
-        names: Names,
-        *,
-        described: tuple[Destinations, Targets] | None,
-        info: LoadInfo | None,
+        self, described: tuple[Destinations, Targets] | None, info: LoadInfo | None, names: Names
     ) -> tuple[Destinations, Catalog, Choice, tuple[str, ...]]:
-        """Choose what to load; return also the shards whose headers are needed."""
+        """Choose the blocks to load; return also the shards whose headers are needed."""
         into, targets = described or self._describe()
         catalog = names.parse()
         choice = choose(catalog, info, targets)
         return into, catalog, choice, choice.shards()
 
-    def _describe(self) -> tuple[Destinations, Targets]:
-        """Describe the destinations as they are now, and hold on to their memory."""
-        into = describe_tensors(self.tensors)
-        return into, self._targets(into)
-
-    def _targets(self, into: Destinations) -> Targets:
-        """Say what there is to fill, as it is now: slots may have come."""
-        return Targets(tensors=into.targets, tables=describe_tables(self.tables))
-
     def _decide(
         self, manifest: Manifest, choice: Choice, into: Destinations
     ) -> tuple[LoadPlan, list[str]]:
-        """Return the plan, and what to warn of."""
+        """Return the plan, and warnings."""
         choice.problems += [*into.overlaps(choice.tensors), *into.unsafe(choice.tensors)]
         plan = plan_load(manifest, choice, strict=self.strict, casting=self.cast)
         warnings = list(plan.warnings)

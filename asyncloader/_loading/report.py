@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,73 +22,72 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport(AsDict):
-    """What a load did. `str` is one line; `rich.print` shows a table."""
+    """What a load did. `str` is one line; `rich.print` shows a table.
+
+    Attributes:
+        location: The checkpoint.
+        bytes_read: From storage; without headers, index, and bytes that were only compared.
+        bytes_wanted: The bytes that were asked for; gaps that were read along with them do not
+            count.
+        bytes_verified: The bytes among `bytes_wanted` that were compared with digests, and found to
+            be the same: 0 if there are none, or with `verify="off"`.
+        reads: How many reads there were.
+        seconds: How long the load took.
+        tables: What was done to each table, by its name.
+        tensors: By name: `loaded`, `copied` (by way of staging memory), `shared with …` (tied: its
+            memory was filled under that name), `missing`, or `not asked for` (left out by
+            `filter_func`).
+        filled: How many of them are `loaded` or `copied`.
+        missing: Asked for, not in the checkpoint: `tensor`, `table`, or `table@slot`. Destinations
+            keep what they held.
+        unexpected: In the checkpoint, and not asked for.
+        warnings: What is odd about the checkpoint but did no harm.
+        casts: What was converted to another dtype on its way; see `Loader`'s `cast`.
+        retries: How often something was read again that the storage had failed at. More than a few
+            are a disk or a network to look after.
+        lag: How late the event loop was, and what the load did about it; `None` unless it was asked
+            to see to that (`max_loop_lag`, `pressure`).
+    """
 
     location: str
     bytes_read: int
-    """From storage; headers, index, and what was only compared not counted."""
-
     bytes_wanted: int
-    """The bytes that were asked for; gaps that were read along with them do not count."""
-
     bytes_verified: int
-    """The bytes among `bytes_wanted` that were compared with digests, and found to be the same: 0
-    if there are none, or with `verify="off"`."""
-
     reads: int
     seconds: float
     tables: Mapping[str, UpdateCounts]
-    """By the table's name."""
-
     tensors: Mapping[str, str]
-    """By name: `loaded`, `copied` (by way of staging memory), `shared with …` (tied: its memory
-    was filled under that name), `missing`, or `not asked for` (left out by `filter_func`)."""
-
     filled: int
-    """How many of them are `loaded` or `copied`."""
-
     missing: tuple[str, ...]
-    """Asked for, not in the checkpoint: `tensor`, `table`, or `table@slot`. Destinations keep what
-    they held."""
-
     unexpected: tuple[str, ...]
-    """In the checkpoint, and not asked for."""
-
     warnings: tuple[str, ...]
-    """What is odd about the checkpoint but did no harm."""
-
     casts: tuple[Cast, ...] = ()
-    """What was converted to another dtype on its way; see `Loader`'s `cast`."""
-
     retries: int = 0
-    """How often something was read again that the storage had failed at. More than a few are a
-    disk or a network to look after."""
-
     lag: LoopLag | None = None
-    """How late the event loop was, and what the load did about it; `None` unless it was asked to
-    see to that (`max_loop_lag`, `pressure`)."""
 
     def __str__(self) -> str:
         rows = sum(table.rows for table in self.tables.values())
-        text = (
-            f"{self.location}: {size_text(self.bytes_read)} in {self.seconds:.2f} s "
-            f"({self.gigabytes_per_second:.2f} GB/s), "
-            f"{self.filled} tensor{'s' * (self.filled != 1)}, "
-            f"{rows:,} rows of {len(self.tables)} table{'s' * (len(self.tables) != 1)}"
-        )
+        parts = [
+            (
+                f"{self.location}: {size_text(self.bytes_read)} in {self.seconds:.2f} s "
+                f"({self.gigabytes_per_second:.2f} GB/s)"
+            ),
+            f"{self.filled} tensor{'s' * (self.filled != 1)}",
+            f"{rows:,} rows of {len(self.tables)} table{'s' * (len(self.tables) != 1)}",
+        ]
         if self.bytes_verified:
-            text += f", {self.verified}"
-        if self.missing:
-            text += f", {len(self.missing)} missing"
-        if self.unexpected:
-            text += f", {len(self.unexpected)} unexpected"
-        if self.casts:
-            text += f", {len(self.casts)} cast"
-        if self.retries:
-            text += f", {self.retries} retried"
+            parts.append(self.verified)
+        for count, what in (
+            (len(self.missing), "missing"),
+            (len(self.unexpected), "unexpected"),
+            (len(self.casts), "cast"),
+            (self.retries, "retried"),
+        ):
+            if count:
+                parts.append(f"{count} {what}")
         if self.lag is not None:
-            text += f", {self.lag}"
-        return text
+            parts.append(str(self.lag))
+        return ", ".join(parts)
 
     @property
     def verified(self) -> str:
@@ -115,15 +115,17 @@ class LoadReport(AsDict):
         surplus = self.bytes_read - self.bytes_wanted
         also = f", {size_text(surplus)} of it only to join reads" if surplus else ""
         head.add_row("read", f"{size_text(self.bytes_read)} in {self.reads:,} reads{also}")
-        rate = f"{self.gigabytes_per_second:.2f} GB/s"
         head.add_row("digests", self.verified)
+        rate = f"{self.gigabytes_per_second:.2f} GB/s"
         head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
         if self.retries:
             times = "once" if self.retries == 1 else f"{self.retries:,} times"
             head.add_row("storage", Text(f"failed and was tried again {times}", style="yellow"))
         if self.lag is not None:
             head.add_row("event loop", str(self.lag))
-        tally = _tally(self.tensors.values())
+        tally = Counter(
+            "shared" if how.startswith("shared") else how for how in self.tensors.values()
+        )
         if tally:
             counts = ", ".join(f"{count:,} {what}" for what, count in tally.items())
             head.add_row("tensors", counts)
@@ -163,12 +165,9 @@ class LoadReport(AsDict):
 
 
 def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport:
-    """Say what a load did, but for what `commit` does to tables; belongs on a thread.
+    """Report a load that is not committed yet, so without tables; belongs on a thread.
 
-    Args:
-        load: It has run.
-        tensors: All names that were asked for.
-        retries: How often something was read again.
+    `tensors` are all names that were asked for.
     """
     plan, meter = load.plan, load.meter
     done = dict.fromkeys(plan.tensors.names, "loaded")
@@ -192,11 +191,3 @@ def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport
         casts=plan.casts,
         retries=retries,
     )
-
-
-def _tally(values: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for value in values:
-        kind = "shared" if value.startswith("shared") else value
-        counts[kind] = counts.get(kind, 0) + 1
-    return counts

@@ -1,4 +1,4 @@
-"""What loads take, and may share: threads, a budget of bytes, descriptors."""
+"""Opens checkpoints, with threads, a byte budget and descriptors, which loads may share."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import asyncio
 import contextlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from asyncloader._arguments import check_callable
+from asyncloader._checkpoint.safetensors import is_weight_map
 from asyncloader._storage.descriptors import Descriptors
+from asyncloader._storage.local import LocalStorage
+from asyncloader._storage.protocol import ThreadedStorage
+from asyncloader._storage.retrying import ThreadedRetryingStorage
 from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.disk import Disk
 from asyncloader._threads.gate import Gate
 from asyncloader._threads.jobs import settled
 from asyncloader._threads.lag import LagWatch
 from asyncloader._threads.pool import Threads
 from asyncloader.options import ReadOptions
 
+from .session import Session, in_time, on_disk
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from asyncloader._storage.protocol import ThreadedStorage
 
 T = TypeVar("T")
 
@@ -72,55 +80,35 @@ class Runtime:
         wrap_storage: Callable[[ThreadedStorage], ThreadedStorage] = _as_it_is,
     ) -> None:
         check_callable(wrap_storage, "wrap_storage")
-        self._wrap = wrap_storage
         self._options = ReadOptions(
             parallel=parallel,
             max_inflight_bytes=max_inflight_bytes,
             max_loop_lag=max_loop_lag,
             pressure=pressure,
         )
-        self._held: Hold[Resources] | None = None
-        self._is_entered = False
+        # It is not known yet how large chunks are: small ones may have use for all threads.
+        self._held = Hold(partial(open_resources, self._options, reads=parallel, wrap=wrap_storage))
 
     def __repr__(self) -> str:
         held = self._held
-        if held is None:
+        if held.value is None:
             return "<Runtime: not entered>"
         return f"<Runtime: {held.users} loads, {held.value.budget!r}>"
 
     async def __aenter__(self) -> Self:
-        if self._is_entered:
+        if self._held.is_entered:
             raise RuntimeError(f"{self!r} is entered already")
-        self._is_entered = True  # before the first await: two could enter at once
-        try:
-            # It is not known yet how large chunks are: small ones may have use for all threads.
-            reads = self._options.parallel
-            self._held = await Hold.open(
-                open_resources(self._options, reads=reads, wrap=self._wrap)
-            )
-        except BaseException:
-            self._is_entered = False
-            raise
+        await self._held.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        held, self._held = self._held, None
-        if held is None:
-            return
-        try:
-            await held.close()
-        finally:
-            self._is_entered = False
+        await self._held.close()
 
     @contextlib.asynccontextmanager
     async def lend(self) -> AsyncIterator[Resources]:
-        """Lend what loads share, for the length of the block; for loaders.
-
-        Raises:
-            RuntimeError: If it is not entered, or elsewhere.
-        """
+        """Lend resources to a load, for the length of the block."""
         held = self._held
-        if held is None:
+        if held.value is None:
             raise RuntimeError("the runtime is not entered: async with Runtime() as runtime: ...")
         if held.process != os.getpid():
             raise RuntimeError("the runtime was entered in another process; make one in this one")
@@ -135,19 +123,14 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What loads of one event loop take, one of them or many at a time."""
+    """The threads and memory of one load, or of many at a time, on one event loop."""
 
-    options: ReadOptions
-    """What they keep to, all together."""
-
+    options: ReadOptions  # the limits of all loads together
     threads: Threads
     budget: ByteBudget
     descriptors: Descriptors
-    watch: LagWatch | None
-    """Keeps what the event loop was promised, if that is anything."""
-
+    watch: LagWatch | None  # keeps the promises to the event loop, if there are any
     wrap: Callable[[ThreadedStorage], ThreadedStorage]
-    """Gets the files of a checkpoint, and returns what is read from in their place."""
 
 
 @contextlib.asynccontextmanager
@@ -155,20 +138,21 @@ async def open_resources(
     options: ReadOptions,
     *,
     reads: int | None = None,
-    wrap: Callable[[ThreadedStorage], ThreadedStorage] = lambda storage: storage,
+    wrap: Callable[[ThreadedStorage], ThreadedStorage] = _as_it_is,
 ) -> AsyncIterator[Resources]:
-    """Hold threads for the length of the block.
+    """Start threads for the length of the block, `reads` of them for reads.
 
-    Args:
-        options: For all that use them together.
-        reads: Threads that read; `None` is as many as are of use for chunks of the usual size.
-        wrap: Gets the files of a checkpoint, and returns what is read from in their place.
+    `None` is as many as are of use for chunks of the usual size.
     """
     # No more threads than whole chunks fit into memory: the others would wait.
     count = max(options.max_inflight_bytes // options.read_bytes, 1)
     count = min(options.parallel, count) if reads is None else reads
     gate = Gate(most=count)
-    async with _watch(gate, options) as watch, Threads(reads=count, gate=gate) as threads:
+    watching: contextlib.AbstractAsyncContextManager[LagWatch | None] = contextlib.nullcontext()
+    if options.promises:
+        bound = math.inf if options.max_loop_lag is None else options.max_loop_lag
+        watching = LagWatch(gate, bound=bound, pressure=options.pressure)
+    async with watching as watch, Threads(reads=count, gate=gate) as threads:
         yield Resources(
             options=options,
             threads=threads,
@@ -179,45 +163,37 @@ async def open_resources(
         )
 
 
-def _watch(
-    gate: Gate, options: ReadOptions
-) -> contextlib.AbstractAsyncContextManager[LagWatch | None]:
-    if not options.promises:
-        return contextlib.nullcontext()
-    bound = math.inf if options.max_loop_lag is None else options.max_loop_lag
-    return LagWatch(gate, bound=bound, pressure=options.pressure)
-
-
 class Hold(Generic[T]):
-    """Belongs to the event loop and the process that opened it.
+    """Opens a value once for any number of blocks that use it; may be opened again.
 
-    Attributes:
-        value: What is open.
-        users: How many blocks use it.
-        loop: The event loop.
-        process: The process's number.
+    Belongs to the event loop and the process that opened it.
     """
 
-    def __init__(self, value: T, stack: contextlib.AsyncExitStack) -> None:
-        self.value = value
+    def __init__(self, manager: Callable[[], contextlib.AbstractAsyncContextManager[T]]) -> None:
+        self.value: T | None = None  # `None` where it is not open
         self.users = 0
-        self.loop = asyncio.get_running_loop()
-        self.process = os.getpid()
-        self._stack = stack
+        self.is_entered = False  # from when it begins to open until it is closed
+        self.process = 0
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._manager = manager
+        self._stack = contextlib.AsyncExitStack()
         self._idle = asyncio.Event()
-        self._idle.set()
 
-    @classmethod
-    async def open(cls, manager: contextlib.AbstractAsyncContextManager[T]) -> Hold[T]:
-        """Enter a context manager, for others to use what it yields."""
-        stack = contextlib.AsyncExitStack()
-        return cls(await stack.enter_async_context(manager), stack)
+    async def open(self) -> None:
+        assert not self.is_entered
+        self.is_entered = True  # before the first await: two could enter at once
+        try:
+            self.value = await self._stack.enter_async_context(self._manager())
+        except BaseException:
+            self.is_entered = False
+            raise
+        self.loop, self.process = asyncio.get_running_loop(), os.getpid()
 
     @contextlib.contextmanager
     def use(self) -> Iterator[T]:
         """Yield the value: it stays open at least until the block ends."""
+        assert self.value is not None, "it is open"
         self.users += 1
-        self._idle.clear()
         try:
             yield self.value
         finally:
@@ -227,8 +203,79 @@ class Hold(Generic[T]):
 
     async def close(self) -> None:
         """Wait until no block uses it, as threads may be writing to memory; then close it."""
+        if self.value is None:
+            return
+        self.value = None
         try:
             if self.users:
+                self._idle = asyncio.Event()
                 await settled(asyncio.ensure_future(self._idle.wait()))
         finally:
             await self._stack.aclose()
+            self.is_entered = False
+
+
+@contextlib.asynccontextmanager
+async def open_session(
+    path: str,
+    options: ReadOptions,
+    *,
+    seen: dict[str, tuple[int, ...]] | None = None,
+    runtime: Runtime | None = None,
+) -> AsyncIterator[Session]:
+    """Hold descriptors and threads for the length of the block, and keep to `options.timeout`.
+
+    Args:
+        path: A folder, a safetensors file, or a weight map.
+        options: How to read, as far as a shared runtime allows.
+        seen: Which files there were when they were first opened; see `LocalStorage`.
+        runtime: Its threads, bytes and promises are used, in place of such of its own.
+    """
+    holding = open_resources(options) if runtime is None else runtime.lend()
+    async with in_time(path, options.timeout) as watched, holding as resources:
+        disk = Disk(resources.threads.reads, seconds=options.stall_timeout)
+        root, file = await on_disk(disk, partial(_root_and_file, path), path)
+        # Of a weight map's files, the map chooses which.
+        trusted = file is not None and not is_weight_map(file)
+        files = LocalStorage(
+            root,
+            disk=disk,
+            descriptors=resources.descriptors,
+            seen=seen,
+            direct_io=options.direct_io,
+            # A file that the user has named may be a link to anywhere: the user chose it.
+            follow_symlinks=options.follow_symlinks or trusted,
+        )
+        async with files:
+            storage, shared = resources.wrap(files), resources.options
+            if not isinstance(storage, ThreadedStorage):
+                raise TypeError(f"wrap_storage returned {storage!r}, which is no ThreadedStorage")
+            session = Session(
+                location=str(Path(path)),
+                file=file,
+                # A wrapper need not count lost reads: the files do.
+                storage=ThreadedRetryingStorage(storage, lost=lambda: files.lost),
+                threads=resources.threads,
+                disk=disk,
+                options=replace(
+                    options,
+                    parallel=min(options.parallel, shared.parallel),
+                    chunk_bytes=min(options.read_bytes, shared.read_bytes),
+                    max_inflight_bytes=shared.max_inflight_bytes,
+                ),
+                budget=resources.budget,
+                watch=resources.watch,
+            )
+            watched.append(disk)
+            async with session.explaining():
+                yield session
+
+
+def _root_and_file(path: str) -> tuple[Path, str | None]:
+    """Return the folder to look into, and the name of the file if it is one."""
+    whole = Path(path)
+    # `os.path`, unlike `Path`, never raises.
+    is_file = os.path.isfile(whole)  # noqa: PTH113
+    if is_file or (whole.name.endswith(".safetensors") and not os.path.isdir(whole)):  # noqa: PTH112
+        return whole.parent, whole.name
+    return whole, None

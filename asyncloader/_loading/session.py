@@ -11,26 +11,30 @@ from typing import TYPE_CHECKING, TypeVar
 
 from asyncloader._checkpoint.catalog import Names, read_names
 from asyncloader._checkpoint.manifest import read_manifest
+from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
 from asyncloader._storage.protocol import read_error
+from asyncloader._storage.retrying import RetryingStorage
 from asyncloader._threads.call import StalledError
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import (
     CheckpointChangedError,
     CheckpointError,
     CheckpointNotFoundError,
+    LoadTimeoutError,
     ReadError,
     ReadStalledError,
 )
 
-from .verification import Verifier
-
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from asyncloader._checkpoint.blocks import Block
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._storage.protocol import Storage
-    from asyncloader._storage.retrying import RetryingStorage
+    from asyncloader._storage.protocol import ThreadedStorage
     from asyncloader._threads.budget import ByteBudget
     from asyncloader._threads.disk import Disk
     from asyncloader._threads.lag import LagWatch
@@ -40,45 +44,96 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_JUST_BEFORE = 1e-6  # seconds
+
 _CHANGED = (
     "was replaced, removed or written to while it was being loaded; load the checkpoint anew, or "
     "the one that has taken its place"
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """Compares whole chunks with their digests; a chunk that was read in part is not verified."""
+
+    location: str  # the checkpoint, for messages
+    widen: bool  # whether to read more, so that every wanted byte lies in a whole chunk
+
+    def window(self, block: Block, begin: int, end: int) -> tuple[int, int]:
+        """Return the bytes of a block to read where `[begin, end)` are wanted."""
+        if not self.widen or block.digests is None:
+            return begin, end
+        first, last = begin // DIGEST_CHUNK, chunk_count(end)
+        return first * DIGEST_CHUNK, min(last * DIGEST_CHUNK, block.nbytes)
+
+    def windows(
+        self, block: Block, begins: NDArray[np.int64], chunk_bytes: int
+    ) -> NDArray[np.int64] | None:
+        """Cut a block into stretches of whole chunks, and return the number of each byte's stretch.
+
+        Reads that keep to one stretch, of about `chunk_bytes`, read as many chunks whole as they
+        can, and none twice. Takes and returns int64 `[n]`; `None` where there are no digests.
+        """
+        if block.digests is None:
+            return None
+        stretch: NDArray[np.int64] = begins // (max(chunk_bytes // DIGEST_CHUNK, 1) * DIGEST_CHUNK)
+        return stretch
+
+    def check(self, block: Block, begin: int, view: memoryview) -> range:
+        """Compare the bytes from `begin` on with the block's digests; belongs on a thread.
+
+        Returns the bytes of the block that are verified.
+
+        Raises:
+            CheckpointError: If a chunk has another digest.
+        """
+        if block.digests is None:
+            return range(begin, begin)
+        end = begin + view.nbytes
+        last = chunk_count(block.nbytes) if end >= block.nbytes else end // DIGEST_CHUNK
+        chunks = range(chunk_count(begin), last)
+        for number in chunks:
+            first = number * DIGEST_CHUNK
+            last = min(first + DIGEST_CHUNK, block.nbytes)
+            found = digest_of(view[first - begin : last - begin])
+            if found != block.digests[number]:
+                problem = (
+                    f"bytes [{block.offset + first}, {block.offset + last}) are not those that "
+                    f"were written: their digest should be {block.digests[number]}, it is {found}; "
+                    "copy the file again, or take another checkpoint"
+                )
+                raise CheckpointError(self.location, problem, block.shard, block.key)
+        if not chunks:
+            return range(begin, begin)
+        return range(chunks.start * DIGEST_CHUNK, min(chunks.stop * DIGEST_CHUNK, block.nbytes))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """A checkpoint that is open for reading, on one event loop."""
 
-    location: str
-    """The checkpoint, for messages."""
-
-    file: str | None
-    """The one file in `storage` that is all of it, unless all of the folder is."""
-
-    storage: Storage
+    location: str  # the checkpoint, for messages
+    file: str | None  # the one file in `storage` that is all of it, unless all of the folder is
+    storage: ThreadedStorage
     threads: Threads
     disk: Disk
-    """Has threads do what may block."""
-
     options: ReadOptions
     budget: ByteBudget
-    retrying: RetryingStorage | None = None
-    """The storage, if it tries again what fails."""
+    watch: LagWatch | None = None  # keeps the loop's lag within a bound, if there is one
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # tasks take turns to read names
 
-    watch: LagWatch | None = None
-    """Keeps the loop's lag within a bound, if there is one."""
+    @property
+    def retries(self) -> int:
+        """How often the storage tried a failed read again."""
+        return self.storage.retries if isinstance(self.storage, RetryingStorage) else 0
 
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """For what several tasks should not do at the same time."""
+    @property
+    def verifier(self) -> Verifier:
+        return Verifier(self.location, widen=self.options.verify == "require")
 
     @contextlib.asynccontextmanager
     async def explaining(self) -> AsyncIterator[None]:
-        """Say which checkpoint could not be read; or that it has changed, if that is why.
-
-        Raises:
-            CheckpointChangedError: If a file could not be read that is another one by now.
-        """
+        """Name the checkpoint in the errors of reads; say that it has changed, if that is why."""
         try:
             yield
         except ReadStalledError as error:  # another question would wait as long again
@@ -92,12 +147,7 @@ class Session:
             raise
 
     async def check_unchanged(self, shards: Sequence[str]) -> None:
-        """Make sure that the shards are the files that they were when they were opened.
-
-        Raises:
-            CheckpointChangedError: If one of them is not.
-            ReadError: If the storage failed.
-        """
+        """Make sure that the shards are the files that they were when they were opened."""
         if not shards:
             return
         try:
@@ -108,38 +158,48 @@ class Session:
             raise CheckpointChangedError(self.location, _CHANGED, changed[0])
 
     async def on_disk(self, job: Callable[[], T]) -> T:
-        """Return what a job finds that looks at files, but reads none.
-
-        Raises:
-            ReadStalledError: If it was given up.
-        """
+        """Have a thread do a job that looks at files, but reads none."""
         return await on_disk(self.disk, job, self.location)
 
-    def _listed(self) -> Sequence[str]:
-        with contextlib.suppress(OSError):
-            return os.listdir(self.storage.location)  # noqa: PTH208  # names
-        return ()
+    async def catalog(self) -> Catalog:
+        return await self.with_names(Names.parse)
 
-    @property
-    def verifier(self) -> Verifier:
-        """Compares what was read with digests."""
-        return Verifier(self.location, widen=self.options.verify == "require")
-
-    async def names(self) -> Names:
-        """Read the texts that say which names there are.
+    async def with_names(self, job: Callable[[Names], T]) -> T:
+        """Read the names, and return the result of a job that a thread does with them.
 
         Raises:
             CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
-            CheckpointError: If such a file cannot be read.
+            CheckpointError: If a file of names cannot be read, or its text is no good.
             ReadError: If the storage failed.
         """
+        names = await self._names()
+        try:
+            [result] = await run_jobs(self.threads.kernels, [undisturbed(partial(job, names))])
+        except CheckpointError:
+            await names.check_unchanged()
+            raise
+        return result
+
+    async def manifest(self, catalog: Catalog, shards: Iterable[str]) -> Manifest:
+        parallel, executor = self.options.parallel, self.threads.kernels
+        manifest = await read_manifest(
+            self.storage, catalog, shards, parallel=parallel, executor=executor
+        )
+        return replace(manifest, location=self.location)
+
+    async def _names(self) -> Names:
+        def listed() -> Sequence[str]:
+            with contextlib.suppress(OSError):
+                return os.listdir(self.storage.location)  # noqa: PTH208  # names
+            return ()
+
         try:
             return await read_names(
                 self.storage,
                 executor=self.threads.kernels,
                 file=self.file,
                 verify=self.options.verify,
-                names=partial(self.on_disk, self._listed),
+                names=partial(self.on_disk, listed),
             )
         except CheckpointNotFoundError as error:
             from asyncloader.runs import is_run_folder  # noqa: PLC0415  # seldom
@@ -150,49 +210,35 @@ class Session:
             problem = f"{error.problem}. It holds checkpoints: take asyncloader.latest() of it"
             raise CheckpointNotFoundError(error.location, problem) from error.__cause__
 
-    async def catalog(self) -> Catalog:
-        """Read which names there are; raises what `names` does, and if a text is no good."""
-        return await self.with_names(Names.parse)
 
-    async def with_names(self, job: Callable[[Names], T]) -> T:
-        """Read which names there are, and return what a job, on a thread, makes of them.
+@contextlib.asynccontextmanager
+async def in_time(path: str, seconds: float | None) -> AsyncIterator[list[Disk]]:
+    """Keep to a time-out; its error says what was being read when it passed.
 
-        Raises:
-            CheckpointError: If a text is no good, besides what `names` raises.
-        """
-        names = await self.names()
-        try:
-            [result] = await run_jobs(self.threads.kernels, [undisturbed(partial(job, names))])
-        except CheckpointError:
-            await names.check_unchanged()
-            raise
-        return result
+    Yields an empty list, for the disks to ask.
+    """
+    disks: list[Disk] = []
+    under_way: list[str] = []
 
-    async def manifest(self, catalog: Catalog, shards: Iterable[str]) -> Manifest:
-        """Read the headers of some shards.
+    def look() -> None:
+        under_way.extend(label for disk in disks for label in disk.under_way())
 
-        Raises:
-            CheckpointError: If one of them is no good.
-            ReadError: If the storage failed.
-        """
-        manifest = await read_manifest(
-            self.storage,
-            catalog,
-            shards,
-            parallel=self.options.parallel,
-            executor=self.threads.kernels,
-        )
-        return replace(manifest, location=self.location)
+    loop, limit = asyncio.get_running_loop(), asyncio.timeout(seconds)
+    timer = None if seconds is None else loop.call_later(seconds - _JUST_BEFORE, look)
+    try:
+        async with limit:
+            yield disks
+    except TimeoutError as error:
+        if seconds is not None and limit.expired():
+            raise LoadTimeoutError(path, seconds, under_way) from error
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 async def on_disk(disk: Disk, job: Callable[[], T], location: str) -> T:
-    """Return what a job finds that looks at files, of a checkpoint that may not be open yet.
-
-    Raises:
-        ReadStalledError: If it was given up.
-    """
     try:
         return await disk.call(job, label=location)
     except StalledError as error:
-        stalled = ReadStalledError(location, 0, 0, str(error))
-        raise stalled from error
+        raise ReadStalledError(location, 0, 0, str(error)) from error

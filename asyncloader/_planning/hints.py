@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import heapq
+import os
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,16 @@ RENAME = ": rename them with filter_func"
 # to compare, no reader gets that far.
 _NAMES, _CANDIDATES, _LENGTH = 5, 200, 200
 _PREFIXES = 3
+
+
+def hint_for(name: str, names: Sequence[str]) -> str:
+    """Return in brackets which of `names` was meant by another name, or nothing."""
+
+    def in_common(other: str) -> int:
+        return len(os.path.commonprefix((name, other)))  # noqa: RUF071  # any text, not only paths
+
+    likely = heapq.nlargest(_CANDIDATES, names, in_common)
+    return did_you_mean([name], likely)[name]
 
 
 def did_you_mean(

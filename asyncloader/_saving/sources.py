@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from asyncloader._checkpoint.sidecar import SUB_SLICES
-from asyncloader._loading.tensors import copy_elements, plain_bytes
+from asyncloader._loading.buffers import boxes, plain_bytes
 
 if TYPE_CHECKING:
     import torch
 
-    from asyncloader._loading.staging import Arena
+    from asyncloader._loading.buffers import Arena
     from asyncloader._table.protocol import SavableSnapshot
     from asyncloader._table.snapshot import SortedRows
 
@@ -56,7 +56,8 @@ class TensorSource:
         itemsize = self._tensor.itemsize
         out = arena.take(end - begin)
         values = out.view(self._tensor.dtype)
-        copy_elements(self._tensor, begin // itemsize, values)
+        for box, part in boxes(self._tensor, begin // itemsize, values):
+            part.copy_(box)
         return out.numpy().data
 
     def done(self) -> None:

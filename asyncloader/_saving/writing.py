@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, ShardDigests, chunk_count, digest_of
-from asyncloader._loading.staging import Arena, StagingPool
+from asyncloader._loading.buffers import Arena, StagingPool
 from asyncloader._threads.jobs import for_each, run_jobs
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from asyncloader._checkpoint.slices import gen_slice
 from asyncloader._loading.checks import describe_tables
 from asyncloader._loading.destinations import describe_tensors
 from asyncloader._loading.load import Load
-from asyncloader._loading.opening import open_session
 from asyncloader._loading.reading import has_dtype, torch_dtype
+from asyncloader._loading.runtime import open_session
+from asyncloader._loading.session import Verifier
 from asyncloader._loading.transaction import complete
-from asyncloader._loading.verification import Verifier
 from asyncloader._memory.allocation import zeros
 from asyncloader._planning.casts import can_cast
 from asyncloader._planning.choice import choose
@@ -193,6 +193,4 @@ async def fill(
     [(plan, into)] = await run_jobs(session.threads.kernels, [decide])
     meter.total = plan.nbytes
     verifier = Verifier(session.location, widen=True)
-    return await complete(
-        Load(session, plan, into, tables, meter=meter, verifier=verifier), session
-    )
+    return await complete(Load(session, plan, into, tables, meter=meter, verifier=verifier))

@@ -10,9 +10,9 @@ from asyncloader._checkpoint.parts import ID, table_problems
 from asyncloader._checkpoint.problems import Problems
 from asyncloader._checkpoint.stored import stored_names, stored_tensor
 from asyncloader._display import size_text
-from asyncloader._loading.contents import hint_for
 from asyncloader._memory.allowance import address_space
 from asyncloader._memory.allowance import free_memory as _free_memory
+from asyncloader._planning.hints import hint_for
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
 

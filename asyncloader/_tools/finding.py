@@ -11,8 +11,8 @@ import numpy as np
 from asyncloader._checkpoint.parts import ID, id_problems, without_rows
 from asyncloader._checkpoint.problems import Problems
 from asyncloader._checkpoint.stored import Stored
-from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
+from asyncloader._loading.runtime import open_session
 from asyncloader.errors import CheckpointError
 from asyncloader.options import ReadOptions
 

@@ -11,9 +11,9 @@ import torch
 from asyncloader._checkpoint.parts import ID, id_problems
 from asyncloader._checkpoint.problems import Problems
 from asyncloader._checkpoint.stored import stored_tensor
-from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.reading import has_numbers, torch_dtype
+from asyncloader._loading.runtime import open_session
 from asyncloader.options import ReadOptions
 
 from .content import find_table, stored_slot

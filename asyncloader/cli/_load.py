@@ -21,8 +21,8 @@ from ._output import print_json, progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from asyncloader._loading.progress import Span
     from asyncloader._loading.report import LoadReport
-    from asyncloader._loading.trace import Span
 
 _DEFAULTS = ReadOptions()
 

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from asyncloader._loading.progress_bar import progress_bar
+from asyncloader._loading.progress import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

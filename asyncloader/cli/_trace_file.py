@@ -14,7 +14,7 @@ import orjson
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncloader._loading.trace import Span
+    from asyncloader._loading.progress import Span
 
 _MICRO = 1e6
 _DIGITS = 3

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._loading.opening import open_session
+from asyncloader._loading.runtime import open_session
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import AsyncLoaderError, SaveError
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter, Stages
 from asyncloader._loading.reading import has_numbers, read_stored
+from asyncloader._loading.runtime import open_session
 from asyncloader._threads.jobs import for_each, run_jobs
 from asyncloader._tools.content import read_content
 from asyncloader._tools.values import flat

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asyncloader._checkpoint.problems import AllProblems
-from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
+from asyncloader._loading.runtime import open_session
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.content import check_room, free_memory
 from asyncloader._tools.verifying.ids import count_duplicates
