@@ -24,8 +24,8 @@ from asyncloader._loading.transaction import complete
 from asyncloader._planning.choice import choose
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets, default_load_info
-from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.disk import Disk
+from asyncloader._threads.jobs import ByteBudget
 from asyncloader._threads.pool import Threads, WorkerPool
 from asyncloader.options import ReadOptions
 from tests.oracle import TableData, flat_bytes, rows_of

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from asyncloader import CheckpointError, CheckpointNotFoundError, Progress, ReadOptions
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
-from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.disk import Disk
+from asyncloader._threads.jobs import ByteBudget
 from asyncloader._threads.pool import Threads
 from asyncloader._tools.verifying.verify import averify, verify_session
 from asyncloader.cli._app import run as command

@@ -36,7 +36,7 @@ from asyncloader import (
     TruncatedShardError,
     gen_slice,
 )
-from asyncloader._threads.budget import ByteBudget
+from asyncloader._threads.jobs import ByteBudget
 from tests.oracle import (
     DTYPES,
     edit_header,

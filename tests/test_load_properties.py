@@ -22,8 +22,8 @@ from asyncloader._loading.load import Load
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
 from asyncloader._loading.transaction import complete
-from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.disk import Disk
+from asyncloader._threads.jobs import ByteBudget
 from asyncloader._threads.pool import Threads
 from asyncloader.options import ReadOptions
 from tests.oracle import (

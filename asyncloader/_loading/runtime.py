@@ -17,10 +17,9 @@ from asyncloader._storage.descriptors import Descriptors
 from asyncloader._storage.local import LocalStorage
 from asyncloader._storage.protocol import ThreadedStorage
 from asyncloader._storage.retrying import ThreadedRetryingStorage
-from asyncloader._threads.budget import ByteBudget
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.gate import Gate
-from asyncloader._threads.jobs import settled
+from asyncloader._threads.jobs import ByteBudget, settled
 from asyncloader._threads.lag import LagWatch
 from asyncloader._threads.pool import Threads
 from asyncloader.options import ReadOptions

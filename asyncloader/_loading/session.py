@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._storage.protocol import ThreadedStorage
-    from asyncloader._threads.budget import ByteBudget
     from asyncloader._threads.disk import Disk
+    from asyncloader._threads.jobs import ByteBudget
     from asyncloader._threads.lag import LagWatch
     from asyncloader._threads.pool import Threads
     from asyncloader.options import ReadOptions

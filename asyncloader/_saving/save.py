@@ -10,8 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._display import listed
-from asyncloader._threads.budget import ByteBudget
-from asyncloader._threads.jobs import run_jobs
+from asyncloader._threads.jobs import ByteBudget, run_jobs
 from asyncloader._threads.pool import Threads
 from asyncloader.errors import SaveError, SaveTimeoutError
 

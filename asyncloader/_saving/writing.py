@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from asyncloader._loading.progress import Meter
     from asyncloader._storage.folder import Folder, WritableFile
-    from asyncloader._threads.budget import ByteBudget
+    from asyncloader._threads.jobs import ByteBudget
     from asyncloader._threads.pool import Threads
 
     from .layout import PlacedBlock, ShardLayout, WriteBlock
