@@ -28,7 +28,7 @@ from ._threads.blocking import run_blocking
 from .errors import CheckpointError, CheckpointNotFoundError, TruncatedShardError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
 __all__ = [
     "Version",
@@ -109,7 +109,7 @@ async def newest_finished(looks: Looks, folder: Path) -> Path:
     lacking: list[str] = []
     async with contextlib.aclosing(_newest_first(looks, folder)) as found:
         async for path in found:
-            lack = await looks(_lack_of, path)
+            lack = await looks.at_many(partial(_lack_of, path))
             if not lack:
                 return path
             lacking.append(f"{path.name!r}: {lack}")
@@ -150,7 +150,10 @@ def versions(run_folder: str | os.PathLike[str]) -> tuple[Version, ...]:
         CheckpointNotFoundError: If there is no such folder.
         CheckpointError: If it cannot be listed.
     """
-    checked_path(run_folder, "run_folder")
+    return _versions(Path(checked_path(run_folder, "run_folder")), int)
+
+
+def _versions(run_folder: Path, tick: Callable[[], object]) -> tuple[Version, ...]:
     try:
         with os.scandir(run_folder) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(_HIDDEN)]
@@ -160,7 +163,11 @@ def versions(run_folder: str | os.PathLike[str]) -> tuple[Version, ...]:
         raise CheckpointNotFoundError(os.fspath(run_folder), problem) from error
     except OSError as error:
         raise CheckpointError(os.fspath(run_folder), f"cannot be listed: {error}") from error
-    found = [version for name in names if (version := _version(Path(run_folder), name))]
+    found = []
+    for name in names:
+        tick()
+        if (version := _version(run_folder, name)) is not None:
+            found.append(version)
     return tuple(sorted(found, key=lambda version: (version.modified, name_order(version.name))))
 
 
@@ -184,7 +191,7 @@ async def _newest_first(looks: Looks, folder: Path) -> AsyncGenerator[Path, None
         if await looks(_is_committed, folder / name):
             seen.add(name)
             yield folder / name
-    for version in reversed(await looks(versions, folder)):
+    for version in reversed(await looks.at_many(partial(_versions, folder))):
         if version.committed and version.name not in seen:
             yield folder / version.name
 
@@ -238,7 +245,7 @@ def name_order(name: str) -> list[str | int]:
     return [int(part) if n % 2 else part for n, part in enumerate(parts)]
 
 
-def _lack_of(path: Path) -> str:
+def _lack_of(path: Path, tick: Callable[[], object]) -> str:
     """Say which file is missing or short, as while it is copied; a load tells other faults.
 
     Returns:
@@ -251,6 +258,7 @@ def _lack_of(path: Path) -> str:
         if mark.stat().st_size > MAX_NAMES and not mark.name.endswith(_SAFETENSORS):
             return ""
         for shard in sorted(_shards(mark)):
+            tick()
             _check_length(mark.parent, shard, recis=mark.name == INDEX)
         if mark.name == INDEX:
             _written(mark.parent / TENSORKEY)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from asyncloader import CheckpointError, Live, LoadStarted, Saver, Swapped
 from asyncloader._serving.rest import Rest
 from asyncloader._serving.source import candidate
+from asyncloader._storage.small_files import Looks
 from tests.live import Events, build, live, looked, publish, serving, state
 from tests.support import nothing_left_behind
 
@@ -198,6 +199,7 @@ async def test_it_is_the_process_s_own_clock_that_says_for_how_long_files_were_a
     for file in path.iterdir():
         os.utime(file, (1, 1))
     now, looks = 0.0, 0
+    disk = Looks(str(path), stall_timeout=60)
 
     async def look() -> Candidate:
         nonlocal now, looks
@@ -206,7 +208,7 @@ async def test_it_is_the_process_s_own_clock_that_says_for_how_long_files_were_a
             os.utime(path / "index", (2, 2))
         if looks > 5:
             now = 1.0
-        return await asyncio.to_thread(candidate, path)
+        return await candidate(disk, path)
 
     rest = Rest(0.001, note=lambda *_: None, clock=lambda: now)
     assert (await rest.reached(look)).path == path

@@ -181,7 +181,7 @@ class VersionLoader:
         self._tell(LoadFinished(**wanted.names, report=report, nbytes=held.nbytes))
         self._keep_spare(held.nbytes)
         await self._pass_check(model)
-        if (await self._looks(candidate, wanted.path)).files != wanted.files:
+        if (await candidate(self._looks, wanted.path)).files != wanted.files:
             raise CheckpointChangedError(str(wanted.path), _COPIED)
         return held
 

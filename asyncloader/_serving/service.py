@@ -153,7 +153,7 @@ class Service:
         self.shelf.close()
         await self._freeing.wait()
         self._loader.stop()
-        self._looks.close(wait=True)
+        self._looks.close()
         self._pool.shutdown()  # its threads are idle
 
     async def rollback(self) -> LiveVersion:
@@ -178,12 +178,12 @@ class Service:
             raise ValueError("version is empty: it names a sub-folder, or is a path")
         self._must_be_open()
         path = await self._looks(named, self._source, version)
-        found = await self._looks(candidate, path)  # before a load is given up for nothing
+        found = await candidate(self._looks, path)  # before a load is given up for nothing
         self._must_be_open()
         order = self._order()
         wanted: Candidate | None = found
         if self.shelf.find(found) is None:
-            at_rest = self._rest.reached(lambda: self._looks(candidate, path))
+            at_rest = self._rest.reached(lambda: candidate(self._looks, path))
             wanted = await self._switch.attempted(at_rest, self._waiting)
         self._must_be_open()
         if wanted is None or order != self._orders:
@@ -245,7 +245,7 @@ class Service:
 
     async def _still_there(self, wanted: Candidate) -> Candidate:
         """Return a version as it is now: what has not changed since it served is at rest."""
-        found = await self._looks(candidate, wanted.path)
+        found = await candidate(self._looks, wanted.path)
         if found.brings_news_to(wanted):
             raise CheckpointChangedError(
                 str(wanted.path),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
@@ -13,7 +14,7 @@ from asyncloader.errors import CheckpointNotFoundError
 from asyncloader.runs import listed, name_order, newest_committed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from asyncloader._storage.small_files import Looks
 
@@ -126,19 +127,20 @@ async def newest(looks: Looks, source: Path) -> Candidate:
         CheckpointNotFoundError: If there is none.
         CheckpointError: If the folder cannot be listed, or there was no answer.
     """
-    found = await looks(_at, source)
+    found = await looks.at_many(partial(_at, source))
     if found is None:
-        return await looks(candidate, await newest_committed(looks, source))
+        return await candidate(looks, await newest_committed(looks, source))
     return found
 
 
-def candidate(path: Path) -> Candidate:
+async def candidate(looks: Looks, path: Path) -> Candidate:
     """Return the checkpoint at `path`.
 
     Raises:
         CheckpointNotFoundError: If there is none.
+        CheckpointError: If there was no answer.
     """
-    found = _at(path, path.parent.resolve() / path.name)
+    found = await looks.at_many(partial(_at, path, is_version=True))
     if found is None:
         raise CheckpointNotFoundError(
             str(path), f"no committed checkpoint: it holds neither {INDEX!r} nor safetensors files"
@@ -152,17 +154,21 @@ def named(source: Path, version: str | os.PathLike[str]) -> Path:
     return source / path if len(path.parts) == 1 and _at(source) is None else path
 
 
-def _at(path: Path, entry: Path | None = None) -> Candidate | None:
+def _at(
+    path: Path, tick: Callable[[], object] = int, *, is_version: bool = False
+) -> Candidate | None:
+    entry = path.parent.resolve() / path.name if is_version else None
     real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    files = _files_of(real)
+    files = _files_of(real, tick)
     own = files.identities.get(real.name)  # if it is a file, and no folder
     marks = files.marks if own is None else (own,)
     return Candidate(path=real, identity=marks, files=files, entry=entry) if marks else None
 
 
-def _files_of(path: Path) -> Files:
+def _files_of(path: Path, tick: Callable[[], object]) -> Files:
     identities: dict[str, Identity] = {}
     for file in _listed(path):
+        tick()
         try:
             found = file.stat()
         except OSError:  # removed meanwhile

@@ -7,6 +7,7 @@ import errno
 import logging
 import random
 import time
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -115,6 +116,9 @@ class RetryingStorage:
                     raise
             await self._sleep(pause)
 
+    def _tell(self, level: int, text: str) -> None:
+        _log.log(level, "%s", text)
+
     def _pause(self, error: OSError, name: str, attempt: int) -> float | None:
         """Return how long to wait before the next attempt; `None` if there is none."""
         if not is_transient(error):
@@ -125,8 +129,8 @@ class RetryingStorage:
         self.retries += 1
         # The first one is news; the report will count the others.
         level = logging.WARNING if self.retries == 1 else logging.DEBUG
-        text = "%s: %s: %s; trying again, %d of %d"
-        _log.log(level, text, self.location, name, error, attempt, _ATTEMPTS - 1)
+        where = f"{self.location}: {name}"
+        self._tell(level, f"{where}: {error}; trying again, {attempt} of {_ATTEMPTS - 1}")
         # Random, so that many readers do not come back at the same moment.
         return random.uniform(0, _FIRST_PAUSE * 2 ** (attempt - 1))  # noqa: S311  # no secret
 
@@ -140,6 +144,7 @@ class ThreadedRetryingStorage(RetryingStorage):
     def __init__(self, inner: ThreadedStorage, **pauses: Any) -> None:  # noqa: ANN401  # as above
         super().__init__(inner, **pauses)
         self._lender = inner
+        self._told: deque[tuple[int, str]] = deque()
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
         """Run `job` on a thread; see `ThreadedStorage`."""
@@ -158,4 +163,16 @@ class ThreadedRetryingStorage(RetryingStorage):
 
             return job(persistent)
 
-        return await self._lender.on_thread(name, with_read)
+        try:
+            return await self._lender.on_thread(name, with_read)
+        finally:
+            while self._told:
+                super()._tell(*self._told.popleft())
+
+    def _tell(self, level: int, text: str) -> None:
+        """Keep it for the event loop's thread.
+
+        A handler of a signal that loads may have come while that thread wrote a log line, and then
+        no other thread can.
+        """
+        self._told.append((level, text))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
 from aiofiles.threadpool import wrap
 
-from asyncloader._threads.call import StalledError
+from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.jobs import settled
 from asyncloader._threads.pool import WorkerPool
@@ -60,8 +60,8 @@ async def _read(path: Path, executor: Executor, last: int) -> bytes:
             size = await file.seek(0, os.SEEK_END)
             await file.seek(max(size - last, 0))
         content: bytes = await file.read(last)
-    except StalledError:
-        close_aside([opened])  # waits for the thread that still reads
+    except (StalledError, asyncio.CancelledError):
+        close_aside([opened])  # waits for the thread that may still read
         raise
     except BaseException:
         await file.close()
@@ -97,13 +97,13 @@ class Looks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close(wait=False)
+        self.close()
 
-    def close(self, *, wait: bool) -> None:
-        """Look no more; wait for the thread, unless a caller still waits for a look."""
+    def close(self) -> None:
+        """Look no more; wait for the thread to end, which it does at once if it is idle."""
         self._is_closed = True
         # A command may still look at a disk that gives no answer: it will be given up.
-        self._workers.shutdown(wait=wait and self._disk.is_idle)
+        self._workers.shutdown(wait=self._disk.is_idle)
 
     async def __call__(self, look: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what `look` returns.
@@ -114,6 +114,19 @@ class Looks:
             Exception: What `look` raises.
         """
         return await self._answered(self._disk.call(partial(look, *args, **kwargs)))
+
+    async def at_many(self, look: Callable[[Callable[[], None]], T]) -> T:
+        """Return what a look at many files returns; each gets the whole stall time-out.
+
+        Args:
+            look: Gets a function to call before each file.
+
+        Raises:
+            Exception: What a call raises.
+        """
+        reading = Reading(self._location)
+        tick = partial(reading.begin, 0, ())
+        return await self._answered(self._disk.call(partial(look, tick), reading=reading))
 
     async def read(self, path: Path, *, last: int) -> bytes:
         """Return the end of a regular file, at most `last` bytes of it.

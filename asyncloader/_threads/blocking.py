@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import contextvars
 import os
-import signal
 import sys
 import threading
-from concurrent.futures import wait
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
-from .pool import WorkerPool
+from .signals import Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
-    from concurrent.futures import Executor, Future
-    from types import FrameType
+    from collections.abc import Callable, Coroutine
 
 
 T = TypeVar("T")
@@ -27,10 +25,6 @@ _PATIENCE = 0.1
 
 _PIPES = 5
 """A loop, its signals and its wake-ups take 9 descriptors."""
-
-
-def _one_thread() -> Executor:
-    return WorkerPool(1, name="asyncloader")
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
@@ -71,8 +65,8 @@ class _Call(Generic[T]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[T] | None = None
         self._stopped = False
-        self._handlers: dict[int, Callable[..., object]] = {}
-        self._signals: dict[int, FrameType | None] = {}  # signals that wait for the loop
+        self._was_paused = False
+        self._signals = Signals(self._wake)
 
     def serve(self) -> T:
         """Run it to its end.
@@ -81,12 +75,12 @@ class _Call(Generic[T]):
             BaseException: What it raised, or a handler of a signal.
         """
         raised: BaseException | None = None
-        with self._own_handlers(), asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        with self._signals, asyncio.Runner(loop_factory=_new_event_loop) as runner:
             self._loop = runner.get_loop()
             task = self._task = self._loop.create_task(self._run())
             while not (task.done() or self._loop.is_closed()):
                 try:
-                    self._handle_signals()
+                    self._signals.handle()
                     self._run_on(task)
                 except BaseException as error:  # noqa: BLE001  # raised when the task has wound up
                     raised = error
@@ -105,9 +99,9 @@ class _Call(Generic[T]):
         try:
             self._loop.run_until_complete(task)
         except BaseException as error:
-            # What the task raised it tells itself; a loop that is stopped raises a RuntimeError.
-            stopped = isinstance(error, RuntimeError) and self._signals
-            if not task.done() and not stopped:
+            # What the task raised it tells itself. A loop that was stopped raises a RuntimeError;
+            # uvloop's may do so in its next run, too.
+            if not task.done() and not (self._was_paused and isinstance(error, RuntimeError)):
                 raise
 
     async def _run(self) -> T:
@@ -126,52 +120,21 @@ class _Call(Generic[T]):
         if self._task is not None and not self._task.cancelling():
             self._task.cancel()
 
-    @contextlib.contextmanager
-    def _own_handlers(self) -> Iterator[None]:
-        """Have handlers of signals run between two steps of the loop, and while none is running.
-
-        Python runs them at any point of the main thread. A handler may do anything, such as to
-        save: it would wait for locks that the loop's step holds, or end the loop in mid-step.
-        """
-        if threading.current_thread() is threading.main_thread():
-            found = {number: signal.getsignal(number) for number in signal.valid_signals()}
-            with contextlib.suppress(ValueError):  # an interpreter in which no handler runs
-                for number, handler in found.items():
-                    if callable(handler):
-                        signal.signal(number, self._note_signal)
-                        self._handlers[number] = handler
-        try:
-            yield
-        finally:
-            for own, handler in self._handlers.items():
-                if signal.getsignal(own) == self._note_signal:  # else one has set another
-                    signal.signal(own, handler)
-            self._handle_signals()
-
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        if number in self._signals:  # once more: a callback may never return to the loop
-            self._handlers[number](number, frame)
-            return
-        self._signals[number] = frame
+    def _wake(self) -> None:
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # closed
-                self._loop.call_soon_threadsafe(self._pause)
+            self._loop.call_soon_threadsafe(self._pause)
 
     def _pause(self) -> None:
         """Stop the loop, unless the signal has been handled, or the task is done, meanwhile."""
         if self._signals and self._loop and self._task and not self._task.done():
+            self._was_paused = True
             self._loop.stop()
-
-    def _handle_signals(self) -> None:
-        while self._signals:
-            number = next(iter(self._signals))
-            self._handlers[number](number, self._signals.pop(number))
 
 
 def run_blocking(
     main: Callable[[], Coroutine[object, object, T]],
     *,
-    one_thread: Callable[[], Executor] = _one_thread,
+    start: Callable[[threading.Thread], object] = threading.Thread.start,
 ) -> T:
     """Run `main()` to its end on a loop of its own and return its result, from any thread.
 
@@ -180,53 +143,89 @@ def run_blocking(
 
     Args:
         main: Makes the coroutine.
-        one_thread: Makes that thread.
+        start: Starts that thread.
 
     Raises:
         RuntimeError: If there is no thread to be had; whatever `main` raises, too.
         OSError: If there are too few descriptors for a loop.
     """
     call = _Call(main)
-    if not _loop_is_running():
-        return call.serve()
-    with one_thread() as thread:
-        result: Future[T] | None = None
-        try:
-            result = thread.submit(contextvars.copy_context().run, call.serve)
-            _wait_for(result)
-            return result.result()
-        except BaseException as error:  # Ctrl-C: stop the load, and let the thread wind up
-            call.stop()
-            last = None if result is None else _outlast(result)
-            if last is not None:
-                raise last from error
-            raise
+    return _Aside(call).run(start) if _loop_is_running() else call.serve()
 
 
-def _outlast(result: Future[Any]) -> BaseException | None:
-    """Wait for a call's end: its threads may write to memory until then.
+class _Aside(Generic[T]):
+    """A call on a thread of its own. It is waited for: until its end it may write to memory.
 
-    Returns:
-        What was raised here meanwhile, as by Ctrl-C once more; the last of it.
+    Ctrl-C may come at any point of the wait. So only plain locks are waited for, which are taken or
+    not; the locks within those of `threading` and of futures may be left half-taken.
     """
-    last = None
-    while not result.done():
+
+    def __init__(self, call: _Call[T]) -> None:
+        self._call = call
+        self._begun, self._done = threading.Lock(), threading.Lock()
+        self._done.acquire()  # the thread releases it
+        self._outcome: list[tuple[T | None, BaseException | None]] = []
+        self._task = asyncio.current_task()
+        self._requests = self._task.cancelling() if self._task else 0
+
+    def run(self, start: Callable[[threading.Thread], object]) -> T:
+        """Run the call, and return its result.
+
+        Raises:
+            BaseException: What the call raised, or was raised here meanwhile, as by Ctrl-C.
+        """
+        serve = partial(contextvars.copy_context().run, self._serve)
+        thread = threading.Thread(target=serve, name="asyncloader_0", daemon=True)
+        raised: BaseException | None = None
         try:
-            wait([result])
-        except BaseException as error:  # noqa: BLE001  # raised in the end
-            last = error
-    return last
+            # By another thread: what Ctrl-C interrupts within `Thread.start` it leaves half-done.
+            _thread.start_new_thread(self._begin, (start, thread))
+        except BaseException as error:
+            if self._begun.acquire(blocking=False):
+                raise
+            raised = error
+        while not self._outcome:
+            try:
+                while not self._outcome:  # within the `try`: going round is a point of Ctrl-C, too
+                    if raised is not None:
+                        self._call.stop()
+                    self._wait(is_wanted=raised is None)
+            except BaseException as error:  # noqa: BLE001  # raised in the end
+                raised = error
+        if thread.ident is not None:
+            thread.join()
+        result, failure = self._outcome.pop()
+        try:
+            if raised is not None:
+                raise raised
+            if failure is not None:
+                raise failure
+            return cast("T", result)
+        finally:
+            del raised, failure  # they know this frame
 
+    def _begin(self, start: Callable[[threading.Thread], object], thread: threading.Thread) -> None:
+        if not self._begun.acquire(blocking=False):
+            return  # this start was interrupted, and is not waited for
+        try:
+            start(thread)
+        except BaseException as error:  # noqa: BLE001  # raised where the call is waited for
+            self._outcome.append((None, error))
+            self._done.release()
 
-def _wait_for(result: Future[T]) -> None:
-    """Wait, but not longer than the task around us is wanted.
+    def _serve(self) -> None:
+        try:
+            self._outcome.append((self._call.serve(), None))
+        except BaseException as error:  # noqa: BLE001  # raised where the call is waited for
+            self._outcome.append((None, error))
+        finally:
+            self._done.release()
 
-    `asyncio.run` answers Ctrl-C by cancelling its task; one that never awaits would not notice.
-    """
-    task = asyncio.current_task() if _loop_is_running() else None
-    requests = task.cancelling() if task else 0
-    while not wait([result], timeout=_PATIENCE).done:
-        if task and task.cancelling() > requests:
+    def _wait(self, *, is_wanted: bool) -> None:
+        if self._done.acquire(timeout=_PATIENCE) or not is_wanted or self._task is None:
+            return
+        # `asyncio.run` answers Ctrl-C by cancelling its task, which does not get its turn here.
+        if self._task.cancelling() > self._requests:
             raise asyncio.CancelledError
 
 

@@ -137,6 +137,7 @@ class Call(Generic[T]):
         """Take it back if no thread has begun with it, and let go of its memory."""
         if self.future.cancel():
             self.job = self.reading = None
+            self.label = ""  # which may be the reading
 
     def passed(self, seconds: float) -> float:
         """Note that time has passed; return for how long the storage has given no answer."""

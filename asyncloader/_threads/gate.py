@@ -150,6 +150,14 @@ class Gate:
             self._count(call, -1)
             return self._let_in(call.queue)
 
+    def turned_away(self, queue: object) -> list[Call[Any]]:
+        """Take back the calls that wait here for the threads of a queue: there are none."""
+        with self._lock:
+            found = [call for call in (*self._large, *self._small) if call.queue is queue]
+            self._large = deque(call for call in self._large if call.queue is not queue)
+            self._small = deque(call for call in self._small if call.queue is not queue)
+            return found
+
     def strike(self, call: Call[Any]) -> bool:
         """Give the place of a call whose thread does not come back to another.
 

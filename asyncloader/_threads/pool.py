@@ -45,7 +45,7 @@ class WorkerPool(Executor):
         name: Of the threads, before their numbers.
         gate: Says how many run at a time; `None` is one of its own.
         initializer: Called on each thread first; must not raise.
-        start: Starts a thread; raises `RuntimeError` where there is none to be had.
+        start: Starts a thread; raises `RuntimeError` or `MemoryError` if there is none to be had.
     """
 
     def __init__(
@@ -132,18 +132,20 @@ class WorkerPool(Executor):
             self._starting = True
         try:
             _thread.start_new_thread(self._start_all, ())
-        except RuntimeError as error:
+        except BaseException as error:
             self._end_starting(error)
+            if not isinstance(error, RuntimeError | MemoryError):  # Ctrl-C
+                raise
 
     def _start_all(self) -> None:
-        while (thread := self._next_thread()) is not None:
-            try:
+        thread = None
+        try:
+            while (thread := self._next_thread()) is not None:
                 self._start_thread(thread)
-            except RuntimeError as error:
-                with self._lock:
-                    self._threads.discard(thread)
-                self._end_starting(error)
-                return
+        except (RuntimeError, MemoryError) as error:
+            with self._lock:
+                self._threads.discard(thread)
+            self._end_starting(error)
 
     def _next_thread(self) -> threading.Thread | None:
         """Return another thread to start, if one is missing."""
@@ -159,7 +161,7 @@ class WorkerPool(Executor):
             self._threads.add(thread)
             return thread
 
-    def _end_starting(self, error: RuntimeError) -> None:
+    def _end_starting(self, error: BaseException) -> None:
         """Go on with the threads that there are; without any, fail what waits."""
         with self._lock:
             self._starting = False
@@ -185,15 +187,21 @@ class WorkerPool(Executor):
                 del following  # an idle thread would hold on to what it did last
         self._queue.put(None)  # for the next one
 
-    def _fail_all(self, error: RuntimeError) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         """Fail the calls that wait: there is no thread that would carry them out."""
+        for waiting in self._gate.turned_away(self._queue):
+            _fail(waiting, error)
         with contextlib.suppress(Empty):
             while True:
                 call = self._queue.get_nowait()
                 while call is not None:
-                    if call.future.set_running_or_notify_cancel():
-                        call.future.set_exception(error)
+                    _fail(call, error)
                     call = self._gate.leave(call)
+
+
+def _fail(call: Call[Any], error: BaseException) -> None:
+    if call.future.set_running_or_notify_cancel():
+        call.future.set_exception(error)
 
 
 def _carry_out(call: Call[Any], thread: threading.Thread, gate: Gate) -> None:
