@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from asyncloader import HashTable, Slice
-from asyncloader._checkpoint.catalog import read_names
+from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._loading.checks import describe_tables
 from asyncloader._loading.destinations import describe_tensors
@@ -287,8 +287,9 @@ class Run:
     async def _plan(self, threads: Threads, tensors: TensorTargets) -> LoadPlan:
         targets = Targets(tensors=tensors, tables=describe_tables(self.tables))
         info = self.filter_func(default_load_info(targets))
-        names = await read_names(self.storage, executor=threads.kernels, verify="auto")
-        catalog = names.parse()
+        catalog = await read_catalog(
+            self.storage, lambda parse: parse(), executor=threads.kernels, verify="auto"
+        )
         choice = choose(catalog, info, targets)
         manifest = await read_manifest(
             self.storage, catalog, choice.shards(), parallel=4, executor=threads.kernels

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from asyncloader._storage.protocol import opening_error, read_small
 from asyncloader._threads.call import StalledError
+from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 
 from .format import INDEX, MAX_NAMES, MAX_SIDECAR, SIDECAR, TENSORKEY
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from asyncloader._storage.protocol import Storage
     from asyncloader.options import Verify
 
+
+T = TypeVar("T")
 
 SHARDED = "model.safetensors.index.json"  # says which tensor stands in which of several files
 SINGLE = "model.safetensors"
@@ -43,66 +45,33 @@ _MODEL = re.compile(
 _NAMED = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
-    """The texts that say which names there are."""
-
-    storage: Storage
-    source: str
-    file: str | None
-    verify: Verify
-    _parse: Callable[[], Catalog]
-
-    def parse(self) -> Catalog:
-        """Make a catalog of them. Pure work: belongs on a thread.
-
-        Raises:
-            CheckpointError: If one of the texts is damaged, or `verify` asks for digests and there
-                are none.
-        """
-        catalog = self._parse()
-        if self.verify == "require" and catalog.sidecar is None:
-            problem = (
-                f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for "
-                "them; take the folder of a checkpoint that asyncloader.Saver wrote, or "
-                "verify='auto'"
-            )
-            location = self.storage.location
-            where = location if self.file is None else f"{location}/{self.file}"
-            raise CheckpointError(where, problem)
-        return catalog
-
-    async def check_unchanged(self) -> None:
-        """See whether a change explains a damaged text.
-
-        Raises:
-            CheckpointChangedError: If it does.
-        """
-        if self.file is None:
-            await check_unchanged(self.storage, self.source)
-
-
-async def read_names(
+async def read_catalog(
     storage: Storage,
+    job: Callable[[Callable[[], Catalog]], T],
     *,
     executor: Executor,
     verify: Verify,
     file: str | None = None,
     names: Callable[[], Awaitable[Sequence[str]]] | None = None,
-) -> Names:
-    """Read which names there are, and where.
+) -> T:
+    """Read which names there are, and where; a thread does a job with them.
 
     Args:
         storage: The folder.
-        executor: For parsing a header.
+        job: Gets a function that parses the texts.
+        executor: For the job, and for parsing a header.
         verify: Whether to take the digests along, if there are any.
         file: The one safetensors file, or weight map, to look at, instead of the whole folder.
         names: Lists the folder, to find a model under another name than the usual ones.
 
+    Returns:
+        The result of the job.
+
     Raises:
         CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
         CheckpointChangedError: If it was replaced meanwhile.
-        CheckpointError: If a file of names is damaged.
+        CheckpointError: If a file of names is damaged, or `verify` asks for digests and there are
+            none.
         ReadError: If the storage failed.
     """
     source = await find_source(storage, file, names)
@@ -111,11 +80,27 @@ async def read_names(
         parse = await read_texts(
             storage, source, problems, executor=executor, recis=recis, digests=digests
         )
+        if verify == "require":
+            where = storage.location if file is None else f"{storage.location}/{file}"
+            parse = partial(_digested, parse, where)
+        [result] = await run_jobs(executor, [undisturbed(partial(job, parse))])
     except CheckpointError:
         if file is None:
             await check_unchanged(storage, source)  # that would explain it
         raise
-    return Names(storage, source, file, verify, parse)
+    return result
+
+
+def _digested(parse: Callable[[], Catalog], location: str) -> Catalog:
+    """Return a catalog, if it has digests."""
+    catalog = parse()
+    if catalog.sidecar is None:
+        problem = (
+            f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
+            "take the folder of a checkpoint that asyncloader.Saver wrote, or verify='auto'"
+        )
+        raise CheckpointError(location, problem)
+    return catalog
 
 
 def is_recis(source: str, file: str | None) -> bool:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader._checkpoint.catalog import Names
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader._planning.choice import Choice
@@ -101,11 +100,14 @@ class Planner:
         return into, Targets(tensors=into.targets, tables=describe_tables(self.tables))
 
     def _choose(
-        self, described: tuple[Destinations, Targets] | None, info: LoadInfo | None, names: Names
+        self,
+        described: tuple[Destinations, Targets] | None,
+        info: LoadInfo | None,
+        parse: Callable[[], Catalog],
     ) -> tuple[Destinations, Catalog, Choice, tuple[str, ...]]:
         """Choose the blocks to load; return also the shards whose headers are needed."""
         into, targets = described or self._describe()
-        catalog = names.parse()
+        catalog = parse()
         choice = choose(catalog, info, targets)
         return into, catalog, choice, choice.shards()
 

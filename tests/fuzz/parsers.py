@@ -202,7 +202,7 @@ def _catalog(files: dict[str, bytes]) -> Catalog:
 async def _text(content: bytes, name: str) -> bytearray:
     try:
         return await read_small(Bytes(content), name, limit=1 << 30)
-    except OSError as error:  # as `read_names` has it
+    except OSError as error:  # as `read_file` has it
         raise CheckpointError(WHERE, str(error), name) from error
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from asyncloader import AsyncLoaderError, CheckpointNotFoundError, gen_slice
 from asyncloader._checkpoint.blocks import numbered
-from asyncloader._checkpoint.catalog import read_names
+from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.dtypes import TensorType
 from asyncloader._checkpoint.manifest import Manifest, read_manifest
 from asyncloader._checkpoint.problems import AllProblems
@@ -94,8 +94,9 @@ async def _plan(storage: MemoryStorage, file: str | None, executor: ThreadPoolEx
     async def names() -> list[str]:
         return sorted(storage.files)
 
-    found = await read_names(storage, executor=executor, verify="auto", file=file, names=names)
-    catalog = found.parse()
+    catalog = await read_catalog(
+        storage, lambda parse: parse(), executor=executor, verify="auto", file=file, names=names
+    )
     manifest = await read_manifest(storage, catalog, catalog.files, parallel=2, executor=executor)
     targets = _everything(manifest)
     choice = choose(catalog, None, targets)
