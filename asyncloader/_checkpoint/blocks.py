@@ -143,7 +143,7 @@ class Blocks(Columns[Block]):
         return Block(self.shard, key, dtype, shape, offset, nbytes, digests)
 
     def without(self, refused: AbstractSet[str]) -> Blocks:
-        """Return all blocks but those of some keys."""
+        """Return all blocks but the refused keys."""
         kept = [number for number, key in enumerate(self) if key not in refused]
         return replace(
             self,
@@ -157,7 +157,7 @@ class Blocks(Columns[Block]):
 def lay_out(
     problems: Problems, blocks: Blocks, start: int, size: int, *, whole: bool
 ) -> tuple[Blocks, int]:
-    """Check that blocks lie within the file, one right behind the other, those without bytes too.
+    """Check that blocks lie within the file, one right behind the other, empty ones too.
 
     Data begins at byte `start`, the file ends at byte `size`. `whole` says that these are all
     blocks of the shard, so that the bytes between them belong to no other.

@@ -55,11 +55,9 @@ def render_header(
 ) -> bytes:
     """Return the beginning of a shard, up to its first data byte.
 
-    Padded to a multiple of 8 by 1 to 8 spaces, as RecIS does.
-
-    Args:
-        entries: Key → dtype, shape, first byte and end of its bytes within the data.
-        metadata: Free text that safetensors allows in a header; RecIS writes none.
+    Padded to a multiple of 8 by 1 to 8 spaces, as RecIS does. `entries` say for each key its dtype,
+    its shape, and the first byte and the end of its bytes within the data. `metadata` is free text
+    that safetensors allows in a header; RecIS writes none.
 
     Raises:
         ValueError: If a header cannot express a tensor's shape.

@@ -123,16 +123,10 @@ def parse_header(
     recis: bool,
     digests: ShardDigests | None = None,
 ) -> ShardHeader:
-    """Read the JSON of a header.
+    """Read the JSON of a header: `text`, without the 8 bytes before it, of a file of `size` bytes.
 
-    Args:
-        problems: Receives blocks that do not fit their offsets, the file or the other blocks, and
-            digests of another header.
-        shard: The file's name.
-        text: The header, without the 8 bytes before it.
-        size: The file's length in bytes.
-        recis: Whether it is a shard of RecIS's, which spells dtypes in its own way.
-        digests: The shard's digests in the sidecar.
+    `problems` receives blocks that do not fit their offsets, the file or the other blocks, and
+    digests of another header. A shard of RecIS's, `recis`, may spell dtypes in its own way.
 
     Raises:
         CheckpointError: If it is not such JSON.

@@ -91,11 +91,7 @@ class Stored:
 
     @property
     def rows(self) -> int:
-        """Length of the first dimension.
-
-        Raises:
-            ValueError: If it has none.
-        """
+        """Length of the first dimension; a scalar raises a `ValueError`."""
         if not self.shape:
             raise ValueError(f"{self.name!r} is a scalar, it has no rows")
         return self.shape[0]
@@ -112,11 +108,7 @@ class Stored:
         return self.nbytes if itemsize is None else math.prod(self.shape) * itemsize
 
     def window(self, begin: int, end: int) -> Stored:
-        """Return the rows `[begin, end)`.
-
-        Raises:
-            ValueError: If not all of them are there.
-        """
+        """Return the rows `[begin, end)`; raise a `ValueError` if one of them is not there."""
         if not 0 <= begin <= end <= self.rows:
             raise ValueError(f"{self.name!r} has {self.rows} rows, not [{begin}, {end})")
         ends = itertools.accumulate(block.rows for block in self.blocks)
