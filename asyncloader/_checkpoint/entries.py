@@ -53,11 +53,12 @@ def read_entries(
     dtypes = RECIS_DTYPES if recis else DTYPES
     blocks = _blocks(shard, entries, dtypes, start)
     if blocks is None:
-        found = ((key, _problem_of(entry, dtypes)) for key, entry in entries.items())
-        wrong = {key: problem for key, problem in found if problem is not None}
-        for key, problem in wrong.items():
-            problems.add(problem, shard, key)
-        sound = {key: entry for key, entry in entries.items() if key not in wrong}
+        sound = {}
+        for key, entry in entries.items():
+            if (problem := _problem_of(entry, dtypes)) is None:
+                sound[key] = entry
+            else:
+                problems.add(problem, shard, key)
         blocks = _blocks(shard, sound, dtypes, start)
         assert blocks is not None, "the columns say that an entry is wrong, and no entry is"
     if digests is not None:
