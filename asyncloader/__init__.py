@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ._loading.progress import Progress as Progress, Span as Span
     from ._loading.report import LoadReport as LoadReport
     from ._loading.runtime import Runtime as Runtime
-    from ._planning.casts import Cast as Cast
+    from ._planning.targets import Cast as Cast
     from ._planning.plan import LoadPlan as LoadPlan
     from ._saving.layout import WriteBlock as WriteBlock
     from ._saving.report import SaveReport as SaveReport
@@ -81,8 +81,8 @@ _MODULES = {
     "_loading.progress": "Progress Span",
     "_loading.report": "LoadReport",
     "_loading.runtime": "Runtime",
-    "_planning.casts": "Cast",
     "_planning.plan": "LoadPlan",
+    "_planning.targets": "Cast",
     "_saving.layout": "WriteBlock",
     "_saving.report": "SaveReport",
     "_serving.events": (

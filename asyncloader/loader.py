@@ -20,7 +20,7 @@ from ._loading.progress import Meter, Tracer, listening
 from ._loading.report import LoadReport, report_of
 from ._loading.runtime import Runtime, open_session
 from ._loading.transaction import run
-from ._planning.casts import checked_cast
+from ._planning.targets import checked_cast
 from ._table.protocol import UpdateCounts
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs, undisturbed
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
     from ._loading.progress import Progress, Span
     from ._loading.session import Session
-    from ._planning.casts import Casting
     from ._planning.plan import LoadPlan
-    from ._planning.targets import LoadInfo
+    from ._planning.targets import Casting, LoadInfo
     from ._table.protocol import LoadableTable
     from .options import LoadKeywords
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Self, Unpack
 import torch
 
 from ._arguments import checked_path
-from ._checkpoint.stored import stored_names
 from ._loading.reading import Contents, read_stored, torch_dtype
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs
@@ -93,7 +92,7 @@ class CheckpointReader:
         """
         async with self._contents.use() as session:
             catalog = await self._contents.catalog(session)
-            [names] = await run_jobs(session.threads.kernels, [partial(stored_names, catalog)])
+            [names] = await run_jobs(session.threads.kernels, [catalog.names])
         return list(names)
 
     async def atensor_shape(self, name: str) -> torch.Size:

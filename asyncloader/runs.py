@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._arguments import checked_path
-from ._checkpoint.files import INDEX, TENSORKEY
-from ._checkpoint.header import FIRST, PREFIX, header_length, parse_header
-from ._checkpoint.index import is_file_name, parse_catalog
+from ._checkpoint.catalog import is_weight_map, model_in
+from ._checkpoint.format import INDEX, MAX_NAMES, PREFIX, TENSORKEY
+from ._checkpoint.header import FIRST, header_length, parse_header
+from ._checkpoint.index import is_file_name, parse_catalog, parse_weight_map
 from ._checkpoint.problems import Problems
-from ._checkpoint.safetensors import is_weight_map, model_in, parse_weight_map
-from ._checkpoint.strict_json import MAX_NAMES
 from ._storage.small_files import Looks
 from ._threads.blocking import run_blocking
 from .errors import CheckpointError, CheckpointNotFoundError, TruncatedShardError

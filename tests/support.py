@@ -287,7 +287,9 @@ class Run:
     async def _plan(self, threads: Threads, tensors: TensorTargets) -> LoadPlan:
         targets = Targets(tensors=tensors, tables=describe_tables(self.tables))
         info = self.filter_func(default_load_info(targets))
-        catalog = await read_catalog(self.storage, executor=threads.kernels, verify="auto")
+        catalog = await read_catalog(
+            self.storage, lambda parse: parse(), executor=threads.kernels, verify="auto"
+        )
         choice = choose(catalog, info, targets)
         manifest = await read_manifest(
             self.storage, catalog, choice.shards(), parallel=4, executor=threads.kernels

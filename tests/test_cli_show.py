@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from safetensors.torch import save_file
 
-from asyncloader._checkpoint.stored import stored_tensor
+from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.runtime import open_session
 from asyncloader._tools.finding import FoundId, look_for

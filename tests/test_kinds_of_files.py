@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, TruncatedShardError, load_tensors
-from asyncloader._checkpoint.header import MAX_HEADER
+from asyncloader._checkpoint.format import MAX_HEADER
 from asyncloader.cli import run
 from tests.support import nothing_left_behind
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from asyncloader import CheckpointError, aload_tensors, load_tensors
 from asyncloader._checkpoint.blocks import Block
 from asyncloader._checkpoint.dtypes import DType
-from asyncloader._checkpoint.stored import Stored
+from asyncloader._checkpoint.manifest import Stored
 from asyncloader._loading.reading import torch_dtype
 from tests.oracle import DTYPES, append, edit_header, flat_bytes, shard_holding, write_checkpoint
 from tests.steps import Steps

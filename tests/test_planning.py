@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from asyncloader import PlanError, Slice, gen_slice
 from asyncloader._checkpoint.blocks import Block, Blocks, numbered
-from asyncloader._checkpoint.dtypes import DTYPES
+from asyncloader._checkpoint.dtypes import DTYPES, TensorType
 from asyncloader._checkpoint.header import ShardHeader
 from asyncloader._checkpoint.index import Catalog, Part, Place, Places
 from asyncloader._checkpoint.manifest import Manifest
@@ -17,7 +17,6 @@ from asyncloader._planning.choice import choose
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.reads import GAP, Extent, Extents, plan_reads
 from asyncloader._planning.targets import (
-    RowType,
     TableTarget,
     Targets,
     TensorTargets,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._planning.targets import LoadInfo
 
-F32 = RowType(shape=(2,), dtype=DTYPES["F32"])
+F32 = TensorType(DTYPES["F32"], (2,))
 
 
 @st.composite
@@ -44,7 +43,7 @@ def extents(draw: st.DrawFn) -> list[Extent]:
         grain = draw(st.sampled_from([1, 2, 8]))
         length = grain * draw(st.integers(1, 40))
         ends[shard] = offset + length
-        made.append(Extent(shard, offset, length, sink, 0, grain))
+        made.append(Extent(shard, offset, length, sink, grain))
     return draw(st.permutations(made))
 
 
@@ -85,14 +84,14 @@ def test_reads_keep_to_chunks_grains_and_gaps(wanted: list[Extent], chunk: int, 
 
 
 def test_a_read_has_no_more_pieces_than_the_kernel_takes() -> None:
-    wanted = [Extent("a", 3 * n, 2, n, 0, 1) for n in range(5000)]
+    wanted = [Extent("a", 3 * n, 2, n, 1) for n in range(5000)]
     reads = plan_reads(Extents.of(wanted), chunk_bytes=1 << 20, gap_bytes=64)
     assert max(len(read.pieces) for read in reads) <= 1024
     assert len(reads) < 12
 
 
 def test_a_block_for_two_destinations_is_read_for_each() -> None:
-    wanted = [Extent("a", 0, 8, 0, 0, 1), Extent("a", 0, 8, 1, 0, 1)]
+    wanted = [Extent("a", 0, 8, 0, 1), Extent("a", 0, 8, 1, 1)]
     reads = plan_reads(Extents.of(wanted), chunk_bytes=1 << 20, gap_bytes=64)
     assert sorted(piece.sink for read in reads for piece in read.pieces) == [0, 1]
 
@@ -132,22 +131,21 @@ class Disk:
         catalog = Catalog(Places.of(self.tensors), self.tables)
         choice = choose(catalog, info, targets)
         headers = {
-            shard: ShardHeader(shard, blocks_of(shard, self.blocks[shard]), 0)
-            for shard in choice.shards()
+            shard: ShardHeader(blocks_of(shard, self.blocks[shard]), 0) for shard in choice.shards()
         }
         return plan_load(Manifest("here", catalog, headers), choice, strict=strict)
 
 
 def blocks_of(shard: str, blocks: Mapping[str, Block]) -> Blocks:
-    types, kinds = numbered((block.dtype, block.shape) for block in blocks.values())
+    types, kinds = numbered(TensorType(block.dtype, block.shape) for block in blocks.values())
     offsets = np.array([block.offset for block in blocks.values()])
     nbytes = np.array([block.nbytes for block in blocks.values()])
-    return Blocks(shard, blocks, types=types, kinds=kinds, offsets=offsets, nbytes=nbytes)
+    return Blocks(list(blocks), types, kinds, shard=shard, offsets=offsets, nbytes=nbytes)
 
 
 def tensors_of(*names: str) -> TensorTargets:
     kinds = np.zeros(len(names), np.int64)
-    return TensorTargets(names, [(F32.dtype, F32.shape)], kinds, range(len(names)))
+    return TensorTargets(names, [F32], kinds, memory=range(len(names)))
 
 
 def table(*children: str, slice_: Slice | None = None, slots: tuple[str, ...] = ()) -> Targets:

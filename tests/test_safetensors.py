@@ -23,8 +23,9 @@ from asyncloader import (
     latest,
     load_tensors,
 )
+from asyncloader._checkpoint.catalog import SHARDED
+from asyncloader._checkpoint.index import parse_weight_map
 from asyncloader._checkpoint.problems import Problems
-from asyncloader._checkpoint.safetensors import SHARDED, parse_weight_map
 from tests.oracle import truncate, write_checkpoint
 from tests.support import data, nothing_left_behind, raw, table_for, unchanged
 
@@ -229,7 +230,7 @@ JSON = st.recursive(
 )
 def test_any_map_is_read_or_refused(text: bytes) -> None:
     try:
-        catalog = parse_weight_map(Problems("here"), text)
+        catalog = parse_weight_map(Problems("here"), text, SHARDED)
     except CheckpointError as error:
         assert error.shard == SHARDED  # noqa: PT017  # that, or nothing is raised
     else:

@@ -6,8 +6,8 @@ Python object for each costs more than to read a small block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, KeysView, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,43 +16,45 @@ import numpy as np
 from asyncloader.errors import TruncatedShardError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Hashable, Iterator
     from collections.abc import Set as AbstractSet
 
     from numpy.typing import NDArray
 
-    from .dtypes import DType
+    from .dtypes import DType, TensorType
     from .problems import Problems
 
 
 Entry = TypeVar("Entry")
 Value = TypeVar("Value", bound="Hashable")
 
-BlockType = tuple["DType", tuple[int, ...]]
-"""dtype and shape."""
 
-
+@dataclass(eq=False, repr=False)
 class Columns(Mapping[str, Entry]):
-    """Entries by name, as columns. An entry is made when it is asked for.
+    """Tensors by name, as columns. An entry is made when a caller asks for it.
 
-    Args:
-        names: `[n]`, all different.
+    Attributes:
+        order: `[n]`, the names, all different.
+        types: The different dtypes and shapes.
+        kinds: int64 `[n]`; which of `types` each tensor has.
     """
 
-    __slots__ = ("_names", "_numbers")
+    order: Sequence[str]
+    types: Sequence[TensorType] = ()
+    kinds: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._numbers = {name: number for number, name in enumerate(self._names)}
+    def __post_init__(self) -> None:
+        self._numbers = {name: number for number, name in enumerate(self.order)}
+        assert len(self.kinds) == len(self._numbers) == len(self.order)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {len(self)}>"
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._numbers)
 
     def __contains__(self, name: object) -> bool:
         return name in self._numbers
@@ -60,21 +62,20 @@ class Columns(Mapping[str, Entry]):
     def __getitem__(self, name: str) -> Entry:
         return self.at(self._numbers[name])
 
-    def at(self, number: int) -> Entry:
-        """Return the entry in that place of the columns."""
-        raise NotImplementedError
-
-    def names(self) -> AbstractSet[str]:
-        """Return all names, as a set."""
+    def keys(self) -> KeysView[str]:
         return self._numbers.keys()
 
+    def at(self, number: int) -> Entry:
+        """Return the entry at a place of the columns."""
+        raise NotImplementedError
+
     def numbers(self, names: Iterable[str]) -> list[int]:
-        """Return where in the columns each name stands, -1 for names that are not there."""
+        """Return the place of each name in the columns, -1 for an unknown name."""
         return list(map(self._numbers.get, names, repeat(-1)))
 
 
 def numbered(values: Iterable[Value]) -> tuple[list[Value], NDArray[np.int64]]:
-    """Return the different values that there are, and int64 `[n]`, which of them each is."""
+    """Return the different values, and int64 `[n]`: which of them each value is."""
     different: dict[Value, int] = {}
     numbers = [different.setdefault(value, len(different)) for value in values]
     return list(different), np.array(numbers, np.int64)
@@ -84,111 +85,84 @@ def numbered(values: Iterable[Value]) -> tuple[list[Value], NDArray[np.int64]]:
 class Block:
     """Where one tensor's bytes stand."""
 
-    shard: str
-    """File name within the checkpoint."""
-
-    key: str
-    """Its name in the header."""
-
+    shard: str  # the file's name within the checkpoint
+    key: str  # the block's name in the header
     dtype: DType
     shape: tuple[int, ...]
-
-    offset: int
-    """First byte, from the start of the file."""
-
+    offset: int  # the first byte, from the start of the file
     nbytes: int
-
-    digests: tuple[str, ...] | None = None
-    """Of each chunk of its bytes, if they are known: see `sidecar`."""
+    digests: tuple[str, ...] | None = None  # one for each chunk, if known: see `sidecar`
 
     @property
     def rows(self) -> int:
         """Length of the first dimension; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
+    def window(self, begin: int, end: int) -> Block | None:
+        """Return the rows `[begin, end)`, or `None` if these are none."""
+        if begin >= end:
+            return None
+        if (begin, end) == (0, self.rows):
+            return self
+        assert 0 <= begin < end <= self.rows
+        row = self.nbytes // self.rows
+        return replace(
+            self,
+            offset=self.offset + begin * row,
+            nbytes=(end - begin) * row,
+            shape=(end - begin, *self.shape[1:]),
+            digests=None,  # they are of chunks of the whole block
+        )
 
+
+@dataclass(eq=False, repr=False, kw_only=True)
 class Blocks(Columns[Block]):
     """The blocks of one shard, by key, in the order of its header.
 
-    Args:
+    Attributes:
         shard: The file's name.
-        keys: `[n]`, all different.
-        types: The different dtypes and shapes that there are.
-        kinds: int64 `[n]`; which of `types` each block has.
         offsets: int64 `[n]`; first byte, from the start of the file.
         nbytes: int64 `[n]`.
         digests: Of each block's chunks, by key, if they are known.
     """
 
-    __slots__ = ("digests", "kinds", "nbytes", "offsets", "shard", "types")
+    shard: str
+    offsets: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    digests: Mapping[str, tuple[str, ...]] | None = None
 
-    def __init__(
-        self,
-        shard: str,
-        keys: Iterable[str],
-        *,
-        types: Sequence[BlockType],
-        kinds: NDArray[np.int64],
-        offsets: NDArray[np.int64],
-        nbytes: NDArray[np.int64],
-        digests: Mapping[str, tuple[str, ...]] | None = None,
-    ) -> None:
-        super().__init__(keys)
-        self.shard = shard
-        self.types = types
-        self.kinds = kinds
-        self.offsets = offsets
-        self.nbytes = nbytes
-        self.digests = digests
-        assert len(kinds) == len(offsets) == len(nbytes) == len(self)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert len(self.offsets) == len(self.nbytes) == len(self)
+
+    def at(self, number: int) -> Block:
+        key = self.order[number]
+        dtype, shape = self.types[self.kinds[number]]
+        digests = None if self.digests is None else self.digests.get(key)
+        offset, nbytes = int(self.offsets[number]), int(self.nbytes[number])
+        return Block(self.shard, key, dtype, shape, offset, nbytes, digests)
 
     def without(self, refused: AbstractSet[str]) -> Blocks:
-        """Return all blocks but those of some keys."""
-        kept = [number for number, key in enumerate(self._names) if key not in refused]
-        return Blocks(
-            self.shard,
-            [self._names[number] for number in kept],
-            types=self.types,
+        """Return all blocks but the refused keys."""
+        kept = [number for number, key in enumerate(self) if key not in refused]
+        return replace(
+            self,
+            order=[self.order[number] for number in kept],
             kinds=self.kinds[kept],
             offsets=self.offsets[kept],
             nbytes=self.nbytes[kept],
-            digests=self.digests,
         )
-
-    def at(self, number: int) -> Block:
-        """Return the block in that place of the columns."""
-        key = self._names[number]
-        dtype, shape = self.types[self.kinds[number]]
-        return Block(
-            self.shard,
-            key,
-            dtype,
-            shape,
-            int(self.offsets[number]),
-            int(self.nbytes[number]),
-            None if self.digests is None else self.digests.get(key),
-        )
-
-    @property
-    def digested(self) -> bool:
-        """Whether there are digests."""
-        return self.digests is not None
 
 
 def lay_out(
     problems: Problems, blocks: Blocks, start: int, size: int, *, whole: bool
 ) -> tuple[Blocks, int]:
-    """Check that blocks lie within the file, one right behind the other.
+    """Check that blocks lie within the file, one right behind the other, empty ones too.
 
-    Args:
-        problems: Receives the blocks that lie elsewhere.
-        blocks: Of one shard. A block without bytes has to stand between others, too.
-        start: Where its data begins.
-        size: The file's length in bytes.
-        whole: Whether these are all blocks, so that no bytes between them belong to another.
+    Data begins at byte `start`, the file ends at byte `size`. `whole` says that these are all
+    blocks of the shard, so that the bytes between them belong to no other.
 
-    Returns:
-        The blocks that lie within the file and overlap no other, and where the last of them ends.
+    Return the blocks that lie within the file and overlap no other, and where the last one ends.
     """
     order = np.lexsort((blocks.nbytes, blocks.offsets))
     begins, ends = blocks.offsets[order], (blocks.offsets + blocks.nbytes)[order]
@@ -209,13 +183,9 @@ def lay_out(
 
 
 def _refused(problems: Problems, blocks: Blocks, order: NDArray[np.int64], size: int) -> set[str]:
-    """Find the blocks that overlap another, or end behind the file.
+    """Find the blocks that overlap another, or end behind the file's `size` bytes.
 
-    Args:
-        problems: Receives them.
-        blocks: All blocks.
-        order: int64 `[m]`; the blocks that have bytes, as they lie in the file.
-        size: The file's length in bytes.
+    `order` has the numbers of the blocks that have bytes, int64 `[m]`, as they lie in the file.
     """
     last, refused = None, set[str]()
     for block in map(blocks.at, order.tolist()):

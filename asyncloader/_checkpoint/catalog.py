@@ -3,133 +3,104 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+import re
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from asyncloader._storage.protocol import opening_error, read_small
 from asyncloader._threads.call import StalledError
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 
-from .files import INDEX, SIDECAR, TENSORKEY
-from .index import Catalog, Places, parse_catalog
+from .format import INDEX, MAX_NAMES, MAX_SIDECAR, SIDECAR, TENSORKEY
+from .index import Catalog, Places, catalog_of_file, parse_recis, parse_weight_map
 from .manifest import check_unchanged, read_header
-from .problems import Problem, Problems
-from .safetensors import (
-    SHARDED,
-    SINGLE,
-    catalog_of_file,
-    in_words,
-    is_weight_map,
-    model_in,
-    parse_weight_map,
-)
-from .sidecar import check_files, parse_sidecar
-from .strict_json import MAX_NAMES, MAX_SIDECAR
+from .problems import Problems
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
     from concurrent.futures import Executor
 
     from asyncloader._storage.protocol import Storage
     from asyncloader.options import Verify
 
 
+T = TypeVar("T")
+
+SHARDED = "model.safetensors.index.json"  # says which tensor stands in which of several files
+SINGLE = "model.safetensors"
+
 # A storage raises these where there is no such file; `strerror` says which one is missing.
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """The texts that say which names there are."""
-
-    storage: Storage
-    source: str
-    file: str | None
-    verify: Verify
-    _parse: Callable[[], Catalog]
-
-    def parse(self) -> Catalog:
-        """Make a catalog of them. Pure work: belongs on a thread.
-
-        Raises:
-            CheckpointError: If one of the texts is no good, or there are no digests that `verify`
-                asks for.
-        """
-        catalog = self._parse()
-        if self.verify == "require" and catalog.sidecar is None:
-            problem = (
-                f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for "
-                "them; take the folder of a checkpoint that asyncloader.Saver wrote, or "
-                "verify='auto'"
-            )
-            location = self.storage.location
-            where = location if self.file is None else f"{location}/{self.file}"
-            raise CheckpointError(where, problem)
-        return catalog
-
-    async def check_unchanged(self) -> None:
-        """Look whether a change explains what is wrong with them.
-
-        Raises:
-            CheckpointChangedError: If it does.
-        """
-        if self.file is None:
-            await check_unchanged(self.storage, self.source)
+# The names that libraries give: transformers, diffusers, peft. The first one found counts, and a
+# file without a variant comes before a file with one.
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
+_WEIGHT_MAP = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
+# A shard, `model.fp16-00001-of-00002.safetensors`, is no variant.
+_VARIANT = r"(\.(?![^.]+-\d+-of-\d+\.)[^.]+)?"
+_MODEL = re.compile(
+    rf"(?P<stem>{'|'.join(_STEMS)}){_VARIANT}\.safetensors(?:\.index{_VARIANT}\.json)?"
+)
+_NAMED = 8
 
 
 async def read_catalog(
     storage: Storage,
+    job: Callable[[Callable[[], Catalog]], T],
     *,
     executor: Executor,
     verify: Verify,
     file: str | None = None,
     names: Callable[[], Awaitable[Sequence[str]]] | None = None,
-) -> Catalog:
-    """Read which names there are, and where; parse them on a thread. See `read_names`."""
-    found = await read_names(storage, executor=executor, verify=verify, file=file, names=names)
-    try:
-        [catalog] = await run_jobs(executor, [undisturbed(found.parse)])
-    except CheckpointError:
-        await found.check_unchanged()
-        raise
-    return catalog
-
-
-async def read_names(
-    storage: Storage,
-    *,
-    executor: Executor,
-    verify: Verify,
-    file: str | None = None,
-    names: Callable[[], Awaitable[Sequence[str]]] | None = None,
-) -> Names:
-    """Read which names there are, and where.
+) -> T:
+    """Read which names there are, and where; a thread does a job with them.
 
     Args:
         storage: The folder.
-        executor: For parsing a header, where that is the source.
-        file: The one safetensors file to look at, or the weight map, instead of the folder that
-            holds it.
-        names: Lists the folder, to find a model under another name than the usual ones.
+        job: Gets a function that parses the texts.
+        executor: For the job, and for parsing a header.
         verify: Whether to take the digests along, if there are any.
+        file: The one safetensors file, or weight map, to look at, instead of the whole folder.
+        names: Lists the folder, to find a model under another name than the usual ones.
+
+    Returns:
+        The result of the job.
 
     Raises:
         CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
         CheckpointChangedError: If it was replaced meanwhile.
-        CheckpointError: If a file that says so is no good.
+        CheckpointError: If a file of names is damaged, or `verify` asks for digests and there are
+            none.
         ReadError: If the storage failed.
     """
     source = await find_source(storage, file, names)
-    reader = CatalogReader(storage, executor, Problems(storage.location))
+    problems, recis, digests = Problems(storage.location), is_recis(source, file), verify != "off"
     try:
-        parse = await reader.texts(source, recis=is_recis(source, file), digests=verify != "off")
+        parse = await read_texts(
+            storage, source, problems, executor=executor, recis=recis, digests=digests
+        )
+        if verify == "require":
+            where = storage.location if file is None else f"{storage.location}/{file}"
+            parse = partial(_digested, parse, where)
+        [result] = await run_jobs(executor, [undisturbed(partial(job, parse))])
     except CheckpointError:
         if file is None:
             await check_unchanged(storage, source)  # that would explain it
         raise
-    return Names(storage, source, file, verify, parse)
+    return result
+
+
+def _digested(parse: Callable[[], Catalog], location: str) -> Catalog:
+    """Return a catalog, if it has digests."""
+    catalog = parse()
+    if catalog.sidecar is None:
+        problem = (
+            f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
+            "take the folder of a checkpoint that asyncloader.Saver wrote, or verify='auto'"
+        )
+        raise CheckpointError(location, problem)
+    return catalog
 
 
 def is_recis(source: str, file: str | None) -> bool:
@@ -169,7 +140,7 @@ async def find_source(
         return model
     if absent is None:
         return INDEX
-    holds = f"; the folder holds {in_words(listed)}" if listed else ""
+    holds = f"; the folder holds {_in_words(listed)}" if listed else ""
     problem = (
         f"no finished checkpoint here: {absent.strerror}; looked for {INDEX!r}, which "
         f"RecIS's have and which is written last, and for {SHARDED!r} and {SINGLE!r}. Give the "
@@ -190,93 +161,80 @@ async def _absence(storage: Storage, name: str) -> OSError | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class CatalogReader:
-    """Reads files of names, and hands their problems to `problems`."""
-
-    storage: Storage
-    executor: Executor
-    problems: Problems
-
-    async def read(self, source: str, *, recis: bool, digests: bool) -> Catalog:
-        """Read the file that `find_source` found, and parse it on a thread; see `texts`."""
-        parse = await self.texts(source, recis=recis, digests=digests)
-        [catalog] = await run_jobs(self.executor, [undisturbed(parse)])
-        return catalog
-
-    async def texts(self, source: str, *, recis: bool, digests: bool) -> Callable[[], Catalog]:
-        """Read the file that `find_source` found; return what parses it.
-
-        Args:
-            source: The file.
-            recis: Whether it is RecIS's `index`.
-            digests: Whether to read the sidecar, too.
-
-        Raises:
-            CheckpointError: If nothing can be made of it.
-            ReadError: If the storage failed.
-        """
-        if recis:
-            return await self._recis(digests=digests)
-        if is_weight_map(source):
-            text = await self.text(source, MAX_NAMES)
-            return partial(parse_weight_map, self.problems, text, source)
-        header = await read_header(
-            self.storage,
-            source,
-            executor=self.executor,
-            catalog=Catalog(Places({}, {}), {}, source),
-            turns=asyncio.Lock(),
-            problems=self.problems,
-        )
-        return partial(catalog_of_file, header)
-
-    async def _recis(self, *, digests: bool) -> Callable[[], Catalog]:
-        files, sidecar = {INDEX: await self.text(INDEX, MAX_NAMES)}, None
-        with self.problems.caught():
-            files[TENSORKEY] = await self.text(TENSORKEY, MAX_NAMES)
-        if digests and await _absence(self.storage, SIDECAR) is None:
-            with self.problems.caught():
-                sidecar = await self.text(SIDECAR, MAX_SIDECAR)
-        return partial(parse_recis, self.problems, files, sidecar)
-
-    async def text(self, name: str, limit: int) -> bytearray:
-        """Return a file of at most `limit` bytes.
-
-        Raises:
-            CheckpointError: If it cannot be opened, or is no text.
-            ReadError: If the storage failed.
-        """
-        try:
-            return await read_small(self.storage, name, limit=limit)
-        except ReadStalledError:  # an OSError, too
-            raise
-        except OSError as error:
-            raise opening_error(self.storage.location, name, error) from error
+def is_weight_map(name: str) -> bool:
+    """Say whether a file is called like one that says which tensor stands in which file."""
+    return _WEIGHT_MAP.fullmatch(name) is not None
 
 
-def parse_recis(
-    problems: Problems, files: Mapping[str, bytearray], text: bytearray | None
-) -> Catalog:
-    """Parse all files of names together.
-
-    Args:
-        problems: Receives wrong entries, and contradictions between files.
-        files: `index` and `tensorkey.json`, unless that could not be read.
-        text: The sidecar, if there is one and it is wanted.
+def model_in(location: str, names: Iterable[str]) -> str | None:
+    """Return the file of a folder that names a model's tensors: a weight map, or the only file.
 
     Raises:
-        CheckpointError: If `index` is no good.
+        CheckpointError: If several variants of a model are equally good.
     """
-    sidecar, odd = None, ""
-    if text is not None:
+    found = [match for match in map(_MODEL.fullmatch, sorted(names)) if match is not None]
+    for stem in _STEMS:
+        variants: dict[str, list[str]] = {}
+        for match in found:
+            if match["stem"] == stem:
+                variants.setdefault((match[2] or "") + (match[3] or ""), []).append(match[0])
+        plain = variants.get("")
+        equal = variants.values() if plain is None else [plain]
+        files = [file for own in equal for file in list(filter(is_weight_map, own)) or own]
+        if len(files) > 1:
+            problem = f"holds several variants, {', '.join(map(repr, files))}: give one's path"
+            raise CheckpointError(location, problem)
+        if files:
+            return files[0]
+    return None
+
+
+def _in_words(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, sorted(names)[:_NAMED])) + more
+
+
+async def read_texts(
+    storage: Storage,
+    source: str,
+    problems: Problems,
+    *,
+    executor: Executor,
+    recis: bool,
+    digests: bool,
+) -> Callable[[], Catalog]:
+    """Read the file that `find_source` found; return a function that parses it.
+
+    `recis` says whether it is RecIS's `index`, `digests` whether to read the sidecar, too.
+    `problems` receives the problems of all files of names.
+
+    Raises:
+        CheckpointError: If a file cannot be opened, or is no text.
+        ReadError: If the storage failed.
+    """
+    if recis:
+        files, sidecar = {INDEX: await read_file(storage, INDEX, MAX_NAMES)}, None
         with problems.caught():
-            sidecar = parse_sidecar(problems.location, text)
-            if sidecar is None:
-                odd = "is of a format that is not known here, so nothing is verified"
-            elif not check_files(problems, sidecar, files):
-                sidecar = None
-                odd = f"belongs to another save than {INDEX}, so nothing is verified"
-    catalog = parse_catalog(problems, files[INDEX], files.get(TENSORKEY, b"{}"))
-    oddities = (Problem(SIDECAR, None, odd),) if odd else ()
-    return replace(catalog, sidecar=sidecar, oddities=oddities)
+            files[TENSORKEY] = await read_file(storage, TENSORKEY, MAX_NAMES)
+        if digests and await _absence(storage, SIDECAR) is None:
+            with problems.caught():
+                sidecar = await read_file(storage, SIDECAR, MAX_SIDECAR)
+        return partial(parse_recis, problems, files, sidecar)
+    if is_weight_map(source):
+        text = await read_file(storage, source, MAX_NAMES)
+        return partial(parse_weight_map, problems, text, source)
+    catalog, turns = Catalog(Places({}, {}), {}, source), asyncio.Lock()
+    header = await read_header(
+        storage, source, executor=executor, catalog=catalog, turns=turns, problems=problems
+    )
+    return partial(catalog_of_file, header)
+
+
+async def read_file(storage: Storage, name: str, limit: int) -> bytearray:
+    """Return a file of at most `limit` bytes; raises what `read_texts` raises."""
+    try:
+        return await read_small(storage, name, limit=limit)
+    except ReadStalledError:  # an OSError, too
+        raise
+    except OSError as error:
+        raise opening_error(storage.location, name, error) from error

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
 _F4 = "F4"
-# Of element types that torch has no dtype for, or none of that size.
+# Of element types for which torch has no dtype, or none of that size.
 _BITS = {_F4: 4, "F6_E2M3": 6, "F6_E3M2": 6}
 # Torch's own names are in lower case, so no unknown type is taken for one of them.
 _NAME = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
@@ -19,16 +19,17 @@ _NAME = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One element type."""
+    """One element type.
+
+    Attributes:
+        name: As the shard header spells it: `F32`.
+        torch: As torch spells it, without `torch.`: `float32`; as the header, if torch has none.
+        itemsize: Bytes of one of torch's elements; `None` if torch has no such type.
+    """
 
     name: str
-    """As the shard header spells it: `F32`."""
-
     torch: str
-    """As torch spells it, without the `torch.`: `float32`; or as the header, if torch has none."""
-
     itemsize: int | None
-    """Bytes that one of torch's elements takes; `None` if torch has no such type."""
 
     @property
     def bits(self) -> int | None:
@@ -37,11 +38,21 @@ class DType:
 
     @property
     def is_number(self) -> bool:
-        """Whether one of torch's elements is one of the header's: no number is known else."""
+        """Whether one of torch's elements is one of the header's; else no number is known."""
         return self.itemsize is not None and self.bits == 8 * self.itemsize
 
     def __str__(self) -> str:
         return self.torch
+
+
+class TensorType(NamedTuple):
+    """The dtype and shape of a tensor, or of one row of a slot."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
 
 
 # https://github.com/huggingface/safetensors, `Dtype`; RecIS writes the first ten.
@@ -68,18 +79,14 @@ _KNOWN = (
     DType(_F4, "float4_e2m1fn_x2", 1),
 )
 
-DTYPES = {dtype.name: dtype for dtype in _KNOWN}
-"""By the header's spelling."""
-
+DTYPES = {dtype.name: dtype for dtype in _KNOWN}  # by the header's spelling
+BY_TORCH = {dtype.torch: dtype for dtype in _KNOWN}  # by torch's name
+# RecIS's own saver writes `bool` in lower case: safetensors refuses it.
 RECIS_DTYPES = DTYPES | {"bool": _KNOWN[0]}
-"""By the spelling of RecIS, whose own saver writes `bool` in lower case: safetensors refuses it."""
-
-BY_TORCH = {dtype.torch: dtype for dtype in _KNOWN}
-"""By torch's name."""
 
 
 def dtype_called(name: str, known: Mapping[str, DType]) -> DType | None:
-    """Return the element type that a header names, or `None` if that can be no name of one.
+    """Return the element type that a header names, or `None` if no type can have that name.
 
     A type that is not known keeps no other tensor from being read.
     """
@@ -87,23 +94,23 @@ def dtype_called(name: str, known: Mapping[str, DType]) -> DType | None:
     return DType(name, name, None) if found is None and _NAME.fullmatch(name) else found
 
 
-def torch_type(dtype: DType, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...]]:
+def torch_type(dtype: DType, shape: tuple[int, ...]) -> TensorType:
     """Return torch's dtype and shape, given the header's.
 
     Two `F4` are one element of torch's, along the last dimension. Where that is odd torch has none.
     """
     if dtype.name != _F4:
-        return dtype, shape
+        return TensorType(dtype, shape)
     if not shape or shape[-1] % 2:
-        return DType(_F4, _F4, None), shape
-    return dtype, (*shape[:-1], shape[-1] // 2)
+        return TensorType(DType(_F4, _F4, None), shape)
+    return TensorType(dtype, (*shape[:-1], shape[-1] // 2))
 
 
 def header_shape(dtype: DType, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the header's shape, given torch's dtype and shape.
 
     Raises:
-        ValueError: If no header can have it.
+        ValueError: If a header cannot express it.
     """
     if dtype.name != _F4 or dtype.itemsize is None:
         return shape

@@ -1,7 +1,8 @@
 """Reads the entries of a shard's header: dtypes, shapes, offsets.
 
 All entries are read at once, column by column: each different pair of dtype and shape is looked at
-once, and offsets are compared as arrays. Wrong entries are named, and the others read again.
+once, and offsets are compared as arrays. If one is wrong, each entry is looked at by itself; the
+wrong ones are named, and the others are read again.
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ import orjson
 
 from .blocks import Blocks, numbered
 from .dtypes import DTYPES, RECIS_DTYPES, dtype_called, torch_type
-from .files import SIDECAR
+from .format import SIDECAR
 from .sidecar import DIGEST_CHUNK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from .dtypes import DType
     from .problems import Problems
     from .sidecar import ShardDigests
 
 
-FIELDS = ("dtype", "shape", "data_offsets")
-"""The members of an entry; it has no others."""
+FIELDS = ("dtype", "shape", "data_offsets")  # the members of an entry, which has no others
 
 _INT64_MAX = 2**63 - 1
 # Of an offset. Where the data begins, at most `MAX_HEADER`, is added to it.
@@ -44,96 +44,79 @@ def read_entries(
     *,
     start: int,
     digests: ShardDigests | None,
-    only_fields: bool,
     recis: bool,
 ) -> Blocks:
-    """Return the blocks that a header declares.
+    """Return the blocks that a header declares; `problems` receives the wrong entries.
 
-    Args:
-        problems: Receives the entries that are wrong.
-        shard: The file's name.
-        entries: As JSON has them.
-        start: Where the data begins.
-        digests: The shard's digests in the sidecar.
-        only_fields: Whether it is known that no entry has more than its fields.
-        recis: Whether dtypes may be spelled as RecIS does.
+    Data begins at byte `start`; `recis` says whether dtypes may be spelled as RecIS does.
     """
     dtypes = RECIS_DTYPES if recis else DTYPES
-    while True:
-        try:
-            blocks = _blocks(shard, entries, dtypes, start, only_fields=only_fields)
-        except _WrongEntriesError as error:
-            keys, wrong = list(entries), error.problems
-            for number in sorted(wrong):
-                problems.add(wrong[number], shard, keys[number])
-            entries = {key: entries[key] for n, key in enumerate(keys) if n not in wrong}
-        else:
-            break
+    blocks = _blocks(shard, entries, dtypes, start)
+    if blocks is None:
+        sound = {}
+        for key, entry in entries.items():
+            if (problem := _problem_of(entry, dtypes)) is None:
+                sound[key] = entry
+            else:
+                problems.add(problem, shard, key)
+        blocks = _blocks(shard, sound, dtypes, start)
+        assert blocks is not None, "the columns say that an entry is wrong, and no entry is"
     if digests is not None:
         blocks.digests = _digests(problems, blocks, digests.blocks)
     return blocks
 
 
-class _WrongEntriesError(Exception):
-    """Carries the problems of entries, by their numbers."""
-
-    def __init__(self, problems: dict[int, str]) -> None:
-        super().__init__(problems)
-        assert problems
-        self.problems = problems
-
-
 def _blocks(
-    shard: str,
-    entries: Mapping[str, Any],
-    dtypes: Mapping[str, DType],
-    start: int,
-    *,
-    only_fields: bool,
-) -> Blocks:
-    """Read all entries at once.
-
-    Raises:
-        _WrongEntriesError: If some are wrong; perhaps others are, too.
-    """
+    shard: str, entries: Mapping[str, Any], dtypes: Mapping[str, DType], start: int
+) -> Blocks | None:
+    """Read all entries at once; return `None` if one of them is wrong."""
     values = entries.values()
-    if not are_all(values, dict) or not (only_fields or set(map(len, values)) <= {len(FIELDS)}):
-        _refuse_if(_field_problem, values)
+    if not are_all(values, dict) or not set(map(len, values)) <= {len(FIELDS)}:
+        return None
     try:
-        rows = list(map(_FIELDS, values))
-    except KeyError:
-        _refuse_if(_field_problem, values)
-        raise
-    names, shapes, ranges = zip(*rows, strict=True) if rows else ((), (), ())
-    # As text, the hash of which is another one in each process. That of a tuple of sizes is not: of
-    # a million shapes that were made to have one hash, a dict would take hours.
-    try:
+        names, shapes, ranges = zip(*map(_FIELDS, values), strict=True) if values else ((), (), ())
+        # As text, the hash of which is another one in each process. That of a tuple of sizes is
+        # not: of a million shapes that were made to have one hash, a dict would take hours.
         texts, kinds = numbered(map(orjson.dumps, zip(names, shapes, strict=True)))
         types = [_type(name, shape, dtypes) for name, shape in map(orjson.loads, texts)]
-    except (TypeError, ValueError):  # TypeError: lists too deep to be written
-        _refuse_if(lambda row: _type_problem(row, dtypes), rows)
-        raise
+    except (KeyError, TypeError, ValueError):  # TypeError: lists too deep to be written
+        return None
     if not _are_ranges(ranges):
-        _refuse_if(_range_problem, ranges)
+        return None
     bounds = np.fromiter(chain.from_iterable(ranges), np.int64, 2 * len(ranges)).reshape(-1, 2)
     nbytes = bounds[:, 1] - bounds[:, 0]
     taken = np.array([_nbytes(dtype, shape) for dtype, shape in types], np.int64)[kinds]
-    if len(other := np.flatnonzero((taken >= 0) & (taken != nbytes))):
-        raise _WrongEntriesError({n: _size_problem(rows[n], taken[n]) for n in other.tolist()})
+    if ((taken >= 0) & (taken != nbytes)).any():
+        return None
     return Blocks(
-        shard,
-        entries,
-        types=[torch_type(dtype, shape) for dtype, shape in types],
-        kinds=kinds,
+        list(entries),
+        [torch_type(dtype, shape) for dtype, shape in types],
+        kinds,
+        shard=shard,
         offsets=bounds[:, 0] + start,
         nbytes=nbytes,
     )
 
 
-def _refuse_if(problem_of: Callable[[Any], str | None], values: Iterable[object]) -> None:
-    problems = {n: problem for n, one in enumerate(values) if (problem := problem_of(one))}
-    if problems:
-        raise _WrongEntriesError(problems)
+def _problem_of(entry: object, dtypes: Mapping[str, DType]) -> str | None:
+    if not isinstance(entry, dict) or not entry.keys() >= set(FIELDS):
+        return f"its entry lacks dtype, shape or data_offsets: {shown(entry)}"
+    if more := entry.keys() - set(FIELDS):
+        return f"its entry has {shown(min(more))} besides dtype, shape and data_offsets"
+    name, shape, bounds = _FIELDS(entry)
+    try:
+        taken = _nbytes(*_type(name, shape, dtypes))
+    except ValueError as error:
+        return str(error)
+    if not _are_ranges([bounds]):
+        return f"data_offsets {shown(bounds)} are not [begin, end]"
+    held = bounds[1] - bounds[0]
+    if taken in {-1, held}:
+        return None
+    return (
+        f"data_offsets {bounds} hold {held} bytes, but {name} of shape {shown(shape)} takes "
+        f"{taken}; the file is corrupt (RecIS 1.0.0 writes this for rows of rank 2 or 3)"
+    )
 
 
 def _digests(
@@ -141,9 +124,9 @@ def _digests(
 ) -> Mapping[str, tuple[str, ...]]:
     """Return the digests of all blocks that have one for each chunk."""
     counts = np.fromiter(map(len, map(known.get, blocks, repeat(()))), np.int64, len(blocks))
-    wrong = np.flatnonzero(counts != -(-blocks.nbytes // DIGEST_CHUNK)).tolist()
     refused = set()
-    for number, block in ((number, blocks.at(number)) for number in wrong):
+    for number in np.flatnonzero(counts != -(-blocks.nbytes // DIGEST_CHUNK)).tolist():
+        block = blocks.at(number)
         problem = f"{SIDECAR} has {counts[number]} digests for its {block.nbytes} bytes"
         problems.add(problem, block.shard, block.key)
         refused.add(block.key)
@@ -155,22 +138,10 @@ def are_all(values: Iterable[object], kind: type) -> bool:
     return set(map(type, values)) <= {kind}
 
 
-def _field_problem(entry: object) -> str | None:
-    if not isinstance(entry, dict) or not entry.keys() >= set(FIELDS):
-        return f"its entry lacks dtype, shape or data_offsets: {shown(entry)}"
-    if more := entry.keys() - set(FIELDS):
-        return f"its entry has {shown(min(more))} besides dtype, shape and data_offsets"
-    return None
-
-
 def _type(
     name: object, shape: object, dtypes: Mapping[str, DType]
 ) -> tuple[DType, tuple[int, ...]]:
-    """Return dtype and shape.
-
-    Raises:
-        ValueError: If they are none.
-    """
+    """Return dtype and shape; raise a `ValueError` if they are none."""
     dtype = dtype_called(name, dtypes) if isinstance(name, str) else None
     if dtype is None:
         raise ValueError(f"unknown dtype {shown(name)}; known are {', '.join(dtypes)}")
@@ -179,14 +150,6 @@ def _type(
     if _is_immense(shape, dtype.bits):
         raise ValueError(f"shape {shown(shape)} is beyond what 64 bits can count")
     return dtype, tuple(shape)
-
-
-def _type_problem(row: tuple[object, object, object], dtypes: Mapping[str, DType]) -> str | None:
-    try:
-        _type(*row[:2], dtypes)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _are_sizes(numbers: Sequence[Any], limit: int) -> bool:
@@ -201,19 +164,6 @@ def _are_ranges(values: Sequence[Any]) -> bool:
         return False
     bounds = list(chain.from_iterable(values))
     return _are_sizes(bounds, _OFFSET_MAX) and all(map(le, bounds[::2], bounds[1::2]))
-
-
-def _range_problem(value: object) -> str | None:
-    return None if _are_ranges([value]) else f"data_offsets {shown(value)} are not [begin, end]"
-
-
-def _size_problem(row: tuple[str, list[int], list[int]], taken: int) -> str:
-    name, shape, bounds = row
-    return (
-        f"data_offsets {bounds} hold {bounds[1] - bounds[0]} bytes, but {name} of shape "
-        f"{shown(shape)} takes {taken}; the file is corrupt "
-        "(RecIS 1.0.0 writes this for rows of rank 2 or 3)"
-    )
 
 
 def _is_immense(shape: Sequence[int], bits: int | None) -> bool:

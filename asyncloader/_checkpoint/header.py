@@ -19,7 +19,7 @@ from asyncloader.errors import CheckpointError, TruncatedShardError
 
 from .blocks import lay_out
 from .entries import FIELDS, are_all, read_entries
-from .files import SIDECAR
+from .format import MAX_HEADER, PREFIX, SIDECAR
 from .sidecar import digest_of
 from .strict_json import BadJsonError, has_negative_zero, parse_object
 
@@ -32,56 +32,44 @@ if TYPE_CHECKING:
     from .strict_json import Text
 
 
-PREFIX = 8
-# As much as safetensors itself allows: room for a million tensors in one shard.
-MAX_HEADER = 100_000_000
-FIRST = 512
-"""So many of a file's first bytes say which kind of file it is."""
+FIRST = 512  # so many of a file's first bytes show which kind of file it is
 
 _METADATA = "__metadata__"
-# The beginning of a file, its kind, and advice. `torch.save` writes ZIP archives, and wrote pickles
+_TEXT = rb"(\xef\xbb\xbf)?\s*"  # the beginning of a text, perhaps behind a byte order mark
+_SAVE = "load it with torch.load and write it with safetensors.torch.save_file"
+# The beginning of a file; its kind, and advice. `torch.save` writes ZIP archives, and wrote pickles
 # before.
-_BEGINNINGS = (
+_KINDS = (
     (
-        b"version https://git-lfs.github.com/spec/",
-        "a Git LFS pointer, in place of the file that it stands for",
-        "fetch the file: `git lfs pull`",
-    ),
-    (
-        b"PK\x03\x04",
-        "a ZIP archive, such as torch.save writes (.pt, .bin)",
-        "load it with torch.load and write it with safetensors.torch.save_file",
-    ),
-    (b"GGUF", "a GGUF file, of llama.cpp", "take the safetensors file of the same model"),
-    (b"\x1f\x8b", "compressed with gzip", "unpack it: `gzip -d`"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it: `zstd -d`"),
-    (b"\xfd7zXZ\x00", "compressed with xz", "unpack it: `xz -d`"),
-    (b"BZh", "compressed with bzip2", "unpack it: `bzip2 -d`"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "convert it to safetensors"),
-    (b"\x93NUMPY", "a NumPy array (.npy)", "convert it to safetensors"),
-    (bytes(8), "zeros, as a copy that broke off leaves them", "copy the file again"),
-)
-_PATTERNS = (
-    (
-        re.compile(rb"\x80[\x02-\x05][\x8a\x95}(\x5dcq]"),
+        rb"version https://git-lfs\.github\.com/spec/",
         (
-            "a pickle, such as torch.save wrote; load it with torch.load and write it with "
-            "safetensors.torch.save_file"
+            "a Git LFS pointer, in place of the file that it stands for; fetch the file: "
+            "`git lfs pull`"
         ),
     ),
+    (rb"PK\x03\x04", f"a ZIP archive, such as torch.save writes (.pt, .bin); {_SAVE}"),
+    (rb"GGUF", "a GGUF file, of llama.cpp; take the safetensors file of the same model"),
+    (rb"\x1f\x8b", "compressed with gzip; unpack it: `gzip -d`"),
+    (rb"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it: `zstd -d`"),
+    (rb"\xfd7zXZ\x00", "compressed with xz; unpack it: `xz -d`"),
+    (rb"BZh", "compressed with bzip2; unpack it: `bzip2 -d`"),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file; convert it to safetensors"),
+    (rb"\x93NUMPY", "a NumPy array (.npy); convert it to safetensors"),
+    (rb"\x00{8}", "zeros, as a copy that broke off leaves them; copy the file again"),
+    (rb"\x80[\x02-\x05][\x8a\x95}(\x5dcq]", f"a pickle, such as torch.save wrote; {_SAVE}"),
     (
-        re.compile(rb"\s*(<!doctype html|<html|<head|<body)", re.IGNORECASE),
+        _TEXT + rb"(?i:<!doctype html|<html|<head|<body)",
         "an HTML page: the download brought a web page; download the file again",
     ),
     (
-        re.compile(rb"\s*(<\?xml|<[a-z]+[ >])", re.IGNORECASE),
+        _TEXT + rb"(?i:<\?xml|<[a-z]+[ >])",
         "an XML text, such as a store's error message; download the file again",
     ),
     (
-        re.compile(rb"\s*[{[]\s*[\"{}\[\]]"),
+        _TEXT + rb"[{[]\s*[\"{}\[\]]",
         "JSON text, not tensors; if it lists a checkpoint's files, give its folder",
     ),
-    (re.compile(rb".{257}ustar", re.DOTALL), "a tar archive; unpack it"),
+    (rb"(?s:.{257})ustar", "a tar archive; unpack it"),
 )
 
 
@@ -89,24 +77,15 @@ _PATTERNS = (
 class ShardHeader:
     """The content of one shard, as its header declares it."""
 
-    shard: str
     blocks: Blocks
-
-    surplus: int
-    """Bytes after the last block."""
-
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """Free text, `__metadata__`."""
+    surplus: int  # bytes after the last block
+    metadata: Mapping[str, str] = field(default_factory=dict)  # free text, `__metadata__`
 
 
 def header_length(location: str, shard: str, start: bytes, size: int) -> int:
     """Return the length of the header in bytes, once it is known to be possible.
 
-    Args:
-        location: The checkpoint, for messages.
-        shard: The file's name.
-        start: The file's first bytes, `FIRST` of them or all that there are.
-        size: The file's length.
+    `start` has the first `FIRST` bytes of the file, or all of a shorter one; `size` is its length.
 
     Raises:
         TruncatedShardError: If the file ends within its header.
@@ -118,7 +97,7 @@ def header_length(location: str, shard: str, start: bytes, size: int) -> int:
         if PREFIX + length <= size:
             return length
         raise TruncatedShardError(location, shard, None, PREFIX, PREFIX + length, size)
-    kind = _kind_of(start)
+    kind = next((kind for beginning, kind in _KINDS if re.match(beginning, start)), None)
     if kind is not None:
         problem = f"is not a safetensors file but {kind}"
     elif len(start) < PREFIX:
@@ -144,42 +123,26 @@ def parse_header(
     recis: bool,
     digests: ShardDigests | None = None,
 ) -> ShardHeader:
-    """Read the JSON of a header.
+    """Read the JSON of a header: `text`, without the 8 bytes before it, of a file of `size` bytes.
 
-    Args:
-        problems: Receives blocks that do not fit their offsets, the file or the other blocks, and
-            digests of another header.
-        shard: The file's name.
-        text: The header, without the 8 bytes before it.
-        size: The file's length in bytes.
-        recis: Whether it is a shard of RecIS's, which has a spelling of its own for dtypes.
-        digests: The shard's digests in the sidecar.
+    `problems` receives blocks that do not fit their offsets, the file or the other blocks, and
+    digests of another header. A shard of RecIS's, `recis`, may spell dtypes in its own way.
 
     Raises:
         CheckpointError: If it is not such JSON.
     """
     try:
-        parsed = parse_object(text, _members)
+        entries = parse_object(text, _members)
     except BadJsonError as error:
-        problem = f"its header {error}"
-        raise CheckpointError(problems.location, problem, shard, error.key) from error
-    entries, start = parsed.value, PREFIX + len(text)
+        raise CheckpointError(problems.location, f"its header {error}", shard, error.key) from error
+    start = PREFIX + len(text)
     if digests is not None:
         _check_digest(problems, shard, text, digests.header)
     metadata = _metadata(problems, shard, entries.pop(_METADATA, None))
-    blocks = read_entries(
-        problems,
-        shard,
-        entries,
-        start=start,
-        digests=digests,
-        only_fields=parsed.as_expected,
-        recis=recis,
-    )
+    blocks = read_entries(problems, shard, entries, start=start, digests=digests, recis=recis)
     if has_negative_zero(text):
         problems.add("its header has -0 for a number, which is no size and no offset", shard)
-    whole = len(blocks) == len(entries)
-    sound, end = lay_out(problems, blocks, start, size, whole=whole)
+    sound, end = lay_out(problems, blocks, start, size, whole=len(blocks) == len(entries))
     surplus = size - end if len(sound) == len(entries) else 0
     if surplus and not recis:
         problem = (
@@ -187,11 +150,11 @@ def parse_header(
             "a file; copy it again"
         )
         problems.add(problem, shard)
-    return ShardHeader(shard, sound, surplus, metadata)
+    return ShardHeader(sound, surplus, metadata)
 
 
 def _members(entries: Mapping[str, object]) -> int:
-    """Return how many members a header has, if each entry has its fields and no more."""
+    """Count the members of a header in which each entry has its fields and no more."""
     count, metadata = len(entries) * (1 + len(FIELDS)), entries.get(_METADATA)
     if _METADATA in entries:
         count -= len(FIELDS)
@@ -214,16 +177,3 @@ def _check_digest(problems: Problems, shard: str, text: Text, wanted: str) -> No
         problem = f"bytes [0, {end}), its header, are not those that were written: {SIDECAR} has "
         problem += f"the digest {wanted}, they have {found}; copy the file again"
         problems.add(problem, shard)
-
-
-def _kind_of(start: bytes) -> str | None:
-    """Return the kind of a file, and advice; `None` if its beginning does not tell.
-
-    Args:
-        start: Its first bytes, best `FIRST` of them.
-    """
-    for beginning, kind, advice in _BEGINNINGS:
-        if start.startswith(beginning):
-            return f"{kind}; {advice}"
-    text = start.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-    return next((kind for pattern, kind in _PATTERNS if pattern.match(text)), None)

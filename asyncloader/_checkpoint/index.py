@@ -1,4 +1,6 @@
-"""Reads `index` and `tensorkey.json`: which names a checkpoint has, and in which shard they stand.
+"""Reads which names a checkpoint has, and in which shard they stand. Texts in, a catalog out.
+
+In RecIS's format, these are the texts of `index` and `tensorkey.json`:
 
 | kind | key | block name |
 |---|---|---|
@@ -12,14 +14,16 @@ so that names may hold dots, slashes, spaces and `@` themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
 from asyncloader.errors import CheckpointError
 
-from .files import INDEX, TENSORKEY
+from .format import DENSE_SUFFIX, INDEX, SIDECAR, TENSORKEY
+from .problems import Problem
+from .sidecar import check_files, parse_sidecar
 from .slices import Slice
 from .strict_json import BadJsonError, parse_object
 
@@ -27,11 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .header import ShardHeader
-    from .problems import Problem, Problems
+    from .problems import Problems
     from .sidecar import Sidecar
-
-
-DENSE_SUFFIX = "^ "
+    from .strict_json import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,33 +48,22 @@ class Place:
 class Part:
     """One rank's part of one slot of a table."""
 
-    slice: Slice
-    """The ids that the writing rank owned."""
-
+    slice: Slice  # the ids that the writing rank owned
     place: Place
 
 
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Places(Mapping[str, Place]):
-    """Where dense tensors stand, by name. A `Place` is made when it is asked for.
+    """Where dense tensors stand, by name. A `Place` is made when a caller asks for it."""
 
-    Args:
-        keys: Of their blocks, by name.
-        shards: Their files, by name.
-    """
-
-    __slots__ = ("block_keys", "shards")
-
-    def __init__(self, keys: Mapping[str, str], shards: Mapping[str, str]) -> None:
-        self.block_keys = keys
-        self.shards = shards
+    block_keys: Mapping[str, str]  # of their blocks, by name
+    shards: Mapping[str, str]  # their files, by name
 
     @classmethod
     def of(cls, places: Mapping[str, Place]) -> Places:
         """Return places as columns."""
-        return cls(
-            {name: place.key for name, place in places.items()},
-            {name: place.shard for name, place in places.items()},
-        )
+        keys = {name: place.key for name, place in places.items()}
+        return cls(keys, {name: place.shard for name, place in places.items()})
 
     def __len__(self) -> int:
         return len(self.block_keys)
@@ -86,42 +77,71 @@ class Places(Mapping[str, Place]):
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """All names of a checkpoint."""
+    """All names of a checkpoint.
+
+    Attributes:
+        tensors: Dense tensors by name.
+        tables: Table → slot → its parts in the order of their slices. The ids are the slot `id`.
+        source: The file that lists the names.
+        files: All shards that it names, in order, also shards without a block.
+        sidecar: Digests of all that it names, if there are any and they are wanted.
+        oddities: Oddities that do no harm.
+        header: That of `source`, if it is the only shard.
+        recis: Whether the checkpoint is in RecIS's format.
+    """
 
     tensors: Places
-    """Dense tensors by name."""
-
     tables: Mapping[str, Mapping[str, tuple[Part, ...]]]
-    """Table → slot → its parts in the order of their slices. The ids are the slot `id`."""
-
     source: str = INDEX
-    """The file that says so."""
-
     files: tuple[str, ...] = ()
-    """All shards that it names, in order, also shards without a block."""
-
     sidecar: Sidecar | None = None
-    """Digests of all that it names, if there are any and they are wanted."""
-
     oddities: tuple[Problem, ...] = ()
-    """Oddities that do no harm."""
-
     header: ShardHeader | None = None
-    """That of `source`, if it is the one shard that there is."""
-
     recis: bool = False
-    """Whether it is in RecIS's format."""
+
+    def names(self) -> tuple[str, ...]:
+        """Return all names: of dense tensors, and `table@slot` of tables; ids are `table@id`."""
+        slots = (f"{table}@{slot}" for table, held in self.tables.items() for slot in held)
+        return tuple(dict.fromkeys((*self.tensors, *slots)))
+
+    def places(self, name: str) -> tuple[Place, ...]:
+        """Return the places of a name's blocks, in the order of their slices; perhaps none.
+
+        Names match exactly. A tensor may have the name of a table's slot: then it is the tensor.
+        """
+        if (place := self.tensors.get(name)) is not None:
+            return (place,)
+        table, _, slot = name.rpartition("@")
+        return tuple(part.place for part in self.tables.get(table, {}).get(slot, ()))
 
 
-def parse_catalog(
-    problems: Problems, index: bytes | bytearray, tensorkey: bytes | bytearray
-) -> Catalog:
-    """Read both files.
+def parse_recis(problems: Problems, files: Mapping[str, Text], text: Text | None) -> Catalog:
+    """Parse all files of names together.
 
-    Args:
-        problems: Receives entries that are wrong, or that the other file contradicts.
-        index: The text.
-        tensorkey: The text.
+    `files` has `index`, and `tensorkey.json` unless that could not be read; `text` is the sidecar,
+    if there is one and it is wanted. `problems` receives wrong entries and contradictions.
+
+    Raises:
+        CheckpointError: If `index` is damaged.
+    """
+    sidecar, odd = None, ""
+    if text is not None:
+        with problems.caught():
+            sidecar = parse_sidecar(problems.location, text)
+            if sidecar is None:
+                odd = "is of a format that is not known here, so nothing is verified"
+            elif not check_files(problems, sidecar, files):
+                sidecar = None
+                odd = f"belongs to another save than {INDEX}, so nothing is verified"
+    catalog = parse_catalog(problems, files[INDEX], files.get(TENSORKEY, b"{}"))
+    oddities = (Problem(SIDECAR, None, odd),) if odd else ()
+    return replace(catalog, sidecar=sidecar, oddities=oddities)
+
+
+def parse_catalog(problems: Problems, index: Text, tensorkey: Text) -> Catalog:
+    """Read the texts of `index` and `tensorkey.json`.
+
+    `problems` receives entries that are wrong, or that the other file contradicts.
 
     Raises:
         CheckpointError: If `index` is not such JSON.
@@ -129,7 +149,7 @@ def parse_catalog(
     shards, blocks = _parse_index(problems, index)
     sparse: Mapping[str, object] = {}
     with problems.caught():
-        sparse = json_object(problems.location, TENSORKEY, tensorkey, len)
+        sparse = _object(problems.location, TENSORKEY, tensorkey, len)
     tables: dict[str, dict[str, list[Part]]] = {}
     for key in filter(sparse.__contains__, blocks):
         with problems.about(TENSORKEY, key):
@@ -167,85 +187,88 @@ def _dense(problems: Problems, shards: Mapping[int, str], blocks: Mapping[str, i
     return Places(keys, dict(zip(keys, map(shards.__getitem__, numbers), strict=True)))
 
 
-def json_object(
-    location: str,
-    name: str,
-    text: bytes | bytearray,
-    expected: Callable[[Mapping[str, object]], int],
-) -> dict[str, object]:
-    """Return the JSON object that the file `name` holds.
+def catalog_of_file(header: ShardHeader) -> Catalog:
+    """Return the names in one file's header: the keys, as they stand."""
+    file, keys = header.blocks.shard, {key: key for key in header.blocks}
+    return Catalog(Places(keys, dict.fromkeys(keys, file)), {}, file, (file,), header=header)
 
-    Args:
-        location: The checkpoint, for messages.
-        name: Of the file.
-        text: Its content.
-        expected: Counts its members, and the members of objects within: see `parse_object`.
+
+def parse_weight_map(problems: Problems, text: Text, name: str) -> Catalog:
+    """Read the text of a file `name` that says which tensor stands in which file.
+
+    Hugging Face's folders of several files have one: `{"metadata": {...}, "weight_map": {tensor:
+    file}}`. A tensor's name is its key, as it stands.
 
     Raises:
-        CheckpointError: If it holds something else.
+        CheckpointError: If it is not such JSON.
     """
+    weight_map = _object(problems.location, name, text, _members_of_objects).get("weight_map")
+    if not isinstance(weight_map, dict):
+        problem = f"its weight_map is {shown(weight_map)}, not an object {{tensor: file}}"
+        raise CheckpointError(problems.location, problem, name)
+    sound = {}
+    for key, shard in weight_map.items():
+        if isinstance(shard, str) and is_file_name(shard):
+            sound[key] = shard
+        else:
+            problems.add(f"its file {shown(shard)} is not a plain file name", name, key)
+    places = Places({key: key for key in sound}, sound)
+    return Catalog(places, {}, name, tuple(sorted(set(sound.values()))))
+
+
+def _object(
+    location: str, name: str, text: Text, expected: Callable[[Mapping[str, object]], int]
+) -> dict[str, object]:
+    """Return the JSON object that the file `name` holds; for `expected` see `parse_object`."""
     try:
-        return parse_object(text, expected).value
+        return parse_object(text, expected)
     except BadJsonError as error:
         raise CheckpointError(location, str(error), name, error.key) from error
 
 
-def members_of_objects(value: Mapping[str, object]) -> int:
-    """Count the members of an object, and the members of these."""
+def _members_of_objects(value: Mapping[str, object]) -> int:
+    """Count the members of an object, and of the objects in it."""
     return len(value) + sum(len(one) for one in value.values() if isinstance(one, dict))
 
 
-def _parse_index(
-    problems: Problems, text: bytes | bytearray
-) -> tuple[dict[int, str], Mapping[str, int]]:
+def _parse_index(problems: Problems, text: Text) -> tuple[dict[int, str], Mapping[str, int]]:
     """Return the shards by number, and the numbers of all blocks, each of which has a shard."""
-    value = json_object(problems.location, INDEX, text, members_of_objects)
+    value = _object(problems.location, INDEX, text, _members_of_objects)
     files, blocks = value.get("file_index"), value.get("block_index")
     if not isinstance(files, dict) or not isinstance(blocks, dict):
         raise CheckpointError(problems.location, "lacks file_index or block_index", INDEX)
     shards: dict[int, str] = {}
     for name, number in files.items():
-        with problems.about(INDEX):
-            shards[_number_of_its_own(name, number, shards)] = name
+        problem = f"file_index gives {name!r} the number {shown(number)}, which is not its own"
+        if not is_file_name(name):
+            problems.add(f"{name[:200]!r} is not a plain file name", INDEX)
+        elif type(number) is not int or number < 0:
+            problems.add(problem, INDEX)
+        elif number in shards:
+            problems.add(f"{problem}: {shards[number]!r} has it", INDEX)
+        else:
+            shards[number] = name
     if set(map(type, blocks.values())) <= {int} and set(blocks.values()) <= shards.keys():
         return shards, blocks
     sound = {}
     for key, number in blocks.items():
-        with problems.about(INDEX, key):
-            sound[key] = _known_number(number, shards)
+        if type(number) is not int:
+            problems.add(f"shard {shown(number)} is not a number", INDEX, key)
+        elif number not in shards:
+            problem = f"points to shard number {number}, which file_index does not name"
+            problems.add(problem, INDEX, key)
+        else:
+            sound[key] = number
     return shards, sound
 
 
-def _number_of_its_own(name: str, number: object, others: Mapping[int, str]) -> int:
-    if not is_file_name(name):
-        raise ValueError(f"{name[:200]!r} is not a plain file name")
-    problem = f"file_index gives {name!r} the number {shown(number)}, which is not its own"
-    if type(number) is not int or number < 0:
-        raise ValueError(problem)
-    if number in others:
-        raise ValueError(f"{problem}: {others[number]!r} has it")
-    return number
-
-
-def _known_number(number: object, shards: Mapping[int, str]) -> int:
-    if type(number) is not int:
-        raise ValueError(f"shard {shown(number)} is not a number")
-    if number not in shards:
-        raise ValueError(f"points to shard number {number}, which file_index does not name")
-    return number
-
-
 def is_file_name(name: str) -> bool:
-    """Whether the name stays inside the checkpoint's folder."""
+    """Say whether the name stays inside the checkpoint's folder."""
     return name not in {"", ".", ".."} and not set(name) & set("/\\\0")
 
 
 def _split(name: object) -> tuple[str, str, Slice]:
-    """Split `table@slot^begin@end@size`.
-
-    Raises:
-        ValueError: If it is not of that form.
-    """
+    """Split `table@slot^begin@end@size`; raise a `ValueError` if it is not of that form."""
     if not isinstance(name, str):
         raise ValueError(f"its name is not text: {shown(name)}")  # noqa: TRY004  # it is data
     full, caret, where = name.rpartition("^")

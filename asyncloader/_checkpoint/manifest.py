@@ -1,10 +1,12 @@
-"""Reads the headers of chosen shards."""
+"""The blocks of a checkpoint by name: reads the headers of chosen shards, and finds tensors."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+import itertools
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,8 +14,9 @@ from asyncloader._storage.protocol import opening_error, read_exactly, read_text
 from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
 from asyncloader.errors import CheckpointChangedError, CheckpointError, ReadError
 
-from .files import INDEX, SIDECAR
-from .header import FIRST, PREFIX, ShardHeader, header_length, parse_header
+from .format import DENSE_SUFFIX, INDEX, PREFIX, SIDECAR
+from .header import FIRST, ShardHeader, header_length, parse_header
+from .parts import row_problems
 from .problems import Problem, Problems
 
 if TYPE_CHECKING:
@@ -23,13 +26,14 @@ if TYPE_CHECKING:
     from asyncloader._storage.protocol import Storage
 
     from .blocks import Block
+    from .dtypes import DType
     from .index import Catalog, Place
 
 
 # Most headers fit, and one read is half the time of two.
 _FIRST_READ = 16 << 10
-# Objects take ten times the room of their text, and of several texts that are parsed on threads no
-# two at a time: Python makes objects on one thread only. So large ones take turns.
+# Objects take ten times the room of their text. Threads cannot parse several texts at the same
+# time: one thread at a time makes Python objects. So large headers take turns.
 _LARGE = 1 << 20
 
 
@@ -49,13 +53,12 @@ class Manifest:
         """
         blocks = self.headers[place.shard].blocks
         found = blocks.get(place.key)
-        source = self.catalog.source
         if found is None and self.catalog.recis and "/part_" in place.key:
             # RecIS's saver indexes `x/part_0^ ` but writes `x/part_0`.
-            found = blocks.get(place.key.removesuffix("^ "))
+            found = blocks.get(place.key.removesuffix(DENSE_SUFFIX))
         if found is None:
             problem = (
-                f"{source} says that it stands here, but the header does not have it; "
+                f"{self.catalog.source} says that it stands here, but the header does not have it; "
                 "copy both files again"
             )
             raise CheckpointError(self.location, problem, place.shard, place.key)
@@ -77,6 +80,63 @@ class Manifest:
         return tuple(map(str, self.oddities))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One tensor on disk, in one or more blocks whose rows follow each other."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension; a scalar raises a `ValueError`."""
+        if not self.shape:
+            raise ValueError(f"{self.name!r} is a scalar, it has no rows")
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all blocks take on disk."""
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes in memory; the bytes on disk if torch lacks its dtype."""
+        itemsize = self.dtype.itemsize
+        return self.nbytes if itemsize is None else math.prod(self.shape) * itemsize
+
+    def window(self, begin: int, end: int) -> Stored:
+        """Return the rows `[begin, end)`; raise a `ValueError` if one of them is not there."""
+        if not 0 <= begin <= end <= self.rows:
+            raise ValueError(f"{self.name!r} has {self.rows} rows, not [{begin}, {end})")
+        ends = itertools.accumulate(block.rows for block in self.blocks)
+        cuts = (
+            block.window(max(begin - (last - block.rows), 0), min(end - last, 0) + block.rows)
+            for block, last in zip(self.blocks, ends, strict=True)
+        )
+        return replace(
+            self,
+            shape=(end - begin, *self.shape[1:]),
+            blocks=tuple(block for block in cuts if block is not None),
+        )
+
+
+def stored_tensor(manifest: Manifest, name: str) -> Stored:
+    """Return the tensor of a name whose headers were read.
+
+    Raises:
+        CheckpointError: If its blocks do not fit together, or a shard lacks one.
+    """
+    blocks = tuple(manifest.block(place) for place in manifest.catalog.places(name))
+    first, shape = blocks[0], blocks[0].shape
+    if len(blocks) > 1:
+        Problems(manifest.location).take(row_problems(name, blocks))
+        shape = (sum(block.rows for block in blocks), *shape[1:])
+    return Stored(name=name, dtype=first.dtype, shape=shape, blocks=blocks)
+
+
 async def read_manifest(
     storage: Storage,
     catalog: Catalog,
@@ -89,21 +149,13 @@ async def read_manifest(
     """Read the headers of `shards`, `parallel` at a time; parse them on threads.
 
     A program that replaces a checkpoint takes its `index` away first and puts the new one there
-    last. So where `index` is still the one that was read, once all shards are open, they belong to
-    it.
-
-    Args:
-        storage: The folder.
-        catalog: Its names.
-        shards: The files.
-        parallel: How many headers are read at a time.
-        executor: For parsing.
-        problems: Receives the problems of headers; if `None`, the first one is raised.
+    last. So if `index` is still the file that was read, once all shards are open, they belong to
+    it. `problems` receives the problems of headers; if it is `None`, the first one is raised.
 
     Raises:
         CheckpointChangedError: If it was replaced meanwhile.
-        CheckpointError: For the first shard, in the order of names, that is no good; the others
-            are notes on it.
+        CheckpointError: For the first damaged shard, in the order of names; the others are notes on
+            it.
         ReadError: If the storage failed.
     """
     headers: dict[str, ShardHeader] = {}
@@ -112,7 +164,7 @@ async def read_manifest(
     problems = Problems(storage.location) if problems is None else problems
 
     async def read(shard: str) -> None:
-        if catalog.header is not None and catalog.header.shard == shard:
+        if catalog.header is not None and catalog.source == shard:
             headers[shard] = catalog.header
             return
         try:
@@ -136,10 +188,10 @@ async def read_manifest(
 
 
 async def check_unchanged(storage: Storage, source: str) -> None:
-    """Look whether the file that names everything is still the one that was read.
+    """See that the file of the names, `source`, is still the one that was read.
 
     Raises:
-        CheckpointChangedError: If it is not.
+        CheckpointChangedError: If it is another one.
         CheckpointError: If it cannot be looked at.
     """
     try:
@@ -163,18 +215,12 @@ async def read_header(
     turns: asyncio.Lock,
     problems: Problems,
 ) -> ShardHeader:
-    """Read one header; a large one when it is its turn.
+    """Read one header, a large one while it holds `turns`.
 
-    Args:
-        storage: The folder.
-        shard: The file.
-        executor: For parsing.
-        catalog: The folder's names.
-        turns: Held while a large header is read.
-        problems: Receives the problems of blocks and digests.
+    `problems` receives the problems of blocks and digests.
 
     Raises:
-        CheckpointError: If nothing can be made of it.
+        CheckpointError: If the file has no such header.
         ReadError: If the storage failed.
     """
     where, digests = storage.location, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from .files import SIDECAR
+from .format import SIDECAR
 from .problems import Problem
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from .slices import Slice
 
 
-ID = "id"
-"""The slot that holds the ids."""
-
+ID = "id"  # the slot that holds the ids
 _IDS = "int64"
 _SHOWN = 4
 
@@ -35,10 +33,7 @@ def table_problems(
 ) -> Iterator[Problem]:
     """Yield why the parts of a table do not fit together.
 
-    Args:
-        table: Its name.
-        slots: The parts of each slot, in the order of their slices.
-        blocks: The blocks of parts, by slot and slice, as far as they are sound.
+    `slots` has the parts of each slot, in the order of their slices; `blocks` the sound blocks.
     """
     for slot, of_slot in blocks.items():
         yield from row_problems(f"{table}@{slot}", list(of_slot.values()))
@@ -46,10 +41,12 @@ def table_problems(
     if ID not in slots:
         yield Problem("", table, "the table has no ids, so its rows belong to no id")
         return
-    yield from slice_problems(table, [part.slice for part in slots[ID]])
+    yield from _slice_problems(table, [part.slice for part in slots[ID]])
     for slot, parts in slots.items():
         yield from without_rows(table, slot, slots[ID], parts)
-        yield from without_ids(table, slot, slots[ID], parts)
+        for where in _lacking(slots[ID], parts):
+            text = f"has a part for slice {where}, of which there are no ids"
+            yield Problem("", f"{table}@{slot}", text)
         for where, block in blocks[slot].items():
             if where in blocks[ID]:
                 yield from count_problems(f"{table}@{slot}", blocks[ID][where], block)
@@ -86,23 +83,16 @@ def repeated(table: str, slot: str, parts: Sequence[Part]) -> Iterator[Problem]:
 def without_rows(
     table: str, slot: str, ids: Iterable[Part], parts: Iterable[Part]
 ) -> Iterator[Problem]:
-    """Yield the slices of which there are ids but no rows of a slot."""
+    """Yield the slices that have ids but no rows of a slot."""
+    for where in _lacking(parts, ids):
+        text = f"has no part for slice {where}, of which there are ids"
+        yield Problem("", f"{table}@{slot}", text)
+
+
+def _lacking(parts: Iterable[Part], others: Iterable[Part]) -> list[Slice]:
+    """Return the slices of `others`, each once, that `parts` do not have."""
     held = {part.slice for part in parts}
-    for where in dict.fromkeys(part.slice for part in ids):
-        if where not in held:
-            text = f"has no part for slice {where}, of which there are ids"
-            yield Problem("", f"{table}@{slot}", text)
-
-
-def without_ids(
-    table: str, slot: str, ids: Iterable[Part], parts: Iterable[Part]
-) -> Iterator[Problem]:
-    """Yield the slices of which there are rows of a slot but no ids."""
-    claimed = {part.slice for part in ids}
-    for where in dict.fromkeys(part.slice for part in parts):
-        if where not in claimed:
-            text = f"has a part for slice {where}, of which there are no ids"
-            yield Problem("", f"{table}@{slot}", text)
+    return [where for where in dict.fromkeys(part.slice for part in others) if where not in held]
 
 
 def count_problems(name: str, ids: Block, block: Block) -> Iterator[Problem]:
@@ -123,7 +113,7 @@ def id_problems(name: str, block: Block) -> Iterator[Problem]:
 
 
 def spread_problems(told: PartRows, ids: Block) -> Iterator[Problem]:
-    """Yield that the sidecar speaks of more or fewer ids of a part than there are."""
+    """Yield that the sidecar has another number of ids of a part than there are."""
     if told.rows != ids.rows:
         text = (
             f"has {ids.rows} ids of slice {told.slice}, but {SIDECAR} says {told.rows}; "
@@ -132,7 +122,7 @@ def spread_problems(told: PartRows, ids: Block) -> Iterator[Problem]:
         yield Problem(ids.shard, ids.key, text)
 
 
-def slice_problems(table: str, slices: Sequence[Slice]) -> Iterator[Problem]:
+def _slice_problems(table: str, slices: Sequence[Slice]) -> Iterator[Problem]:
     """Yield that slices are of different sizes, or which ids lie in none of them."""
     if len({one.size for one in slices}) > 1:
         named = ", ".join(map(str, sorted(set(slices))[:_SHOWN]))
@@ -144,7 +134,7 @@ def slice_problems(table: str, slices: Sequence[Slice]) -> Iterator[Problem]:
 
 
 def overlaps(slices: Iterable[Slice]) -> Iterator[tuple[Slice, Slice]]:
-    """Yield slices that have ids in common with one before them, and that one."""
+    """Yield each slice that has ids in common with an earlier one: the earlier one, and it."""
     last: Slice | None = None
     for one in sorted(one for one in slices if one.begin < one.end):
         if last is not None and (one.size != last.size or one.begin < last.end):

@@ -2,7 +2,7 @@
 
 A rule hands a problem to `Problems`. In a load they raise it at once. In `verify` they are
 `AllProblems`, which keep it, and the rule goes on as if the wrong entry were not there. A rule that
-cannot go on, because a text is no JSON, say, raises the error; `Problems.caught` keeps it.
+cannot go on (a text is not JSON, say) raises the error, and `Problems.caught` keeps it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong, or odd."""
+    """One thing that is wrong, or odd.
+
+    Attributes:
+        file: The file within the checkpoint; "" if no file is to blame.
+        key: The block's key in that file, or the table, or `table@slot`.
+        text: The end of a sentence about it.
+    """
 
     file: str
-    """The file within the checkpoint; "" if no file is to blame."""
-
     key: str | None
-    """The block's key in that file, or the table, or `table@slot`."""
-
     text: str
 
     def __str__(self) -> str:
@@ -41,11 +43,7 @@ class Problem:
 
 
 class Problems:
-    """Raises the first problem.
-
-    Args:
-        location: The checkpoint, for messages.
-    """
+    """Raises the first problem. `location` is the checkpoint, for messages."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -55,18 +53,16 @@ class Problems:
         raise error
 
     def add(self, text: str, file: str | None = None, key: str | None = None) -> None:
-        """Take a problem."""
-        if file is None and key is not None:  # the name of a table, and of no block
+        if file is None and key is not None:  # the name of a table, not of a block
             text, key = f"{key!r}: {text}", None
         self.error(CheckpointError(self.location, text, file, key))
 
     def take(self, found: Iterable[Problem]) -> None:
-        """Take several problems."""
         for one in found:
             self.add(one.text, one.file or None, one.key)
 
     def blames(self, file: str, key: str | None = None) -> bool:  # noqa: ARG002  # none is kept
-        """Say whether something is wrong with an entry, or with a file as a whole."""
+        """Say whether a problem is known of an entry, or of a file as a whole."""
         return False
 
     @contextlib.contextmanager
@@ -87,25 +83,21 @@ class Problems:
 
 
 class AllProblems(Problems):
-    """Collects all problems, from any thread."""
+    """Collects all problems, from any thread.
+
+    Attributes:
+        found: The problems, each once.
+        notes: Oddities that do no harm.
+    """
 
     def __init__(self, location: str) -> None:
         super().__init__(location)
         self.found: dict[Problem, None] = {}
-        """Each of them once."""
-
         self.notes: dict[Problem, None] = {}
-        """Oddities that do no harm."""
-
         self._blamed: set[tuple[str, str | None]] = set()
 
     def error(self, error: CheckpointError | ReadError) -> None:
-        """Keep a problem.
-
-        Raises:
-            CheckpointNotFoundError: If it is that there is no checkpoint at all.
-            CheckpointChangedError: If it is that it was replaced meanwhile.
-        """
+        """Keep a problem, but raise the error of a checkpoint that is missing or was replaced."""
         if isinstance(error, CheckpointNotFoundError | CheckpointChangedError):
             raise error
         if isinstance(error, CheckpointError):
@@ -116,12 +108,11 @@ class AllProblems(Problems):
             self.add(text, error.shard)
 
     def add(self, text: str, file: str | None = None, key: str | None = None) -> None:
-        """Keep a problem."""
         self.found[Problem(file or "", key, text)] = None
         self._blamed.add((file or "", key))
 
     def note(self, text: str, file: str = "", key: str | None = None) -> None:
-        """Keep something odd that does no harm."""
+        """Keep an oddity that does no harm."""
         self.notes[Problem(file, key, text)] = None
 
     def blames(self, file: str, key: str | None = None) -> bool:

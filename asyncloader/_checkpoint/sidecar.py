@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from reprlib import repr as shown  # shortens
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ import orjson
 
 from asyncloader.errors import CheckpointError
 
-from .files import INDEX, SIDECAR
+from .format import INDEX, SIDECAR
 from .slices import Slice
 from .strict_json import BadJsonError, parse_object
 
@@ -36,18 +36,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from .problems import Problems
+    from .strict_json import Text
 
 
-DIGEST_CHUNK = 8 << 20
-"""Bytes that one digest is of."""
-
+DIGEST_CHUNK = 8 << 20  # the bytes of one digest
 SUB_SLICES = 256
 _FORMAT = 1
 _ALGORITHM = "xxh3-128"
 _HEX = 32
 
 
-def digest_of(data: bytes | bytearray | memoryview) -> str:
+def digest_of(data: Text | memoryview) -> str:
     """Return the digest of bytes, 32 hexadecimal digits. Holds no GIL while it computes."""
     import xxhash  # noqa: PLC0415  # not every checkpoint has digests
 
@@ -63,11 +62,8 @@ def chunk_count(nbytes: int) -> int:
 class ShardDigests:
     """The digests of one shard."""
 
-    header: str
-    """Of the bytes before the data."""
-
-    blocks: Mapping[str, tuple[str, ...]]
-    """By key, of each chunk."""
+    header: str  # of the bytes before the data
+    blocks: Mapping[str, tuple[str, ...]]  # by key, of each chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +72,7 @@ class PartRows:
 
     slice: Slice
     rows: int
-    offsets: tuple[int, ...]
-    """First row of each of 256 equal sub-slices, and the number of rows."""
+    offsets: tuple[int, ...]  # the first row of each of 256 equal sub-slices, and `rows`
 
     @property
     def cuts(self) -> list[int]:
@@ -99,18 +94,17 @@ class PartRows:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """All that the sidecar says."""
+    """A sidecar that was read.
+
+    Attributes:
+        files: Digests of `index`, `tensorkey.json` and the description.
+        shards: Digests by shard file.
+        parts: As JSON has them: to check them all takes longer than to read the rest.
+    """
 
     files: Mapping[str, str]
-    """Digests of `index`, `tensorkey.json` and the description."""
-
     shards: Mapping[str, ShardDigests]
-    parts: Mapping[str, tuple[PartRows, ...]] = field(default_factory=dict)
-    """By table, of a sidecar that is to be written."""
-
-    unread: object = None
-    """The same as JSON has it, of one that was read: to look at all of it takes longer than all
-    else."""
+    parts: object
 
     def spread(self, location: str, table: str, slice_: Slice) -> PartRows | None:
         """Read how the rows of one part are spread, if that is known.
@@ -119,7 +113,7 @@ class Sidecar:
             CheckpointError: If that is damaged.
         """
         with _damage(location):
-            for entry in _list(_object(self.unread).get(table, [])):
+            for entry in _list(_object(self.parts).get(table, [])):
                 if _object(entry).get("slice") == str(slice_):
                     return part_of_json(entry)
         return None
@@ -133,37 +127,35 @@ class Sidecar:
         with _damage(location):
             return {
                 table: tuple(part_of_json(entry) for entry in _list(entries))
-                for table, entries in _object(self.unread).items()
+                for table, entries in _object(self.parts).items()
             }
 
 
-def render_sidecar(sidecar: Sidecar) -> bytes:
-    """Return the text of the file."""
+def render_sidecar(
+    files: Mapping[str, str],
+    shards: Mapping[str, ShardDigests],
+    parts: Mapping[str, Iterable[PartRows]],
+) -> bytes:
+    """Return the text of the file; see `Sidecar`."""
     value = {
         "format": _FORMAT,
         "digest": _ALGORITHM,
         "chunk_bytes": DIGEST_CHUNK,
-        "files": sidecar.files,
-        "shards": sidecar.shards,
-        "parts": {
-            table: [part_as_json(part) for part in rows] for table, rows in sidecar.parts.items()
-        },
+        "files": files,
+        "shards": shards,
+        "parts": {table: [part_as_json(part) for part in rows] for table, rows in parts.items()},
     }
     return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
-def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
+def parse_sidecar(location: str, text: Text) -> Sidecar | None:
     """Read the file; return `None` if it is of a format that is not known here.
-
-    Args:
-        location: The checkpoint, for messages.
-        text: Of the file.
 
     Raises:
         CheckpointError: If it is damaged.
     """
     try:
-        value = parse_object(text, _members).value
+        value = parse_object(text, _members)
     except BadJsonError as error:
         raise _bad(location, str(error), error.key) from error
     if type(value.get("format")) is not int:
@@ -171,7 +163,7 @@ def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
     if value["format"] != _FORMAT:
         return None
     said = value.get("digest"), value.get("chunk_bytes")
-    # A number is written as it is: 8388608.0 is equal, and says that something else has written it.
+    # We write an integer: 8388608.0 is equal, and shows that another program has written it.
     if said != (_ALGORITHM, DIGEST_CHUNK) or type(said[1]) is not int:
         wanted = f"those of its format {_ALGORITHM!r} of {DIGEST_CHUNK} bytes"
         raise _bad(location, f"damaged: its digests are {shown(said)}, {wanted}")
@@ -179,19 +171,15 @@ def parse_sidecar(location: str, text: bytes | bytearray) -> Sidecar | None:
         return Sidecar(
             files={name: _digest(text) for name, text in _object(value["files"]).items()},
             shards=shards_of_json(value["shards"]),
-            unread=value["parts"],
+            parts=value["parts"],
         )
 
 
-def check_files(
-    problems: Problems, sidecar: Sidecar, texts: Mapping[str, bytes | bytearray]
-) -> bool:
+def check_files(problems: Problems, sidecar: Sidecar, texts: Mapping[str, Text]) -> bool:
     """Say whether the sidecar was written with this `index`.
 
-    Args:
-        problems: Receives the files that were not written with it.
-        sidecar: With digests of files.
-        texts: `index`, and other files that it has digests of, by name.
+    `texts` are `index` and other files that it has digests of, by name. `problems` receives the
+    files that were not written with it.
     """
     known = sidecar.files.get(INDEX) == digest_of(texts[INDEX])
     if not known and not texts[INDEX].endswith(b"\n"):
@@ -201,7 +189,7 @@ def check_files(
     return known
 
 
-def check_file(problems: Problems, sidecar: Sidecar, name: str, text: bytes | bytearray) -> None:
+def check_file(problems: Problems, sidecar: Sidecar, name: str, text: Text) -> None:
     """Compare a file with its digest."""
     wanted, found = sidecar.files.get(name), digest_of(text)
     if found != wanted:
@@ -214,11 +202,7 @@ def check_file(problems: Problems, sidecar: Sidecar, name: str, text: bytes | by
 
 @contextlib.contextmanager
 def _damage(location: str) -> Iterator[None]:
-    """Say that the sidecar is damaged where the `with` block cannot read it.
-
-    Raises:
-        CheckpointError: If it is.
-    """
+    """Raise the error of a damaged sidecar where the `with` block cannot read it."""
     try:
         yield
     except (KeyError, ValueError) as error:
@@ -263,27 +247,19 @@ def _digest(value: object) -> str:
 
 
 def shards_of_json(value: object) -> dict[str, ShardDigests]:
-    """Read the digests of shards.
-
-    Raises:
-        KeyError: If something is missing.
-        ValueError: If it is something else.
-    """
-    return {shard: _shard(entry) for shard, entry in _object(value).items()}
+    """Read the digests of shards; raise `KeyError` or `ValueError` if these are none."""
+    found = {}
+    for shard, entry in _object(value).items():
+        blocks = {
+            key: tuple(_digest(one) for one in _list(digests))
+            for key, digests in _object(_object(entry)["blocks"]).items()
+        }
+        found[shard] = ShardDigests(_digest(entry["header"]), blocks)
+    return found
 
 
 def part_as_json(part: PartRows) -> dict[str, Any]:
-    """Return how rows are spread as JSON has it."""
     return {"slice": str(part.slice), "rows": part.rows, "offsets": part.offsets}
-
-
-def _shard(value: object) -> ShardDigests:
-    entry = _object(value)
-    blocks = {
-        key: tuple(_digest(one) for one in _list(digests))
-        for key, digests in _object(entry["blocks"]).items()
-    }
-    return ShardDigests(_digest(entry["header"]), blocks)
 
 
 def part_of_json(value: object) -> PartRows:

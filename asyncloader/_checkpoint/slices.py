@@ -42,8 +42,8 @@ class Slice:
             )
 
     def __hash__(self) -> int:
-        # Of text, it is another one in each process. Of numbers it is not, and a checkpoint could
-        # name a million slices that have the same, of which a dict would take hours.
+        # The hash of text is another one in each process. That of numbers is not: a checkpoint
+        # could name a million slices of one hash, for which a dict would take hours.
         return hash(str(self))
 
     def __str__(self) -> str:

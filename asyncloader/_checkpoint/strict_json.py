@@ -5,8 +5,8 @@ Stricter than orjson, and bounded.
 - A key may stand twice in an object. Of its values orjson keeps the last, other readers the first:
   a reader may load a value that another one has not checked. `{"a": 1, "a": 2}` has two colons and
   becomes one member. So colons are counted in the text, and members in the object. A name with a
-  colon would spoil the count, so there are three, the cheap ones first: all colons; colons behind a
-  quote or a space, of which `{"kernel:0": 1}` has one; colons outside of strings, of which
+  colon would spoil the count, so there are three counts, the cheap ones first: all colons; colons
+  behind a quote or a space, of which `{"kernel:0": 1}` has one; colons outside of strings, of which
   `{"a\":": 1}` has one.
 - Objects take up to 30 times the room of their text. How much they can take is computed from the
   brackets and colons of the text, before an object is made.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -28,19 +27,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-Text: TypeAlias = bytes | bytearray | memoryview
-
-MAX_NAMES = 128 << 20
-"""Bytes of a file of names: two million lines of `index`."""
-
-MAX_SIDECAR = 256 << 20
-"""Bytes of the sidecar, which says a hundred of each block, and two thousand of each part."""
+Text: TypeAlias = bytes | bytearray
 
 # Bytes of an object, a list and a member with its key, while orjson parses: measured. Numbers and
 # text take no more than 22 times their length.
 _OBJECT, _LIST, _MEMBER = 232, 88, 112
-# The bytes that all may take: for a byte of text as in a header of tensors with short names, and
-# room for small files on top.
+# The bytes that all objects may take. A header of tensors with short names takes so many for each
+# byte of text; small files need some room on top.
 _ROOM_PER_BYTE = 16
 _ROOM = 32 << 20
 _SMALL = 1 << 20
@@ -52,38 +45,21 @@ _NEGATIVE_ZERO = re.compile(rb"-0(?<=[:,[\s]-0)(?![.eE0-9])")
 
 
 class BadJsonError(ValueError):
-    """The text is no such object.
-
-    Attributes:
-        key: The one to blame, if there is one.
-    """
+    """The text is no such object; `key` is the key to blame, if there is one."""
 
     def __init__(self, problem: str, key: str | None = None) -> None:
-        super().__init__(problem, key)
-        self.problem = problem
+        super().__init__(problem)
         self.key = key
 
-    def __str__(self) -> str:
-        return self.problem
 
-
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """An object."""
-
-    value: dict[str, Any]
-
-    as_expected: bool
-    """Whether it has no more members than were expected, provided it has as many."""
-
-
-def parse_object(text: Text, expected: Callable[[dict[str, Any]], int]) -> Parsed:
-    """Read an object of which no key stands twice, nor in any object within.
+def parse_object(text: Text, expected: Callable[[dict[str, Any]], int]) -> dict[str, Any]:
+    """Read an object in which no key stands twice, nor in any object within.
 
     Args:
         text: UTF-8.
-        expected: Says how many members there are in it and in the objects within, if it is as it
-            should be: no more than there are. Where it says too many, a key may stand twice.
+        expected: Counts the members of the object and of the objects within, provided that the
+            object has the right form. It may count too few; if it counted too many, a key that
+            stands twice could be missed.
 
     Raises:
         BadJsonError: If it is not JSON, no object, has a key twice, or would take too much memory.
@@ -99,14 +75,14 @@ def parse_object(text: Text, expected: Callable[[dict[str, Any]], int]) -> Parse
         raise BadJsonError("is not a JSON object")
     count = expected(value)
     if count == colons or count == _count_members(array):
-        return Parsed(value, as_expected=True)
+        return value
     if _count_outside(text)[":"] != _members_of(value):
         raise _doubled(text)
-    return Parsed(value, as_expected=False)
+    return value
 
 
 def has_negative_zero(text: Text) -> bool:
-    """Say whether a number is `-0`: a float to safetensors, which refuses it, and 0 to orjson."""
+    """Say whether a number is `-0`: 0 to orjson, but a float to safetensors, which refuses it."""
     if not _count(np.frombuffer(text, np.uint8), "-") or not _NEGATIVE_ZERO.search(text):
         return False  # as in `layer-0`
     return _NEGATIVE_ZERO.search(_STRING.sub(b"", _unescaped(text))) is not None
@@ -171,12 +147,11 @@ def _check_room(text: Text, colons: int) -> None:
 
 
 def _room_of(counts: Mapping[str, int]) -> int:
-    """Return how much memory so many objects, lists and members may take."""
     return _OBJECT * counts["{"] + _LIST * counts["["] + _MEMBER * counts[":"]
 
 
 class _DoubledError(Exception):
-    """Carries a key."""
+    """Its text is a key."""
 
 
 def _doubled(text: Text) -> BadJsonError:
@@ -192,7 +167,7 @@ def _doubled(text: Text) -> BadJsonError:
 
 
 def _look(pairs: list[tuple[str, object]]) -> None:
-    """Raise if a key comes again; the values are of no interest."""
+    """Raise if a key comes again."""
     seen = set()
     for key, _ in pairs:
         if key in seen:

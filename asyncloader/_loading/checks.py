@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn.parameter import is_lazy
 
-from asyncloader._checkpoint.dtypes import BY_TORCH
-from asyncloader._planning.targets import RowType, TableTarget
+from asyncloader._checkpoint.dtypes import BY_TORCH, TensorType
+from asyncloader._planning.targets import TableTarget
 
 if TYPE_CHECKING:
     from asyncloader._checkpoint.dtypes import DType
@@ -168,7 +168,7 @@ def describe_tables(tables: Mapping[str, LoadableTable]) -> dict[str, TableTarge
             dtype = stored_dtype(slot.dtype)
             if dtype is None:
                 raise ValueError(f"hashtables[{name!r}]: no checkpoint can hold {slot.dtype}")
-            slots[slot.name] = RowType(shape=slot.shape, dtype=dtype)
+            slots[slot.name] = TensorType(dtype, slot.shape)
         children = tuple(table.children)
         target = TableTarget(name=name, children=children, slice=table.slice, slots=slots)
         targets |= dict.fromkeys(children, target)

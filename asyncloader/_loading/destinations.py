@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from asyncloader._checkpoint.dtypes import TensorType
 from asyncloader._memory.pages import is_read_only
 from asyncloader._planning.targets import TensorTargets
 from asyncloader._threads.call import lost_memory
@@ -161,12 +162,12 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> Destinations:
     turned = _flags(map(torch.Tensor.is_neg, held))
     if any(dtype.is_complex for dtype, _ in types):
         turned |= _flags(map(torch.Tensor.is_conj, held))
-    known = [(stored[dtype], tuple(shape)) for dtype, shape in types]
+    known = [TensorType(stored[dtype], tuple(shape)) for dtype, shape in types]
     memory = _memory(list(tensors), held, dtypes, begin[end > begin])
     return Destinations(
         tensors=tensors,
         held=held,
-        targets=TensorTargets(tensors, known, kinds, memory),
+        targets=TensorTargets(list(tensors), known, kinds, memory=memory),
         plain=contiguous & ~turned & _flags(map(attrgetter("is_cpu"), held)),
         begin=begin,
         end=end,

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._planning.choice import choose
-from asyncloader._planning.hints import RENAME, did_you_mean
+from asyncloader._planning.choice import choose, did_you_mean
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets, checked_load_info, default_load_info
 from asyncloader._threads.jobs import run_jobs, undisturbed
@@ -25,13 +24,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader._checkpoint.catalog import Names
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._planning.casts import Casting
     from asyncloader._planning.choice import Choice
     from asyncloader._planning.plan import LoadPlan
-    from asyncloader._planning.targets import LoadInfo
+    from asyncloader._planning.targets import Casting, LoadInfo
     from asyncloader._table.protocol import LoadableTable
 
     from .destinations import Destinations
@@ -103,11 +100,14 @@ class Planner:
         return into, Targets(tensors=into.targets, tables=describe_tables(self.tables))
 
     def _choose(
-        self, described: tuple[Destinations, Targets] | None, info: LoadInfo | None, names: Names
+        self,
+        described: tuple[Destinations, Targets] | None,
+        info: LoadInfo | None,
+        parse: Callable[[], Catalog],
     ) -> tuple[Destinations, Catalog, Choice, tuple[str, ...]]:
         """Choose the blocks to load; return also the shards whose headers are needed."""
         into, targets = described or self._describe()
-        catalog = names.parse()
+        catalog = parse()
         choice = choose(catalog, info, targets)
         return into, catalog, choice, choice.shards()
 
@@ -119,7 +119,7 @@ class Planner:
         plan = plan_load(manifest, choice, strict=self.strict, casting=self.cast)
         warnings = list(plan.warnings)
         if plan.missing:
-            hints = did_you_mean(plan.missing, plan.unexpected, rename=RENAME)
+            hints = did_you_mean(plan.missing, plan.unexpected)
             named = ", ".join(f"{name!r}{hints[name]}" for name in plan.missing[:_NAMED])
             warnings.append(
                 f"not in the checkpoint, so what it would fill keeps its values: {named} "

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from asyncloader._checkpoint.manifest import Manifest
-from asyncloader._checkpoint.stored import places_of, stored_names, stored_tensor
+from asyncloader._checkpoint.manifest import Manifest, stored_tensor
 from asyncloader._memory.allocation import zeros
-from asyncloader._planning.hints import hint_for
-from asyncloader._planning.plan import LoadPlan
-from asyncloader._planning.tensor_loads import TensorLoad, TensorLoads
+from asyncloader._planning.choice import hint_for
+from asyncloader._planning.plan import LoadPlan, TensorLoad, TensorLoads
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
 
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.dtypes import DType
     from asyncloader._checkpoint.header import ShardHeader
     from asyncloader._checkpoint.index import Catalog, Place
-    from asyncloader._checkpoint.stored import Stored
+    from asyncloader._checkpoint.manifest import Stored
     from asyncloader.options import ReadOptions
 
     from .destinations import Destinations
@@ -97,8 +95,8 @@ class Contents:
         async with session.lock:  # or many calls at once would all read it
             if self._catalog is None:
                 catalog = await session.catalog()
-                if catalog.sidecar is not None:  # `unread` may be large, and is for tables only
-                    catalog = replace(catalog, sidecar=replace(catalog.sidecar, unread=None))
+                if catalog.sidecar is not None:  # `parts` may be large, and is for tables only
+                    catalog = replace(catalog, sidecar=replace(catalog.sidecar, parts=None))
                 self._catalog = catalog
             return self._catalog
 
@@ -136,7 +134,7 @@ def _places(
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"names are text, got {name!r}")
-        places[name] = places_of(catalog, name)
+        places[name] = catalog.places(name)
     unknown = [name for name, found in places.items() if not found]
     if unknown:
         raise KeyError(_complaint(location, catalog, unknown))
@@ -144,7 +142,7 @@ def _places(
 
 
 def _complaint(location: str, catalog: Catalog, unknown: Sequence[str]) -> str:
-    names = stored_names(catalog)
+    names = catalog.names()
 
     def hint(name: str) -> str:
         if name in catalog.tables:

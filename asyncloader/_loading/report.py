@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from asyncloader._planning.casts import Cast
+    from asyncloader._planning.targets import Cast
     from asyncloader._threads.lag import LoopLag
 
     from .load import Load

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from asyncloader._arguments import check_callable
-from asyncloader._checkpoint.safetensors import is_weight_map
+from asyncloader._checkpoint.catalog import is_weight_map
 from asyncloader._storage.descriptors import Descriptors
 from asyncloader._storage.local import LocalStorage
 from asyncloader._storage.protocol import ThreadedStorage

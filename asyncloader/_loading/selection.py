@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from asyncloader._checkpoint.files import SIDECAR
+from asyncloader._checkpoint.format import SIDECAR
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._storage.protocol import fill, read_error
 from asyncloader._threads.jobs import run_jobs

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from asyncloader._checkpoint.catalog import Names, read_names
+from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
 from asyncloader._storage.protocol import read_error
 from asyncloader._storage.retrying import RetryingStorage
 from asyncloader._threads.call import StalledError
-from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import (
     CheckpointChangedError,
     CheckpointError,
@@ -162,40 +161,26 @@ class Session:
         return await on_disk(self.disk, job, self.location)
 
     async def catalog(self) -> Catalog:
-        return await self.with_names(Names.parse)
+        return await self.with_names(lambda parse: parse())
 
-    async def with_names(self, job: Callable[[Names], T]) -> T:
-        """Read the names, and return the result of a job that a thread does with them.
+    async def with_names(self, job: Callable[[Callable[[], Catalog]], T]) -> T:
+        """Read the names, and return the result of a job that a thread does with their parser.
 
         Raises:
             CheckpointNotFoundError: If there is no committed checkpoint, or no such file.
             CheckpointError: If a file of names cannot be read, or its text is no good.
             ReadError: If the storage failed.
         """
-        names = await self._names()
-        try:
-            [result] = await run_jobs(self.threads.kernels, [undisturbed(partial(job, names))])
-        except CheckpointError:
-            await names.check_unchanged()
-            raise
-        return result
 
-    async def manifest(self, catalog: Catalog, shards: Iterable[str]) -> Manifest:
-        parallel, executor = self.options.parallel, self.threads.kernels
-        manifest = await read_manifest(
-            self.storage, catalog, shards, parallel=parallel, executor=executor
-        )
-        return replace(manifest, location=self.location)
-
-    async def _names(self) -> Names:
         def listed() -> Sequence[str]:
             with contextlib.suppress(OSError):
                 return os.listdir(self.storage.location)  # noqa: PTH208  # names
             return ()
 
         try:
-            return await read_names(
+            return await read_catalog(
                 self.storage,
+                job,
                 executor=self.threads.kernels,
                 file=self.file,
                 verify=self.options.verify,
@@ -209,6 +194,13 @@ class Session:
                 raise
             problem = f"{error.problem}. It holds checkpoints: take asyncloader.latest() of it"
             raise CheckpointNotFoundError(error.location, problem) from error.__cause__
+
+    async def manifest(self, catalog: Catalog, shards: Iterable[str]) -> Manifest:
+        parallel, executor = self.options.parallel, self.threads.kernels
+        manifest = await read_manifest(
+            self.storage, catalog, shards, parallel=parallel, executor=executor
+        )
+        return replace(manifest, location=self.location)
 
 
 @contextlib.asynccontextmanager

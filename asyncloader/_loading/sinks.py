@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from asyncloader._checkpoint.blocks import Block
+    from asyncloader._planning.plan import TensorLoads
     from asyncloader._planning.reads import Piece, Read
-    from asyncloader._planning.tensor_loads import TensorLoads
 
     from .buffers import Arena
     from .destinations import Destinations
@@ -130,7 +130,7 @@ class Sinks:
         if sink.arrived is not None:
             self.ids.add(number)
         if block.nbytes:
-            extent = Extent(block.shard, block.offset, block.nbytes, number, 0, sink.grain)
+            extent = Extent(block.shard, block.offset, block.nbytes, number, sink.grain)
             self._tables.append(extent)
 
     def extents(self) -> Extents:
@@ -141,15 +141,8 @@ class Sinks:
                 grain[number] = sink.grain
         grain[loads.digested] = DIGEST_CHUNK
         filled = np.flatnonzero(loads.nbytes)
-        dense = Extents(
-            shards=loads.shards,
-            shard=loads.shard[filled],
-            offset=loads.offsets[filled],
-            length=loads.nbytes[filled],
-            sink=filled,
-            position=np.zeros(len(filled), np.int64),
-            grain=grain[filled],
-        )
+        columns = [loads.offsets[filled], loads.nbytes[filled], filled, grain[filled]]
+        dense = Extents(loads.shards, loads.shard[filled], np.stack(columns))
         return dense + Extents.of(self._tables)
 
     def name(self, number: int) -> str:

@@ -15,7 +15,7 @@ from .stream import stream
 
 if TYPE_CHECKING:
     from asyncloader._checkpoint.blocks import Block
-    from asyncloader._planning.tensor_loads import TensorLoad
+    from asyncloader._planning.plan import TensorLoad
     from asyncloader._table.protocol import UpdateCounts
 
     from .load import Load

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import heapq
+import os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +14,7 @@ from asyncloader._checkpoint.parts import ID, gaps, repeated, without_rows
 from .targets import TensorTargets, default_load_info
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from asyncloader._checkpoint.index import Catalog, Part, Place
@@ -22,8 +26,12 @@ if TYPE_CHECKING:
 _SHOWN = 10
 # `torch.compile`, FSDP and activation checkpointing put these into the names of a `state_dict()`.
 _OF_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-# DistributedDataParallel puts this before all names.
-_OF_PARALLEL = "module"
+_OF_PARALLEL = "module"  # DistributedDataParallel puts this before all names
+
+# Comparing took 40 µs a pair of common lengths, and grows with their product: where there is much
+# to compare, no reader gets that far.
+_NAMES, _CANDIDATES, _LENGTH = 5, 200, 200
+_PREFIXES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,22 +48,22 @@ class PartChoice:
 
 @dataclass(slots=True)
 class Choice:
-    """Everything chosen, in the order of load_info, and everything that is wrong so far."""
+    """Everything chosen, in the order of load_info, and everything that is wrong so far.
+
+    Attributes:
+        tensors: The dense tensors to load, and the source of each.
+        shared: The dense tensors whose memory one of `tensors` fills, and the source of each.
+        lacking: The dense tensors whose source is not in the checkpoint, and that source.
+        fillers: The tensors of `shared` and `lacking` whose memory one of `tensors` fills, and its
+            name.
+    """
 
     catalog: Catalog
     targets: Targets
     tensors: dict[str, str] = field(default_factory=dict)
-    """The dense tensors to load, and from which source each."""
-
     shared: dict[str, str] = field(default_factory=dict)
-    """The dense tensors whose memory one of `tensors` fills, and from which source each."""
-
     lacking: dict[str, str] = field(default_factory=dict)
-    """The dense tensors whose source is not in the checkpoint, and that source."""
-
-    tied: list[str] = field(default_factory=list)
-    """The tensors of `lacking` whose memory one of `tensors` fills all the same."""
-
+    fillers: dict[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     parts: list[PartChoice] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -65,10 +73,8 @@ class Choice:
 
     def shards(self) -> tuple[str, ...]:
         """Return the shards whose headers are needed."""
-        shard_of = self.catalog.tensors.shards
-        names = {
-            shard_of[source] for chosen in (self.tensors, self.shared) for source in chosen.values()
-        }
+        shard_of = self.catalog.tensors.shards.__getitem__
+        names = {*map(shard_of, self.tensors.values()), *map(shard_of, self.shared.values())}
         for part in self.parts:
             names |= {part.ids.shard, *(place.shard for place in part.slots.values())}
         return tuple(sorted(names))
@@ -96,26 +102,23 @@ def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
             )
     if by_own_name:
         _choose_by_own_name(choice)
-        wanted: AbstractSet[str] = targets.tensors.names()
+        wanted: AbstractSet[str] = targets.tensors.keys()
         if choice.warnings:
             wanted = {*wanted, *choice.tensors.values()}
     else:
         wanted = {s for name, of in info.items() if name not in targets.tables for s in of}
     choice.unexpected = tuple(_unexpected(catalog, info, targets, wanted))
     _share(choice)
-    _tie(choice)
     return choice
 
 
 def _choose_by_own_name(choice: Choice) -> None:
-    """Find the blocks of all dense tensors."""
     there = choice.catalog.tensors.block_keys
     names = list(choice.targets.tensors)
     choice.tensors = dict(zip(names, names, strict=True))
     if not choice.tensors.keys() <= there.keys():
         choice.tensors = {name: name for name in names if name in there}
-    if len(choice.tensors) < len(choice.targets.tensors):
-        choice.lacking = {name: name for name in choice.targets.tensors if name not in there}
+        choice.lacking = {name: name for name in names if name not in there}
         _choose_wrapped(choice)
 
 
@@ -161,42 +164,31 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _share(choice: Choice) -> None:
-    """Of tensors that are the same memory, keep the last: it would have won."""
-    targets = choice.targets.tensors
-    if targets.memory is None:
-        return
-    memory = map(targets.memory.__getitem__, targets.numbers(choice.tensors))
-    last = dict(zip(memory, choice.tensors, strict=True))
-    if len(last) < len(choice.tensors):
-        kept = set(last.values())
-        choice.shared = {k: v for k, v in choice.tensors.items() if k not in kept}
-        choice.tensors = {name: choice.tensors[name] for name in last.values()}
+    """Of tensors that are the same memory, keep the last: it would have won.
 
-
-def _tie(choice: Choice) -> None:
-    """Find the tensors that are not in the checkpoint, and are filled nevertheless.
-
-    safetensors' `save_model`, and others, write tied weights once.
+    Absent ones may be filled, too: safetensors' `save_model`, and others, write tied weights once.
     """
-    memory = choice.targets.tensors.memory
-    if choice.lacking and memory is not None:
-        number = choice.targets.tensors.numbers
-        filled = {memory[one] for one in number(choice.tensors)}
-        lacking = zip(choice.lacking, number(choice.lacking), strict=True)
-        choice.tied = [name for name, one in lacking if memory[one] in filled]
-    tied = set(choice.tied)
-    choice.missing += [source for name, source in choice.lacking.items() if name not in tied]
+    targets, names = choice.targets.tensors, (*choice.tensors, *choice.lacking)
+    if targets.memory is not None:
+        numbers = map(targets.memory.__getitem__, targets.numbers(names))
+        memory = dict(zip(names, numbers, strict=True))
+        last = {memory[name]: name for name in choice.tensors}
+        choice.fillers = {n: last[m] for n, m in memory.items() if last.get(m, n) != n}
+        choice.shared = {k: v for k, v in choice.tensors.items() if k in choice.fillers}
+        choice.tensors = {name: choice.tensors[name] for name in last.values()}
+    lacking = choice.lacking.items()
+    choice.missing += [source for name, source in lacking if name not in choice.fillers]
 
 
 def _choose_table(choice: Choice, child: str, source: str, listed: Sequence[str]) -> None:
     target = choice.targets.tables[child]
     if ID not in listed:
         choice.problems.append(f"table {child!r} from {source!r}: load_info must list 'id'")
-    unknown = [slot for slot in listed if slot != ID and slot not in target.slots]
     choice.problems += [
         f"table {child!r} has no slot {slot!r}, which load_info lists; "
         f"add_slot() it, or leave it out with filter_func"
-        for slot in unknown
+        for slot in listed
+        if slot != ID and slot not in target.slots
     ]
     slots = choice.catalog.tables.get(source)
     if slots is None:
@@ -253,3 +245,56 @@ def _unexpected(
             yield from (f"{table}@{slot}" for slot in held if slot not in tables[table])
     if not catalog.tensors.block_keys.keys() <= tensors:
         yield from (name for name in catalog.tensors if name not in tensors)
+
+
+def hint_for(name: str, names: Sequence[str]) -> str:
+    """Return in brackets which of `names` was meant by another name, or nothing."""
+
+    def in_common(other: str) -> int:
+        return len(os.path.commonprefix((name, other)))  # noqa: RUF071  # any text, not only paths
+
+    likely = heapq.nlargest(_CANDIDATES, names, in_common)
+    return did_you_mean([name], likely)[name]
+
+
+def did_you_mean(names: Sequence[str], candidates: Sequence[str]) -> Mapping[str, str]:
+    """Return for each absent name a hint in brackets, or nothing, from names not asked for."""
+    found, how = _other_prefix(names, candidates)
+    if len(found) > 1:
+        hints = {
+            name: f" (it is there as {other!r}, {how}: rename them with filter_func)"
+            for name, other in found.items()
+        }
+    else:
+        found = found or _close_ones(names, candidates)
+        hints = {name: f" (did you mean {other!r}?)" for name, other in found.items()}
+    return dict.fromkeys(names, "") | hints
+
+
+def _other_prefix(names: Sequence[str], candidates: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Find most names with one prefix more, or less; return also which prefix, in words."""
+    there = set(candidates)
+    for (more, less), _ in Counter(_prefixes(names, candidates)).most_common(_PREFIXES):
+        renamed = {name: more + name.removeprefix(less) for name in names if name.startswith(less)}
+        found = {name: other for name, other in renamed.items() if other in there}
+        if 2 * len(found) > len(names):
+            return found, f"as others are with {more!r}" if more else f"as others without {less!r}"
+    return {}, ""
+
+
+def _prefixes(names: Sequence[str], candidates: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the prefix that a name lacks, and the prefix to leave out; whole parts of names."""
+    for name in names[:_NAMES]:
+        for other in candidates:
+            if len(other) > len(name):
+                if other.endswith(name) and other[-len(name) - 1] == ".":
+                    yield other[: -len(name)], ""
+            elif len(other) < len(name) and name.endswith(other) and name[-len(other) - 1] == ".":
+                yield "", name[: -len(other)]
+
+
+def _close_ones(names: Sequence[str], candidates: Sequence[str]) -> dict[str, str]:
+    short = [name for name in candidates[:_CANDIDATES] if len(name) <= _LENGTH]
+    asked = [name for name in names[:_NAMES] if len(name) <= _LENGTH]
+    found = {name: difflib.get_close_matches(name, short, n=1) for name in asked}
+    return {name: close[0] for name, close in found.items() if close}

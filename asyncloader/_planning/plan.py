@@ -2,50 +2,124 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+from asyncloader._checkpoint.blocks import numbered
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
+
+    from numpy.typing import NDArray
 
     from asyncloader._checkpoint.blocks import Block
     from asyncloader._checkpoint.slices import Slice
 
-    from .casts import Cast
-    from .tensor_loads import TensorLoad, TensorLoads
+    from .targets import Cast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorLoad:
+    """A block that fills the dense tensor `name`."""
+
+    name: str
+    block: Block
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class TensorLoads(Sequence[TensorLoad]):
+    """Blocks that fill dense tensors, in the order of load_info.
+
+    A `TensorLoad` is made when a caller asks for it.
+
+    Attributes:
+        names: `[n]`, the destinations.
+        shards: The different files that they come from.
+        shard: int64 `[n]`; which of `shards` each comes from.
+        offsets: int64 `[n]`; first byte, from the start of the file.
+        nbytes: int64 `[n]`.
+        digested: bool `[n]`; whether there are digests.
+        block: Returns a block by its number.
+        cast: bool `[n]`; whether it is converted to another dtype.
+    """
+
+    names: Sequence[str]
+    shards: Sequence[str]
+    shard: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    digested: NDArray[np.bool_]
+    block: Callable[[int], Block]
+    cast: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cast = np.zeros(len(self), np.bool_)
+        columns = self.shard, self.offsets, self.nbytes, self.digested
+        assert {len(column) for column in columns} == {len(self)}
+
+    @classmethod
+    def of(cls, loads: Iterable[TensorLoad]) -> TensorLoads:
+        """Return loads as columns. Several may have parts of one block."""
+        known = list(loads)
+        blocks = [load.block for load in known]
+        shards, shard = numbered(block.shard for block in blocks)
+        return cls(
+            names=[load.name for load in known],
+            shards=shards,
+            shard=shard,
+            offsets=np.array([block.offset for block in blocks], np.int64),
+            nbytes=np.array([block.nbytes for block in blocks], np.int64),
+            digested=np.array([block.digests is not None for block in blocks], np.bool_),
+            block=blocks.__getitem__,
+        )
+
+    def __repr__(self) -> str:
+        return f"<TensorLoads {len(self)} tensors>"
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, number: int, /) -> TensorLoad: ...
+
+    @overload
+    def __getitem__(self, number: slice, /) -> tuple[TensorLoad, ...]: ...
+
+    def __getitem__(self, number: int | slice, /) -> TensorLoad | tuple[TensorLoad, ...]:
+        if isinstance(number, slice):
+            return tuple(self[one] for one in range(len(self))[number])
+        return TensorLoad(name=self.names[number], block=self.block(number))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartLoad:
-    """The blocks of one writing rank that fill rows of a table."""
+    """The blocks of one writing rank that fill rows of a table.
+
+    Attributes:
+        child: The destination.
+        source: The table's name on disk.
+        claimed: The slice that the blocks claim to hold.
+        layer: Number of the layer of the table's update that the rows belong to.
+        rank: Of two rows of a layer with the same id, the one of higher rank wins. Row i of this
+            part has rank `rank + i`.
+        certain: Whether the table wants every id that lies in the claimed slice.
+        expected: About how many rows the table wants.
+        reach: The rows that may be wanted: all, unless the checkpoint says where they stand. Then
+            one more at either end, to see that it is right; these are not wanted.
+    """
 
     child: str
-    """The destination."""
-
     source: str
-    """The table's name on disk."""
-
     claimed: Slice
-    """The slice that the blocks claim to hold."""
-
     layer: int
-    """Number of the layer of the table's update that the rows belong to."""
-
     rank: int
-    """Of two rows of a layer with the same id, the one of higher rank wins. Row i of this part has
-    rank `rank + i`."""
-
     certain: bool
-    """Whether the table wants every id that lies in the claimed slice."""
-
     expected: int
-    """About how many rows the table wants."""
-
     reach: range
-    """The rows that may be wanted: all, unless the checkpoint says where they stand. Then one more
-    at either end, to see that it is right; these are not wanted."""
-
     ids: Block
     slots: Mapping[str, Block]
 
@@ -70,9 +144,7 @@ class TableLoad:
 
     name: str
     slice: Slice
-    layers: tuple[frozenset[str], ...]
-    """The slots that the rows of each layer bring."""
-
+    layers: tuple[frozenset[str], ...]  # the slots that the rows of each layer bring
     parts: tuple[PartLoad, ...]
 
     @property
@@ -93,30 +165,32 @@ class TableLoad:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """All that a load will do. Only names and headers have been read."""
+    """All that a load will do. Only names and headers have been read.
+
+    Attributes:
+        location: The checkpoint.
+        tensors: The blocks that fill dense tensors.
+        shared: Destinations whose memory is filled under another name, and that name.
+        again: The blocks of `shared` that the checkpoint has too: read only to be compared.
+        skipped: Tensors that load_info does not ask for.
+        tables: What fills each table.
+        missing: Asked for, not in the checkpoint: `tensor`, `table`, or `table@slot`.
+        unexpected: In the checkpoint, not asked for.
+        warnings: Oddities that do no harm.
+        casts: The values that are converted to another dtype on their way, in the order of
+            load_info.
+    """
 
     location: str
     tensors: TensorLoads
     shared: Mapping[str, str]
-    """Destinations whose memory is filled under another name, and that name."""
-
     again: Sequence[TensorLoad] = ()
-    """The blocks of `shared` that the checkpoint has too: read only to be compared."""
-
     skipped: tuple[str, ...]
-    """Tensors that load_info does not ask for."""
-
     tables: tuple[TableLoad, ...]
     missing: tuple[str, ...]
-    """Asked for, not in the checkpoint: `tensor`, `table`, or `table@slot`."""
-
     unexpected: tuple[str, ...]
-    """In the checkpoint, not asked for."""
-
     warnings: tuple[str, ...]
-
     casts: tuple[Cast, ...] = ()
-    """The values that are converted to another dtype on their way, in the order of load_info."""
 
     @cached_property
     def nbytes(self) -> int:
@@ -126,10 +200,8 @@ class LoadPlan:
     @cached_property
     def shards(self) -> tuple[str, ...]:
         """The shard files to read from."""
-        blocks = []
-        for table in self.tables:
-            for part in table.parts:
-                blocks += [part.ids, *part.slots.values()]
+        parts = (part for table in self.tables for part in table.parts)
+        blocks = [block for part in parts for block in (part.ids, *part.slots.values())]
         blocks += [load.block for load in self.again]
         return tuple(sorted({*self.tensors.shards, *(block.shard for block in blocks)}))
 

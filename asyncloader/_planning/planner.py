@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from asyncloader._checkpoint.blocks import numbered
+from asyncloader._checkpoint.dtypes import TensorType
 from asyncloader._checkpoint.parts import ID, count_problems, id_problems, spread_problems
 from asyncloader._checkpoint.problems import Problems
 from asyncloader.errors import PlanError
 
-from .casts import Cast, can_cast, cast_hint
-from .hints import RENAME, did_you_mean
-from .plan import LoadPlan, PartLoad, TableLoad
-from .targets import RowType
-from .tensor_loads import match_tensors
+from .choice import did_you_mean
+from .plan import LoadPlan, PartLoad, TableLoad, TensorLoads
+from .targets import Cast, misfit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from asyncloader._checkpoint.blocks import Block
+    from numpy.typing import NDArray
+
+    from asyncloader._checkpoint.blocks import Block, Blocks
     from asyncloader._checkpoint.manifest import Manifest
 
-    from .casts import Casting
     from .choice import Choice, PartChoice
-    from .targets import TableTarget
+    from .targets import Casting, TableTarget, TensorTargets
 
 
 def plan_load(
@@ -31,11 +36,7 @@ def plan_load(
 ) -> LoadPlan:
     """Check every chosen block against its destination, and plan the load.
 
-    Args:
-        manifest: With the headers of all chosen shards.
-        choice: From `choose`.
-        strict: Whether something that is missing is a problem.
-        casting: Which dtypes may be converted; by default another dtype is a problem.
+    `manifest` has the headers of all chosen shards. With `strict`, a missing name is a problem.
 
     Raises:
         PlanError: With everything that does not fit.
@@ -43,9 +44,9 @@ def plan_load(
     """
     problems = list(dict.fromkeys(choice.problems))
     targets = choice.targets.tensors
-    tensors, casts = match_tensors(manifest, choice.tensors, targets, problems, casting)
+    tensors, casts = _match_tensors(manifest, choice.tensors, targets, problems, casting)
     # Not loaded, and wrong all the same if they do not fit.
-    again, _ = match_tensors(manifest, choice.shared, targets, problems, casting)
+    again, _ = _match_tensors(manifest, choice.shared, targets, problems, casting)
     tables: dict[str, _TableBuilder] = {}
     for part in choice.parts:
         builder = tables.setdefault(part.target.name, _TableBuilder(part.target, casting))
@@ -55,7 +56,7 @@ def plan_load(
         casts += builder.casts
     missing = tuple(dict.fromkeys(choice.missing))
     if strict:
-        hints = did_you_mean(missing, choice.unexpected, rename=RENAME)
+        hints = did_you_mean(missing, choice.unexpected)
         problems += [
             f"{name!r} is asked for but not in the checkpoint{hints[name]}" for name in missing
         ]
@@ -64,7 +65,7 @@ def plan_load(
     return LoadPlan(
         location=manifest.location,
         tensors=tensors,
-        shared=_fillers(choice),
+        shared=choice.fillers,
         again=again,
         skipped=choice.skipped,
         tables=tuple(builder.build() for builder in tables.values()),
@@ -75,26 +76,92 @@ def plan_load(
     )
 
 
-def _fillers(choice: Choice) -> dict[str, str]:
-    """Say under which name the memory of shared tensors is filled."""
-    also = (*choice.shared, *choice.tied)
-    if not also:
-        return {}
-    targets = choice.targets.tensors
-    assert targets.memory is not None, "tensors share memory, and all are said to have their own"
-    memory = targets.memory.__getitem__
-    fillers = dict(zip(map(memory, targets.numbers(choice.tensors)), choice.tensors, strict=True))
-    return {
-        name: fillers[memory(one)] for name, one in zip(also, targets.numbers(also), strict=True)
-    }
+def _match_tensors(
+    manifest: Manifest,
+    chosen: Mapping[str, str],
+    targets: TensorTargets,
+    problems: list[str],
+    casting: Casting | None,
+) -> tuple[TensorLoads, list[Cast]]:
+    """Find the blocks of chosen tensors (destination → source), and compare dtypes and shapes.
+
+    Return the blocks and their conversions.
+    """
+    places = manifest.catalog.tensors
+    keys = list(map(places.block_keys.__getitem__, chosen.values()))
+    shards, shard = numbered(map(places.shards.__getitem__, chosen.values()))
+    of_shards = [manifest.headers[name].blocks for name in shards]
+    number = np.empty(len(keys), np.int64)
+    by_shard = np.argsort(shard, kind="stable")
+    cuts = np.searchsorted(shard[by_shard], np.arange(len(of_shards) + 1)).tolist()
+    for blocks, (low, high) in zip(of_shards, itertools.pairwise(cuts), strict=True):
+        mine = by_shard[low:high]
+        number[mine] = blocks.numbers(keys[one] for one in mine.tolist())
+    sources = list(chosen.values())
+    for odd in np.flatnonzero(number < 0).tolist():  # under a name that is known to be misspelt
+        found = manifest.block(places[sources[odd]])
+        number[odd] = of_shards[shard[odd]].numbers([found.key])[0]
+    assert (number >= 0).all()
+    at = np.cumsum([0, *map(len, of_shards)])[shard] + number
+    loads = TensorLoads(
+        names=list(chosen),
+        shards=shards,
+        shard=shard,
+        offsets=_joined([blocks.offsets for blocks in of_shards])[at],
+        nbytes=_joined([blocks.nbytes for blocks in of_shards])[at],
+        digested=np.array([one.digests is not None for one in of_shards], np.bool_)[shard],
+        block=partial(_block, of_shards, shard, number),
+    )
+    casts = _casts(loads, of_shards, at, targets, problems=problems, casting=casting)
+    return loads, casts
+
+
+def _block(
+    of_shards: Sequence[Blocks], shard: NDArray[np.int64], number: NDArray[np.int64], which: int
+) -> Block:
+    return of_shards[int(shard[which])].at(int(number[which]))
+
+
+def _joined(columns: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *columns])
+
+
+def _casts(
+    loads: TensorLoads,
+    of_shards: Sequence[Blocks],
+    at: NDArray[np.int64],
+    targets: TensorTargets,
+    *,
+    problems: list[str],
+    casting: Casting | None,
+) -> list[Cast]:
+    """Return the conversions; `problems` receives the blocks that fit in no way."""
+    known: dict[TensorType, int] = {}
+
+    def common(columns: Blocks | TensorTargets) -> NDArray[np.int64]:
+        numbers = [known.setdefault(one, len(known)) for one in columns.types]
+        return np.array(numbers, np.int64)[columns.kinds]
+
+    wanted = common(targets)[targets.numbers(loads.names)]
+    differ = wanted != _joined([common(blocks) for blocks in of_shards])[at]
+    casts = []
+    for number in np.flatnonzero(differ).tolist():
+        name, block = loads.names[number], loads.block(number)
+        want, have = targets[name], TensorType(block.dtype, block.shape)
+        hint = misfit(have, want, casting)
+        if hint is None:
+            loads.cast[number] = True
+            casts.append(Cast(name=name, source=have.dtype.torch, target=want.dtype.torch))
+        else:
+            problems.append(
+                f"tensor {name!r} is {want}, the checkpoint has {have} "
+                f"({block.shard}, key {block.key!r}){hint}"
+            )
+    return casts
 
 
 def _rows_among(manifest: Manifest, part: PartChoice, ids: Block) -> range | None:
-    """Return the rows among which the wanted rows stand, if the sidecar knows.
-
-    Raises:
-        CheckpointError: If it says of other rows where they stand.
-    """
+    """Return the rows among which the wanted rows stand, if the sidecar knows."""
     sidecar, wanted = manifest.catalog.sidecar, part.target.slice
     if sidecar is None or wanted.size != part.claimed.size or wanted.covers(part.claimed):
         return None
@@ -106,21 +173,15 @@ def _rows_among(manifest: Manifest, part: PartChoice, ids: Block) -> range | Non
 
 
 @dataclass(slots=True)
-class _Layer:
-    slots: frozenset[str]
-    children: set[str]
-
-
-@dataclass(slots=True)
 class _TableBuilder:
-    """Gathers the parts of one table, in order, into layers."""
+    """Gathers the parts of one table, in order, into layers: their slots and children."""
 
     target: TableTarget
     casting: Casting | None
-    layers: list[_Layer] = field(default_factory=list)
+    layers: list[tuple[frozenset[str], set[str]]] = field(default_factory=list)
     parts: list[PartLoad] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    casts: dict[Cast, None] = field(default_factory=dict)
+    casts: dict[Cast, None] = field(default_factory=dict)  # once, however many ranks wrote it
     rank: int = 0
 
     def add(self, manifest: Manifest, part: PartChoice) -> None:
@@ -130,7 +191,12 @@ class _TableBuilder:
         self.problems += [problem for problem in problems if problem not in self.problems]
         if problems or not ids.rows:
             return
-        self._note_casts(part, slots)
+        for slot, block in slots.items():
+            want = self.target.slots[slot].dtype
+            if block.dtype != want:
+                name = f"{part.child}@{slot}"
+                cast = Cast(name=name, source=block.dtype.torch, target=want.torch)
+                self.casts[cast] = None
         wanted = self.target.slice
         among = _rows_among(manifest, part, ids)
         expected = round(ids.rows * wanted.share_of(part.claimed)) if among is None else len(among)
@@ -156,46 +222,36 @@ class _TableBuilder:
     def _layer(self, child: str, slots: frozenset[str]) -> int:
         """Return a layer of these slots, above every layer that may hold the same ids."""
         for number in range(len(self.layers) - 1, -1, -1):
-            layer = self.layers[number]
-            if layer.slots == slots:
-                layer.children.add(child)
+            of_layer, children = self.layers[number]
+            if of_layer == slots:
+                children.add(child)
                 return number
-            if child in layer.children:
+            if child in children:
                 break
-        self.layers.append(_Layer(slots, {child}))
+        self.layers.append((slots, {child}))
         return len(self.layers) - 1
 
-    def _problems(self, part: PartChoice, ids: Block, slots: dict[str, Block]) -> list[str]:
+    def _problems(self, part: PartChoice, ids: Block, slots: Mapping[str, Block]) -> list[str]:
         if odd := list(map(str, id_problems(f"{part.source}@{ID}", ids))):
             return odd
-        problems = []
+        problems: list[str] = []
         for slot, block in slots.items():
-            want = self.target.slots[slot]
-            have = RowType(shape=block.shape[1:], dtype=block.dtype)
-            fits = have.shape == want.shape and bool(block.shape)
-            same = have.dtype == want.dtype
-            if not fits or not (same or can_cast(have.dtype, want.dtype, self.casting)):
-                hint = cast_hint(have.dtype, want.dtype) if fits else ""
+            name = f"{part.source}@{slot}"
+            want, have = self.target.slots[slot], TensorType(block.dtype, block.shape[1:])
+            hint = misfit(have, want, self.casting) if block.shape else ""
+            if hint is None:
+                problems += map(str, count_problems(name, ids, block))
+            else:
                 problems.append(
                     f"slot {slot!r} of table {self.target.name!r} has rows of {want}, "
-                    f"{part.source}@{slot} in the checkpoint has {have}{hint}"
+                    f"{name} in the checkpoint has {have}{hint}"
                 )
-            else:
-                problems += map(str, count_problems(f"{part.source}@{slot}", ids, block))
         return problems
-
-    def _note_casts(self, part: PartChoice, slots: Mapping[str, Block]) -> None:
-        for slot, block in slots.items():
-            want = self.target.slots[slot].dtype
-            if block.dtype != want:
-                name = f"{part.child}@{slot}"
-                cast = Cast(name=name, source=block.dtype.torch, target=want.torch)
-                self.casts[cast] = None  # once, however many ranks wrote it
 
     def build(self) -> TableLoad:
         return TableLoad(
             name=self.target.name,
             slice=self.target.slice,
-            layers=tuple(layer.slots for layer in self.layers),
+            layers=tuple(slots for slots, _ in self.layers),
             parts=tuple(self.parts),
         )

@@ -16,80 +16,48 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-GAP = -1
-"""The sink of bytes that no sink wants."""
-
+GAP = -1  # the sink of bytes that no sink wants
 # More than any file has, and sums of it and an offset stay within int64.
 _UNBOUNDED = 2**62
-
-MAX_PIECES = 1024
-"""Buffers of one `preadv`: `IOV_MAX` of Linux and macOS."""
+_MAX_PIECES = 1024  # buffers of one `preadv`: `IOV_MAX` of Linux and macOS
 
 
-_COLUMNS = ("offset", "length", "sink", "position", "grain")
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Bytes that lie side by side on disk and belong to one sink."""
+class Extent(NamedTuple):
+    """Bytes that lie side by side on disk and fill one sink."""
 
     shard: str
-
-    offset: int
-    """First byte within the shard."""
-
+    offset: int  # the first byte within the shard
     length: int
-    """Bytes."""
-
-    sink: int
-    """Number of the sink."""
-
-    position: int
-    """First byte within the sink."""
-
-    grain: int
-    """The sink takes whole multiples of so many bytes."""
+    sink: int  # its number
+    grain: int  # the sink takes whole multiples of so many bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Extents:
-    """Extents as columns."""
+    """Extents as columns.
+
+    Attributes:
+        shards: The different files.
+        shard: int64 `[n]`; which of them.
+        columns: int64 `[4, n]`; the other fields of an `Extent`, in their order.
+    """
 
     shards: Sequence[str]
-    """The different files."""
-
     shard: NDArray[np.int64]
-    """`[n]`; which of them."""
-
-    offset: NDArray[np.int64]
-    length: NDArray[np.int64]
-    sink: NDArray[np.int64]
-    position: NDArray[np.int64]
-    grain: NDArray[np.int64]
-
-    def __post_init__(self) -> None:
-        assert {len(getattr(self, name)) for name in _COLUMNS} == {len(self.shard)}
+    columns: NDArray[np.int64]
 
     @classmethod
     def of(cls, extents: Iterable[Extent]) -> Extents:
         """Return extents as columns."""
         known = list(extents)
         shards, shard = numbered(one.shard for one in known)
-        table = np.array([[getattr(one, name) for name in _COLUMNS] for one in known], np.int64)
-        columns = dict(zip(_COLUMNS, table.reshape(-1, len(_COLUMNS)).T, strict=True))
-        return cls(shards=shards, shard=shard, **columns)
+        return cls(shards, shard, np.array([one[1:] for one in known], np.int64).reshape(-1, 4).T)
 
     def __add__(self, other: Extents) -> Extents:
         shards, numbers = numbered((*self.shards, *other.shards))
         cut = len(self.shards)
-        return Extents(
-            shards=shards,
-            shard=np.concatenate([numbers[:cut][self.shard], numbers[cut:][other.shard]]),
-            **{
-                name: np.concatenate([getattr(self, name), getattr(other, name)])
-                for name in _COLUMNS
-            },
-        )
+        shard = np.concatenate([numbers[:cut][self.shard], numbers[cut:][other.shard]])
+        return Extents(shards, shard, np.concatenate([self.columns, other.columns], axis=1))
 
 
 class Piece(NamedTuple):
@@ -102,19 +70,20 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """One read, and where its bytes go, one piece after the other."""
+    """One read, and where its bytes go, one piece after the other.
+
+    Attributes:
+        sinks: int64 `[n]`; of each piece, the number of its sink, or `GAP`.
+        positions: int64 `[n]`; its first byte within the sink.
+        lengths: int64 `[n]`, in bytes.
+    """
 
     shard: str
     offset: int
     length: int
     sinks: NDArray[np.int64]
-    """`[n]`; of each piece, the number of its sink, or `GAP`."""
-
     positions: NDArray[np.int64]
-    """`[n]`; its first byte within the sink."""
-
     lengths: NDArray[np.int64]
-    """`[n]`, in bytes."""
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -137,60 +106,51 @@ def plan_reads(extents: Extents, *, chunk_bytes: int, gap_bytes: int) -> list[Re
         gap_bytes: The largest gap between two extents that is read along.
     """
     chunk_bytes = min(chunk_bytes, _UNBOUNDED)
-    pieces = _cut(extents, chunk_bytes)
-    count = len(pieces.offset)
-    assert (pieces.length > 0).all(), "an extent without bytes is none to read"
-    if not count:
+    shard, offset, length, sinks, positions = _cut(extents, chunk_bytes)
+    assert (length > 0).all(), "an extent without bytes is none to read"
+    if not len(offset):
         return []
-    ends = pieces.offset + pieces.length
-    gaps = np.zeros(count, np.int64)
-    gaps[1:] = pieces.offset[1:] - ends[:-1]
+    ends = offset + length
+    gaps = np.zeros(len(offset), np.int64)
+    gaps[1:] = offset[1:] - ends[:-1]
     apart = (gaps < 0) | (gaps > gap_bytes)
-    apart[1:] |= pieces.shard[1:] != pieces.shard[:-1]
-    starts = _starts(pieces.offset, ends, gaps > 0, apart, chunk_bytes)
+    apart[1:] |= shard[1:] != shard[:-1]
+    starts = _starts(offset, ends, gaps > 0, apart, chunk_bytes)
     gaps[starts] = 0
     # Gaps become pieces of their own, each before the piece that it precedes.
     wide = np.flatnonzero(gaps)
-    sinks = np.insert(pieces.sink, wide, GAP)
-    positions = np.insert(pieces.position, wide, 0)
-    lengths = np.insert(pieces.length, wide, gaps[wide])
+    sinks = np.insert(sinks, wide, GAP)
+    positions = np.insert(positions, wide, 0)
+    lengths = np.insert(length, wide, gaps[wide])
     lows = starts + np.searchsorted(wide, starts)
     bounds = [*lows.tolist(), len(sinks)]
-    lasts = np.append(starts[1:], count) - 1
-    shards = pieces.shard[starts].tolist()
-    offsets = pieces.offset[starts].tolist()
-    totals = (ends[lasts] - pieces.offset[starts]).tolist()
+    totals = ends[np.append(starts[1:], len(offset)) - 1] - offset[starts]
+    columns = shard[starts].tolist(), offset[starts].tolist(), totals.tolist()
     return [
         Read(
             extents.shards[shard], offset, total, sinks[low:high], positions[low:high],
             lengths[low:high],
         )
-        for shard, offset, total, low, high in zip(
-            shards, offsets, totals, bounds[:-1], bounds[1:], strict=True
-        )
+        for shard, offset, total, low, high in zip(*columns, bounds[:-1], bounds[1:], strict=True)
     ]  # fmt: skip
 
 
-def _cut(extents: Extents, chunk_bytes: int) -> Extents:
-    """Sort extents as they lie on disk, and cut extents that are longer than a chunk."""
+def _cut(extents: Extents, chunk_bytes: int) -> tuple[NDArray[np.int64], ...]:
+    """Sort extents as they lie on disk, and cut extents that are longer than a chunk.
+
+    Return of each piece: its shard, offset, length, sink, and position within the sink.
+    """
     place = {name: number for number, name in enumerate(sorted(extents.shards))}
     shard = np.array([place[name] for name in extents.shards], np.int64)[extents.shard]
-    order = np.lexsort((extents.length, extents.offset, shard))
-    length, grain = extents.length[order], extents.grain[order]
+    offset, length = extents.columns[:2]
+    order = np.lexsort((length, offset, shard))
+    offset, length, sink, grain = extents.columns[:, order]
     step = np.maximum(chunk_bytes // grain, 1) * grain
     counts = -(-length // step)
     which = np.repeat(np.arange(len(order)), counts)
     done = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * step[which]
-    source = order[which]
-    return Extents(
-        shards=extents.shards,
-        shard=extents.shard[source],
-        offset=extents.offset[source] + done,
-        length=np.minimum(step[which], length[which] - done),
-        sink=extents.sink[source],
-        position=extents.position[source] + done,
-        grain=grain[which],
-    )
+    lengths = np.minimum(step[which], length[which] - done)
+    return extents.shard[order[which]], offset[which] + done, lengths, sink[which], done
 
 
 def _starts(
@@ -218,6 +178,6 @@ def _starts(
         while first < high:
             starts.append(first)
             fits = np.searchsorted(ends[first:high], offset[first] + chunk_bytes, "right")
-            few = np.searchsorted(buffers[first:high], buffers[first] + MAX_PIECES - 1, "right")
+            few = np.searchsorted(buffers[first:high], buffers[first] + _MAX_PIECES - 1, "right")
             first += max(int(min(fits, few)), 1)
     return np.array(starts, np.int64)

@@ -1,66 +1,66 @@
-"""Describes destinations, as plain values."""
+"""Describes destinations, as plain values, and the conversions that their dtypes allow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from asyncloader._checkpoint.blocks import Columns
+from asyncloader._checkpoint.dtypes import TensorType
 from asyncloader._checkpoint.parts import ID
+from asyncloader._display import AsDict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
-
-    from asyncloader._checkpoint.blocks import BlockType
     from asyncloader._checkpoint.dtypes import DType
     from asyncloader._checkpoint.slices import Slice
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowType:
-    """Shape and dtype of one row of a slot, or of a whole dense tensor."""
+LoadInfo = dict[str, dict[str, list[str]]]
+"""The plan that a `filter_func` may change: `{destination: {source: [slot, …]}}`."""
 
-    shape: tuple[int, ...]
-    dtype: DType
+Casting = Literal["widen", "any"]
+"""Which conversions a load may make."""
 
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
+# To which dtypes each goes without the loss of a value.
+_WIDER = {
+    "float8_e4m3fn": {"float16", "bfloat16", "float32", "float64"},
+    "float8_e5m2": {"float16", "bfloat16", "float32", "float64"},
+    "float8_e4m3fnuz": {"float16", "bfloat16", "float32", "float64"},
+    "float8_e5m2fnuz": {"float16", "bfloat16", "float32", "float64"},
+    "float8_e8m0fnu": {"bfloat16", "float32", "float64"},  # powers of two, from -127 to 127
+    "float16": {"float32", "float64"},
+    "bfloat16": {"float32", "float64"},
+    "float32": {"float64"},
+    "float64": set[str](),
+    "int8": {"int16", "int32", "int64"},
+    "int16": {"int32", "int64"},
+    "int32": {"int64"},
+    "int64": set[str](),
+    "uint8": {"uint16", "int16", "uint32", "int32", "uint64", "int64"},
+    "uint16": {"uint32", "int32", "uint64", "int64"},
+    "uint32": {"uint64", "int64"},
+    "uint64": set[str](),
+}
+# An integer that stands where a float is wanted is a quantized value without its scale, or a count;
+# a bool is a mask. None of them means the number that `Tensor.to` would make of it.
+_FLOATS = {name for name in _WIDER if "float" in name}
+_INTEGERS = _WIDER.keys() - _FLOATS
 
 
-class TensorTargets(Columns[RowType]):
-    """Dense tensors by name.
+@dataclass(eq=False, repr=False, kw_only=True)
+class TensorTargets(Columns[TensorType]):
+    """Dense tensors by name. Equal numbers in `memory` are the same memory; `None`: none is."""
 
-    Args:
-        names: `[n]`, all different.
-        types: The different dtypes and shapes that there are.
-        kinds: int64 `[n]`; which of `types` each has.
-        memory: `[n]`; equal numbers are the same memory. `None` where all are different.
-    """
+    memory: Sequence[int] | None = None
 
-    __slots__ = ("kinds", "memory", "types")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.memory is None or len(self.memory) == len(self)
 
-    def __init__(
-        self,
-        names: Iterable[str],
-        types: Sequence[BlockType] = (),
-        kinds: NDArray[np.int64] | None = None,
-        memory: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(names)
-        self.types = types
-        self.kinds = np.zeros(0, np.int64) if kinds is None else kinds
-        self.memory = memory
-        assert len(self.kinds) == len(self)
-        assert memory is None or len(memory) == len(self)
-
-    def at(self, number: int) -> RowType:
-        """Return the type of the tensor in that place of the columns."""
-        dtype, shape = self.types[self.kinds[number]]
-        return RowType(shape=shape, dtype=dtype)
+    def at(self, number: int) -> TensorType:
+        return self.types[int(self.kinds[number])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,7 @@ class TableTarget:
     name: str
     children: tuple[str, ...]
     slice: Slice
-    slots: Mapping[str, RowType]
-    """All but the ids."""
+    slots: Mapping[str, TensorType]  # a row of each slot but the ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +78,7 @@ class Targets:
     """All that a load may fill. No tensor has the name of a table's child."""
 
     tensors: TensorTargets
-    tables: Mapping[str, TableTarget]
-    """By the name of each child, so a coalesced table stands here several times."""
-
-
-LoadInfo = dict[str, dict[str, list[str]]]
-"""The plan that a `filter_func` may change: `{destination: {source: [slot, …]}}`."""
+    tables: Mapping[str, TableTarget]  # by child, so a coalesced table stands here several times
 
 
 def default_load_info(targets: Targets) -> LoadInfo:
@@ -96,11 +90,7 @@ def default_load_info(targets: Targets) -> LoadInfo:
 
 
 def checked_load_info(info: object) -> LoadInfo:
-    """Return the value of a `filter_func`, if it is of the right form.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """Return the value of a `filter_func`; raise a `TypeError` if its form is wrong."""
     form = "{destination: {source: [slot, ...]}}"
     if not isinstance(info, dict):
         raise TypeError(f"filter_func must return the dict {form}, got {type(info).__name__}")
@@ -113,3 +103,56 @@ def checked_load_info(info: object) -> LoadInfo:
                 got = f"{destination!r}: {{{source!r}: {slots!r}}}"
                 raise TypeError(f"filter_func must return {form}, got {got}")
     return info
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast(AsDict):
+    """Values that are converted on their way to a destination.
+
+    Attributes:
+        name: The destination: a dense tensor, or `table@slot`.
+        source: The dtype in the checkpoint, as torch spells it: `bfloat16`.
+        target: The destination's dtype.
+    """
+
+    name: str
+    source: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.source} to {self.target}"
+
+
+def can_cast(source: DType, target: DType, casting: Casting | None) -> bool:
+    """Say whether values may be converted; `None` allows no conversion."""
+    if casting is None:
+        return False
+    if casting == "widen":
+        return target.torch in _WIDER.get(source.torch, ())
+    return any({source.torch, target.torch} <= kind for kind in (_FLOATS, _INTEGERS))
+
+
+def misfit(have: TensorType, want: TensorType, casting: Casting | None) -> str | None:
+    """Return `None` if values fit, perhaps converted.
+
+    Otherwise return the end of a sentence about them: how to have them converted, if only their
+    dtypes differ.
+    """
+    if have.shape != want.shape:
+        return ""
+    if have.dtype == want.dtype or can_cast(have.dtype, want.dtype, casting):
+        return None
+    if can_cast(have.dtype, want.dtype, "widen"):
+        return '; cast="widen" converts it, and loses no value'
+    if can_cast(have.dtype, want.dtype, "any"):
+        return '; cast="any" converts it as Tensor.to() does: it rounds, and may lose values'
+    return "; cast= converts only floats to floats, and integers to integers"
+
+
+def checked_cast(cast: object) -> Casting | None:
+    """Return an allowed `cast`; raise a `ValueError` if it is not allowed."""
+    allowed: tuple[Casting | None, ...] = (None, "widen", "any")
+    for known in allowed:
+        if cast == known:
+            return known
+    raise ValueError(f"cast is 'widen', 'any' or None, got {cast!r}")

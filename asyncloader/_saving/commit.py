@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.files import INDEX, TENSORKEY
+from asyncloader._checkpoint.format import INDEX, TENSORKEY
 from asyncloader._threads.jobs import for_each, run_jobs
 from asyncloader.errors import SaveError
 

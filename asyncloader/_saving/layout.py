@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.header import MAX_HEADER
-from asyncloader._checkpoint.parts import ID
-from asyncloader._checkpoint.text import (
+from asyncloader._checkpoint.format import (
+    MAX_HEADER,
     dense_key,
     describe_embedding,
     describe_slot,
@@ -17,6 +16,7 @@ from asyncloader._checkpoint.text import (
     sparse_key,
     sparse_name,
 )
+from asyncloader._checkpoint.parts import ID
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from asyncloader._checkpoint.files import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.format import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
 from asyncloader.errors import SaveError
 
 if TYPE_CHECKING:

@@ -7,20 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from asyncloader._checkpoint.files import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.format import (
+    DESCRIPTION,
+    INDEX,
+    MAX_NAMES,
+    MAX_SIDECAR,
+    SIDECAR,
+    TENSORKEY,
+    render_index,
+    render_json,
+)
 from asyncloader._checkpoint.parts import gaps, overlaps
 from asyncloader._checkpoint.sidecar import (
     PartRows,
     ShardDigests,
-    Sidecar,
     digest_of,
     part_as_json,
     part_of_json,
     render_sidecar,
     shards_of_json,
 )
-from asyncloader._checkpoint.strict_json import MAX_NAMES, MAX_SIDECAR
-from asyncloader._checkpoint.text import render_index, render_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -144,19 +150,19 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
     _check_numbers(files)
     index, tensorkey = render_index(files, blocks), render_json(names)
     described = render_json(description)
-    sidecar = Sidecar(
+    sidecar = render_sidecar(
         files={
             INDEX: digest_of(index),
             TENSORKEY: digest_of(tensorkey),
             DESCRIPTION: digest_of(described),
         },
         shards=shards,
-        parts={table: tuple(of_table) for table, of_table in rows.items()},
+        parts=rows,
     )
     texts = {
         TENSORKEY: tensorkey,
         DESCRIPTION: described,
-        SIDECAR: render_sidecar(sidecar),
+        SIDECAR: sidecar,
         INDEX: index,
     }
     check_sizes({name: len(text) for name, text in texts.items()})

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
-from asyncloader._checkpoint.files import INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.format import INDEX, SIDECAR, TENSORKEY
 from asyncloader.errors import CheckpointNotFoundError
 from asyncloader.runs import listed, name_order, newest_committed
 

@@ -21,10 +21,9 @@ from asyncloader._loading.runtime import open_session
 from asyncloader._loading.session import Verifier
 from asyncloader._loading.transaction import complete
 from asyncloader._memory.allocation import zeros
-from asyncloader._planning.casts import can_cast
 from asyncloader._planning.choice import choose
 from asyncloader._planning.planner import plan_load
-from asyncloader._planning.targets import Targets
+from asyncloader._planning.targets import Targets, can_cast
 from asyncloader._table.hashtable import HashTable
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from asyncloader._checkpoint.manifest import Stored
     from asyncloader._checkpoint.slices import Slice
-    from asyncloader._checkpoint.stored import Stored
     from asyncloader._loading.destinations import Destinations
     from asyncloader._loading.progress import Meter
     from asyncloader._loading.session import Session

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.index import Places
+from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID, table_problems
 from asyncloader._checkpoint.problems import Problems
-from asyncloader._checkpoint.stored import stored_names, stored_tensor
 from asyncloader._display import size_text
 from asyncloader._memory.allowance import address_space
 from asyncloader._memory.allowance import free_memory as _free_memory
-from asyncloader._planning.hints import hint_for
+from asyncloader._planning.choice import hint_for
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from asyncloader._checkpoint.index import Catalog
-    from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._checkpoint.stored import Stored
+    from asyncloader._checkpoint.manifest import Manifest, Stored
     from asyncloader._loading.session import Session
 
 
@@ -151,7 +150,7 @@ def find_table(location: str, catalog: Catalog, name: str) -> tuple[str, str | N
         return name, None
     if name in catalog.tensors:
         raise KeyError(f"{location}: {name!r} is a dense tensor, it has no ids; a table has")
-    hint = hint_for(name, [*catalog.tables, *stored_names(catalog)])
+    hint = hint_for(name, [*catalog.tables, *catalog.names()])
     raise KeyError(
         f"{location}: nothing in it is called {name!r}{hint}; `asyncloader inspect --all` lists "
         "what there is"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asyncloader._checkpoint.manifest import Stored
 from asyncloader._checkpoint.parts import ID, id_problems, without_rows
 from asyncloader._checkpoint.problems import Problems
-from asyncloader._checkpoint.stored import Stored
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.runtime import open_session
 from asyncloader.errors import CheckpointError

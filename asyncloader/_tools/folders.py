@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.files import INDEX
+from asyncloader._checkpoint.format import INDEX
 from asyncloader._storage.small_files import Looks
 from asyncloader.errors import CheckpointNotFoundError
 from asyncloader.runs import is_run_folder, newest_finished, versions

@@ -65,7 +65,7 @@ async def scan(
     """
     most = min(chunk_bytes or session.options.read_bytes, session.options.read_bytes)
     extents = [
-        Extent(block.shard, block.offset, block.nbytes, number, 0, grain or _grain(block))
+        Extent(block.shard, block.offset, block.nbytes, number, grain or _grain(block))
         for number, block in enumerate(blocks)
         if block.nbytes
     ]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID, id_problems
 from asyncloader._checkpoint.problems import Problems
-from asyncloader._checkpoint.stored import stored_tensor
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.reading import has_numbers, torch_dtype
 from asyncloader._loading.runtime import open_session
@@ -24,8 +24,7 @@ from .values import combine, measure, read_elements, read_rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._checkpoint.stored import Stored
+    from asyncloader._checkpoint.manifest import Manifest, Stored
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._checkpoint.files import SIDECAR
+from asyncloader._checkpoint.format import SIDECAR
+from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID
-from asyncloader._checkpoint.stored import stored_tensor
 from asyncloader._loading.runtime import open_session
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError

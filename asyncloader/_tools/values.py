@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from asyncloader._checkpoint.stored import Stored
+    from asyncloader._checkpoint.manifest import Stored
     from asyncloader._loading.session import Session
 
 

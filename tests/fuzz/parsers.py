@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors import SafetensorError, deserialize
 
 from asyncloader import CheckpointError
-from asyncloader._checkpoint.catalog import parse_recis
+from asyncloader._checkpoint.catalog import SHARDED
 from asyncloader._checkpoint.dtypes import header_shape
-from asyncloader._checkpoint.files import INDEX, SIDECAR, TENSORKEY
-from asyncloader._checkpoint.index import Catalog, Places
+from asyncloader._checkpoint.format import INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.index import Catalog, Places, parse_recis, parse_weight_map
 from asyncloader._checkpoint.manifest import read_header
-from asyncloader._checkpoint.safetensors import SHARDED, parse_weight_map
 from asyncloader._storage.protocol import read_small
 from tests.oracle.strict import (
     BITS,
@@ -203,7 +202,7 @@ def _catalog(files: dict[str, bytes]) -> Catalog:
 async def _text(content: bytes, name: str) -> bytearray:
     try:
         return await read_small(Bytes(content), name, limit=1 << 30)
-    except OSError as error:  # as `read_catalog` has it
+    except OSError as error:  # as `read_file` has it
         raise CheckpointError(WHERE, str(error), name) from error
 
 
@@ -214,7 +213,7 @@ def weight_map(data: bytes) -> None:
     if SHARDED not in files:
         return
     text = files[SHARDED]
-    found = ours(lambda: parse_weight_map(Problems(WHERE), at_once(_text(text, SHARDED))))
+    found = ours(lambda: parse_weight_map(Problems(WHERE), at_once(_text(text, SHARDED)), SHARDED))
     wanted = judged(lambda: strict_weight_map(text))
     assert (found is None) == (wanted is None), (text, found, wanted)
     if found is not None and wanted is not None:

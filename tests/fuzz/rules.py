@@ -11,11 +11,12 @@ import numpy as np
 from asyncloader import AsyncLoaderError, CheckpointNotFoundError, gen_slice
 from asyncloader._checkpoint.blocks import numbered
 from asyncloader._checkpoint.catalog import read_catalog
+from asyncloader._checkpoint.dtypes import TensorType
 from asyncloader._checkpoint.manifest import Manifest, read_manifest
 from asyncloader._checkpoint.problems import AllProblems
 from asyncloader._planning.choice import choose
 from asyncloader._planning.planner import plan_load
-from asyncloader._planning.targets import RowType, TableTarget, Targets, TensorTargets
+from asyncloader._planning.targets import TableTarget, Targets, TensorTargets
 from asyncloader._tools.verifying.structure import read_structure
 from tests.support import MemoryStorage
 
@@ -93,7 +94,9 @@ async def _plan(storage: MemoryStorage, file: str | None, executor: ThreadPoolEx
     async def names() -> list[str]:
         return sorted(storage.files)
 
-    catalog = await read_catalog(storage, executor=executor, verify="auto", file=file, names=names)
+    catalog = await read_catalog(
+        storage, lambda parse: parse(), executor=executor, verify="auto", file=file, names=names
+    )
     manifest = await read_manifest(storage, catalog, catalog.files, parallel=2, executor=executor)
     targets = _everything(manifest)
     choice = choose(catalog, None, targets)
@@ -107,7 +110,7 @@ def _everything(manifest: Manifest) -> Targets:
     """Return destinations that take everything."""
     catalog = manifest.catalog
     blocks = [manifest.block(place) for place in catalog.tensors.values()]
-    types, kinds = numbered((block.dtype, block.shape) for block in blocks)
+    types, kinds = numbered(TensorType(block.dtype, block.shape) for block in blocks)
     tables = {
         name: TableTarget(
             name=name,
@@ -117,13 +120,13 @@ def _everything(manifest: Manifest) -> Targets:
         )
         for name, held in catalog.tables.items()
     }
-    tensors = TensorTargets(catalog.tensors, types, np.asarray(kinds))
+    tensors = TensorTargets(list(catalog.tensors), types, np.asarray(kinds))
     return Targets(tensors=tensors, tables=tables)
 
 
-def _row(manifest: Manifest, parts: tuple[Part, ...]) -> RowType:
+def _row(manifest: Manifest, parts: tuple[Part, ...]) -> TensorType:
     first = manifest.block(parts[0].place)
-    return RowType(shape=first.shape[1:], dtype=first.dtype)
+    return TensorType(first.dtype, first.shape[1:])
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {"rules": rules}

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from asyncloader._checkpoint.blocks import Block
+    from asyncloader._checkpoint.manifest import Stored
     from asyncloader._checkpoint.slices import Slice
-    from asyncloader._checkpoint.stored import Stored
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
     from asyncloader._saving.layout import ShardLayout

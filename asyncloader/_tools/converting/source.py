@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import orjson
 
 from asyncloader._checkpoint.index import Part, Places
+from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.slices import DEFAULT_SLICE_SIZE, Slice
-from asyncloader._checkpoint.stored import stored_tensor
 from asyncloader._loading.reading import read_stored
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.content import (

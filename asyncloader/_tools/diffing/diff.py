@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from asyncloader._checkpoint.stored import Stored
+    from asyncloader._checkpoint.manifest import Stored
     from asyncloader._loading.progress import Progress
     from asyncloader._tools.content import Content
     from asyncloader.options import ReadOptions

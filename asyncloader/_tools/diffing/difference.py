@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncloader._checkpoint.stored import Stored
+    from asyncloader._checkpoint.manifest import Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncloader._checkpoint.files import SIDECAR
+from asyncloader._checkpoint.format import SIDECAR
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, digest_of
 from asyncloader._tools.scanning import scan
 

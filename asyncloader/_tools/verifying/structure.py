@@ -11,14 +11,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.catalog import CatalogReader, find_source, is_recis
-from asyncloader._checkpoint.files import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.catalog import (
+    find_source,
+    is_recis,
+    is_weight_map,
+    read_file,
+    read_texts,
+)
+from asyncloader._checkpoint.format import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
 from asyncloader._checkpoint.index import Catalog, Places
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._checkpoint.parts import ID, id_problems, overlaps, spread_problems, table_problems
-from asyncloader._checkpoint.safetensors import is_weight_map
 from asyncloader._checkpoint.sidecar import check_file
-from asyncloader._threads.jobs import run_jobs
+from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -98,16 +103,18 @@ async def read_structure(
 
     source = await find_source(storage, file, names)
     recis, is_map = is_recis(source, file), is_weight_map(source)
-    reader = CatalogReader(storage, executor, problems)
     shards = sorted(filter(_SHARD.fullmatch, there)) if recis or is_map else []
     # If no file says which names there are, each shard is looked at by itself.
     catalog, known = Catalog(Places({}, {}), {}, source, tuple(shards), recis=recis), False
     with problems.caught():
-        catalog = await reader.read(source, recis=recis, digests=True)
+        parse = await read_texts(
+            storage, source, problems, executor=executor, recis=recis, digests=True
+        )
+        [catalog] = await run_jobs(executor, [undisturbed(parse)])
         known = True
     if DESCRIPTION in there and catalog.sidecar is not None:
         with problems.caught():
-            text = await reader.text(DESCRIPTION, _DESCRIPTION_MOST)
+            text = await read_file(storage, DESCRIPTION, _DESCRIPTION_MOST)
             check = partial(check_file, problems, catalog.sidecar, DESCRIPTION, text)
             await run_jobs(executor, [check])
     for name in set(shards) - set(catalog.files):

@@ -1,4 +1,4 @@
-"""Writes the names and texts of a checkpoint's files, which `index` and `header` read."""
+"""The names and texts of a checkpoint's files: readers look for them, a save writes them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from .dtypes import header_shape
-from .header import PREFIX
-from .index import DENSE_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,16 +15,27 @@ if TYPE_CHECKING:
     from .slices import Slice
 
 
+INDEX = "index"  # names the shard of each block; written last
+TENSORKEY = "tensorkey.json"  # the block names of tables
+DESCRIPTION = "torch_rank_weights_embs_table_multi_shard.json"  # for people; no load reads it
+SIDECAR = "asyncloader.json"  # our digests
+
+MAX_NAMES = 128 << 20  # bytes of a file of names: two million lines of `index`
+# Bytes of the sidecar, which has a hundred for each block, and two thousand for each part.
+MAX_SIDECAR = 256 << 20
+# Bytes of a header. As much as safetensors itself allows: a million tensors in one shard.
+MAX_HEADER = 100_000_000
+
+PREFIX = 8  # bytes of a shard before its header: the header's length
+DENSE_SUFFIX = "^ "  # the end of a dense tensor's key
 _ALIGNMENT = 8
 
 
 def shard_name(number: int, total: int) -> str:
-    """Return the file name of shard `number` out of `total`."""
     return f"model-{number:06d}-of-{total:06d}.safetensors"
 
 
 def dense_key(name: str) -> str:
-    """Return the key of a dense tensor."""
     return name + DENSE_SUFFIX
 
 
@@ -46,14 +55,12 @@ def render_header(
 ) -> bytes:
     """Return the beginning of a shard, up to its first data byte.
 
-    Padded to a multiple of 8 by 1 to 8 spaces, as RecIS does.
-
-    Args:
-        entries: Key → dtype, shape, first byte and end of its bytes within the data.
-        metadata: Free text that safetensors allows in a header; RecIS writes none.
+    Padded to a multiple of 8 by 1 to 8 spaces, as RecIS does. `entries` say for each key its dtype,
+    its shape, and the first byte and the end of its bytes within the data. `metadata` is free text
+    that safetensors allows in a header; RecIS writes none.
 
     Raises:
-        ValueError: If a tensor's shape can stand in no header.
+        ValueError: If a header cannot express a tensor's shape.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     for key, (dtype, shape, begin, end) in entries.items():
@@ -67,8 +74,8 @@ def render_header(
 def render_index(files: Mapping[str, int], blocks: Mapping[str, int]) -> bytes:
     """Return the text of `index`: shard file → number, and key → number of its shard.
 
-    It ends in a newline, which RecIS never writes: a sidecar of ours that an `index` of RecIS has
-    outlived is known by that (see `sidecar`), even where all names are the same.
+    The text ends in a newline, which RecIS never writes. So a reader knows an `index` of RecIS
+    beside an older sidecar of ours (see `sidecar`), even where all names are the same.
     """
     index = {"block_index": blocks, "file_index": files}
     return orjson.dumps(index, option=orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
@@ -90,9 +97,7 @@ def describe_embedding(
 ) -> dict[str, object]:
     """Return the entry of a table's embeddings in `DESCRIPTION`; `ids` is the key of their ids."""
     return {
-        "name": key,
-        "dtype": dtype.torch,
-        "shape": shape,
+        **describe_tensor(key, dtype, shape),
         "dense": False,
         "dimension": shape[1] if len(shape) > 1 else 0,
         "is_hashmap": True,
@@ -106,9 +111,4 @@ def describe_slot(
     dtype: DType, shape: tuple[int, ...], *, begin: int, end: int
 ) -> dict[str, object]:
     """Return the entry of ids and other slots in `DESCRIPTION`: as in the header."""
-    return {
-        "dense": False,
-        "dtype": dtype.name,
-        "shape": shape,
-        "data_offsets": (begin, end),
-    }
+    return {"dense": False, "dtype": dtype.name, "shape": shape, "data_offsets": (begin, end)}
