@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ._planning.casts import Cast as Cast
     from ._planning.plan import LoadPlan as LoadPlan
     from ._saving.layout import WriteBlock as WriteBlock
-    from ._saving.report import SaveReport as SaveReport
+    from ._saving.save import SaveReport as SaveReport
     from ._serving.events import (
         Event as Event,
         Freed as Freed,
@@ -84,7 +84,7 @@ _MODULES = {
     "_planning.casts": "Cast",
     "_planning.plan": "LoadPlan",
     "_saving.layout": "WriteBlock",
-    "_saving.report": "SaveReport",
+    "_saving.save": "SaveReport",
     "_serving.events": (
         "Event Freed LoadCancelled LoadFailed LoadFinished "
         "LoadStarted RolledBack Swapped VersionRefused"
