@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from ._planning.targets import Cast as Cast
     from ._planning.plan import LoadPlan as LoadPlan
     from ._saving.layout import WriteBlock as WriteBlock
-    from ._saving.report import SaveReport as SaveReport
+    from ._saving.save import SaveReport as SaveReport
     from ._serving.events import (
         Event as Event,
         Freed as Freed,
+        LiveState as LiveState,
+        LiveVersion as LiveVersion,
         LoadCancelled as LoadCancelled,
         LoadFailed as LoadFailed,
         LoadFinished as LoadFinished,
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
         VersionRefused as VersionRefused,
     )
     from ._serving.model import Model as Model
-    from ._serving.state import LiveState as LiveState, LiveVersion as LiveVersion
     from ._table.hashtable import HashTable as HashTable
     from ._table.protocol import UpdateCounts as UpdateCounts
     from ._table.schema import Slot as Slot
@@ -84,13 +85,12 @@ _MODULES = {
     "_planning.plan": "LoadPlan",
     "_planning.targets": "Cast",
     "_saving.layout": "WriteBlock",
-    "_saving.report": "SaveReport",
+    "_saving.save": "SaveReport",
     "_serving.events": (
-        "Event Freed LoadCancelled LoadFailed LoadFinished "
+        "Event Freed LiveState LiveVersion LoadCancelled LoadFailed LoadFinished "
         "LoadStarted RolledBack Swapped VersionRefused"
     ),
     "_serving.model": "Model",
-    "_serving.state": "LiveState LiveVersion",
     "_table.hashtable": "HashTable",
     "_table.protocol": "UpdateCounts",
     "_table.schema": "Slot",

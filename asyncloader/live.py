@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ._arguments import as_dict, check_callable, check_count, checked_path
+from ._serving.model import Settings
 from ._serving.service import Service
-from ._serving.state import LiveVersion
+from .loader import Loader
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
-    from ._serving.events import Event
+    from ._serving.events import Event, LiveState, LiveVersion
     from ._serving.model import Built, Model
-    from ._serving.state import LiveState
 
 __all__ = ["Live"]
 
@@ -24,9 +24,10 @@ __all__ = ["Live"]
 class Live:
     """One model, and its versions: the newest one serves, the next one comes in beside it.
 
-    Follows a run folder: each new checkpoint is loaded into what `build()` makes, then checked,
-    then swapped for the version that serves, by one reference. A caller gets all tables and tensors
-    of one version. A version that cannot be loaded, or does not pass, leaves the old one serving.
+    Follows a run folder: each new checkpoint is loaded into a model that `build()` makes, checked,
+    and then swapped for the version that serves, by one reference. A caller gets all tables and
+    tensors of one version. If a version cannot be loaded, or does not pass, the old one goes on
+    serving.
 
     ```python
     async with asyncloader.Live("/runs/ctr", build) as live:
@@ -36,27 +37,27 @@ class Live:
 
     Entering loads the first version, and raises if there is none, or it cannot be loaded. While
     files of it are still being written to, entering waits, and `state.trouble` says so. Leaving
-    cancels what is under way, waits for its threads, and gives all memory back but what `use()`
-    blocks still pin. `use`, `current`, `state` and `versions` may be called on any thread; all else
-    belongs to the event loop on which the block was entered.
+    cancels a load under way, waits for its threads, and gives all memory back but that of versions
+    that `use()` blocks still pin. `use`, `current`, `state` and `versions` may be called on any
+    thread; all else belongs to the event loop on which the block was entered.
 
     Args:
         source: A run folder, whose newest committed checkpoint is followed (see `latest`), or one
             checkpoint, which is loaded again when it is replaced.
-        build: Makes what a version is loaded into, fresh and empty: `(hashtables, tensors)`, or a
-            `torch.nn.Module`, whose tables and `state_dict()` are loaded (see `targets`). Called on
-            a thread, unless it is a coroutine function.
+        build: Makes the tables and tensors that a version is loaded into, fresh and empty:
+            `(hashtables, tensors)`, or a `torch.nn.Module`, whose tables and `state_dict()` are
+            loaded (see `targets`). Called on a thread, unless it is a coroutine function.
         keep: Versions that stay in memory: the one that serves, and others that served before it.
             With 2, going back takes no load.
         poll: Seconds between two looks at the folder.
         loader_options: Further arguments of `Loader`, such as `max_loop_lag`, `verify`, `timeout`.
             `strict` is true unless it says otherwise: a version that lacks something does not
             serve. The first version, before which no request is served, is loaded at full speed.
-        check: Gets a version that was loaded, before it serves; if it raises, or returns anything
-            that is false (`torch.tensor(False)`, say), that version does not serve; `None` lets it.
-            A value that is no truth value, as text or a list, is a `TypeError`. Called on a thread,
-            unless it is a coroutine function.
-        on_event: Called on the event loop with each `Event`. What it raises is logged.
+        check: Gets a version that was loaded, before it serves; if it raises, or returns a value
+            that is false (`torch.tensor(False)`, say), that version does not serve; with `None` it
+            does. A value that is no truth value, as text or a list, is a `TypeError`. Called on a
+            thread, unless it is a coroutine function.
+        on_event: Called on the event loop with each `Event`. An error that it raises is logged.
         max_memory: Bytes that all versions in memory, the one to be loaded, and the reads under way
             may take together, as predicted from its plan; versions without users give way first.
             A version that would not fit is refused before it is read. Memory that `build` touches
@@ -97,17 +98,23 @@ class Live:
         check_count(keep, "keep")
         if max_memory is not None:
             check_count(max_memory, "max_memory")
-        self._service = Service(
-            path,
-            build,
-            check,
-            on_event,
+        options = {"strict": True, **as_dict(loader_options, "loader_options")}
+        for reserved in ("checkpoint_path", "hashtables", "tensors", "on_plan"):
+            if reserved in options:
+                raise TypeError(f"loader_options: {reserved!r} is given by Live itself")
+        settings = Settings(
+            source=path,
+            build=build,
+            check=check,
+            on_event=on_event,
             keep=keep,
             poll=poll,
-            loader_options={"strict": True, **as_dict(loader_options, "loader_options")},
+            loader_options=options,
+            read=Loader(path, **options).options,  # raises now, not at the first load
             max_memory=max_memory,
             retry_pause=retry_pause,
         )
+        self._service = Service(settings)
         self._shelf = self._service.shelf
 
     def __repr__(self) -> str:
@@ -143,16 +150,16 @@ class Live:
         Raises:
             RuntimeError: If the `async with` block was not entered, or was left.
         """
-        return LiveVersion.of(self._shelf.serving, serving=True)
+        return self._shelf.serving.shown(serving=True)
 
     @property
     def versions(self) -> tuple[LiveVersion, ...]:
         """All versions in memory, in the order in which they last began to serve."""
-        return self._service.state.versions
+        return self.state.versions
 
     @property
     def state(self) -> LiveState:
-        """All that a status page shows."""
+        """The facts of a status page."""
         return self._service.state
 
     async def rollback(self) -> LiveVersion:
@@ -170,7 +177,7 @@ class Live:
             CheckpointNotFoundError: If it is neither in memory nor on the disk any more.
             CheckpointChangedError: If its folder holds another checkpoint by now.
             CheckpointError: If `check` refused it, or raised, which is the cause then.
-            Exception: What loading it raised. Nothing has changed in any of these cases.
+            Exception: The error of its load. Nothing has changed in any of these cases.
         """
         return await self._service.rollback()
 
@@ -191,7 +198,7 @@ class Live:
             CheckpointNotFoundError: If there is no such checkpoint.
             CheckpointError: If another command came while it was still being written to; if `check`
                 refused it, or raised, which is the cause then.
-            Exception: What loading it raised. Nothing has changed in any of these cases.
+            Exception: The error of its load. Nothing has changed in any of these cases.
         """
         return await self._service.load(checked_path(version, "version"))
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from ._loading.report import LoadReport
-    from ._serving.state import LiveState
+    from ._serving.events import LiveState
 
 __all__ = ["Metrics"]
 

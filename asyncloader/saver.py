@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -19,7 +20,6 @@ from ._arguments import (
 from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter, listening
 from ._saving.save import Order, save
-from ._saving.save_id import checked_save_id
 from ._storage.folder import LocalFolder
 from ._threads.blocking import run_blocking
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ._loading.progress import Progress
     from ._saving.layout import WriteBlock
-    from ._saving.report import SaveReport
+    from ._saving.save import SaveReport
     from ._storage.folder import Folder
     from ._table.protocol import SavableSnapshot, SavableTable
 
@@ -38,13 +38,11 @@ __all__ = ["Saver", "every_block"]
 
 _log = logging.getLogger(__name__)
 
-_INFLIGHT = 128 << 20
-_PATIENCE = 1800.0
-"""Seconds that rank 0 waits for the others."""
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def every_block(blocks: list[WriteBlock]) -> list[WriteBlock]:
-    """Return what it is given: the `filter_func` that leaves nothing out."""
+    """Return all blocks: the `filter_func` that leaves nothing out."""
     return blocks
 
 
@@ -52,13 +50,13 @@ class Saver:
     """Writes hash tables and dense tensors as a checkpoint in RecIS's format.
 
     Everything is staged in a folder that no reader looks at, synced to the disk, and then moved
-    into place by renaming, `index` last. Whatever happens meanwhile, the folder holds the
-    checkpoint that was there before, whole, or none, or the new one, whole. An older checkpoint in
-    the folder is replaced, its files removed; a folder that holds anything else is refused.
+    into place by renaming, `index` last. At each moment the folder holds the checkpoint that was
+    there before, whole, or none, or the new one, whole. An older checkpoint in the folder is
+    replaced, its files removed; a folder that holds anything else is refused.
 
-    Tables are saved as they are when `asave` is called, whatever is written to them meanwhile;
-    rows are sorted by slice position, then id. Dense tensors are read while the save goes on: one
-    that is written to meanwhile makes it fail, and their storage must not be resized.
+    Tables are saved as they are when `asave` is called; later writes to them do not count. Rows are
+    sorted by slice position, then id. Dense tensors are read while the save goes on: a tensor that
+    is written to meanwhile makes the save fail, and its storage must not be resized.
 
     The first seven arguments are those of RecIS's `Saver`, in its order. A saver may be used any
     number of times.
@@ -72,10 +70,10 @@ class Saver:
         path: The folder that becomes the checkpoint; made if need be.
         hashtables: Tables to save, by any name; on disk they have the names of their `children`.
         tensors: Dense tensors to save, by name, on any device; only rank 0 writes them. Other
-            ranks give the same ones, some of them, or none: a tensor that rank 0 does not have
+            ranks give the same tensors, some of them, or none: a tensor that rank 0 does not have
             would be in no file, and is an error.
-        filter_func: Gets the `WriteBlock`s that would be written, and returns those to write.
-        save_id: Tells this save from every other one into the same folder: text or a number, the
+        filter_func: Gets all `WriteBlock`s, and returns the blocks to write.
+        save_id: Tells this save from every other save into the same folder: text or a number, the
             same on all ranks, another one for each try (a count of the job's starts and the step,
             say). By default rank 0 draws one, and tells the others by way of torch.distributed's
             store.
@@ -102,8 +100,8 @@ class Saver:
         filter_func: Callable[[list[WriteBlock]], list[WriteBlock]] = every_block,
         *,
         save_id: str | int | None = None,
-        timeout: float | None = _PATIENCE,
-        max_inflight_bytes: int = _INFLIGHT,
+        timeout: float | None = 1800.0,
+        max_inflight_bytes: int = 128 << 20,
         progress: Callable[[Progress], object] | bool | None = None,
     ) -> None:
         _check_order(shard_index, shard_num)
@@ -126,7 +124,7 @@ class Saver:
             parallel=parallel,
             tensors=as_dict(tensors, "tensors"),
             filter_func=filter_func,
-            save_id=None if save_id is None else checked_save_id(save_id),
+            save_id=None if save_id is None else _checked_save_id(save_id),
             timeout=timeout,
             max_inflight_bytes=max_inflight_bytes,
         )
@@ -167,16 +165,16 @@ class Saver:
         To be awaited. Tables are saved as they are now, when this is called.
 
         Returns:
-            What was written; on rank 0 the checkpoint is committed then.
+            A report of this rank's part; on rank 0 the checkpoint is committed then.
 
         Raises:
-            SaveError: If the folder holds something else than a checkpoint, another process is
-                saving to it, it failed, another rank did, or the ranks' parts do not fit together;
-                or if a tensor was written to meanwhile.
+            SaveError: If the folder holds anything but a checkpoint, another process is saving to
+                it, it failed, another rank did, or the ranks' parts do not fit together; or if a
+                tensor was written to meanwhile.
             SaveTimeoutError: If other ranks did not write their parts in time.
-            TypeError: If `filter_func` returned something else than a list of its blocks.
-            ValueError: If what there is to save cannot be told apart by its names, or this is one
-                of several ranks and no `save_id` was given where torch.distributed could not help.
+            TypeError: If `filter_func` returned anything but a list of its blocks.
+            ValueError: If names of tables and tensors cannot be told apart, or this is one of
+                several ranks and no `save_id` was given where torch.distributed could not help.
         """
         snapshots: list[SavableSnapshot] | Exception
         try:
@@ -189,17 +187,25 @@ class Saver:
         self, snapshots: list[SavableSnapshot] | Exception, open_folder: Callable[[], Folder]
     ) -> SaveReport:
         with listening(self._progress, "saving") as listener:
-            meter = Meter(0, _apart(listener))
+
+            def tell(moment: Progress) -> None:
+                try:
+                    if listener is not None:
+                        listener(moment)
+                except OSError as error:  # or it would be taken for an error of the folder
+                    raise RuntimeError(f"progress raised {error!r}") from error
+
+            meter = Meter(0, None if listener is None else tell)
             report = await save(self._order, snapshots, meter, open_folder)
         _log.info("%s", report)
         return report
 
     def save(self) -> SaveReport:
-        """Save, and return when it is done; raises what `asave` raises.
+        """Save, and return when it is done; raises the errors of `asave`.
 
-        Runs an event loop of its own, from any thread, also where a loop is running already (which
+        Runs an event loop of its own, on any thread, also where a loop is running already (which
         it then blocks: inside a coroutine, `await asave()`). Handlers of signals run between two
-        steps of that loop; what one of them raises ends the call, and is raised.
+        steps of that loop; an error that one of them raises ends the call, and is raised.
         """
         return run_blocking(self.asave)
 
@@ -214,17 +220,15 @@ def _check_order(shard_index: object, shard_num: object) -> None:
         )
 
 
-def _apart(
-    listener: Callable[[Progress], object] | None,
-) -> Callable[[Progress], object] | None:
-    """Keep a listener's own `OSError` from being taken for one of the folder's."""
-    if listener is None:
-        return None
-
-    def tell(moment: Progress) -> None:
-        try:
-            listener(moment)
-        except OSError as error:
-            raise RuntimeError(f"progress raised {error!r}") from error
-
-    return tell
+def _checked_save_id(save_id: object) -> str:
+    """Return a save_id as text."""
+    if type(save_id) is int:
+        save_id = str(save_id)
+    if not isinstance(save_id, str):
+        raise TypeError(f"save_id is text or an int, got {save_id!r}")
+    if _PLAIN.fullmatch(save_id) is None:
+        raise ValueError(
+            f"save_id becomes a part of a file's name: 1 to 100 of A-Z a-z 0-9 . _ -, and no sign "
+            f"first, got {save_id!r}"
+        )
+    return save_id

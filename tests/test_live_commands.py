@@ -23,7 +23,7 @@ from asyncloader import (
     Swapped,
     VersionRefused,
 )
-from asyncloader._serving.retry import may_pass
+from asyncloader._serving.following import may_pass
 from asyncloader._threads.jobs import raising_first
 from tests.live import Events, build, live, looked, publish, serving, state, version_in
 from tests.support import nothing_left_behind

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, Live, LoadStarted, Saver, Swapped
-from asyncloader._serving.rest import Rest
-from asyncloader._serving.source import candidate
+from asyncloader._serving.source import Rest, candidate
 from asyncloader._storage.small_files import Looks
 from tests.live import Events, build, live, looked, publish, serving, state
 from tests.support import nothing_left_behind

@@ -14,7 +14,7 @@ import pytest
 
 from asyncloader._serving.model import Model
 from asyncloader._serving.shelf import Freeing, Held, Shelf
-from asyncloader._serving.source import Candidate, Files
+from asyncloader._serving.source import Candidate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,8 +41,7 @@ class Run:
 
     def __init__(self, *, keep: int = 1) -> None:
         self.gone: list[str] = []
-        self.shelf = Shelf(keep=keep)
-        self.shelf.let_go = lambda held: self.gone.append(held.candidate.name)
+        self.shelf = Shelf(keep=keep, let_go=lambda held: self.gone.append(held.candidate.name))
 
     def names(self) -> list[str]:
         return [held.candidate.name for held in self.shelf.held]
@@ -180,7 +179,7 @@ class Entered(Executor):
 
 
 async def test_what_loses_its_last_user_while_another_is_freed_is_freed_afterwards() -> None:
-    shelf, users = Shelf(keep=1), list[Held]()
+    users = list[Held]()
     told: list[Event] = []
 
     def end() -> None:
@@ -189,7 +188,7 @@ async def test_what_loses_its_last_user_while_another_is_freed_is_freed_afterwar
 
     freeing = Freeing(executor := Entered(end), told.append)
     freeing.begin()
-    shelf.let_go = freeing.let_go
+    shelf = Shelf(keep=1, let_go=freeing.let_go)
     first, second = model("first"), model("second")
     shelf.put(first)
     users.append(shelf.pin())
@@ -207,7 +206,7 @@ async def test_what_loses_its_last_user_while_another_is_freed_is_freed_afterwar
 
 
 def model(name: str) -> Held:
-    candidate = Candidate(path=Path(name), identity=((1,),), files=Files({name: (1,)}))
+    candidate = Candidate(path=Path(name), identity=((1,),), files={name: (1,)})
     return Held(Model(Path(name), {}, {}, None), candidate, 8, 0.0)
 
 

@@ -1,1 +1,1 @@
-"""Carries saves out: gathers rows, writes shards, makes a checkpoint of what ranks have written."""
+"""Carries saves out: gathers rows, writes shards, makes a checkpoint of the shards of all ranks."""

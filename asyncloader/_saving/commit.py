@@ -2,26 +2,27 @@
 
     path/.saving-RANKS-ID/             no reader looks here
         model-…safetensors             each rank's shards
-        part-000003.json               what rank 3 wrote, once all of it is on the disk
-        failed-000003.txt              or why it gave up
-        old/                           what stood in the way, until the commit is done
+        part-000003.json               the list of rank 3's shards, once they are on the disk
+        failed-000003.txt              or why rank 3 gave up
+        old/                           the files of the old checkpoint, until the commit is done
     path/index, path/model-…           the checkpoint
 
 The commit, by rank 0, once every rank's part is there and synced:
 
 1. `index` of the old checkpoint moves away. From here to step 3 the folder holds no checkpoint.
 2. The other old files move away, the new ones into place. Only names change: no byte is copied or
-   freed meanwhile, so it takes milliseconds whatever the size.
+   freed meanwhile, so it takes milliseconds, for any size.
 3. The new `index` moves into place.
 
 The folder is synced after each step. If one fails, all moves are undone, in reverse. A reader sees,
 at any moment and after a crash at any moment, the old checkpoint whole, or none, or the new one
 whole. (A reader that has read one `index` and opens shards of the other notices: see
-`read_manifest`.) What a crash between 1 and 3 has moved away is put back by the next save.
+`read_manifest`.) The next save puts the files back that a crash between 1 and 3 has moved away.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,9 +30,9 @@ from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.format import INDEX, TENSORKEY
 from asyncloader._threads.jobs import for_each, run_jobs
-from asyncloader.errors import SaveError
+from asyncloader.errors import SaveError, SaveTimeoutError
 
-from .leftovers import OLD, STAGING, old_files, recover, remove_dead, remove_staging
+from .leftovers import OLD, old_files, recover, remove_dead, remove_staging, staging_of
 from .part import merge_parts, parse_part, render_part
 
 if TYPE_CHECKING:
@@ -44,67 +45,65 @@ if TYPE_CHECKING:
 
 
 _READERS = 8
+# Between two looks at which ranks are done, in seconds: often at first, and then less.
+_FIRST_LOOK, _LAST_LOOK = 0.01, 1.0
 
 
 @dataclass(slots=True)
 class Commit:
-    """One rank's view of a save. What is no coroutine function blocks, and belongs on a thread."""
+    """One rank's view of a save. Methods that are no coroutine functions belong on a thread."""
 
     folder: Folder
     save_id: str
     rank: int
     ranks: int
-    dead_after: float
-    """Seconds after which what another save of several ranks has staged counts as left behind."""
-
+    is_committed: bool = field(default=False, init=False)
     _moved: list[tuple[str, str]] = field(default_factory=list, init=False)
 
     @property
     def staging(self) -> str:
         """The folder that ranks write to."""
-        return f"{STAGING}{self.ranks}-{self.save_id}"
+        return staging_of(self.ranks, self.save_id)
 
     def begin(self) -> None:
-        """Make room for this rank, once it is sure that the folder may become a checkpoint.
-
-        Raises:
-            SaveError: If it holds something else.
-        """
+        """Make room for this rank; raise `SaveError` if the folder holds anything else."""
         self.folder.make("")
         if self.rank == 0:
             recover(self.folder)
         old_files(self.folder)
         self.folder.make(self.staging)
-        for name in (_part_name(self.rank), _failure_name(self.rank)):
+        for name in (self._part_file(self.rank), self._failure_file(self.rank)):
             with contextlib.suppress(FileNotFoundError):
-                self.folder.remove(f"{self.staging}/{name}")
+                self.folder.remove(name)
 
     def publish(self, part: RankPart) -> None:
-        """Say that all of this rank's shards are on the disk."""
+        """Tell rank 0 that all of this rank's shards are on the disk."""
         name = self._part_file(self.rank)
         self._write(f"{name}.tmp", render_part(part))
         self.folder.sync(self.staging)  # the shards' names, before rank 0 can read of them
         # Not synced again: rank 0 may have committed, and removed all of this, by now.
         self.folder.move(f"{name}.tmp", name)
 
-    async def missing(self, executor: Executor) -> tuple[int, ...]:
-        """Return the ranks that have not published their parts yet.
+    async def part_texts(
+        self,
+        executor: Executor,
+        *,
+        timeout: float | None,  # noqa: ASYNC109  # with an error of ours
+    ) -> list[bytes]:
+        """Wait until all ranks have published their parts; return the texts, by rank.
 
         Raises:
-            SaveError: If one of them has given up.
+            SaveError: If a rank has given up.
+            SaveTimeoutError: If a rank has not published its part within `timeout` seconds.
         """
-        [names] = await run_jobs(executor, [partial(self.folder.names, self.staging)])
-        there = set(names)
-        for rank in range(self.ranks):
-            if _failure_name(rank) in there:
-                name = f"{self.staging}/{_failure_name(rank)}"
-                text = (await self.folder.aread(name, executor)).decode()
-                problem = f"rank {rank} gave up, so nothing was committed: {text}"
-                raise SaveError(self.folder.location, problem)
-        return tuple(r for r in range(self.ranks) if _part_name(r) not in there)
-
-    async def part_texts(self, executor: Executor) -> list[bytes]:
-        """Return what all ranks have published, in the order of ranks; read side by side."""
+        clock = asyncio.get_running_loop().time
+        start, pause = clock(), _FIRST_LOOK
+        while missing := await self._missing(executor):
+            waited = clock() - start
+            if timeout is not None and waited >= timeout:
+                raise SaveTimeoutError(self.folder.location, missing, timeout)
+            await asyncio.sleep(pause if timeout is None else min(pause, timeout - waited))
+            pause = min(2 * pause, _LAST_LOOK)
         texts: dict[int, bytes] = {}
 
         async def read(rank: int) -> None:
@@ -113,15 +112,21 @@ class Commit:
         await for_each(range(self.ranks), read, workers=_READERS, name="asyncloader-part")
         return [texts[rank] for rank in range(self.ranks)]
 
-    def commit(self, part_texts: Sequence[bytes]) -> None:
-        """Make the checkpoint of what all ranks have published.
+    async def _missing(self, executor: Executor) -> tuple[int, ...]:
+        [names] = await run_jobs(executor, [partial(self.folder.names, self.staging)])
+        there = {f"{self.staging}/{name}" for name in names}
+        for rank in range(self.ranks):
+            if (name := self._failure_file(rank)) in there:
+                text = (await self.folder.aread(name, executor)).decode()
+                problem = f"rank {rank} gave up, so nothing was committed: {text}"
+                raise SaveError(self.folder.location, problem)
+        return tuple(rank for rank in range(self.ranks) if self._part_file(rank) not in there)
 
-        Args:
-            part_texts: Of each rank.
+    def commit(self, part_texts: Sequence[bytes]) -> None:
+        """Make a checkpoint of the parts of all ranks; if that fails, undo it as far as possible.
 
         Raises:
-            SaveError: If the parts do not make one.
-            OSError: If the folder failed; all is as it was, as far as it could be undone.
+            SaveError: If the parts do not fit together.
         """
         parts = [self._part(rank, text) for rank, text in enumerate(part_texts)]
         try:
@@ -132,7 +137,7 @@ class Commit:
             self._write(f"{self.staging}/{name}", text)
         self.folder.make(f"{self.staging}/{OLD}")
         self.folder.sync(self.staging)
-        new = [name for part in parts for name in part.numbers]
+        new = [name for part in parts for name in part.sizes]
         new += [name for name in texts if name != INDEX]
         old = old_files(self.folder)
         try:
@@ -140,6 +145,9 @@ class Commit:
         except BaseException as error:
             self._undo(error)
             raise
+        self.is_committed = True
+        remove_dead(self.folder, self.staging)
+        remove_staging(self.folder, self.staging)
 
     def _swap(self, old: list[str], new: list[str]) -> None:
         aside = f"{self.staging}/{OLD}"
@@ -155,7 +163,7 @@ class Commit:
         self.folder.sync("")
 
     def _sync_both(self, aside: str) -> None:
-        self.folder.sync(aside)  # first: what has left one folder must be found in the other
+        self.folder.sync(aside)  # first: a file that has left one folder must be in the other
         self.folder.sync("")
 
     def _move(self, source: str, target: str) -> None:
@@ -181,7 +189,7 @@ class Commit:
             reason.add_note(f"undoing it failed too ({error}): the files are in {kept}")
 
     def outcome(self) -> str:
-        """Say what a save that failed has left in the folder."""
+        """Say in which state a failed save has left the folder."""
         if not self._moved:
             return "what was there before is as it was"
         return (
@@ -190,30 +198,26 @@ class Commit:
         )
 
     def _sync_if_possible(self) -> None:
-        with contextlib.suppress(OSError):  # what matters is that names are right again
+        with contextlib.suppress(OSError):  # it matters more that names are right again
             self.folder.sync("")
 
-    def clean(self) -> None:
-        """Remove what was staged, and what dead saves have left behind. Fails with a warning."""
-        remove_dead(self.folder, self.staging, self.dead_after)
-        remove_staging(self.folder, self.staging)
-
     def abandon(self, files: list[str], reason: str) -> None:
-        """Remove what this rank has staged, and tell rank 0; as rank 0, whose save it is, all."""
+        """Remove the files that this rank has staged, and tell rank 0; rank 0 removes all files."""
         if self.rank == 0:
             if not self._moved:
                 remove_staging(self.folder, self.staging, keep_old=True)
             return
-        for name in (_part_name(self.rank), *files):
+        staged = (f"{self.staging}/{file}" for file in files)
+        for name in (self._part_file(self.rank), *staged):
             with contextlib.suppress(OSError):
-                self.folder.remove(f"{self.staging}/{name}")
-        failure = f"{self.staging}/{_failure_name(self.rank)}"
+                self.folder.remove(name)
+        failure = self._failure_file(self.rank)
         with contextlib.suppress(OSError):
             self._write(f"{failure}.tmp", reason.encode(errors="backslashreplace"))
             self.folder.move(f"{failure}.tmp", failure)
 
     def refuse(self, reason: str) -> None:
-        """Tell rank 0 that this rank, another one, has failed before it staged anything."""
+        """As another rank, tell rank 0 that this rank failed before it staged anything."""
         with contextlib.suppress(OSError, SaveError):  # why it failed counts more
             self.begin()
             self.abandon([], reason)
@@ -235,7 +239,10 @@ class Commit:
         return part
 
     def _part_file(self, rank: int) -> str:
-        return f"{self.staging}/{_part_name(rank)}"
+        return f"{self.staging}/part-{rank:06d}.json"
+
+    def _failure_file(self, rank: int) -> str:
+        return f"{self.staging}/failed-{rank:06d}.txt"
 
     def _write(self, name: str, text: bytes) -> None:
         file = self.folder.create(name)
@@ -245,11 +252,3 @@ class Commit:
             file.sync()
         finally:
             file.close()
-
-
-def _part_name(rank: int) -> str:
-    return f"part-{rank:06d}.json"
-
-
-def _failure_name(rank: int) -> str:
-    return f"failed-{rank:06d}.txt"

@@ -1,58 +1,161 @@
-"""What there is to save: tables and tensors as blocks, and where the bytes of each come from."""
+"""What there is to save: tables and tensors as blocks, and the sources of their bytes."""
 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from asyncloader._checkpoint.dtypes import BY_TORCH
 from asyncloader._checkpoint.parts import ID
-from asyncloader._checkpoint.sidecar import SUB_SLICES, PartRows
+from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, SUB_SLICES, PartRows
+from asyncloader._loading.buffers import boxes, plain_bytes
 
 from .layout import WriteBlock
-from .sources import IdSource, RowOrder, RowSource, TensorSource
-from .writing import CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from asyncloader._checkpoint.dtypes import DType
     from asyncloader._checkpoint.slices import Slice
+    from asyncloader._loading.buffers import Arena
     from asyncloader._table.protocol import SavableSnapshot
+    from asyncloader._table.snapshot import SortedRows
 
-    from .sources import ByteSource
+
+CHUNK = 2 * DIGEST_CHUNK
+"""Bytes of one read of a source, and of one write, at most."""
+
+
+class TensorSource:
+    """The bytes of a dense tensor, on any device."""
+
+    slack = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._memory = plain_bytes(tensor)
+        self._version = _version_of(tensor)
+        self._place = _place_of(self._tensor)
+
+    def read(self, begin: int, end: int, arena: Arena, /) -> memoryview:
+        if self._memory is not None:
+            if self._place != _place_of(self._tensor):
+                raise RuntimeError("a tensor got other memory while it was being saved")
+            return self._memory[begin:end]
+        out = arena.take(end - begin)
+        values = out.view(self._tensor.dtype)
+        for box, part in boxes(self._tensor, begin // self._tensor.itemsize, values):
+            part.copy_(box)
+        return out.numpy().data
+
+    def done(self) -> None:
+        """Let nothing go: the memory is the user's."""
+
+    def changed(self) -> bool:
+        """Say whether the tensor was written to since; of some tensors torch does not tell."""
+        moved = self._memory is not None and self._place != _place_of(self._tensor)
+        return moved or self._version != _version_of(self._tensor)
+
+
+def _place_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return address and size of a tensor's memory: resizing its storage changes them."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001  # torch has no other
 
 
 @dataclass(slots=True)
+class _RowOrder:
+    """The order in which the rows of one child are saved: sorted when first needed, then shared."""
+
+    snapshot: SavableSnapshot
+    child: str
+    pending: int = 0  # reads that are still to come; afterwards the order is let go
+    offsets: tuple[int, ...] = ()  # known once the rows were sorted
+    _sorted: SortedRows | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self) -> SortedRows:
+        """Return the order. May take long, and belongs on a thread."""
+        with self._lock:
+            if self._sorted is None:
+                self._sorted = self.snapshot.sorted_rows(self.child, sub_slices=SUB_SLICES)
+                self.offsets = self._sorted.offsets
+            return self._sorted
+
+    def done(self) -> None:
+        """Take note that one of the pending reads is over."""
+        with self._lock:
+            self.pending -= 1
+            assert self.pending >= 0, "a read is over once"
+            if not self.pending:
+                self._sorted = None
+
+
+class RowSource:
+    """The bytes of one slot of one child, or of its ids."""
+
+    def __init__(self, order: _RowOrder, slot: str, nbytes: int) -> None:
+        self._order = order
+        self._slot = slot
+        self._row_bytes = 0 if slot == ID else order.snapshot.slots[slot].row_bytes
+        self.slack = 2 * self._row_bytes  # the first and the last row may be cut
+        order.pending += -(-nbytes // CHUNK)
+
+    def read(self, begin: int, end: int, arena: Arena, /) -> memoryview:
+        order, width = self._order.get(), self._row_bytes
+        if self._slot == ID:
+            return order.ids.data.cast("B")[begin:end]
+        first, last = begin // width, -(-end // width)
+        out = arena.take((last - first) * width)
+        rows = order.rows[first:last]
+        self._order.snapshot.copy_rows(self._slot, rows, out.view(last - first, width))
+        return out.numpy().data[begin - first * width : end - first * width]
+
+    def done(self) -> None:
+        self._order.done()
+
+
+ByteSource: TypeAlias = TensorSource | RowSource
+"""The bytes of one block.
+
+`read(begin, end, arena)` returns those bytes, in place or in memory of the arena, of which it may
+take `slack` bytes more than it returns. It belongs on a thread; several may call it at a time.
+`done()` is called once for each `read`, when its bytes are written.
+"""
+
+
 class Contents:
-    """Blocks in the order in which they are dealt out, and their sources."""
+    """Blocks in the order in which they are dealt out, and the sources of those that are kept.
 
-    blocks: list[WriteBlock] = field(default_factory=list)
-    sources: dict[WriteBlock, ByteSource] = field(default_factory=dict)
-    """Of the blocks that are kept."""
+    Made on a thread: it may wait for devices, and looks at every tensor.
 
-    _orders: dict[str, RowOrder] = field(default_factory=dict)
-    """By child."""
+    Raises:
+        ValueError: If a table or a tensor cannot be saved.
+    """
 
-    _tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def gather(
+    def __init__(
         self,
         snapshots: Sequence[SavableSnapshot],
         tensors: Mapping[str, torch.Tensor],
         rank: int,
         ranks: int,
     ) -> None:
-        """Add all that this rank saves. May take long, and belongs on a thread.
-
-        Raises:
-            ValueError: If some of it cannot be saved.
-        """
+        self.blocks: list[WriteBlock] = []
+        self.sources: dict[WriteBlock, ByteSource] = {}
+        self._orders: dict[str, _RowOrder] = {}  # by child
+        self._tensors = tensors
+        # What the caller has left to do on GPUs, on any stream: we read on others.
         devices = {tensor.device for tensor in tensors.values()}
-        _wait_for_devices(devices | {snapshot.device for snapshot in snapshots})
+        for device in devices | {snapshot.device for snapshot in snapshots}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         for snapshot in snapshots:
             if ranks == 1 and not snapshot.slice.is_whole:
                 raise ValueError(
@@ -60,62 +163,33 @@ class Contents:
                     "but shard_num is 1: pass this rank's shard_index and shard_num"
                 )
             self._add_table(snapshot)
-        if rank == 0:
-            self._add_tensors(tensors)
+        for name, tensor in tensors.items() if rank == 0 else ():
+            shape = tuple(tensor.shape)
+            self.blocks.append(_block(f"tensors[{name!r}]", name, tensor.dtype, shape))
 
     def _add_table(self, snapshot: SavableSnapshot) -> None:
+        slots = [(slot.name, slot.dtype, slot.shape) for slot in snapshot.slots.values()]
         for child, count in snapshot.counts().items():
-            self._orders[str(child)] = RowOrder(snapshot, child)
-            self._add(child, ID, snapshot.slice, torch.int64, (count,))
-            for slot in snapshot.slots.values():
-                self._add(child, slot.name, snapshot.slice, slot.dtype, (count, *slot.shape))
-
-    def _add(
-        self, child: str, slot: str, part: Slice, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> None:
-        # str(): a name may be a subclass of it, which JSON does not take.
-        name, table = f"{child}@{slot}", str(child)
-        self.blocks.append(
-            WriteBlock(
-                name=name,
-                table=table,
-                slice=part,
-                dtype=dtype_of(f"slot {slot!r} of table {child!r}", dtype),
-                shape=shape,
-                nbytes=math.prod(shape) * dtype.itemsize,
-            )
-        )
-
-    def _add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            dtype = dtype_of(f"tensors[{name!r}]", tensor.dtype)
-            self.blocks.append(
-                WriteBlock(
-                    name=name,
-                    table=None,
-                    slice=None,
-                    dtype=dtype,
-                    shape=tuple(tensor.shape),
-                    nbytes=tensor.numel() * tensor.itemsize,
+            table = str(child)  # a name may be a subclass of it, which JSON does not take
+            self._orders[table] = _RowOrder(snapshot, child)
+            for slot, dtype, shape in ((ID, torch.int64, ()), *slots):
+                what, name = f"slot {slot!r} of table {child!r}", f"{child}@{slot}"
+                self.blocks.append(
+                    _block(what, name, dtype, (count, *shape), table=table, part=snapshot.slice)
                 )
-            )
-        self._tensors |= tensors
 
     def keep(self, blocks: Sequence[WriteBlock]) -> None:
-        """Make sources for these blocks, and forget all others; nothing is read before."""
+        """Make sources for these blocks, and forget all others."""
         self.blocks = list(blocks)
         for block in blocks:
-            self.sources[block] = self._source(block)
-
-    def _source(self, block: WriteBlock) -> ByteSource:
-        if block.table is None:
-            return TensorSource(self._tensors[block.name])
-        order = self._orders[block.table]
-        order.pending += -(-block.nbytes // CHUNK)
-        return IdSource(order) if block.slot == ID else RowSource(order, block.slot)
+            if block.table is None:
+                self.sources[block] = TensorSource(self._tensors[block.name])
+            else:
+                order = self._orders[block.table]
+                self.sources[block] = RowSource(order, block.slot, block.nbytes)
 
     def changed(self) -> tuple[str, ...]:
-        """Name the tensors that were written to since `keep`."""
+        """Return the names of tensors that were written to since `keep`."""
         return tuple(
             block.name
             for block, source in self.sources.items()
@@ -123,7 +197,7 @@ class Contents:
         )
 
     def part_rows(self) -> dict[str, PartRows]:
-        """Say how the rows are spread over their slices, by child, once they have been read."""
+        """Return how rows are spread over their slices, by child; after all rows were read."""
         rows = {}
         for block in self.blocks:
             if block.table is not None and block.slot == ID and block.slice is not None:
@@ -134,20 +208,17 @@ class Contents:
         return rows
 
 
-def dtype_of(what: str, dtype: torch.dtype) -> DType:
-    """Return the dtype as checkpoints know it.
-
-    Raises:
-        ValueError: If they do not.
-    """
+def _block(
+    what: str,
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *,
+    table: str | None = None,
+    part: Slice | None = None,
+) -> WriteBlock:
     known = BY_TORCH.get(str(dtype).removeprefix("torch."))
     if known is None:
         raise ValueError(f"{what} is {dtype}, which no checkpoint can hold")
-    return known
-
-
-def _wait_for_devices(devices: set[torch.device]) -> None:
-    """Wait for what the caller has left to do on GPUs, on any stream: we read on others."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    nbytes = math.prod(shape) * dtype.itemsize
+    return WriteBlock(name=name, table=table, slice=part, dtype=known, shape=shape, nbytes=nbytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._checkpoint.format import (
     MAX_HEADER,
@@ -14,7 +14,6 @@ from asyncloader._checkpoint.format import (
     render_header,
     shard_name,
     sparse_key,
-    sparse_name,
 )
 from asyncloader._checkpoint.parts import ID
 
@@ -34,78 +33,59 @@ class WriteBlock:
     """A block that a `Saver` is about to write: a dense tensor, or this rank's part of a slot.
 
     `tensor_name()` and `slice_info()` are those of RecIS's `WriteBlock`.
+
+    Attributes:
+        name: The name of the tensor, or `table@slot`; the ids are the slot `id`.
+        table: The table, or the child of a coalesced table; `None` for a dense tensor.
+        slice: The ids that this part may hold; `None` for a dense tensor.
+        dtype: The dtype of the elements.
+        shape: The shape; that of a part begins with its number of rows.
+        nbytes: Bytes of the elements.
     """
 
     name: str
-    """A tensor's own, or `table@slot`; the ids are the slot `id`."""
-
     table: str | None
-    """The table, or the child of a coalesced one; `None` for a dense tensor."""
-
     slice: Slice | None
-    """The ids that this part may hold; `None` for a dense tensor."""
-
     dtype: DType
     shape: tuple[int, ...]
-
     nbytes: int
-    """Bytes of its elements."""
 
     def tensor_name(self) -> str:
         """Return the name."""
         return self.name
 
     def slice_info(self) -> str:
-        """Return the slice as block names have it, `begin@end@size`; of a tensor nothing."""
+        """Return the slice as in block names, `begin@end@size`; of a tensor an empty text."""
         return "" if self.slice is None else str(self.slice)
 
     @property
     def slot(self) -> str:
-        """The slot; of a dense tensor nothing."""
+        """The slot; of a dense tensor an empty text."""
         return "" if self.table is None else self.name[len(self.table) + len(_AT) :]
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedBlock:
+class PlacedBlock(NamedTuple):
     """A block, and where its bytes go."""
 
     block: WriteBlock
     key: str
-    offset: int
-    """First byte, from the start of the file."""
+    offset: int  # from the start of the file
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardLayout:
+class ShardLayout(NamedTuple):
     """One shard file to write."""
 
     file: str
-    number: int
-    """In `index`."""
-
-    head: bytes
-    """All that comes before the data."""
-
+    head: bytes  # all that comes before the data
     blocks: tuple[PlacedBlock, ...]
 
     @property
     def size(self) -> int:
-        """Length of the file in bytes."""
+        """The length of the file in bytes."""
         return len(self.head) + sum(placed.block.nbytes for placed in self.blocks)
 
-    def names(self) -> dict[str, str]:
-        """Return what `tensorkey.json` says of its blocks."""
-        return {
-            placed.key: sparse_name(placed.block.table, placed.block.slot, placed.block.slice)
-            for placed in self.blocks
-            if placed.block.table is not None and placed.block.slice is not None
-        }
-
-    def description(self) -> dict[str, dict[str, object]]:
-        """Return what the description says of its blocks, by key."""
-        return {placed.key: self._describe(placed) for placed in self.blocks}
-
-    def _describe(self, placed: PlacedBlock) -> dict[str, object]:
+    def describe(self, placed: PlacedBlock) -> dict[str, object]:
+        """Return the entry of a block in the description."""
         block, key = placed.block, placed.key
         if block.table is None:
             return describe_tensor(key, block.dtype, block.shape)
@@ -118,12 +98,7 @@ class ShardLayout:
 
 
 def checked_blocks(offered: Sequence[WriteBlock], chosen: object) -> list[WriteBlock]:
-    """Return what a `filter_func` chose of the blocks that it was offered.
-
-    Raises:
-        TypeError: If it returned something else than a list of such blocks.
-        ValueError: If it kept slots of a table without the table's ids.
-    """
+    """Return the blocks that a `filter_func` chose, in the order in which they were offered."""
     known = set(offered)
     if not isinstance(chosen, list | tuple) or not all(
         isinstance(block, WriteBlock) and block in known for block in chosen
@@ -146,17 +121,11 @@ def checked_blocks(offered: Sequence[WriteBlock], chosen: object) -> list[WriteB
 def lay_out(
     blocks: Sequence[WriteBlock], *, rank: int, ranks: int, writers: int
 ) -> tuple[ShardLayout, ...]:
-    """Decide which shard gets which block. A shard that would get none is not written.
-
-    Args:
-        blocks: In the order in which they are dealt out.
-        rank: The rank that writes.
-        ranks: How many there are.
-        writers: Shards of each rank.
+    """Deal blocks out to the shards of a rank, `writers` of them; leave out those that get none.
 
     Raises:
-        ValueError: If two blocks would have the same key, a name cannot be written, or they are too
-            many for so few shards.
+        ValueError: If two blocks would have the same key, a name cannot be written, or the header
+            of a shard would be too long.
     """
     keys: dict[str, WriteBlock] = {}
     for block in blocks:
@@ -166,27 +135,18 @@ def lay_out(
                 f"{other.name!r} and {block.name!r} would both stand under the key {key!r}; "
                 "rename one of them"
             )
-    placed = list(keys.items())
+    items = list(keys.items())
     return tuple(
-        lay_out_shard(
-            shard_name(number, ranks * writers), number, dict(placed[number % writers :: writers])
-        )
-        for number in range(rank * writers, (rank + 1) * writers)
-        if placed[number % writers :: writers]
+        lay_out_shard(shard_name(rank * writers + number, ranks * writers), dict(share))
+        for number in range(writers)
+        if (share := items[number::writers])
     )
 
 
 def lay_out_shard(
-    file: str,
-    number: int,
-    blocks: Mapping[str, WriteBlock],
-    metadata: Mapping[str, str] | None = None,
+    file: str, blocks: Mapping[str, WriteBlock], metadata: Mapping[str, str] | None = None
 ) -> ShardLayout:
-    """Lay blocks back to back, by key.
-
-    Raises:
-        ValueError: If they are too many for one shard.
-    """
+    """Lay blocks, by key, back to back; raise `ValueError` if the header would be too long."""
     entries, end = {}, 0
     for key, block in blocks.items():
         entries[key] = (block.dtype, block.shape, end, end + block.nbytes)
@@ -197,14 +157,8 @@ def lay_out_shard(
             f"the header of {file} would take {len(head)} bytes, more than the {MAX_HEADER} that "
             "safetensors allows: save to more shards (parallel)"
         )
-    return ShardLayout(
-        file=file,
-        number=number,
-        head=head,
-        blocks=tuple(
-            PlacedBlock(block, key, len(head) + entries[key][2]) for key, block in blocks.items()
-        ),
-    )
+    placed = (PlacedBlock(block, key, len(head) + entries[key][2]) for key, block in blocks.items())
+    return ShardLayout(file, head, tuple(placed))
 
 
 def _key(block: WriteBlock, rank: int, ranks: int) -> str:

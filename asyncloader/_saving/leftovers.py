@@ -1,4 +1,4 @@
-"""What a folder holds before a save: an old checkpoint, other files, left-overs of dead saves."""
+"""A folder before a save: it may hold an old checkpoint, other files, left-overs of dead saves."""
 
 from __future__ import annotations
 
@@ -20,41 +20,45 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-STAGING = ".saving-"
-"""What the names of folders begin with that hold what is not committed yet."""
-
 OLD = "old"
-"""The folder, within a staging folder, of what a commit has moved away."""
+"""The folder, within a staging folder, of the files that a commit has moved away."""
+
+_STAGING = ".saving-"
+_DEAD_AFTER = 1800.0
+"""Seconds without a change after which a save of several ranks counts as dead."""
 
 _OURS = frozenset({INDEX, TENSORKEY, DESCRIPTION, SIDECAR})
 _SHARD = re.compile(r"model-\d{6,}-of-\d{6,}\.safetensors")
 # What an `index` may call a shard; nothing else is removed because one names it.
 _LISTED = re.compile(r"[^/\\\0]+\.safetensors")
-# RecIS's trainer puts these into the folder of a checkpoint, before or after.
-_BESIDE = re.compile(r"model\.pt|extra\.pt|io_state_.*\.pt")
-# What network file systems call a file that was removed while it was open.
-_GHOST = re.compile(r"\.nfs.*")
-# What file systems, desktops and job runners leave in a volume or a folder on their own account.
-_LEFT_BY_SYSTEMS = re.compile(
-    r"lost\+found/|\.snapshots?/|\.zfs/|\.Trash(es|-\d+)?/|\.(fseventsd|Spotlight-V100)/"
+# What an old checkpoint may have beside it. RecIS's trainer puts its own files there, before or
+# after. `.nfs…` is a file that was removed while it was open. File systems, desktops and job
+# runners leave the others.
+_BESIDE = re.compile(
+    r"model\.pt|extra\.pt|io_state_.*\.pt|\.nfs.*"
+    r"|lost\+found/|\.snapshots?/|\.zfs/|\.Trash(es|-\d+)?/|\.(fseventsd|Spotlight-V100)/"
     r"|\$RECYCLE\.BIN/|System Volume Information/|\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|_SUCCESS"
 )
 _NAMED = 5
 
 
-def old_files(folder: Folder) -> list[str]:
-    """Return the names of the files that a new checkpoint replaces.
+def staging_of(ranks: int, save_id: str) -> str:
+    """Return the name of the folder that holds the files that a save has not committed yet."""
+    return f"{_STAGING}{ranks}-{save_id}"
 
-    Raises:
-        SaveError: If the folder holds anything else.
-        OSError: If it cannot be read.
-    """
+
+def old_files(folder: Folder) -> list[str]:
+    """Return the files that a new checkpoint replaces; `SaveError` if there is anything else."""
     names = folder.names("")
     listed = _listed(folder) if INDEX in names else frozenset()
     old = [name for name in names if name in _OURS | listed or _SHARD.fullmatch(name)]
     if old == [INDEX] and not listed:
         old = []  # a file of that name, but none of ours
-    others = [name for name in names if name not in old and not _stays(name)]
+    others = [
+        name
+        for name in names
+        if not (name in old or name.startswith(_STAGING) or _BESIDE.fullmatch(name))
+    ]
     if others:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         problem = (
@@ -66,14 +70,8 @@ def old_files(folder: Folder) -> list[str]:
     return old
 
 
-def _stays(name: str) -> bool:
-    return name.startswith(STAGING) or any(
-        pattern.fullmatch(name) is not None for pattern in (_BESIDE, _GHOST, _LEFT_BY_SYSTEMS)
-    )
-
-
 def _listed(folder: Folder) -> frozenset[str]:
-    """Return the shard files that the old `index` names, whatever they are called."""
+    """Return the shard files that the old `index` names, also those with names of their own."""
     try:
         names = dict(orjson.loads(folder.read(INDEX))["file_index"])
     except (ValueError, TypeError, KeyError):
@@ -84,8 +82,8 @@ def _listed(folder: Folder) -> frozenset[str]:
 def recover(folder: Folder) -> None:
     """Clear up after saves that were cut off in their commit, or just after it.
 
-    Where there is no `index`, what they had moved away is put back; where there is one, it is
-    out of date. So there is never more than one old checkpoint that has been moved away.
+    Where there is no `index`, the files that they had moved away are put back; where there is one,
+    those files are out of date. So there is never more than one old checkpoint moved away.
     """
     names = folder.names("")
     dead = [staging for staging in _stagings(names) if f"{OLD}/" in folder.names(staging)]
@@ -100,7 +98,7 @@ def recover(folder: Folder) -> None:
 
 
 def _put_back(folder: Folder, staging: str) -> None:
-    """Make a checkpoint again of what a dead save had moved away."""
+    """Make a checkpoint again of the files that a dead save had moved away."""
     old = f"{staging}/{OLD}"
     aside = folder.names(old)
     if TENSORKEY in aside:  # it goes last, so all that is left is the dead save's own
@@ -115,7 +113,7 @@ def _put_back(folder: Folder, staging: str) -> None:
 
 
 def _remove_old(folder: Folder, staging: str) -> None:
-    """Remove what was moved away; `index` first, so that no reader takes the rest for whole."""
+    """Remove the old checkpoint; `index` first, or a reader might take the rest for whole."""
     old = f"{staging}/{OLD}"
     names = folder.names(old)
     if INDEX in names:
@@ -127,35 +125,27 @@ def _remove_old(folder: Folder, staging: str) -> None:
 
 
 def _stagings(names: Iterable[str]) -> list[str]:
-    """Return which names in a folder are staging folders, without their slash."""
-    folders = [name.removesuffix("/") for name in names if name.endswith("/")]
-    return [name for name in folders if name.startswith(STAGING)]
+    """Return the staging folders among a folder's names, without their slash."""
+    return [name[:-1] for name in names if name.startswith(_STAGING) and name.endswith("/")]
 
 
-def remove_dead(folder: Folder, mine: str, dead_after: float) -> None:
-    """Remove the staging folders of dead saves; only with the folder's lock. Fails with a warning.
+def remove_dead(folder: Folder, mine: str) -> None:
+    """Remove staging folders of dead saves, all but `mine`. Fails with a warning.
 
-    Args:
-        folder: Where they are.
-        mine: The staging folder of the save that asks, which stays.
-        dead_after: Seconds without a change after which a save of several ranks counts as dead.
+    The caller holds the folder's lock, so a save of one rank is dead if it is not the caller's.
     """
     with _quietly(folder):
         now = folder.changed_at(mine)
         for staging in _stagings(folder.names("")):
-            # A save of one rank would hold the lock.
-            alone = staging.startswith(f"{STAGING}1-")
-            if staging != mine and (alone or now - folder.changed_at(staging) > dead_after):
+            alone = staging.startswith(f"{_STAGING}1-")
+            if staging != mine and (alone or now - folder.changed_at(staging) > _DEAD_AFTER):
                 remove_staging(folder, staging)
 
 
 def remove_staging(folder: Folder, staging: str, *, keep_old: bool = False) -> None:
-    """Remove a staging folder. Fails with a warning.
+    """Remove a staging folder; with `keep_old` not if it holds an old checkpoint.
 
-    Args:
-        folder: Where it is.
-        staging: Its name.
-        keep_old: Whether it stays if an old checkpoint is in it.
+    Fails with a warning.
     """
     with _quietly(folder):
         try:

@@ -1,4 +1,4 @@
-"""What one rank has written, as it tells rank 0: a small file beside its shards."""
+"""The list of one rank's shards, as it tells rank 0: a small file beside the shards."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from asyncloader._checkpoint.format import (
     TENSORKEY,
     render_index,
     render_json,
+    sparse_name,
 )
 from asyncloader._checkpoint.parts import gaps, overlaps
 from asyncloader._checkpoint.sidecar import (
@@ -36,31 +37,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPart:
-    """One rank's share of a checkpoint."""
+    """One rank's share of a checkpoint.
+
+    Attributes:
+        sizes: Shard file → its length in bytes.
+        digests: Shard file → digests.
+        names: Key → block name, of tables.
+        description: Key → entry of the description.
+        rows: By table.
+        slots: By table and slot, dtype and shape of one row.
+        tensors: By name, dtype and shape of each dense tensor that this rank was given. Rank 0
+            saves its own; those of the others are compared with them.
+    """
 
     save_id: str
     rank: int
     ranks: int
-    numbers: Mapping[str, int]
-    """Shard file → its number."""
-
     sizes: Mapping[str, int]
-    """Shard file → its length in bytes."""
-
     digests: Mapping[str, ShardDigests]
     names: Mapping[str, str]
-    """Key → block name, of tables."""
-
     description: Mapping[str, Mapping[str, object]]
     rows: Mapping[str, PartRows]
-    """By table."""
-
     slots: Mapping[str, Mapping[str, str]]
-    """By table and slot, what one row is: dtype and shape."""
-
     tensors: Mapping[str, str]
-    """By name, dtype and shape of each dense tensor that this rank was given. Rank 0 saves its
-    own; those of the others are compared with them."""
 
     @classmethod
     def of(
@@ -68,28 +67,28 @@ class RankPart:
         layouts: Sequence[ShardLayout],
         digests: Mapping[str, ShardDigests],
         rows: Mapping[str, PartRows],
+        tensors: Mapping[str, str],
         *,
         save_id: str,
         rank: int,
         ranks: int,
-        tensors: Mapping[str, str],
     ) -> RankPart:
         """Return the part that these shards are."""
         names: dict[str, str] = {}
         description: dict[str, dict[str, object]] = {}
         slots: dict[str, dict[str, str]] = {}
         for layout in layouts:
-            names |= layout.names()
-            description |= layout.description()
-            for block in (placed.block for placed in layout.blocks):
-                if block.table is not None:
+            for placed in layout.blocks:
+                block, key = placed.block, placed.key
+                description[key] = layout.describe(placed)
+                if block.table is not None and block.slice is not None:
+                    names[key] = sparse_name(block.table, block.slot, block.slice)
                     row = f"{block.dtype} {list(block.shape[1:])}"
                     slots.setdefault(block.table, {})[block.slot] = row
         return cls(
             save_id=save_id,
             rank=rank,
             ranks=ranks,
-            numbers={layout.file: layout.number for layout in layouts},
             sizes={layout.file: layout.size for layout in layouts},
             digests=digests,
             names=names,
@@ -101,18 +100,13 @@ class RankPart:
 
 
 def render_part(part: RankPart) -> bytes:
-    """Return the text of a part file."""
     value = {field.name: getattr(part, field.name) for field in fields(part)}
     value["rows"] = {table: part_as_json(rows) for table, rows in part.rows.items()}
     return orjson.dumps(value)
 
 
 def parse_part(text: bytes) -> RankPart:
-    """Read a part file that `render_part` wrote.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+    """Read a text of `render_part`; raise `ValueError` if it is damaged."""
     try:
         value: dict[str, Any] = orjson.loads(text)
         value["digests"] = shards_of_json(value["digests"])
@@ -135,46 +129,36 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
     shards: dict[str, ShardDigests] = {}
     rows: dict[str, list[PartRows]] = {}
     for part in parts:
-        files |= part.numbers
         names |= part.names
         description |= part.description
         shards |= part.digests
         for file, digests in part.digests.items():
-            blocks |= dict.fromkeys(digests.blocks, part.numbers[file])
+            files[file] = int(file.removeprefix("model-").partition("-")[0])
+            blocks |= dict.fromkeys(digests.blocks, files[file])
         for table, of_rank in part.rows.items():
             rows.setdefault(table, []).append(of_rank)
     for table, of_table in rows.items():
         _check_slices(table, of_table)
     _check_slots(parts)
     _check_tensors(parts)
-    _check_numbers(files)
-    index, tensorkey = render_index(files, blocks), render_json(names)
-    described = render_json(description)
+    if len({file.rpartition("-of-")[2] for file in files}) > 1:  # two would have the same number
+        raise ValueError(
+            "the ranks' shards are not counted alike: give every rank's Saver the same parallel"
+        )
+    texts = {TENSORKEY: render_json(names), DESCRIPTION: render_json(description)}
+    index = render_index(files, blocks)
     sidecar = render_sidecar(
-        files={
-            INDEX: digest_of(index),
-            TENSORKEY: digest_of(tensorkey),
-            DESCRIPTION: digest_of(described),
-        },
+        files={name: digest_of(text) for name, text in {INDEX: index, **texts}.items()},
         shards=shards,
         parts=rows,
     )
-    texts = {
-        TENSORKEY: tensorkey,
-        DESCRIPTION: described,
-        SIDECAR: sidecar,
-        INDEX: index,
-    }
+    texts |= {SIDECAR: sidecar, INDEX: index}
     check_sizes({name: len(text) for name, text in texts.items()})
     return texts
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
-    """Refuse files that are longer than what a load reads.
-
-    Raises:
-        ValueError: If one is.
-    """
+    """Refuse files that are longer than a load reads."""
     for name, most in {INDEX: MAX_NAMES, TENSORKEY: MAX_NAMES, SIDECAR: MAX_SIDECAR}.items():
         if sizes[name] > most:
             raise ValueError(
@@ -204,15 +188,6 @@ def _check_slices(table: str, parts: list[PartRows]) -> None:
         )
 
 
-def _check_numbers(files: Mapping[str, int]) -> None:
-    """Refuse shards that were counted in different ways: two would have the same number."""
-    totals = {file.rpartition("-of-")[2] for file in files}
-    if len(totals) > 1 or len(set(files.values())) < len(files):
-        raise ValueError(
-            "the ranks' shards are not counted alike: give every rank's Saver the same parallel"
-        )
-
-
 def _check_slots(parts: Iterable[RankPart]) -> None:
     """Refuse tables whose slots are not the same on all ranks that saved them."""
     seen: dict[str, tuple[int, Mapping[str, str]]] = {}
@@ -226,12 +201,10 @@ def _check_slots(parts: Iterable[RankPart]) -> None:
                 )
 
 
-def _check_tensors(parts: Iterable[RankPart]) -> None:
+def _check_tensors(parts: Sequence[RankPart]) -> None:
     """Refuse dense tensors that would be in no file, as rank 0 has none of that name and shape."""
-    saved: Mapping[str, str] = {}
-    for part in sorted(parts, key=lambda part: part.rank):
-        if part.rank == 0:
-            saved = part.tensors
+    saved = parts[0].tensors
+    for part in parts[1:]:
         for name, kind in part.tensors.items():
             if saved.get(name) != kind:
                 other = f"rank 0 has {saved[name]}" if name in saved else "rank 0 has none"

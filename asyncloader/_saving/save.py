@@ -1,33 +1,31 @@
-"""One save: from tables and tensors to a committed checkpoint."""
+"""One save: from tables and tensors to a committed checkpoint, and a report."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._display import listed
+from asyncloader._display import AsDict, listed, size_text
 from asyncloader._threads.jobs import ByteBudget, run_jobs
 from asyncloader._threads.pool import Threads
-from asyncloader.errors import SaveError, SaveTimeoutError
+from asyncloader.errors import SaveError
 
 from .commit import Commit
-from .contents import Contents
+from .contents import CHUNK, Contents
 from .layout import checked_blocks, lay_out
 from .part import RankPart
-from .report import SaveReport
-from .save_id import agreed_save_id
-from .writing import CHUNK, Means, write_shards
+from .save_id import agreed_save_id, fresh_save_id
+from .writing import Means, write_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from rich.console import RenderableType
     from torch import Tensor
 
-    from asyncloader._checkpoint.sidecar import ShardDigests
     from asyncloader._loading.progress import Meter
     from asyncloader._storage.folder import Folder
     from asyncloader._table.protocol import SavableSnapshot
@@ -35,11 +33,72 @@ if TYPE_CHECKING:
     from .layout import ShardLayout, WriteBlock
 
 
-_DEAD_AFTER = 1800.0
-"""Seconds without a change after which what ranks have staged for another save is removed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveReport(AsDict):
+    """What a save did. `str` is one line; `rich.print` shows a table.
 
-# Between two looks at which ranks are done, in seconds: often at first, and then less.
-_FIRST_LOOK, _LAST_LOOK = 0.01, 1.0
+    Attributes:
+        location: The folder.
+        save_id: Told this save from every other one into the folder.
+        shard_index: This rank.
+        shard_num: How many ranks saved.
+        committed: Whether the checkpoint is there: true on rank 0. The other ranks have written
+            their parts.
+        bytes_written: Bytes of the shard files that this rank wrote.
+        seconds: Until all of it was on the disk; on rank 0 until the commit, the other ranks waited
+            for.
+        shards: Names of the shard files that this rank wrote.
+        tables: Rows that this rank wrote, by the table's or child's name on disk.
+        tensors: Names of the dense tensors that this rank wrote.
+    """
+
+    location: str
+    save_id: str
+    shard_index: int
+    shard_num: int
+    committed: bool
+    bytes_written: int
+    seconds: float
+    shards: tuple[str, ...]
+    tables: Mapping[str, int]
+    tensors: tuple[str, ...]
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes written, in 10⁹ a second."""
+        return self.bytes_written / max(self.seconds, 1e-9) / 1e9
+
+    def __str__(self) -> str:
+        rows = sum(self.tables.values())
+        rank = f" rank {self.shard_index} of {self.shard_num}:" if self.shard_num > 1 else ""
+        state = "" if self.committed else "; rank 0 commits"
+        return (
+            f"{self.location}:{rank} {size_text(self.bytes_written)} in {self.seconds:.2f} s "
+            f"({self.gigabytes_per_second:.2f} GB/s) to {len(self.shards)} "
+            f"shard{'s' * (len(self.shards) != 1)}, {len(self.tensors)} "
+            f"tensor{'s' * (len(self.tensors) != 1)}, {rows:,} rows of {len(self.tables)} "
+            f"table{'s' * (len(self.tables) != 1)}{state}"
+        )
+
+    def __rich__(self) -> RenderableType:
+        from rich.table import Table  # noqa: PLC0415  # needed where the report is shown
+        from rich.text import Text  # noqa: PLC0415
+
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_row("checkpoint", Text(self.location))
+        if self.shard_num > 1:
+            grid.add_row("rank", f"{self.shard_index} of {self.shard_num}")
+        grid.add_row("written", f"{size_text(self.bytes_written)} to {len(self.shards)} shards")
+        rate = f"{self.gigabytes_per_second:.2f} GB/s"
+        grid.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
+        if self.tables:
+            rows = tuple(f"{name} ({count:,} rows)" for name, count in self.tables.items())
+            grid.add_row("tables", Text(listed(rows)))
+        if self.tensors:
+            grid.add_row("tensors", f"{len(self.tensors):,}")
+        grid.add_row("committed", "yes" if self.committed else "not yet: rank 0 does that")
+        return grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,40 +122,28 @@ async def save(
     meter: Meter,
     open_folder: Callable[[], Folder],
 ) -> SaveReport:
-    """Write, wait for the other ranks, commit. On failure nothing of it stays but the folder.
+    """Write, wait for the other ranks, commit; raises the errors of `Saver.asave`.
+
+    A save that fails leaves nothing but the folder.
 
     Args:
-        order: What is saved, and how.
-        snapshots: The tables; or why there are none, which is raised once rank 0 knows of it.
-        meter: Counts what is written.
+        order: The arguments of `Saver`.
+        snapshots: Of the tables; or an error, which is raised once rank 0 knows of it.
+        meter: Counts the bytes written.
         open_folder: Returns the folder; called on a thread.
-
-    Raises:
-        SaveError: If the folder holds something else, or failed, or the ranks' parts do not fit
-            together.
-        SaveTimeoutError: If ranks are missing.
-        TypeError: If `filter_func` returned something else than a list of its blocks.
-        ValueError: If what there is to save cannot be told apart by its names.
     """
     writers = min(order.parallel, max(order.max_inflight_bytes // CHUNK, 1))
-    async with Threads(reads=writers) as threads:
+    async with Threads(reads=writers) as threads, contextlib.AsyncExitStack() as stack:
         [folder] = await run_jobs(threads.reads, [open_folder])
-        means = Means(
-            folder=folder,
-            threads=threads,
-            budget=ByteBudget(order.max_inflight_bytes),
-            meter=meter,
-            parallel=writers,
-        )
-        async with agreed_save_id(
-            order.save_id,
-            order.path,
-            order.rank,
-            order.ranks,
-            timeout=order.timeout,
-            executor=threads.reads,
-        ) as save_id:
-            return await _Save(order, save_id, means).run(snapshots)
+        budget = ByteBudget(order.max_inflight_bytes)
+        means = Means(folder=folder, threads=threads, budget=budget, meter=meter, parallel=writers)
+        save_id = order.save_id
+        if save_id is None and order.ranks > 1:
+            agreed = agreed_save_id(
+                order.path, order.rank, order.ranks, timeout=order.timeout, executor=threads.reads
+            )
+            save_id = await stack.enter_async_context(agreed)
+        return await _Save(order, save_id or fresh_save_id(), means).run(snapshots)
 
 
 class _Save:
@@ -105,146 +152,118 @@ class _Save:
     def __init__(self, order: Order, save_id: str, means: Means) -> None:
         self._order = order
         self._means = means
-        self._folder = means.folder
-        self._threads = means.threads
-        self._contents = Contents()
-        self._layouts: tuple[ShardLayout, ...] = ()
-        self._commit = Commit(means.folder, save_id, order.rank, order.ranks, _DEAD_AFTER)
-        self._committed = False
+        self._location = means.folder.location
+        self._commit = Commit(means.folder, save_id, order.rank, order.ranks)
 
     async def run(self, snapshots: Sequence[SavableSnapshot] | Exception) -> SaveReport:
+        threads, folder = self._means.threads.reads, self._means.folder
         try:
-            await self._plan(snapshots)
+            contents, layouts = await self._plan(snapshots)
         except BaseException as error:
             if self._order.rank:  # rank 0 is told, and need not wait for this rank
-                refuse = partial(self._commit.refuse, _reason(error))
-                await run_jobs(self._threads.reads, [refuse])
+                await run_jobs(threads, [partial(self._commit.refuse, _reason(error))])
             raise
         held = contextlib.ExitStack()
+
+        def hold() -> None:
+            """Keep other saves from committing to this folder meanwhile."""
+            folder.make("")
+            if self._order.rank == 0 and not held.enter_context(folder.hold()):
+                problem = (
+                    "another process is saving to this folder right now, or this one itself (a "
+                    "handler of a signal, say): save into another folder, or later"
+                )
+                raise SaveError(self._location, problem)
+
         try:
-            await run_jobs(self._threads.reads, [partial(self._hold, held)])
-            await self._write_and_commit()
+            await run_jobs(threads, [hold])
+            await self._write_and_commit(contents, layouts)
         except SaveError:
             raise
         except OSError as error:
             raise self._explained(error) from error
         finally:
-            await run_jobs(self._threads.reads, [held.close])
-        return self._report()
-
-    async def _plan(self, snapshots: Sequence[SavableSnapshot] | Exception) -> None:
-        """Decide what to write where."""
-        if isinstance(snapshots, Exception):
-            raise snapshots
-        order, contents = self._order, self._contents
-
-        def decide(chosen: object) -> tuple[ShardLayout, ...]:
-            blocks = checked_blocks(offered, chosen)
-            contents.keep(blocks)
-            return lay_out(blocks, rank=order.rank, ranks=order.ranks, writers=order.parallel)
-
-        gather = partial(contents.gather, snapshots, order.tensors, order.rank, order.ranks)
-        await run_jobs(self._threads.kernels, [gather])
-        offered = contents.blocks
-        chosen = order.filter_func(list(offered))
-        [self._layouts] = await run_jobs(self._threads.kernels, [partial(decide, chosen)])
-        self._means.meter.total = sum(layout.size - len(layout.head) for layout in self._layouts)
-
-    def _report(self) -> SaveReport:
+            await run_jobs(threads, [held.close])
         return SaveReport(
-            location=self._folder.location,
+            location=self._location,
             save_id=self._commit.save_id,
             shard_index=self._order.rank,
             shard_num=self._order.ranks,
-            committed=self._committed,
-            bytes_written=sum(layout.size for layout in self._layouts),
+            committed=self._commit.is_committed,
+            bytes_written=sum(layout.size for layout in layouts),
             seconds=self._means.meter.seconds,
-            shards=tuple(layout.file for layout in self._layouts),
-            tables={name: rows.rows for name, rows in self._contents.part_rows().items()},
-            tensors=tuple(block.name for block in self._contents.blocks if block.table is None),
+            shards=tuple(layout.file for layout in layouts),
+            tables={name: rows.rows for name, rows in contents.part_rows().items()},
+            tensors=tuple(block.name for block in contents.blocks if block.table is None),
         )
+
+    async def _plan(
+        self, snapshots: Sequence[SavableSnapshot] | Exception
+    ) -> tuple[Contents, tuple[ShardLayout, ...]]:
+        if isinstance(snapshots, Exception):
+            raise snapshots
+        order, threads = self._order, self._means.threads.kernels
+
+        def decide() -> tuple[ShardLayout, ...]:
+            contents.keep(checked_blocks(contents.blocks, chosen))
+            return lay_out(
+                contents.blocks, rank=order.rank, ranks=order.ranks, writers=order.parallel
+            )
+
+        gather = partial(Contents, snapshots, order.tensors, order.rank, order.ranks)
+        [contents] = await run_jobs(threads, [gather])
+        chosen = order.filter_func(list(contents.blocks))
+        [layouts] = await run_jobs(threads, [decide])
+        self._means.meter.total = sum(layout.size - len(layout.head) for layout in layouts)
+        return contents, layouts
 
     def _explained(self, error: OSError) -> SaveError:
-        """Say which file of the folder it was, and what the folder holds now."""
-        location = self._folder.location
+        """Say at which file of the folder a save failed, and what the folder holds now."""
         named = error.filename if isinstance(error.filename, str) else ""
-        file = named.removeprefix(location).lstrip(os.sep) if named.startswith(location) else ""
+        is_inside = named.startswith(self._location)
+        file = named.removeprefix(self._location).lstrip(os.sep) if is_inside else ""
         what = error.strerror if file else error
         problem = f"could not be written: {what}; {self._commit.outcome()}"
-        return SaveError(location, problem, file or None)
+        return SaveError(self._location, problem, file or None)
 
-    def _hold(self, held: contextlib.ExitStack) -> None:
-        """Keep other saves from committing to this folder meanwhile."""
-        self._folder.make("")
-        if self._order.rank == 0 and not held.enter_context(self._folder.hold()):
-            problem = (
-                "another process is saving to this folder right now, or this one itself (a "
-                "handler of a signal, say): save into another folder, or later"
-            )
-            raise SaveError(self._folder.location, problem)
+    async def _write_and_commit(self, contents: Contents, layouts: tuple[ShardLayout, ...]) -> None:
+        threads, commit, means = self._means.threads.reads, self._commit, self._means
 
-    async def _write_and_commit(self) -> None:
-        threads = self._threads.reads
-        try:
-            await run_jobs(threads, [self._commit.begin])
-            digests = await write_shards(
-                self._layouts,
-                self._contents.sources,
-                self._means,
-                under=f"{self._commit.staging}/",
-            )
-            self._means.meter.finish()
-            await run_jobs(threads, [lambda: self._publish(digests)])
-            if self._order.rank == 0:
-                await self._wait_for_others()
-                texts = await self._commit.part_texts(threads)
-                await run_jobs(threads, [partial(self._commit_all, texts)])
-        except BaseException as error:
-            if not self._committed:
-                files = [layout.file for layout in self._layouts]
-                await run_jobs(threads, [partial(self._commit.abandon, files, _reason(error))])
-            raise
-
-    def _publish(self, digests: Mapping[str, ShardDigests]) -> None:
-        changed = self._contents.changed()
-        if changed:
-            problem = (
-                f"tensors were written to while they were saved: {listed(changed)}; nothing was "
-                "committed. Leave them alone until the save is done, or save copies"
-            )
-            raise SaveError(self._folder.location, problem)
-        part = RankPart.of(
-            self._layouts,
-            digests,
-            self._contents.part_rows(),
-            save_id=self._commit.save_id,
-            rank=self._order.rank,
-            ranks=self._order.ranks,
-            tensors={
+        def publish() -> None:
+            if changed := contents.changed():
+                problem = (
+                    f"tensors were written to while they were saved: {listed(changed)}; nothing "
+                    "was committed. Leave them alone until the save is done, or save copies"
+                )
+                raise SaveError(self._location, problem)
+            tensors = {
                 str(name): f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
                 for name, tensor in self._order.tensors.items()
-            },
-        )
-        self._commit.publish(part)
+            }
+            part = RankPart.of(
+                layouts,
+                digests,
+                contents.part_rows(),
+                tensors,
+                save_id=commit.save_id,
+                rank=commit.rank,
+                ranks=commit.ranks,
+            )
+            commit.publish(part)
 
-    def _commit_all(self, part_texts: Sequence[bytes]) -> None:
-        self._commit.commit(part_texts)
-        self._committed = True
-        self._commit.clean()
-
-    async def _wait_for_others(self) -> None:
-        clock = asyncio.get_running_loop().time
-        start, pause = clock(), _FIRST_LOOK
-        while True:
-            missing = await self._commit.missing(self._threads.reads)
-            if not missing:
-                return
-            waited = clock() - start
-            if self._order.timeout is not None and waited >= self._order.timeout:
-                raise SaveTimeoutError(self._folder.location, missing, self._order.timeout)
-            left = pause if self._order.timeout is None else self._order.timeout - waited
-            await asyncio.sleep(min(pause, left))
-            pause = min(2 * pause, _LAST_LOOK)
+        try:
+            await run_jobs(threads, [commit.begin])
+            digests = await write_shards(layouts, contents.sources, means, under=commit.staging)
+            means.meter.finish()
+            await run_jobs(threads, [publish])
+            if self._order.rank == 0:
+                texts = await commit.part_texts(threads, timeout=self._order.timeout)
+                await run_jobs(threads, [partial(commit.commit, texts)])
+        except BaseException as error:
+            if not commit.is_committed:
+                files = [layout.file for layout in layouts]
+                await run_jobs(threads, [partial(commit.abandon, files, _reason(error))])
+            raise
 
 
 def _reason(error: BaseException) -> str:

@@ -1,11 +1,14 @@
-"""What tells one save from another, so that a dead save's part is not taken for this one's."""
+"""Tells one save from another, so that a dead save's part is not taken for this one's.
+
+Ranks agree through torch.distributed's store, and not by a collective: collectives of the program
+may be under way at the same time, and cannot be cancelled.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import re
 import uuid
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -25,38 +28,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LOOK = 0.02
-"""Seconds between two looks at what rank 0 says."""
-
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def checked_save_id(save_id: object) -> str:
-    """Return a save_id as text.
-
-    Raises:
-        TypeError: If it is neither text nor a number.
-        ValueError: If it cannot be a part of a file's name.
-    """
-    if type(save_id) is int:
-        save_id = str(save_id)
-    if not isinstance(save_id, str):
-        raise TypeError(f"save_id is text or an int, got {save_id!r}")
-    if _PLAIN.fullmatch(save_id) is None:
-        raise ValueError(
-            f"save_id becomes a part of a file's name: 1 to 100 of A-Z a-z 0-9 . _ -, and no sign "
-            f"first, got {save_id!r}"
-        )
-    return save_id
+"""Seconds between two looks for rank 0's answer."""
 
 
 def fresh_save_id() -> str:
-    """Return one that no other save has."""
+    """Return an id that no other save has."""
     return uuid.uuid4().hex[:12]
 
 
 @contextlib.asynccontextmanager
 async def agreed_save_id(
-    given: str | None,
     path: str,
     rank: int,
     ranks: int,
@@ -64,36 +45,13 @@ async def agreed_save_id(
     timeout: float | None,  # noqa: ASYNC109  # with an error of ours
     executor: Executor,
 ) -> AsyncIterator[str]:
-    """Yield a save_id that all ranks have, for the length of a save.
+    """Yield an id that rank 0 draws for all ranks, for the length of a save into the folder `path`.
 
-    If none is given, rank 0 of several draws one and tells the others, through torch.distributed's
-    store. Not by a collective: those of the program may be under way at the same time, and a
-    collective cannot be cancelled. Each rank counts its saves to a path, so the n-th of one belongs
-    to the n-th of the others; a rank whose n-th comes when rank 0's is over is out of step, and
-    told so.
-
-    Args:
-        given: What the user gave.
-        path: The folder.
-        rank: Ours.
-        ranks: How many there are.
-        timeout: Seconds to wait for rank 0; `None` waits for ever.
-        executor: For talking to the store.
-
-    Raises:
-        ValueError: If torch.distributed does not connect these ranks.
-        SaveError: If the save that this would be a part of is over.
-        SaveTimeoutError: If rank 0 did not tell in time.
+    Each rank counts its saves to a path, so the n-th of one belongs to the n-th of the others. If a
+    rank begins its n-th when rank 0's is over, it is out of step: a `SaveError`.
     """
-    if given is not None or ranks == 1:
-        yield given or fresh_save_id()
-        return
     store = _store(rank, ranks)
-    loop = asyncio.get_running_loop()
-
-    async def ask(call: Callable[..., T], *arguments: object) -> T:
-        return await settled(loop.run_in_executor(executor, partial(call, *arguments)))
-
+    ask = partial(_asked, executor)
     base = f"asyncloader/{ranks}/{os.path.normpath(path)}"  # noqa: ASYNC240  # text alone
     count = await ask(store.add, f"{base}/saves/{rank}", 1)
     key, over = f"{base}/id/{count}", f"{base}/over/{count}"
@@ -105,9 +63,10 @@ async def agreed_save_id(
         finally:
             await ask(store.set, over, "yes")
         return
-    start = loop.time()
+    clock = asyncio.get_running_loop().time
+    start = clock()
     while not await ask(store.check, [key]):
-        if timeout is not None and loop.time() - start > timeout:
+        if timeout is not None and clock() - start > timeout:
             raise SaveTimeoutError(path, [0], timeout)
         await asyncio.sleep(_LOOK)
     if await ask(store.check, [over]):
@@ -119,6 +78,11 @@ async def agreed_save_id(
         raise SaveError(path, problem)
     told: bytes = await ask(store.get, key)
     yield told.decode()
+
+
+async def _asked(executor: Executor, call: Callable[..., T], *arguments: object) -> T:
+    loop = asyncio.get_running_loop()
+    return await settled(loop.run_in_executor(executor, partial(call, *arguments)))
 
 
 def _store(rank: int, ranks: int) -> Store:

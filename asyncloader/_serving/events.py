@@ -1,4 +1,4 @@
-"""What happens to a service's model, as values, and where it is told: to the log and a listener."""
+"""What happens to a service's model, and its state, as values; tells the log and a listener."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from asyncloader.errors import AsyncLoaderError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from asyncloader._loading.progress import Progress
     from asyncloader._loading.report import LoadReport
 
 
@@ -56,7 +57,7 @@ class LoadFinished(_Event):
         version: The version's name: the name of its folder.
         location: Its folder.
         at: When it happened, in seconds since 1970.
-        report: What the load did.
+        report: The report of the load.
         nbytes: The memory that the version takes, as predicted from its plan.
     """
 
@@ -75,7 +76,7 @@ class LoadFailed(_Event):
         version: The version's name: the name of its folder.
         location: Its folder.
         at: When it happened, in seconds since 1970.
-        error: What the load raised.
+        error: The error of the load.
         attempt: 1 for the first try.
         retry_in: Seconds until the next try; `None` where another try would fail likewise.
     """
@@ -113,8 +114,8 @@ class VersionRefused(_Event):
         location: Its folder.
         at: When it happened, in seconds since 1970.
         reason: Why it will not serve.
-        error: What `check` raised, or a `ValueError` where it returned a false value; `None` if
-            the version would not fit.
+        error: The error that `check` raised, or a `ValueError` where it returned a false value;
+            `None` if the version would not fit.
     """
 
     reason: str
@@ -188,18 +189,65 @@ Event: TypeAlias = (
 )
 
 
-class Teller:
-    """Tells the log and a listener what happens, on the event loop, and remembers what is wrong.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveVersion(AsDict):
+    """A version in memory.
 
-    Args:
-        listener: Gets every event. What it raises is logged; serving goes on.
+    Attributes:
+        version: The version's name: the name of its folder.
+        location: Its folder.
+        serving: Whether it is the version that serves.
+        users: How many `use()` blocks pin it.
+        nbytes: The memory that it takes, in bytes, as predicted from its plan.
+        seconds: How long its load took.
+        loaded_at: When it was loaded, in seconds since 1970.
+    """
+
+    version: str
+    location: str
+    serving: bool
+    users: int
+    nbytes: int
+    seconds: float
+    loaded_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveState(AsDict):
+    """A moment of a service's model.
+
+    Attributes:
+        versions: All versions in memory; the version that serves is the last.
+        following: Whether new versions are taken in; not after `rollback()` or `load()`, until
+            `resume()`.
+        loading: The name of the version that is being loaded; `None` if none is.
+        progress: How far that load has come.
+        problem: The event that kept the newest version from serving, until one serves.
+        trouble: What is in the way now: a run folder that is gone, a version that is still being
+            written to, or that the newest version left in the folder is older than the one that
+            serves; empty if nothing is.
+        nbytes: Memory of all versions, in bytes.
+    """
+
+    versions: tuple[LiveVersion, ...]
+    following: bool
+    loading: str | None
+    progress: Progress | None
+    problem: LoadFailed | VersionRefused | None
+    trouble: str = ""
+    nbytes: int
+
+
+class Teller:
+    """Tells the log and a listener of events, on the event loop, and remembers troubles.
+
+    An error that the listener raises is logged; serving goes on.
     """
 
     def __init__(self, listener: Callable[[Event], object] | None) -> None:
         self._listener = listener
         self._troubles: dict[object, str] = {}
-        self.problem: LoadFailed | VersionRefused | None = None
-        """What kept the newest version from serving, until one serves."""
+        self.problem: LoadFailed | VersionRefused | None = None  # until a version serves
 
     @property
     def trouble(self) -> str:
@@ -207,7 +255,7 @@ class Teller:
         return "; ".join(dict.fromkeys(self._troubles.copy().values()))
 
     def note(self, about: object, trouble: str) -> None:
-        """Note what is in the way, and log it when that begins; an empty text says it is over."""
+        """Note a trouble, and log it when it begins; an empty text says that it is over."""
         if trouble and about not in self._troubles:
             _log.warning("%s", trouble)
         if trouble:
@@ -216,7 +264,7 @@ class Teller:
             self._troubles.pop(about, None)
 
     def tell(self, event: Event) -> None:
-        """Say that something has happened."""
+        """Log an event, and pass it on."""
         level = logging.INFO
         if isinstance(event, LoadFailed | VersionRefused):
             self.problem, level = event, logging.WARNING
@@ -225,8 +273,8 @@ class Teller:
         if not isinstance(event, LoadFinished):  # the loader has logged its report
             # A traceback tells whose code failed, where it was not ours.
             error = getattr(event, "error", None)
-            mine = error is None or isinstance(error, AsyncLoaderError | OSError)
-            _log.log(level, "%s", event, exc_info=None if mine else error)
+            is_ours = error is None or isinstance(error, AsyncLoaderError | OSError)
+            _log.log(level, "%s", event, exc_info=None if is_ours else error)
         if self._listener is None:
             return
         try:

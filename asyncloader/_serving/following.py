@@ -1,4 +1,4 @@
-"""Follows the source: loads the newest version, and lets it serve."""
+"""Follows the source: loads the newest version, again if need be, and lets it serve."""
 
 from __future__ import annotations
 
@@ -6,31 +6,48 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import random
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from asyncloader.errors import CheckpointError
+import torch
 
-from .loading import RefusedError
-from .retry import Copying, pause_after
+from asyncloader._checkpoint.format import INDEX
+from asyncloader.errors import (
+    CheckpointChangedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    PlanError,
+    ReadError,
+)
+
+from .model import RefusedError
 from .source import newest
 from .switch import cancel
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from asyncloader._storage.small_files import Looks
 
-    from .rest import Rest
+    from .model import Settings
     from .shelf import Held
-    from .source import Candidate, Files
+    from .source import Candidate, Files, Rest
     from .switch import Switch
 
 
 _log = logging.getLogger("asyncloader")
 
 _REMEMBERED = 100
+_LONGEST = 60.0
+_DOUBLINGS = 64  # a float would end at 1023
+_LOOKS = 6
+"""At a damaged version, each after twice the pause of the one before: a minute in all, if the first
+pause is a second. No version is given up for good: once its files change, it is tried anew."""
+# Messages of torch on the host, and of Python's threads, whose errors have no class of their own.
+_NO_ROOM = ("not enough memory", "can't allocate memory", "can't start new thread")
 
 
 class _SupersededError(Exception):
@@ -40,36 +57,19 @@ class _SupersededError(Exception):
 class Follower:
     """Follows the newest version while it is on. Belongs to one event loop.
 
-    It stops whatever it is at when it is turned off. A cancellation can get lost, since a task
-    group that is failing forgets it; so before a swap it looks whether it is still on.
-
-    Args:
-        source: A run folder, or a checkpoint.
-        switch: Loads and swaps.
-        looks: Looks at the source.
-        rest: Waits until files stand still.
-        poll: Seconds between two looks for it.
-        retry_pause: Seconds before a load that failed is tried again.
+    It stops in the middle of its work when it is turned off. A cancellation can get lost, since a
+    task group that is failing forgets it; so before a swap it looks whether it is still on.
     """
 
-    def __init__(
-        self,
-        source: Path,
-        switch: Switch,
-        looks: Looks,
-        rest: Rest,
-        *,
-        poll: float,
-        retry_pause: float,
-    ) -> None:
-        self._source = source
+    def __init__(self, settings: Settings, switch: Switch, looks: Looks, rest: Rest) -> None:
+        self._source = settings.source
+        self._poll = settings.poll
+        self._retry_pause = settings.retry_pause
         self._switch = switch
         self._shelf = switch.shelf
-        self._teller = switch.teller
+        self._note = switch.teller.note
         self._looks = looks
         self._rest = rest
-        self._poll = poll
-        self._retry_pause = retry_pause
         self._ended = False
         self._on = asyncio.Event()
         self._on.set()
@@ -91,7 +91,7 @@ class Follower:
             self._poke.set()
 
     def turn_off(self) -> None:
-        """Give up what is under way, and take no new version in. Does not wait."""
+        """Give up the load under way, and take no new version in. Does not wait."""
         if self.is_on:
             _log.info("%s: follows no more, until resume()", self._source)
         self._on.clear()
@@ -105,12 +105,12 @@ class Follower:
         self._poke.set()
 
     async def run(self) -> None:
-        """Take in what is new, until the end."""
+        """Take new versions in, until the end."""
         while not self._ended:
             await self._on.wait()
             try:
                 await self._switch.attempted(self._catch_up(), self._catching_up)
-            except Exception:  # noqa: BLE001  # whatever it was, what serves goes on serving
+            except Exception:  # noqa: BLE001  # after any error the version that serves goes on
                 _log.exception("%s: following stumbled, and goes on", self._source)
             await self._pause(self._poll)
 
@@ -122,12 +122,11 @@ class Follower:
         async with self._switch.turn:
             while self._wanted() and (new := await self._news()) is not None:
                 held = self._shelf.find(new)
-                if held is not None:
-                    if self._wanted() and not self._switch.swap(held):
-                        continue
-                    return
-                with contextlib.suppress(_SupersededError):
-                    await self._take_in(new)
+                if held is None:
+                    with contextlib.suppress(_SupersededError):
+                        await self._take_in(new)
+                        return
+                elif not self._wanted() or self._switch.swap(held):
                     return
 
     async def _newest(self) -> Candidate | None:
@@ -135,29 +134,33 @@ class Follower:
         try:
             found = await newest(self._looks, self._source)
         except CheckpointError as error:
-            self._teller.note("source", str(error))  # a run folder that is gone is so for a while
+            self._note("source", str(error))  # a run folder that is gone is so for a while
             return None
-        self._teller.note("source", "")
+        self._note("source", "")
         return found
 
     async def _news(self) -> Candidate | None:
         """Return the newest version, unless it serves already or will not do."""
         found = await self._newest()
         serving = self._shelf.serving.candidate
-        # Of what serves, files may be removed. Where some have come, it was being copied.
+        # Of the version that serves, files may be removed. If some have come, it was being copied.
         if found is None or not found.brings_news_to(serving):
-            self._teller.note("older", "")
+            self._note("older", "")
             return None
         is_older = await found.is_older_than(serving, self._shelf.served, self._looks)
-        self._teller.note("older", _older(found, serving) if is_older else "")
-        # What was too large is looked at again once there is more room.
+        older = (
+            f"{found.path}: is the newest version that is there, and older than {serving.name!r}, "
+            "which goes on serving; load(version) takes it"
+        )
+        self._note("older", older if is_older else "")
+        # A version that was too large is looked at again once there is more room.
         if is_older or self._too_large == (found.path, found.files, self._shelf.needed):
             return None
-        # What was given up is looked at again once its files have changed.
+        # A version that was given up is looked at again once its files have changed.
         return None if (found.path, found.files) in self._given_up else found
 
     async def _still_newest(self, tried: Candidate) -> Candidate | None:
-        """Return what is tried as it is now; `None` where a look does not tell.
+        """Return the version that is tried as it is now; `None` where a look does not tell.
 
         Raises:
             _SupersededError: If it is not wanted any more.
@@ -177,12 +180,12 @@ class Follower:
 
     async def _loaded(self, tried: Candidate) -> Held | None:
         """Load a version, however often that has to be tried; `None` if it will not do."""
-        new, copying = tried, Copying()
+        new, copying = tried, _Copying()
         for number in itertools.count(1):
             try:
                 new = await self._rest.reached(partial(self._still_newest, new))
                 with copying.of(new.files):
-                    return await self._switch.loader.load(new, number)
+                    return await self._switch.load(new, number)
             except RefusedError as refused:
                 if refused.beside is None:
                     self._given_up.append((new.path, new.files))
@@ -196,7 +199,7 @@ class Follower:
                     self._given_up.append((new.path, new.files))
                     self._switch.failed(new, error, number, None)
                     break
-                seconds = pause_after(number, self._retry_pause)
+                seconds = _pause_after(number, self._retry_pause)
                 self._switch.failed(tried, error, number, seconds)
             await self._pause_unless_newer(tried, seconds)
         return None
@@ -219,8 +222,67 @@ class Follower:
         self._poke.clear()
 
 
-def _older(found: Candidate, serving: Candidate) -> str:
-    return (
-        f"{found.path}: is the newest version that is there, and older than {serving.name!r}, "
-        "which goes on serving; load(version) takes it"
-    )
+class _Copying:
+    """Tells a version that is damaged from one that is still being copied.
+
+    `rsync`, `cp` and object stores bring `index` before the shards. A version whose files are
+    missing, short or damaged is loaded again once they have changed, and given up once they have
+    stood still for long.
+    """
+
+    def __init__(self) -> None:
+        self._failed: Files | None = None
+        self._error: Exception | None = None
+        self._looks = 0
+
+    @contextlib.contextmanager
+    def of(self, files: Files) -> Iterator[None]:
+        """Note the error of a load of these files, within the block.
+
+        Raises:
+            Exception: The error of the last load, if they are as they were then: so would the next
+                load end.
+        """
+        if self._error is not None and self._failed == files:
+            self._looks += 1
+            raise self._error
+        self._looks = 0
+        try:
+            yield
+        except Exception as error:
+            # Where no file says which shards there are, a missing one looks like a smaller model.
+            is_smaller = isinstance(error, PlanError) and INDEX not in files
+            if is_smaller or (isinstance(error, CheckpointError) and not may_pass(error)):
+                self._failed, self._error = files, error
+            raise
+
+    def may_pass(self, error: BaseException) -> bool:
+        """Say whether to look again after an error."""
+        return self._looks < _LOOKS if error is self._error else may_pass(error)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Say whether a fault may be gone the next time.
+
+    Storage fails and recovers, a checkpoint that was replaced meanwhile can be read anew, memory
+    becomes free. A corrupt file stays corrupt, and a checkpoint that does not fit the model will
+    not fit later.
+    """
+    if isinstance(error, CheckpointError):
+        # The cause says why a file cannot be opened or read; a file that is missing stays so.
+        cause = error.__cause__
+        storage = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+        return storage or isinstance(error, CheckpointChangedError | CheckpointNotFoundError)
+    if isinstance(error, OSError | MemoryError | ReadError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_ROOM)
+
+
+def _pause_after(attempt: int, pause: float) -> float:
+    """Return the seconds between a failed attempt, the first of which is 1, and the next.
+
+    Each pause is twice as long as the one before, a minute at most. To each up to a second is added
+    at random, so that many services do not try at once.
+    """
+    longer = pause * 2.0 ** min(attempt - 1, _DOUBLINGS)
+    return min(longer, _LONGEST) + random.uniform(0, min(pause, 1))  # noqa: S311  # no secret

@@ -1,17 +1,23 @@
-"""One version of a model in memory, and how much of it that takes."""
+"""One version of a model: how a user's functions build and check it, and what memory it takes."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from torch import nn
 
+from asyncloader._threads.jobs import run_jobs
 from asyncloader.model import targets
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from concurrent.futures import Executor
     from pathlib import Path
 
     from torch import Tensor
@@ -19,25 +25,51 @@ if TYPE_CHECKING:
     from asyncloader._loading.report import LoadReport
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._table.hashtable import HashTable
+    from asyncloader.options import ReadOptions
+
+    from .events import Event
 
 
 # The id itself, and two words of the index, which begins half full.
 _ID_BYTES = 8 + 16
+_SHORT = 80
 
 Built: TypeAlias = "tuple[Mapping[str, HashTable] | None, Mapping[str, Tensor] | None] | nn.Module"
-"""What a user's `build` returns."""
+"""The values that a user's `build` may return."""
 
 _Contents: TypeAlias = "tuple[Mapping[str, HashTable], Mapping[str, Tensor], nn.Module | None]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a user wants; `Live` documents the fields. `read` is a part of the `loader_options`."""
+
+    source: Path
+    build: Callable[[], object]
+    check: Callable[[Model], object] | None
+    on_event: Callable[[Event], object] | None
+    keep: int
+    poll: float
+    loader_options: Mapping[str, Any]
+    read: ReadOptions
+    max_memory: int | None
+    retry_pause: float
 
 
 class Model:
     """One version of a model: its tables and tensors, all of one checkpoint.
 
     Nothing in it changes while it is pinned. Once its memory has been given back, its attributes
-    raise `RuntimeError`: the caller has kept it beyond the `with` block that pinned it.
+    raise `RuntimeError`: the caller has kept the model beyond the `with` block that pinned it.
+
+    Attributes:
+        path: Its checkpoint.
+        report: The report of its load.
     """
 
-    __slots__ = ("_contents", "_path", "_report")
+    __slots__ = ("_contents", "path", "report")
+
+    report: LoadReport
 
     def __init__(
         self,
@@ -46,13 +78,12 @@ class Model:
         tensors: Mapping[str, Tensor],
         module: nn.Module | None,
     ) -> None:
-        self._path = path
+        self.path: Final = path
         self._contents: _Contents | None = (
             MappingProxyType(dict(tables)),
             MappingProxyType(dict(tensors)),
             module,
         )
-        self._report: LoadReport | None = None
 
     def __repr__(self) -> str:
         if self._contents is None:
@@ -63,12 +94,7 @@ class Model:
     @property
     def version(self) -> str:
         """The name of its folder."""
-        return self._path.name
-
-    @property
-    def path(self) -> Path:
-        """Its checkpoint."""
-        return self._path
+        return self.path.name
 
     @property
     def tables(self) -> Mapping[str, HashTable]:
@@ -82,26 +108,15 @@ class Model:
 
     @property
     def module(self) -> nn.Module:
-        """What `build` returned, if that was a module.
+        """The module that `build` returned.
 
         Raises:
-            AttributeError: If it was not.
+            AttributeError: If `build` returned no module.
         """
         module = self._held[2]
         if module is None:
             raise AttributeError("build() returned tables and tensors, not a torch.nn.Module")
         return module
-
-    @property
-    def report(self) -> LoadReport:
-        """What its load did."""
-        if self._report is None:
-            raise RuntimeError(f"{self!r} is not loaded yet")
-        return self._report
-
-    @report.setter
-    def report(self, report: LoadReport) -> None:
-        self._report = report
 
     @property
     def _held(self) -> _Contents:
@@ -113,15 +128,12 @@ class Model:
         return self._contents
 
     def take_contents(self) -> object:
-        """Return what takes memory, which is given back when the caller drops it."""
+        """Return all that takes memory, which is given back when the caller drops it."""
         contents, self._contents = self._contents, None
         return contents
 
     def shares_memory_with(self, other: Model) -> bool:
-        """Say whether a table or a tensor of both is the same, unless the other's were given back.
-
-        Looks at every tensor.
-        """
+        """Say whether both have a table or a tensor that is the same. Looks at every tensor."""
         if (theirs := other._contents) is None:
             return False
         return not _identities(*self._held[:2]).isdisjoint(_identities(*theirs[:2]))
@@ -141,28 +153,51 @@ def row_bytes(plan: LoadPlan, model: Model) -> int:
 
     An estimate where the checkpoint was written by another number of ranks.
     """
-    return sum(load.expected * _bytes_a_row(model.tables[load.name]) for load in plan.tables)
-
-
-def _bytes_a_row(table: HashTable) -> int:
-    slots = table.slots().values()
-    return _ID_BYTES + sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots)
+    total = 0
+    for load in plan.tables:
+        slots = model.tables[load.name].slots().values()
+        row = sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots)
+        total += load.expected * (_ID_BYTES + row)
+    return total
 
 
 def _identities(tables: Mapping[str, HashTable], tensors: Mapping[str, Tensor]) -> set[int]:
-    """Return what tells tables and tensors from those of another model."""
+    """Return numbers that tell tables and tensors from those of another model."""
     storages = (tensor.untyped_storage() for tensor in tensors.values())
     memory = {storage.data_ptr() for storage in storages if storage.nbytes()}
     return memory | {id(table) for table in tables.values()}
 
 
-def model_of(path: Path, built: object) -> Model:
-    """Wrap what a user's `build` returned.
+class RefusedError(Exception):
+    """A version will not serve.
 
-    Raises:
-        TypeError: If it is neither a module nor tables and tensors.
-        ValueError: If two tables have the same name.
+    Either it would not fit `beside` the versions in memory, in bytes, or `check` raised `error`.
     """
+
+    def __init__(
+        self, reason: str, *, beside: int | None = None, error: Exception | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.beside = beside
+        self.error = error
+
+
+async def built_model(settings: Settings, path: Path, executor: Executor) -> Model:
+    """Return a model that a user's `build` has made for a version, still empty."""
+    try:
+        built = await _called(executor, settings.build)
+    except asyncio.CancelledError as error:
+        if _is_cancelled():
+            raise
+        raise RuntimeError("build() was cancelled by something of its own") from error
+    except Exception as error:
+        error.add_note("raised by build()")
+        raise
+    [model] = await run_jobs(executor, [partial(_model_of, path, built)])
+    return model
+
+
+def _model_of(path: Path, built: object) -> Model:
     if isinstance(built, nn.Module):
         return Model(path, *targets(built), built)
     if isinstance(built, tuple) and len(built) == 2:  # noqa: PLR2004  # tables, tensors
@@ -171,3 +206,44 @@ def model_of(path: Path, built: object) -> Model:
     raise TypeError(
         f"build() returns (hashtables, tensors) or a torch.nn.Module, got {type(built).__name__}"
     )
+
+
+async def pass_check(settings: Settings, model: Model, executor: Executor) -> None:
+    """Let a user's `check` look at a version; raise `RefusedError` if it says no, or raises."""
+    if settings.check is None:
+        return
+    try:
+        verdict = await _called(executor, partial(settings.check, model))
+    except asyncio.CancelledError as error:
+        if _is_cancelled():
+            raise
+        raise RefusedError("check was cancelled by something of its own") from error
+    except Exception as error:
+        reason = f"check raised {type(error).__name__}: {error}"
+        raise RefusedError(reason, error=error) from error
+    if verdict is None:
+        return
+    try:
+        # Of text or a list, `bool` would say whether it is empty.
+        answer = bool(verdict) if hasattr(type(verdict), "__bool__") else None
+    except (RuntimeError, ValueError):  # of tensors and arrays of several values
+        answer = None
+    if answer:
+        return
+    text = repr(verdict)
+    reason = f"check returned {text if len(text) <= _SHORT else f'a {type(verdict).__name__}'}"
+    if answer is None:
+        raise TypeError(f"{reason}, which is neither true nor false: return True, False or None")
+    raise RefusedError(reason, error=ValueError(reason))
+
+
+async def _called(executor: Executor, function: Callable[[], object]) -> object:
+    """Call a user's function on a thread; await on the event loop what it returns."""
+    [result] = await run_jobs(executor, [function])
+    return await result if inspect.isawaitable(result) else result
+
+
+def _is_cancelled() -> bool:
+    """Say whether this task was cancelled; otherwise a user's code raised that by itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -12,21 +12,15 @@ from asyncloader._threads.jobs import settled
 from asyncloader._threads.pool import WorkerPool
 from asyncloader.errors import CheckpointChangedError, CheckpointError
 
-from .events import Teller
+from .events import LiveState, LiveVersion, Teller
 from .following import Follower
-from .loading import VersionLoader, check_options
-from .rest import Rest
-from .shelf import Freeing, Shelf
-from .source import candidate, named, newest
-from .state import LiveState, LiveVersion
+from .source import Rest, candidate, named, newest
 from .switch import Switch, cancel
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
-    from pathlib import Path
+    from collections.abc import AsyncIterator
 
-    from .events import Event
-    from .model import Model
+    from .model import Settings
     from .source import Candidate
 
 
@@ -45,47 +39,18 @@ class Service:
 
     A command stops following first, or it would wait for a load, or for the pause before the next
     try. A command that loads waits for the end of a copy before its turn, and the next command ends
-    that wait. `Live` documents arguments and commands.
+    that wait. `Live` documents the commands.
     """
 
-    def __init__(
-        self,
-        source: Path,
-        build: Callable[[], object],
-        check: Callable[[Model], object] | None,
-        on_event: Callable[[Event], object] | None,
-        *,
-        keep: int,
-        poll: float,
-        loader_options: Mapping[str, Any],
-        max_memory: int | None,
-        retry_pause: float,
-    ) -> None:
-        self._source = source
-        read_options = check_options(source, loader_options)
+    def __init__(self, settings: Settings) -> None:
+        self._source = settings.source
         self._pool = WorkerPool(_THREADS, name="asyncloader-live")
-        self._looks = Looks(str(source), stall_timeout=read_options.stall_timeout)
-        self._teller = Teller(on_event)
-        self._freeing = Freeing(self._pool, self._teller.tell)
-        self.shelf = Shelf(keep=keep)
-        self.shelf.let_go = self._freeing.let_go
-        self._loader = VersionLoader(
-            build,
-            check,
-            options=loader_options,
-            inflight_bytes=read_options.max_inflight_bytes,
-            max_memory=max_memory,
-            executor=self._pool,
-            shelf=self.shelf,
-            freeing=self._freeing,
-            looks=self._looks,
-            tell=self._teller.tell,
-        )
-        self._rest = Rest(min(poll, _LOOK), note=self._teller.note)
-        self._switch = Switch(self.shelf, self._loader, self._freeing, self._teller)
-        self._follower = Follower(
-            source, self._switch, self._looks, self._rest, poll=poll, retry_pause=retry_pause
-        )
+        self._looks = Looks(str(settings.source), stall_timeout=settings.read.stall_timeout)
+        self._teller = Teller(settings.on_event)
+        self._rest = Rest(min(settings.poll, _LOOK), note=self._teller.note)
+        self._switch = Switch(settings, self._pool, self._looks, self._teller)
+        self.shelf = self._switch.shelf
+        self._follower = Follower(settings, self._switch, self._looks, self._rest)
         self._opened = False
         self._closing = False
         self._waiting: set[asyncio.Task[Any]] = set()  # for a copy to end, for a command
@@ -100,32 +65,26 @@ class Service:
 
     @property
     def state(self) -> LiveState:
-        """How it is now. May be asked for on any thread."""
-        (held, serving), loading = self.shelf.now, self._loader.loading
-        versions = tuple(LiveVersion.of(one, serving=one is serving) for one in held)
+        """The state now. Any thread may ask for it."""
+        (held, serving), loading = self.shelf.now, self._switch.loading
+        versions = tuple(one.shown(serving=one is serving) for one in held)
         return LiveState(
             versions=versions,
             following=self._follower.is_on,
             loading=None if loading is None else loading.name,
-            progress=self._loader.progress,
+            progress=self._switch.progress,
             problem=self._teller.problem,
             trouble=self._teller.trouble,
             nbytes=sum(version.nbytes for version in versions),
         )
 
     async def open(self) -> None:
-        """Load the first version, and begin to follow.
-
-        Raises:
-            RuntimeError: If this is not the first time.
-            Exception: What kept the first version from serving.
-        """
+        """Load the first version, and begin to follow."""
         if self._opened:
             raise RuntimeError(f"{self!r}: enter it once; make another one")
         self._opened = True
         self._loop = asyncio.get_running_loop()
-        self._freeing.begin()
-        self._loader.start()
+        self._switch.open()
         async with self._switch.turn:  # or commands would load beside it
             try:
                 first = await self._rest.reached(lambda: newest(self._looks, self._source))
@@ -136,7 +95,7 @@ class Service:
         self._following = self._loop.create_task(self._follower.run(), name="asyncloader-live")
 
     async def close(self) -> None:
-        """End whatever is under way, and let all versions go."""
+        """End all that is under way, and let all versions go."""
         self._closing = True
         await settled(asyncio.ensure_future(self._stop()))
 
@@ -145,19 +104,16 @@ class Service:
         cancel(self._waiting | self._loading)
         self._follower.end()  # if that gets lost
         await asyncio.wait([self._following])
-        async with self._switch.turn:  # what had it has wound up
+        async with self._switch.turn:  # a task that had it has wound up
             await self._wind_up()
 
     async def _wind_up(self) -> None:
         self._closing = True
-        self.shelf.close()
-        await self._freeing.wait()
-        self._loader.stop()
+        await self._switch.close()
         self._looks.close()
         self._pool.shutdown()  # its threads are idle
 
     async def rollback(self) -> LiveVersion:
-        """Go back to the version that served before, and stay there."""
         self._must_be_open()
         held = self.shelf.find(self._before())  # before a load is given up for nothing
         self._order()
@@ -165,7 +121,7 @@ class Service:
             # Following sees that it is not wanted any more, however long it takes to stop.
             self._follower.turn_off()
             if self._switch.swap(held, back=True):
-                return LiveVersion.of(held, serving=True)
+                return held.shown(serving=True)
         async with self._on_purpose():
             before = self._before()
             if self.shelf.find(before) is None:
@@ -173,7 +129,6 @@ class Service:
             return await self._bring(before, back=True)
 
     async def load(self, version: str) -> LiveVersion:
-        """Let a version serve that was chosen on purpose, and stay there."""
         if not version:
             raise ValueError("version is empty: it names a sub-folder, or is a path")
         self._must_be_open()
@@ -192,7 +147,6 @@ class Service:
             return await self._bring(wanted)
 
     def resume(self) -> None:
-        """Follow again."""
         self._must_be_open()
         self._order()
         self._resumed += 1
@@ -200,7 +154,7 @@ class Service:
         _log.info("%s: follows the newest version again", self._source)
 
     def _order(self) -> int:
-        """Take the place of a command that waits for a copy to end; return our number."""
+        """End the wait of an earlier command for a copy to end; return this command's number."""
         self._orders += 1
         cancel(self._waiting)
         return self._orders
@@ -241,10 +195,10 @@ class Service:
             if held is None:
                 raise RuntimeError(f"{self!r}: left meanwhile")
             self._switch.swap(held, back=back)
-        return LiveVersion.of(held, serving=True)
+        return held.shown(serving=True)
 
     async def _still_there(self, wanted: Candidate) -> Candidate:
-        """Return a version as it is now: what has not changed since it served is at rest."""
+        """Return a version as it is now. If it has not changed since it served, it is at rest."""
         found = await candidate(self._looks, wanted.path)
         if found.brings_news_to(wanted):
             raise CheckpointChangedError(

@@ -1,4 +1,4 @@
-"""The versions of a model that are in memory: which serves, which are used, how others go."""
+"""The versions of a model in memory: one serves, some are used, others give their memory back."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from asyncloader._memory.allocation import SPARE
 
-from .events import Freed
+from .events import Freed, LiveVersion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,16 +35,19 @@ class Held:
     candidate: Candidate
     nbytes: int
     loaded_at: float
-    leaving: bool = False
-    """Whether it has left the shelf, or is about to."""
+    leaving: bool = False  # it has left the shelf, or is about to
+    pins: deque[None] = field(default_factory=deque)  # one a user; they come and go without a lock
 
-    pins: deque[None] = field(default_factory=deque)
-    """One for each user. Entries come and go without a lock."""
-
-    @property
-    def users(self) -> int:
-        """How many blocks use it."""
-        return len(self.pins)
+    def shown(self, *, serving: bool) -> LiveVersion:
+        """Describe the version as it is now."""
+        return LiveVersion(
+            **self.candidate.names,
+            serving=serving,
+            users=len(self.pins),
+            nbytes=self.nbytes,
+            seconds=self.model.report.seconds,
+            loaded_at=self.loaded_at,
+        )
 
 
 class Shelf:
@@ -56,37 +60,32 @@ class Shelf:
 
     Args:
         keep: Versions that stay; the one that serves is the first of them.
+        let_go: Called with each version that has left the shelf, on the thread that made it go, at
+            any moment.
+
+    Attributes:
+        now: The versions in memory, in the order in which they last began to serve, and the one
+            that serves, at one moment.
+        served: The versions that served lately, without versions that were rolled back; the last
+            one serves.
     """
 
-    let_go: Callable[[Held], object]
-    """Set before the first version is put. Called with each version that has left the shelf, on
-    the thread that made it go, at any moment."""
-
-    def __init__(self, *, keep: int) -> None:
+    def __init__(self, *, keep: int, let_go: Callable[[Held], object]) -> None:
         self.keep = keep
         self.now: tuple[tuple[Held, ...], Held | None] = (), None
-        """The versions in memory, in the order in which they last began to serve, and the one that
-        serves, at one moment."""
-
         self.served: tuple[Candidate, ...] = ()
-        """The versions that served lately, without versions that were rolled back; the last one
-        serves."""
-
+        self._let_go = let_go
         self._lock = threading.Lock()  # for changes of the two; reading them takes none
         self._unsettled = False
         self._closed = False
 
     def __repr__(self) -> str:
-        users = sum(held.users for held in self.held)
+        users = sum(len(held.pins) for held in self.held)
         return f"<Shelf: {len(self.held)} versions, {users} users>"
 
     @property
     def serving(self) -> Held:
-        """The version that serves.
-
-        Raises:
-            RuntimeError: If there is none, yet or any more.
-        """
+        """The version that serves; `RuntimeError` if there is none, yet or any more."""
         serving = self.now[1]
         if serving is None:
             state = "was left" if self._closed else "was not entered"
@@ -97,44 +96,38 @@ class Shelf:
     def needed(self) -> int:
         """Memory of the versions that serve or have users, in bytes."""
         held, serving = self.now
-        return sum(one.nbytes for one in held if one.users or one is serving)
+        return sum(one.nbytes for one in held if one.pins or one is serving)
 
     @property
     def held(self) -> tuple[Held, ...]:
-        """The versions in memory, in the order in which they last began to serve."""
         return self.now[0]
 
     @property
     def nbytes(self) -> int:
-        """Memory of all of them, in bytes."""
+        """Memory of all versions, in bytes."""
         return sum(held.nbytes for held in self.held)
 
     @property
     def before(self) -> Candidate | None:
-        """The version that served before this one, in memory or not."""
+        """The version that served before the one that serves, in memory or not."""
         served = self.served
         return served[-2] if len(served) > 1 else None
 
     def find(self, candidate: Candidate) -> Held | None:
-        """Return a version if it is in memory as it would be loaded now."""
-        held = reversed(self.held)
-        return next((one for one in held if not candidate.brings_news_to(one.candidate)), None)
+        """Return a version if it is in memory as a load would find it now."""
+        found = (one for one in reversed(self.held) if not candidate.brings_news_to(one.candidate))
+        return next(found, None)
 
     def pin(self) -> Held:
-        """Return the version that serves; it stays until it is unpinned.
-
-        Raises:
-            RuntimeError: If there is none.
-        """
+        """Return the version that serves; it stays until it is unpinned."""
         while True:
             held = self.serving
             held.pins.append(None)
-            if not held.leaving:  # `_leaves` looks the other way round: one of the two sees it
+            if not held.leaving:  # `_leaves` looks the other way round: one sees the other
                 return held
             self.unpin(held)
 
     def unpin(self, held: Held) -> None:
-        """Let go of a version."""
         held.pins.pop()
         if held is not self.now[1]:  # the version that serves stays anyway
             self._settle()
@@ -142,9 +135,7 @@ class Shelf:
     def put(self, held: Held, *, back: bool = False) -> bool:
         """Let a version serve from now on, unless it has left the shelf; say whether it does.
 
-        Args:
-            held: A version that is on the shelf already, or a new one.
-            back: Whether it takes the place of the version that served after it.
+        With `back` it takes the place of the version that served after it.
         """
         with self._lock:
             if held.leaving:
@@ -160,35 +151,35 @@ class Shelf:
         return True
 
     def spare(self) -> bool:
-        """Let a version go that stays only because it served lately; say whether there was one."""
+        """Let a version go that has no users and does not serve; say whether there was one."""
         with self._lock:
-            held, serving = self.now
-            idle = next((one for one in held[:-1] if _leaves(one)), None)
-            if idle is not None:
-                self.now = tuple(one for one in held if one is not idle), serving
-        self._dismiss([] if idle is None else [idle])
-        return idle is not None
+            gone = [*islice(filter(_leaves, self.held[:-1]), 1)]
+            self._remove(gone)
+        self._dismiss(gone)
+        return bool(gone)
 
     def close(self) -> None:
-        """Let all versions go as soon as they have no users. No user comes any more."""
+        """Let each version go once it has no users. No user comes any more."""
         with self._lock:
             self.now, self._closed, self.keep = (self.held, None), True, 0
             gone = self._take_surplus()
         self._dismiss(gone)
 
     def _take_surplus(self) -> list[Held]:
-        """Take versions off the shelf, and return them. Only with the lock."""
-        held, serving = self.now
+        """Take versions off the shelf, and return them. The caller holds the lock."""
         staying: dict[Candidate, Held] = {}
-        for one in reversed(held):
-            # Of a version that was loaded again, since more of its files had come, one will do.
+        for one in reversed(self.held):
+            # One of a version that was loaded again, as more of its files had come, will do.
             if len(staying) < self.keep:
                 staying.setdefault(one.candidate, one)
         kept = staying.values()
-        gone = [one for one in held if one not in kept and _leaves(one)]
-        if gone:
-            self.now = tuple(one for one in held if one not in gone), serving
+        gone = [one for one in self.held if one not in kept and _leaves(one)]
+        self._remove(gone)
         return gone
+
+    def _remove(self, gone: list[Held]) -> None:
+        held, serving = self.now
+        self.now = tuple(one for one in held if one not in gone), serving
 
     def _settle(self) -> None:
         """Let versions go that have lost their last user, or leave that to the lock's holder."""
@@ -199,35 +190,29 @@ class Shelf:
                 gone = self._take_surplus()
             finally:
                 self._lock.release()
-            self._let_go(gone)
+            for held in gone:
+                self._let_go(held)
 
     def _dismiss(self, gone: list[Held]) -> None:
-        """Let versions go, and others that lost their last user meanwhile. Without the lock."""
-        self._let_go(gone)
+        """Let versions go, and those that lost their last user meanwhile. Without the lock."""
+        for held in gone:
+            self._let_go(held)
         if self._unsettled:
             self._settle()
-
-    def _let_go(self, gone: list[Held]) -> None:
-        for held in gone:
-            self.let_go(held)
 
 
 def _leaves(held: Held) -> bool:
     """Have a version leave the shelf unless it has users; say whether it does."""
-    held.leaving = True  # before the look: a user who comes now sees it, and takes another version
+    held.leaving = True  # before the look: a user that comes now sees it, and takes another one
     if held.pins:
         held.leaving = False
     return held.leaving
 
 
 class Freeing:
-    """Gives memory back without the event loop having to wait: three milliseconds a gigabyte.
+    """Gives memory back on an executor: for the event loop, 3 ms a gigabyte would be long.
 
-    Belongs to the event loop on which it begins.
-
-    Args:
-        executor: Its threads do it.
-        tell: Gets `Freed` events, on the event loop.
+    Belongs to the event loop on which it begins, which hears of it by `Freed` events.
     """
 
     def __init__(self, executor: Executor, tell: Callable[[Event], object]) -> None:
@@ -236,20 +221,19 @@ class Freeing:
         self._under_way: set[asyncio.Future[None]] = set()
 
     def begin(self) -> None:
-        """Belong to the event loop that runs."""
         self._loop = asyncio.get_running_loop()
 
     def let_go(self, held: Held) -> None:
-        """Give a version back that is used no more. May be called on any thread, at any moment."""
+        """Give a version without users back. Any thread may call this, at any moment."""
         contents = [held.model.take_contents()]
-        # Not at once, even on the loop's thread: that may be within the executor, whose locks this
-        # would wait for, when a signal's handler or the garbage collector ends the last use. If the
-        # loop is closed, the caller gives the memory back.
+        # Not at once, even on the loop's thread: a signal's handler or the garbage collector may
+        # end the last use within the executor, whose locks this would wait for. If the loop is
+        # closed, the caller gives the memory back.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._free, contents, held)
 
     def free(self, model: Model, held: Held | None) -> None:
-        """Give back what a model takes; `held` if it could have served. Called on the loop."""
+        """Give a model's memory back, on the loop; `held` if the model could have served."""
         self._free([model.take_contents()], held)
 
     def _free(self, contents: list[object], held: Held | None) -> None:
@@ -268,8 +252,8 @@ class Freeing:
             self._tell(Freed(**held.candidate.names, nbytes=held.nbytes))
 
     async def wait(self) -> None:
-        """Wait until all is given back."""
-        await asyncio.sleep(0)  # so that what was let go just now is under way
+        """Wait until all memory is given back."""
+        await asyncio.sleep(0)  # so that a version that was let go just now is under way
         while self._under_way:
             await asyncio.wait(self._under_way)
 

@@ -1,9 +1,15 @@
-"""What there is to serve. What is no coroutine function blocks, and belongs on a thread."""
+"""Finds the versions of a model in the file system, and waits until one is written completely.
+
+Functions that are no coroutine functions block, and belong on a thread.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import stat
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +20,7 @@ from asyncloader.errors import CheckpointNotFoundError
 from asyncloader.runs import listed, name_order, newest_committed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Awaitable, Callable, Collection
 
     from asyncloader._storage.small_files import Looks
 
@@ -22,81 +28,60 @@ if TYPE_CHECKING:
 _SAFETENSORS = ".safetensors"
 _WEIGHT_MAP = f"{_SAFETENSORS}.index.json"
 _NAMES = frozenset((INDEX, TENSORKEY, SIDECAR))
+_REMEMBERED = 100
+_NAMED = 3
 
 Identity: TypeAlias = tuple[int, ...]
-"""Device, inode, size, time of the last change of the bytes."""
+"""Device, inode, size, time of the last change of the bytes: another one if a file is written to,
+or another file takes its place."""
+
+Files: TypeAlias = dict[str, Identity]
+"""The files of a version that a load reads, now or soon, by name, as one look found them."""
 
 
 class Names(TypedDict):
-    """Which version something is about."""
+    """The fields of an event that name its version."""
 
     version: str
     location: str
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
-    """The files of a version that a load reads, now or soon, as one look found them."""
-
-    identities: dict[str, Identity]
-    """By name: what changes when a file is written to, or another one takes its place."""
-
-    @property
-    def have_index(self) -> bool:
-        """Whether a file says which shards there are."""
-        return INDEX in self.identities
-
-    @property
-    def marks(self) -> tuple[Identity, ...]:
-        """What says that a version is committed: `index`, or all files that hold tensors."""
-        if self.have_index:
-            return (self.identities[INDEX],)
-        found = sorted(self.identities.items())
-        return tuple(one for name, one in found if name.endswith(_SAFETENSORS))
-
-    def bring_news_to(self, before: Files) -> bool:
-        """Say whether a file that a load reads has come since, or has changed.
-
-        That some are gone is no news.
-        """
-        now = {name: one for name, one in self.identities.items() if not _is_under_way(name)}
-        return not now.items() <= before.identities.items()
-
-    def changed_since(self, before: Files) -> list[str]:
-        """Return the names of files that have come, gone or changed."""
-        return sorted({name for name, _ in self.identities.items() ^ before.identities.items()})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A committed checkpoint, as one look found it. Two are equal if they are the same version."""
+    """A committed checkpoint, as one look found it. Two are equal if they are the same version.
+
+    Attributes:
+        path: Where it was found, links resolved: it stays there, though a link leads elsewhere now.
+        identity: Of the files that say that it is committed: of `index`, which is written anew when
+            another version takes its place, or of all files that hold tensors.
+        files: May change while it is the same version: `index` comes before the shards.
+        entry: Its name in its run folder, as a path; that may be a link to a folder elsewhere.
+            `None` if it is the source itself.
+    """
 
     path: Path
-    """Where it was found, links resolved: where it is still, though a link leads elsewhere now."""
-
     identity: tuple[Identity, ...]
-    """What changes when another one takes its place: its `index` is written anew."""
-
     files: Files = field(compare=False)
-    """Of one version they may change: `index` comes before the shards."""
-
     entry: Path | None = field(default=None, compare=False)
-    """Its name in its run folder, as a path; that may be a link to a folder elsewhere. `None` if it
-    is the source itself."""
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
         return self.path.name
 
     @property
     def names(self) -> Names:
-        """What events say of it."""
         return {"version": self.name, "location": str(self.path)}
 
     def brings_news_to(self, before: Candidate) -> bool:
-        """Say whether a load would find anything else than it did before."""
-        return self.path != before.path or self.files.bring_news_to(before.files)
+        """Say whether a load would find a file that has come since, or has changed.
+
+        A file that is gone is no news, nor is one that is still under way by another name.
+        """
+        return self.path != before.path or any(
+            before.files.get(name) != identity
+            for name, identity in self.files.items()
+            if _SAFETENSORS not in name or name.endswith((_SAFETENSORS, _WEIGHT_MAP))
+        )
 
     async def is_older_than(
         self, other: Candidate, served: Collection[Candidate], looks: Looks
@@ -107,7 +92,7 @@ class Candidate:
         """
         mine, theirs = self.entry, other.entry
         if mine is None or theirs is None or mine == theirs or mine.parent != theirs.parent:
-            return False  # what took a version's place, or came with another folder, is meant
+            return False  # a version that took another's place, or came with a folder, is meant
         names = await listed(looks, mine.parent)
         if mine.name in names and theirs.name in names:
             return names.index(mine.name) > names.index(theirs.name)
@@ -149,7 +134,7 @@ async def candidate(looks: Looks, path: Path) -> Candidate:
 
 
 def named(source: Path, version: str | os.PathLike[str]) -> Path:
-    """Return where a version is: a sub-folder of a run folder, or any other path."""
+    """Return the path of a version: of a sub-folder of a run folder, or any other path."""
     path = Path(version)
     return source / path if len(path.parts) == 1 and _at(source) is None else path
 
@@ -159,40 +144,103 @@ def _at(
 ) -> Candidate | None:
     entry = path.parent.resolve() / path.name if is_version else None
     real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    files = _files_of(real, tick)
-    own = files.identities.get(real.name)  # if it is a file, and no folder
-    marks = files.marks if own is None else (own,)
-    return Candidate(path=real, identity=marks, files=files, entry=entry) if marks else None
+    found = _files_of(real, tick)
+    if (mark := real.name if real.name in found else INDEX) in found:
+        marks = [mark]
+    else:
+        marks = [name for name in sorted(found) if name.endswith(_SAFETENSORS)]
+    if not marks:
+        return None
+    identity = tuple(found[name] for name in marks)
+    return Candidate(path=real, identity=identity, files=found, entry=entry)
 
 
 def _files_of(path: Path, tick: Callable[[], object]) -> Files:
-    identities: dict[str, Identity] = {}
-    for file in _listed(path):
-        tick()
+    is_file = os.path.isfile(path)  # noqa: PTH113  # Path's own raises for odd names
+    if is_file and not path.name.endswith(_WEIGHT_MAP):
+        files = [path]
+    else:
+        folder = path.parent if is_file else path  # the shards are beside a weight map
         try:
-            found = file.stat()
-        except OSError:  # removed meanwhile
-            continue
-        if stat.S_ISREG(found.st_mode):
-            identities[file.name] = _identity(found)
-    return Files(identities)
+            # Shards under way, by other names, count: rsync's `.NAME.Xy12z9`, others' `NAME.part`.
+            files = [
+                one for one in folder.iterdir() if one.name in _NAMES or _SAFETENSORS in one.name
+            ]
+        except OSError:
+            return {}
+    found: Files = {}
+    for file in files:
+        tick()
+        with contextlib.suppress(OSError):  # removed meanwhile
+            status = file.stat()
+            if stat.S_ISREG(status.st_mode):
+                device, inode = status.st_dev, status.st_ino
+                found[file.name] = device, inode, status.st_size, status.st_mtime_ns
+    return found
 
 
-def _listed(path: Path) -> list[Path]:
-    if os.path.isfile(path):  # noqa: PTH113  # Path's own raises for odd names
-        if not path.name.endswith(_WEIGHT_MAP):
-            return [path]
-        path = path.parent  # where its shards are
-    try:
-        # Shards under way, by other names, count: rsync's `.NAME.Xy12z9`, `NAME.part` of others.
-        return [file for file in path.iterdir() if file.name in _NAMES or _SAFETENSORS in file.name]
-    except OSError:
-        return []
+class Rest:
+    """Knows for how long the files of versions have not changed.
+
+    No time of a file is compared with a clock: that of a file server may be wrong.
+
+    Args:
+        seconds: The time for which no look may find a change.
+        note: Gets an object that stands for a wait, and a text that says why; an empty text once
+            the wait is over.
+        clock: Seconds, ever growing.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        note: Callable[[object, str], object],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds = seconds
+        self._note = note
+        self._clock = clock
+        self._since: dict[Path, tuple[Files, float]] = {}
+
+    async def reached(self, look: Callable[[], Awaitable[Candidate | None]]) -> Candidate:
+        """Return a version once two looks, some time apart, have found the same files.
+
+        Args:
+            look: Returns the version as it is now; `None` where that is unknown. An error of it
+                ends the wait.
+        """
+        wait = object()
+        seen: Candidate | None = None
+        try:
+            while True:
+                began = self._clock()
+                found = await look()
+                left = self._seconds
+                if found is not None:
+                    left = self._left(found, began)
+                    if not left:
+                        return found
+                    if seen is not None and seen.path == found.path and seen.files != found.files:
+                        self._note(wait, _waits(found, seen))
+                    seen = found
+                await asyncio.sleep(left)
+        finally:
+            self._note(wait, "")
+
+    def _left(self, found: Candidate, began: float) -> float:
+        """Return for how long the files of a look that began then have to stay as they are."""
+        files, since = self._since.pop(found.path, (None, 0.0))
+        if files != found.files:
+            since = self._clock()
+        self._since[found.path] = found.files, since
+        if len(self._since) > _REMEMBERED:
+            del self._since[next(iter(self._since))]
+        return max(since + self._seconds - began, 0.0)
 
 
-def _is_under_way(name: str) -> bool:
-    return _SAFETENSORS in name and not name.endswith((_SAFETENSORS, _WEIGHT_MAP))
-
-
-def _identity(found: os.stat_result) -> Identity:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _waits(found: Candidate, before: Candidate) -> str:
+    changes = found.files.items() ^ before.files.items()
+    names = sorted({name for name, _ in changes})
+    text = ", ".join(map(repr, names[:_NAMED])) + ("" if len(names) <= _NAMED else ", …")
+    return f"{found.path}: is being written to ({text}); it is loaded once its files stand still"

@@ -209,7 +209,7 @@ def _lay_out(file: str, content: Content) -> tuple[ShardLayout, list[_Copy]]:
             name=key, table=None, slice=None, dtype=one.dtype, shape=one.shape, nbytes=one.nbytes
         )
         stored[blocks[key]] = one
-    layout = lay_out_shard(file, 0, blocks, _metadata(content))
+    layout = lay_out_shard(file, blocks, _metadata(content))
     copies, end = list[_Copy](), len(layout.head)
     for placed in layout.blocks:
         at = placed.offset

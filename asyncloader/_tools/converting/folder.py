@@ -13,9 +13,8 @@ from asyncloader._checkpoint.slices import gen_slice
 from asyncloader._display import listed
 from asyncloader._loading.progress import Meter, Stages
 from asyncloader._loading.reading import has_dtype
-from asyncloader._saving.commit import Commit
+from asyncloader._saving.leftovers import OLD, staging_of
 from asyncloader._saving.save_id import fresh_save_id
-from asyncloader._storage.folder import LocalFolder
 from asyncloader._threads.jobs import run_jobs
 from asyncloader._tools.allocation import fill, make_table, make_tensors, row_bytes
 from asyncloader._tools.content import check_room, free_memory
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
     from asyncloader._saving.layout import WriteBlock
     from asyncloader._table.hashtable import HashTable
     from asyncloader._tools.content import Content
-
-
-_OLD = "old"
-"""The folder within a staging folder to which a commit moves what it replaces."""
 
 
 async def write_folder(
@@ -157,9 +152,8 @@ def _give_up(path: Path, save_id: str, ranks: int) -> None:
     A `Saver` that fails removes its own rank's files only. If the last one failed in its commit,
     and what stood in the folder could not be put back, that is kept.
     """
-    commit = Commit(LocalFolder(path), save_id, 0, ranks, 0.0)
-    staging = path / commit.staging
+    staging = path / staging_of(ranks, save_id)
     with contextlib.suppress(OSError):
-        aside = staging / _OLD
+        aside = staging / OLD
         if not aside.is_dir() or not any(aside.iterdir()):
             shutil.rmtree(staging)
