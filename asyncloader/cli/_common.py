@@ -1,4 +1,4 @@
-"""Where results go: to stdout, all else to stderr; and failures as one line for people."""
+"""Arguments of several commands; their results, for programs too; messages of failures."""
 
 from __future__ import annotations
 
@@ -8,23 +8,78 @@ import io
 import json
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
+import typer
 
+from asyncloader._arguments import check_no_url
 from asyncloader.errors import AsyncLoaderError, CheckpointNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from asyncloader._loading.progress import Progress
+    from asyncloader._loading.progress import Progress, Span
 
 EXPECTED = (AsyncLoaderError, KeyError, OSError, ValueError, MemoryError)
 """Errors that are no bug: the checkpoint, the system, or the arguments are to blame."""
 
 _STDERR = 2
+_MICRO = 1e6
+_DIGITS = 3
+# The largest whole number up to which programs are exact whose numbers are doubles, as jq is.
 _EXACT = 1 << 53
-"""The largest whole number up to which programs are exact whose numbers are doubles, as jq is."""
+
+
+def _given(path: str) -> str:
+    if not path:
+        raise typer.BadParameter("it is empty")
+    try:
+        check_no_url(path, "it")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return path
+
+
+PathArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH",
+        help="The checkpoint: a folder that RecIS wrote, a .safetensors file, or a folder of "
+        "these, as Hugging Face's are.",
+        callback=_given,
+    ),
+]
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document, for other programs, complete.")
+]
+
+DirectFlag = Annotated[
+    bool,
+    typer.Option(
+        "--direct-io",
+        help="Read past the page cache, so that what others have there stays. Faster for files "
+        "that are not in it, slower for those that are.",
+    ),
+]
+
+LinksFlag = Annotated[
+    bool,
+    typer.Option(
+        "--follow-symlinks",
+        help="Read what lies outside of the folder, too, if a symbolic link in it says so, as in "
+        "Hugging Face's cache.",
+    ),
+]
+
+
+def examples(*lines: tuple[str, str], codes: str = "") -> str:
+    """Return the end of a help text: command lines with their purposes, then exit codes."""
+    width = max(len(command) for command, _ in lines)
+    shown = "\n".join(f"{command:{width}}  # {purpose}" for command, purpose in lines)
+    text = f"Examples:\n\n\b\n{shown}"  # \b: leave these lines as they are
+    return f"{text}\n\n{codes}" if codes else text
 
 
 def prepare() -> None:
@@ -61,7 +116,7 @@ def _as_dict(value: object) -> object:
 
 
 def with_texts(value: object) -> object:
-    """Return what JSON is made of, with the text of whole numbers beside them, as `…_text`.
+    """Return lists and dictionaries with the text of whole numbers beside them, as `…_text`.
 
     An id always has one, so that a program need not look; others where a double would round them.
     """
@@ -85,8 +140,41 @@ def _is_rounded(value: object) -> bool:
     return type(value) is int and abs(value) > _EXACT
 
 
+def trace_of(location: str, spans: Sequence[Span], *, process: int) -> dict[str, Any]:
+    """Return the steps of a load as Chrome's trace viewer and Perfetto (ui.perfetto.dev) read them.
+
+    A JSON object, `{"traceEvents": [...]}`, with an event for each step: `ph` is `X`, complete;
+    `ts` and `dur` are microseconds from the first step on; `tid` is the lane. Events whose `ph` is
+    `M` name process and lanes.
+    """
+    begin = min((span.start for span in spans), default=0.0)
+    in_order = sorted(spans, key=lambda span: (span.start, -span.seconds))
+    lanes = {lane: n for n, lane in enumerate(dict.fromkeys(span.lane for span in in_order), 1)}
+    title = f"asyncloader load {os.fsencode(location).decode(errors='backslashreplace')}"
+    events = [_naming("process_name", title, process)]
+    events += [_naming("thread_name", lane, process, tid) for lane, tid in lanes.items()]
+    events += [
+        {
+            "name": f"{span.step} {span.name}",
+            "cat": span.step,
+            "ph": "X",
+            "ts": round((span.start - begin) * _MICRO, _DIGITS),
+            "dur": round(span.seconds * _MICRO, _DIGITS),
+            "pid": process,
+            "tid": lanes[span.lane],
+            "args": {"name": span.name, "bytes": span.nbytes},
+        }
+        for span in in_order
+    ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _naming(what: str, name: str, process: int, lane: int = 0) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": process, "tid": lane, "args": {"name": name}}
+
+
 def drop_output() -> None:
-    """Drop what stdout could not take, and all that follows: at exit it would fail again."""
+    """Drop the output that stdout could not take, and all later output: it would fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -96,7 +184,7 @@ def drop_output() -> None:
 def progress(doing: str) -> Iterator[Callable[[Progress], object] | None]:
     """Show on a terminal how far the block has come, if it takes longer than a moment."""
     if sys.stderr is None or not sys.stderr.isatty():
-        yield None  # whatever colours are forced
+        yield None  # even if colours are forced
         return
     from ._terminal import bar
 
@@ -105,7 +193,7 @@ def progress(doing: str) -> Iterator[Callable[[Progress], object] | None]:
 
 
 def message_of(error: BaseException) -> str:
-    """Say what is wrong."""
+    """Return the text of an error for people."""
     if isinstance(error, CheckpointNotFoundError):
         return _not_found(error)
     if isinstance(error, KeyError) and error.args:
