@@ -17,7 +17,7 @@ from asyncloader._arguments import check_no_url
 from asyncloader.errors import AsyncLoaderError, CheckpointNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from asyncloader._loading.progress import Progress, Span
 
@@ -120,20 +120,18 @@ def with_texts(value: object) -> object:
 
     An id always has one, so that a program need not look; others where a double would round them.
     """
-    if isinstance(value, dict):
-        return dict(_members(value))
     if isinstance(value, list | tuple):
         return [with_texts(one) for one in value]
-    return value
-
-
-def _members(value: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    if not isinstance(value, dict):
+        return value
+    found: dict[str, object] = {}
     for key, one in value.items():
-        yield key, with_texts(one)
+        found[key] = with_texts(one)
         if _is_rounded(one) or (key == "id" and type(one) is int):
-            yield f"{key}_text", str(one)
+            found[f"{key}_text"] = str(one)
         elif isinstance(one, list | tuple) and any(map(_is_rounded, one)):
-            yield f"{key}_text", list(map(str, one))
+            found[f"{key}_text"] = list(map(str, one))
+    return found
 
 
 def _is_rounded(value: object) -> bool:
