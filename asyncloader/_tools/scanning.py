@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_ALIGNMENT = 16  # bytes: enough for every dtype
+_ALIGNMENT = 16  # bytes: a multiple of the size of every dtype's elements
 _RANGES = 3  # byte ranges that one finding names
 _WINDOW = 1 << 18  # ids looked at together: that takes a few MB besides them
 
@@ -47,7 +47,6 @@ async def scan(
     look: Callable[[int, int, memoryview], T],
     *,
     meter: Meter,
-    grain: int | None = None,
     kept: Sequence[memoryview | None] = (),
     failed: Callable[[ReadError], object] | None = None,
     executor: Executor | None = None,
@@ -56,17 +55,18 @@ async def scan(
 ) -> list[T]:
     """Read all bytes of some blocks once, and have a thread look at each piece of them.
 
+    Pieces are whole elements, and of a block that has digests whole chunks.
+
     Args:
         session: The checkpoint.
         blocks: The blocks to read.
         look: Gets the number of a block, the first byte within it, and the bytes of a piece, whose
             memory is used again afterwards.
         meter: Counts reads.
-        grain: Bytes that no piece may cut; by default the chunks of blocks that have digests.
         kept: The memory where the bytes of each block are to stay, if anywhere.
         failed: Gets the failures of reads; without it, the first one is raised as `ReadError`.
         executor: The threads that look; by default the kernel threads.
-        chunk_bytes: The most that a piece takes, unless one grain is larger; by default as the
+        chunk_bytes: The most that a piece takes, unless a chunk is larger; by default as the
             session reads.
         workers: Reads at a time; by default as the session reads.
 
@@ -74,7 +74,7 @@ async def scan(
         The results of `look`, in the order of blocks and of their bytes.
     """
     most = min(chunk_bytes or session.options.read_bytes, session.options.read_bytes)
-    plan = undisturbed(partial(_plan, blocks, grain, most))
+    plan = undisturbed(partial(_plan, blocks, most))
     [reads] = await run_jobs(session.threads.kernels, [plan])
     size = max((read.length + _ALIGNMENT * len(read.sinks) for read in reads), default=0)
     free: list[memoryview] = []  # all of one size, and used again and again
@@ -108,12 +108,12 @@ async def scan(
     return [found[at] for at in sorted(found)]
 
 
-def _plan(blocks: Sequence[Block], grain: int | None, chunk_bytes: int) -> list[Read]:
+def _plan(blocks: Sequence[Block], chunk_bytes: int) -> list[Read]:
     extents = []
     for number, block in enumerate(blocks):
         if block.nbytes:
-            fits = grain or (1 if block.digests is None else DIGEST_CHUNK)
-            extents.append(Extent(block.shard, block.offset, block.nbytes, number, 0, fits))
+            grain = _ALIGNMENT if block.digests is None else DIGEST_CHUNK
+            extents.append(Extent(block.shard, block.offset, block.nbytes, number, 0, grain))
     return plan_reads(Extents.of(extents), chunk_bytes=chunk_bytes, gap_bytes=0)
 
 

@@ -158,12 +158,9 @@ class _Showing:
         def look(_number: int, _position: int, view: memoryview) -> Statistics:
             return measure(torch.frombuffer(view, dtype=dtype))
 
-        blocks, grain = stored.blocks, dtype.itemsize
-        return combine(
-            await scan(
-                self.session, blocks, look, meter=self.meter, grain=grain, chunk_bytes=_PIECE
-            )
-        )
+        blocks, meter = stored.blocks, self.meter
+        found = await scan(self.session, blocks, look, meter=meter, chunk_bytes=_PIECE)
+        return combine(found)
 
     async def table(self, table: str) -> ShownTable:
         slots = sorted(self.manifest.catalog.tables[table], key=lambda slot: slot != ID)
@@ -245,7 +242,7 @@ async def _hits(
         rows = np.flatnonzero(np.frombuffer(view, np.int64) == id_) + position // ID_BYTES
         return [(number, row) for row in rows.tolist()]
 
-    found = await scan(session, blocks, look, meter=meter, grain=ID_BYTES)
+    found = await scan(session, blocks, look, meter=meter)
     return [hit for piece in found for hit in piece]
 
 

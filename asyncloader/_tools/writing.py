@@ -27,7 +27,7 @@ from asyncloader.errors import CheckpointError, SaveError
 from asyncloader.saver import Saver
 
 from .allocation import load_part, row_bytes
-from .content import ID_BYTES, check_room, free_memory
+from .content import check_room, free_memory
 from .scanning import scan
 from .source import lay_out
 
@@ -164,7 +164,7 @@ async def _refuse_strays(content: Content) -> None:
             return int(np.count_nonzero(outside))
 
         blocks = [manifest.block(part.place) for part in parts]
-        strays = sum(await scan(session, blocks, count, meter=Meter(0), grain=ID_BYTES))
+        strays = sum(await scan(session, blocks, count, meter=Meter(0)))
         if strays:
             problem = (
                 f"table {name!r} has {strays:,} ids outside the slices that their blocks claim, "
