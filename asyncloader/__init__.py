@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from ._table.protocol import UpdateCounts as UpdateCounts
     from ._table.schema import Slot as Slot
     from ._threads.lag import LoopLag as LoopLag
-    from ._tools.converting.convert import Conversion as Conversion
-    from ._tools.diffing.difference import Difference as Difference
-    from ._tools.folders import RunSummary as RunSummary
-    from ._tools.summary import CheckpointSummary as CheckpointSummary
-    from ._tools.verifying.findings import Verification as Verification
+    from ._tools.converting import Conversion as Conversion
+    from ._tools.difference import Difference as Difference
+    from ._tools.inspecting import CheckpointSummary as CheckpointSummary, RunSummary as RunSummary
+    from ._tools.verifying import Verification as Verification
     from .errors import (
         AsyncLoaderError as AsyncLoaderError,
         CheckpointChangedError as CheckpointChangedError,
@@ -95,11 +94,10 @@ _MODULES = {
     "_table.protocol": "UpdateCounts",
     "_table.schema": "Slot",
     "_threads.lag": "LoopLag",
-    "_tools.converting.convert": "Conversion",
-    "_tools.diffing.difference": "Difference",
-    "_tools.folders": "RunSummary",
-    "_tools.summary": "CheckpointSummary",
-    "_tools.verifying.findings": "Verification",
+    "_tools.converting": "Conversion",
+    "_tools.difference": "Difference",
+    "_tools.inspecting": "CheckpointSummary RunSummary",
+    "_tools.verifying": "Verification",
     "errors": (
         "AsyncLoaderError CheckpointChangedError CheckpointError CheckpointNotFoundError "
         "LoadTimeoutError PlanError ReadError ReadStalledError "

@@ -1,4 +1,4 @@
-"""What the command line does, for programs: look into checkpoints, compare and convert them.
+"""The commands of the command line as functions: look into checkpoints, compare, convert them.
 
 Each tool comes twice: `inspect(path)` for scripts and notebooks, `await ainspect(path)` for the
 caller's own event loop. Results are frozen dataclasses.
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
     from ._loading.progress import Progress
     from ._table.hashtable import HashTable
-    from ._tools.converting.convert import Conversion
-    from ._tools.diffing.difference import Difference
-    from ._tools.folders import RunSummary
-    from ._tools.summary import CheckpointSummary
-    from ._tools.verifying.findings import Verification
+    from ._tools.converting import Conversion
+    from ._tools.difference import Difference
+    from ._tools.inspecting import CheckpointSummary, RunSummary
+    from ._tools.verifying import Verification
 
 __all__ = [
     "aconvert",
@@ -60,7 +59,7 @@ def _blocking(call: Callable[P, Coroutine[object, object, T]]) -> Callable[P, T]
 async def ainspect(
     path: str | os.PathLike[str], *, options: ReadOptions | None = None
 ) -> CheckpointSummary | RunSummary:
-    """Say what a checkpoint holds, by its names and headers alone, whatever its size.
+    """Say what a checkpoint holds. Reads its names and headers alone.
 
     Args:
         path: A folder that RecIS or `Saver` wrote, a safetensors file, or a folder of these as
@@ -68,14 +67,14 @@ async def ainspect(
         options: How to read.
 
     Returns:
-        Tables, tensors, their sizes, whether bytes can be verified, and what is odd. Of a run
+        Tables, tensors, their sizes, whether bytes can be verified, and oddities. Of a run
         folder, the versions in it.
 
     Raises:
         CheckpointError: If there is no committed checkpoint, or it is unreadable.
         ReadError: If the storage failed.
     """
-    from ._tools.summary import look_into
+    from ._tools.inspecting import look_into
 
     return await look_into(checked_path(path, "path"), ReadOptions.of(options, {}))
 
@@ -86,19 +85,19 @@ async def averify(
     progress: Callable[[Progress], object] | bool | None = None,
     options: ReadOptions | None = None,
 ) -> Verification:
-    """Look at every byte of a checkpoint, and list all that is wrong.
+    """Look at every byte of a checkpoint, and list all problems.
 
-    Every rule of the format; whether all parts of each table are there and fit together, each id
-    comes once and lies where it should; and, where `Saver` saved digests along, whether every byte
-    is still the one that was written. Takes 8 bytes of memory an id of the largest table.
+    Checks every rule of the format; whether all parts of each table are there and fit together, and
+    each id comes once and lies in its slice; and, if `Saver` saved digests, whether every byte is
+    still the one that was written. Takes 8 bytes of memory for each id of the largest table.
 
     Args:
         path: As `inspect` takes it, but no run folder.
         progress: Called with a `Progress`, at most ten times a second; `True` shows a bar.
-        options: How to read. Digests are compared whatever `verify` says.
+        options: How to read. Digests are always compared, even if `verify` is off.
 
     Returns:
-        All problems and notes, and how much was looked at; `ok` is whether there is no problem.
+        All problems and notes, and how much was read; `ok` says whether there is no problem.
 
     Raises:
         CheckpointNotFoundError: If there is no checkpoint.
@@ -106,7 +105,7 @@ async def averify(
         ReadError: If the storage gave no answer.
         MemoryError: If the ids of a table do not fit into memory.
     """
-    from ._tools.verifying.verify import averify as run
+    from ._tools.verifying import averify as run
 
     check_progress(progress)
     how = ReadOptions.of(options, {})
@@ -122,11 +121,11 @@ async def adiff(
     progress: Callable[[Progress], object] | bool | None = None,
     options: ReadOptions | None = None,
 ) -> Difference:
-    """Say how two checkpoints differ, whatever ranks wrote them and in whatever order.
+    """Say how two checkpoints differ, also if other ranks wrote them, or in another order.
 
-    Names, shapes and dtypes that only one of them has; ids gained and lost; of each slot and tensor
-    how many rows or elements differ, and the largest change. Equal means equal to the last bit, but
-    two NaN are the same.
+    Lists names, shapes and dtypes that only one of them has; ids gained and lost; and, for each
+    slot and tensor, how many rows or elements differ, and the largest change. Equal means equal to
+    the last bit, but two NaN are the same.
 
     Args:
         a: As `inspect` takes it, but no run folder.
@@ -136,14 +135,14 @@ async def adiff(
         options: How to read.
 
     Returns:
-        The difference; `equal` is whether there is none.
+        The difference; `equal` says whether there is none.
 
     Raises:
         CheckpointError: If one of them is missing, unreadable, or contradicts itself.
         PlanError: If one of them does not fit together.
         ReadError: If the storage failed.
     """
-    from ._tools.diffing.diff import adiff as run
+    from ._tools.diffing import adiff as run
 
     check_progress(progress)
     paths = checked_path(a, "a"), checked_path(b, "b")
@@ -171,29 +170,30 @@ async def aconvert(
 
     Args:
         source: As `inspect` takes it, but no run folder.
-        destination: What to write. Until all is written, what is there stays as it is.
-        shards: Write a folder as so many ranks would; as many as wrote the source if `None`.
+        destination: The file or folder to write. An old one stays as it is until all is written.
+        shards: Write a folder as so many ranks would; `None` takes as many as wrote the source.
         slots: Keep only these slots of tables, and the ids; `None` keeps all.
-        tables: Of plain files: take these for tables. `None` takes what looks like a table and has
-            each id once.
+        tables: Names in plain files to take for tables. `None` takes those that look like a table
+            and have each id once.
         parallel: Shard files of each rank, and writes at a time.
-        overwrite: Whether to replace what is there.
+        overwrite: Whether to replace an old file or folder.
         progress: Called with a `Progress`, at most ten times a second; `True` shows a bar.
         options: How to read.
 
     Returns:
-        What was written, and what was left out.
+        The files that were written, and the rows that were left out.
 
     Raises:
         CheckpointError: If the source is missing, unreadable, or contradicts itself.
         PlanError: If it does not fit together.
         ReadError: If the storage failed.
-        SaveError: If the destination must not be written, or could not be; or a file was, but may
-            not outlive a power loss.
-        ValueError: If names cannot be told apart there, or an argument makes no sense.
+        SaveError: If the destination must not be written, or could not be; or a file was written,
+            but may not outlive a power loss.
+        ValueError: If two tensors would have the same name there, or one has a name that no tensor
+            can have; or an argument makes no sense.
         MemoryError: If there is no room.
     """
-    from ._tools.converting.convert import aconvert as run
+    from ._tools.converting import aconvert as run
 
     check_progress(progress)
     paths = checked_path(source, "source"), checked_path(destination, "destination")
@@ -239,7 +239,7 @@ async def aempty_like(
     """
     from ._tools.allocation import allocate
 
-    made = await allocate(checked_path(path, "path"), options=ReadOptions.of(options, {}))
+    made = await allocate(checked_path(path, "path"), ReadOptions.of(options, {}))
     return made.tables, made.tensors
 
 

@@ -28,10 +28,10 @@ from asyncloader import (
     aconvert,
 )
 from asyncloader._loading.runtime import open_session
-from asyncloader._tools.converting.file import write_file
-from asyncloader._tools.converting.source import read_source
-from asyncloader._tools.verifying.verify import averify
+from asyncloader._tools.source import read_source
+from asyncloader._tools.writing import write_file
 from asyncloader.cli._app import run as command
+from asyncloader.tools import averify
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, run, save
 from tests.forks import Forked
 from tests.oracle import Block as RawBlock
@@ -644,15 +644,9 @@ async def test_a_source_that_changes_once_its_headers_are_known_is_an_error(
             shard.unlink()
         if becomes == "a link":
             shard.symlink_to(newer)
+        target = tmp_path / "b.safetensors"
         with pytest.raises(CheckpointChangedError, match="was replaced, removed or written to"):
-            await write_file(
-                session,
-                content,
-                tmp_path / "b.safetensors",
-                parallel=2,
-                overwrite=False,
-                progress=None,
-            )
+            await write_file(content, target, parallel=2, overwrite=False, progress=None)
     assert sorted(os.listdir(tmp_path)) == ["a", "next"]  # noqa: PTH208
 
 

@@ -20,8 +20,7 @@ from asyncloader import (
     Progress,
     adiff,
 )
-from asyncloader._tools.diffing.comparison import compare
-from asyncloader._tools.diffing.difference import Change, Kind, Names
+from asyncloader._tools.difference import Change, Kind, Names, compare
 from asyncloader.cli._app import run as command
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
 from tests.oracle import (

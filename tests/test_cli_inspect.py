@@ -18,11 +18,16 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointNotFoundError, __version__, ainspect
-from asyncloader._tools.folders import RunSummary, VersionSummary
-from asyncloader._tools.summary import CheckpointSummary, TableSummary, TensorSummary
+from asyncloader._tools.inspecting import (
+    CheckpointSummary,
+    RunSummary,
+    TableSummary,
+    TensorSummary,
+    VersionSummary,
+)
 from asyncloader.cli._app import run as run_here
-from asyncloader.cli._inspect_view import checkpoint_view, run_view
-from asyncloader.cli._output import print_json
+from asyncloader.cli._common import print_json
+from asyncloader.cli._content_views import checkpoint_view, run_view
 from asyncloader.cli._terminal import escaped, middle_cut, shown
 from tests.checkpoints import GENUINE, save
 from tests.oracle import (

@@ -23,9 +23,9 @@ from asyncloader._loading.progress import Span
 from asyncloader._tools.allocation import allocate
 from asyncloader._tools.content import check_room
 from asyncloader.cli._app import run as run_here
-from asyncloader.cli._load import Loaded, load_all
+from asyncloader.cli._common import trace_of
+from asyncloader.cli._moving import Loaded, load_all
 from asyncloader.cli._terminal import bar
-from asyncloader.cli._trace_file import trace_of
 from tests.checkpoints import GENUINE, LIMITS, save
 from tests.forks import Forked, python
 from tests.oracle import (
@@ -113,8 +113,8 @@ async def test_what_is_no_table_is_an_error(
 
 async def test_kernels_are_timed_where_there_are_tables(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "any.safetensors")
-    assert (await allocate(str(tmp_path / "any.safetensors"))).kernels_seconds == 0
-    assert (await allocate(str(GENUINE / "optim_slots"))).kernels_seconds > 0
+    assert (await allocate(str(tmp_path / "any.safetensors"), LIMITS)).kernels_seconds == 0
+    assert (await allocate(str(GENUINE / "optim_slots"), LIMITS)).kernels_seconds > 0
 
 
 def test_what_does_not_fit_into_memory_is_refused() -> None:

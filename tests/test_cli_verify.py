@@ -18,8 +18,9 @@ from asyncloader._loading.session import Session
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.jobs import ByteBudget
 from asyncloader._threads.pool import Threads
-from asyncloader._tools.verifying.verify import averify, verify_session
+from asyncloader._tools.verifying import verify_session
 from asyncloader.cli._app import run as command
+from asyncloader.tools import averify
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, flip, run, save
 from tests.oracle import (
     TableData,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from asyncloader._tools.verifying.findings import Verification
+    from asyncloader._tools.verifying import Verification
     from tests.oracle import Block
 
 NO_DIGESTS = "no digests: bytes cannot be verified, only the structure"
@@ -713,7 +714,7 @@ async def test_wherever_reading_fails_the_rest_is_looked_at(tmp_path: Path) -> N
 def test_names_and_headers_are_looked_at_without_torch_and_numba() -> None:
     """Importing them takes longer than looking at names and headers does."""
     code = (
-        "import sys, asyncloader._tools.verifying.structure; "
+        "import sys, asyncloader._tools.structure; "
         "sys.exit(bool({'torch', 'numba'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -27,8 +27,8 @@ from asyncloader import (
     latest,
     load_tensors,
 )
-from asyncloader._tools.verifying.verify import averify
 from asyncloader.runs import versions
+from asyncloader.tools import averify
 from tests.checkpoints import LIMITS
 from tests.hostile import untouched
 from tests.oracle import edit_json, write_checkpoint

@@ -34,7 +34,7 @@ from asyncloader import (
 )
 from asyncloader._memory.allowance import processors
 from asyncloader._serving.model import row_bytes
-from asyncloader._tools.verifying.verify import averify
+from asyncloader.tools import averify
 from tests.checkpoints import LIMITS
 from tests.folders import content
 from tests.mounts import make_read_only, resize, small_disk, used

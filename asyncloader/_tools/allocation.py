@@ -1,4 +1,4 @@
-"""Makes tables and tensors for what a checkpoint holds, and fills them."""
+"""Makes tables and tensors of the kinds that a checkpoint holds, and fills them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -16,6 +16,7 @@ from asyncloader._checkpoint.slices import gen_slice
 from asyncloader._loading.checks import describe_tables
 from asyncloader._loading.destinations import describe_tensors
 from asyncloader._loading.load import Load
+from asyncloader._loading.progress import Meter
 from asyncloader._loading.reading import has_dtype, torch_dtype
 from asyncloader._loading.runtime import open_session
 from asyncloader._loading.session import Verifier
@@ -27,29 +28,30 @@ from asyncloader._planning.targets import Targets, can_cast
 from asyncloader._table.hashtable import HashTable
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
-from asyncloader.options import ReadOptions
 
-from .content import EMBEDDING, check_room, check_rows, free_memory, read_content
+from .content import EMBEDDING, ID_BYTES, check_room, check_rows, free_memory, read_content
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from asyncloader._checkpoint.manifest import Stored
     from asyncloader._checkpoint.slices import Slice
     from asyncloader._loading.destinations import Destinations
-    from asyncloader._loading.progress import Meter
-    from asyncloader._loading.session import Session
+    from asyncloader._loading.progress import Stages
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._planning.targets import LoadInfo
     from asyncloader._table.protocol import UpdateCounts
+    from asyncloader.options import ReadOptions
 
     from .content import Content
 
 
-# What a table takes an id beyond its rows: the id, and its place in the index.
-_ID_BYTES = 8 + 16
+_INDEX_BYTES = 16  # that an id takes in a table's index
+
+# By table: the ids to take, and the slots.
+Wanted: TypeAlias = "Mapping[str, tuple[Slice, Mapping[str, Stored]]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,24 +60,18 @@ class Allocated:
 
     tables: dict[str, HashTable]
     tensors: dict[str, Tensor]
-
-    lacking: Mapping[str, str]
-    """Tensors that are left out, as torch lacks their dtype, and that dtype."""
-
-    kernels_seconds: float
-    """It took to load the compiled kernels, or to compile them, if there are tables."""
+    lacking: Mapping[str, str]  # tensors that are left out, and their dtype, which torch lacks
+    kernels_seconds: float  # to load the compiled kernels, or to compile them, if there are tables
 
 
-async def allocate(
-    path: str, *, options: ReadOptions | None = None, floats: str | None = None
-) -> Allocated:
+async def allocate(path: str, options: ReadOptions, *, floats: str | None = None) -> Allocated:
     """Read names and headers, and make empty tables and zero tensors that take all of it.
 
     Each table on disk becomes a table of its own, also where several are children of one. With
     `floats`, a dtype as torch spells it, all floats become of that dtype. Raises the errors of
     `asyncloader.tools.empty_like`.
     """
-    async with open_session(path, options or ReadOptions()) as session:
+    async with open_session(path, options) as session:
         content = await read_content(session)
         # Off the loop: the first table imports, or even compiles, the kernels.
         make = partial(_allocate, content, floats)
@@ -86,102 +82,100 @@ async def allocate(
 def _allocate(content: Content, floats: str | None) -> Allocated:
     where = content.location
     known = {name: one for name, one in content.tensors.items() if has_dtype(one.dtype)}
-    tensors = {name: _cast(one, floats) for name, one in known.items()}
-    slots = {
-        name: {slot: _cast(one, floats) for slot, one in table.slots.items()}
+    tensors = _cast_all(known, floats)
+    wanted = {
+        name: (gen_slice(0, 1, table.slice_size), _cast_all(table.slots, floats))
         for name, table in content.tables.items()
     }
-    for name, of_table in slots.items():
-        if EMBEDDING not in of_table:
+    for name, (_, slots) in wanted.items():
+        if EMBEDDING not in slots:
             problem = f"table {name!r} has no slot {EMBEDDING!r}, so no table can be made for it"
             raise CheckpointError(where, problem)
-    rows = sum(one.memory for of_table in slots.values() for one in of_table.values())
-    ids = sum(table.ids.memory for table in content.tables.values())
-    dense = sum(one.memory for one in tensors.values())
-    check_room(where, rows + ids + dense, free_memory())
+    taken = [one for _, slots in wanted.values() for one in slots.values()]
+    taken += [*(table.ids for table in content.tables.values()), *tensors.values()]
+    check_room(where, sum(one.memory for one in taken), free_memory())
     begin = time.perf_counter()
-    if slots:
+    if wanted:
         HashTable([1])  # the first one imports the kernels
     return Allocated(
-        kernels_seconds=time.perf_counter() - begin if slots else 0.0,
-        tables={
-            name: make_table(where, name, slots[name], gen_slice(0, 1, table.slice_size))
-            for name, table in content.tables.items()
-        },
-        tensors=make_tensors(where, tensors),
+        kernels_seconds=time.perf_counter() - begin if wanted else 0.0,
+        tables=_make_tables(where, wanted),
+        tensors=_make_tensors(where, tensors),
         lacking={n: one.dtype.name for n, one in content.tensors.items() if n not in known},
     )
 
 
-def _cast(stored: Stored, floats: str | None) -> Stored:
-    """Return what is stored as if it were of the dtype that is wanted."""
-    if floats is None or not can_cast(stored.dtype, BY_TORCH[floats], "any"):
-        return stored
-    return replace(stored, dtype=BY_TORCH[floats])
+def _cast_all(stored: Mapping[str, Stored], floats: str | None) -> dict[str, Stored]:
+    """Return stored tensors as if floats were of the dtype that is wanted."""
+    return {
+        name: one
+        if floats is None or not can_cast(one.dtype, BY_TORCH[floats], "any")
+        else replace(one, dtype=BY_TORCH[floats])
+        for name, one in stored.items()
+    }
 
 
-def make_table(location: str, name: str, slots: Mapping[str, Stored], part: Slice) -> HashTable:
-    """Make an empty table for the ids of a slice; belongs on a thread.
+def _make_tables(location: str, wanted: Wanted) -> dict[str, HashTable]:
+    return {name: _make_table(location, name, *one) for name, one in wanted.items()}
+
+
+def _make_table(location: str, name: str, part: Slice, slots: Mapping[str, Stored]) -> HashTable:
+    """Make an empty table; belongs on a thread.
 
     Without embeddings among its slots, the table has some all the same, of one byte, which mean
-    nothing.
-
-    Raises:
-        CheckpointError: If torch has no such dtype, or there are no rows.
+    nothing. Raises `CheckpointError` if torch has no such dtype, or there are no rows.
     """
     for stored in slots.values():
         check_rows(location, stored)
+    shape: Sequence[int] = [1]
+    dtype = torch.uint8
     if EMBEDDING in slots:
-        stored = slots[EMBEDDING]
-        dtype = torch_dtype(location, stored)
-        table = HashTable(stored.shape[1:], dtype=dtype, slice=part, name=name)
-    else:
-        table = HashTable([1], dtype=torch.uint8, slice=part, name=name)
+        shape, dtype = slots[EMBEDDING].shape[1:], torch_dtype(location, slots[EMBEDDING])
+    table = HashTable(shape, dtype=dtype, slice=part, name=name)
     for slot, stored in slots.items():
         if slot != EMBEDDING:
             table.add_slot(slot, stored.shape[1:], torch_dtype(location, stored))
     return table
 
 
-def make_tensors(location: str, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """Make tensors of zeros.
-
-    Raises:
-        CheckpointError: If torch has no such dtype.
-    """
+def _make_tensors(location: str, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     return {name: zeros(one.shape, torch_dtype(location, one)) for name, one in stored.items()}
 
 
 def row_bytes(slots: Mapping[str, Stored]) -> int:
     """Return about how many bytes a table takes an id; of dtypes that torch has."""
-    return _ID_BYTES + sum(
+    return (ID_BYTES + _INDEX_BYTES) + sum(
         math.prod(stored.shape[1:]) * (stored.dtype.itemsize or 0) for stored in slots.values()
     )
 
 
-async def fill(
-    session: Session,
-    content: Content,
-    tables: Mapping[str, HashTable],
-    slots: Mapping[str, Mapping[str, Stored]],
-    *,
-    tensors: Mapping[str, Tensor],
-    meter: Meter,
-) -> dict[str, UpdateCounts]:
-    """Fill tables and tensors from what is stored under the same names; return counts by table.
+@dataclass(frozen=True, slots=True)
+class LoadedPart:
+    """Tables and tensors that were filled."""
 
-    Where there are digests every byte is verified: what is read is widened to whole chunks, which
-    costs little, as rows that are saved with digests are sorted. Of a table, `slots` are loaded,
-    and the ids.
+    tables: Mapping[str, HashTable]
+    tensors: Mapping[str, Tensor]
+    counts: Mapping[str, UpdateCounts]  # by table
+    verified: int  # bytes that were compared with digests
 
-    Raises:
-        PlanError: If something does not fit together.
-        CheckpointError: If bytes are not those that were written.
-        ReadError: If the storage failed.
-        MemoryError: If there is no room.
+
+async def load_part(
+    content: Content, wanted: Wanted, dense: Mapping[str, Stored], stages: Stages
+) -> LoadedPart:
+    """Load parts of tables, and dense tensors, as one of `stages`.
+
+    Where there are digests every byte is verified: reads are widened to whole chunks, which costs
+    little, as rows that are saved with digests are sorted. Raises the errors of
+    `asyncloader.tools.convert`.
     """
-    info: LoadInfo = {name: {name: [ID, *slots[name]]} for name in tables}
-    info |= {name: {name: []} for name in tensors}
+    info: LoadInfo = {name: {name: [ID, *slots]} for name, (_, slots) in wanted.items()}
+    info |= {name: {name: []} for name in dense}
+    session = content.session
+    kernels = session.threads.kernels
+
+    def make() -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+        where = content.location
+        return _make_tables(where, wanted), _make_tensors(where, dense)
 
     def decide() -> tuple[LoadPlan, Destinations]:
         into = describe_tensors(tensors)
@@ -189,7 +183,11 @@ async def fill(
         choice = choose(content.manifest.catalog, info, targets)
         return plan_load(content.manifest, choice, strict=True), into
 
-    [(plan, into)] = await run_jobs(session.threads.kernels, [decide])
-    meter.total = plan.nbytes
+    [(tables, tensors)] = await run_jobs(kernels, [make])
+    [(plan, into)] = await run_jobs(kernels, [decide])
+    meter = Meter(plan.nbytes, stages.tell)
     verifier = Verifier(session.location, widen=True)
-    return await complete(Load(session, plan, into, tables, meter=meter, verifier=verifier))
+    load = Load(session, plan, into, tables, meter=meter, verifier=verifier)
+    counts = await complete(load)
+    stages.next()
+    return LoadedPart(tables, tensors, counts, meter.verified)

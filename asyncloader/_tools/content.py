@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by names and headers: its tables and its tensors. Needs no torch."""
+"""The tables and tensors of a checkpoint, by its names and headers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID, table_problems
 from asyncloader._checkpoint.problems import Problems
 from asyncloader._display import size_text
-from asyncloader._memory.allowance import address_space
-from asyncloader._memory.allowance import free_memory as _free_memory
+from asyncloader._memory import allowance
 from asyncloader._planning.choice import hint_for
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 
 EMBEDDING = "embedding"
+ID_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +32,16 @@ class StoredTable:
     """A table on disk."""
 
     slice_size: int
-    ranks: int
-    """How many wrote it."""
-
+    ranks: int  # that wrote it
     ids: Stored
-    slots: Mapping[str, Stored]
-    """All but the ids."""
+    slots: Mapping[str, Stored]  # all but the ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """All that a checkpoint holds."""
+    """All that a checkpoint holds, which is open."""
 
+    session: Session
     manifest: Manifest
     tables: Mapping[str, StoredTable]
     tensors: Mapping[str, Stored]
@@ -62,31 +60,26 @@ class Content:
 
 
 async def read_headers(session: Session) -> Manifest:
-    """Read all names and headers.
-
-    Raises:
-        CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
-        ReadError: If the storage failed.
-    """
+    """Read all names and headers; raise `CheckpointError` or `ReadError` if that fails."""
     catalog = await session.catalog()
     return await session.manifest(catalog, shards_of(catalog))
 
 
 async def read_content(session: Session) -> Content:
-    """Read all names and headers, and say what they describe; raises what `read_headers` does."""
+    """Read all names and headers, and say what they describe; raise what `read_headers` does."""
     manifest = await read_headers(session)
-    [content] = await run_jobs(session.threads.kernels, [lambda: describe(manifest)])
+    [content] = await run_jobs(session.threads.kernels, [lambda: describe(session, manifest)])
     return content
 
 
-def describe(manifest: Manifest) -> Content:
-    """Return what is held by a checkpoint of which all headers are known.
+def describe(session: Session, manifest: Manifest) -> Content:
+    """Return the content of a checkpoint of which all headers are known.
 
-    Raises:
-        CheckpointError: If a table has no ids, or blocks are of different kinds of rows.
+    Raises `CheckpointError` if a table has no ids, or blocks are of different kinds of rows.
     """
     catalog = manifest.catalog
     return Content(
+        session=session,
         manifest=manifest,
         tables={name: _table(manifest, name) for name in catalog.tables},
         tensors={name: stored_tensor(manifest, name) for name in catalog.tensors},
@@ -94,11 +87,7 @@ def describe(manifest: Manifest) -> Content:
 
 
 def check_tables(manifest: Manifest) -> None:
-    """See that the parts of each table fit together, as a load does before it reads them.
-
-    Raises:
-        CheckpointError: If they do not.
-    """
+    """Raise `CheckpointError` if the parts of a table do not fit together, as a load does."""
     for name, slots in manifest.catalog.tables.items():
         blocks = {
             slot: {part.slice: manifest.block(part.place) for part in parts}
@@ -112,12 +101,8 @@ def _table(manifest: Manifest, name: str) -> StoredTable:
     if ID not in parts:
         Problems(manifest.location).take(table_problems(name, parts, {}))
     slots = {slot: stored_slot(manifest, name, slot) for slot in parts}
-    return StoredTable(
-        slice_size=parts[ID][0].slice.size,
-        ranks=len(parts[ID]),
-        ids=slots.pop(ID),
-        slots=slots,
-    )
+    slice_size = parts[ID][0].slice.size
+    return StoredTable(slice_size=slice_size, ranks=len(parts[ID]), ids=slots.pop(ID), slots=slots)
 
 
 def shards_of(catalog: Catalog) -> list[str]:
@@ -128,7 +113,7 @@ def shards_of(catalog: Catalog) -> list[str]:
 
 
 def stored_slot(manifest: Manifest, table: str, slot: str) -> Stored:
-    """Return what is stored of a slot, also where a dense tensor is called `table@slot`.
+    """Return the rows of a slot on disk, also where a dense tensor is called `table@slot`.
 
     Raises:
         CheckpointError: If its blocks do not fit together, or a shard lacks one.
@@ -138,11 +123,7 @@ def stored_slot(manifest: Manifest, table: str, slot: str) -> Stored:
 
 
 def find_table(location: str, catalog: Catalog, name: str) -> tuple[str, str | None]:
-    """Return the table, and the slot, that go by a name; all of a table has no slot.
-
-    Raises:
-        KeyError: If there is nothing.
-    """
+    """Return the table, and the slot, of a name, or raise `KeyError`; a table alone has no slot."""
     table, at, slot = name.rpartition("@")
     if at and slot in catalog.tables.get(table, {}):
         return table, slot
@@ -158,26 +139,18 @@ def find_table(location: str, catalog: Catalog, name: str) -> tuple[str, str | N
 
 
 def check_rows(location: str, stored: Stored) -> None:
-    """Refuse rows that no table can hold.
-
-    Raises:
-        CheckpointError: If they are such rows.
-    """
+    """Raise `CheckpointError` for rows that no table can hold."""
     if not stored.shape or 0 in stored.shape[1:]:
         problem = f"{stored.name!r} has the shape {list(stored.shape)}: these are no rows"
         raise CheckpointError(location, problem)
 
 
 def check_room(what: str, nbytes: int, free: int | None) -> None:
-    """Refuse what certainly does not fit: the system says yes to everything, and kills later.
-
-    Raises:
-        MemoryError: If it does not fit.
-    """
+    """Raise `MemoryError` if the bytes do not fit: the system says yes to all, and kills later."""
     if free is not None and nbytes > free:
         raise MemoryError(f"{what} takes {size_text(nbytes)}, {size_text(free)} are free")
 
 
 def free_memory() -> int | None:
     """Return the bytes that this process can still get, swap included; `None` if unknown."""
-    return _free_memory(address_space=address_space())
+    return allowance.free_memory(address_space=allowance.address_space())

@@ -1,4 +1,4 @@
-"""What is shown of values: the first rows, which JSON can hold, and what all of them are like."""
+"""The first rows of a tensor, which JSON can hold, and the statistics of all its values."""
 
 from __future__ import annotations
 
@@ -22,51 +22,36 @@ if TYPE_CHECKING:
     from asyncloader._loading.session import Session
 
 
+# A number; where JSON has none (NaN, infinities, complex numbers, raw bits) its text.
 Value: TypeAlias = "bool | int | float | str"
-"""A number; where JSON has none (NaN, infinities, complex numbers, raw bits) its text."""
 
-_MOST = 4096
-"""Values of one row."""
-
-# Bytes of an element; what claims more is none that is known.
-_WIDEST = 64
+_MOST = 4096  # values of one row
+_WIDEST = 64  # bytes of an element: no known dtype has more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One row, its values in one dimension."""
 
-    number: int
-    """Counted over all parts."""
-
-    id: int | None
-    """In a table."""
-
+    number: int  # counted over all parts
+    id: int | None  # in a table
     values: tuple[Value, ...]
-
-    omitted: int
-    """Values after these."""
+    omitted: int  # values after these
 
 
 async def read_rows(
     session: Session, stored: Stored, rows: range, *, ids: Sequence[int]
 ) -> tuple[Row, ...]:
-    """Read some rows, of each no more than some thousand values; none of what is no whole bytes.
+    """Read some rows, of each no more than some thousand values.
 
-    Args:
-        session: The checkpoint.
-        stored: The tensor; a scalar is a row of one value.
-        rows: Their numbers.
-        ids: Of these rows, as far as they have any.
-
-    Raises:
-        ReadError: If the storage failed.
+    A scalar is a row of one value. If an element takes no whole number of bytes, there are no rows.
+    `ids` are the ids of the rows, as far as they have any.
     """
     if flat(stored).rows != math.prod(stored.shape):
         return ()
     width = math.prod(stored.shape[1:])
     taken = min(width, _MOST)
-    texts = values_of if has_numbers(stored.dtype) else bits_of
+    texts = values_of if has_numbers(stored.dtype) else _bits_of
     if taken == width:
         whole = await read_elements(session, stored, rows.start * width, rows.stop * width)
         found = list(whole.view(len(rows), width, *whole.shape[1:]))
@@ -106,11 +91,7 @@ def flat(stored: Stored) -> Stored:
 
 
 async def read_elements(session: Session, stored: Stored, begin: int, end: int) -> Tensor:
-    """Read the elements `[begin, end)`, counted over all rows, in one dimension; see `flat`.
-
-    Raises:
-        ReadError: If the storage failed.
-    """
+    """Read the elements `[begin, end)`, counted over all rows, in one dimension; see `flat`."""
     window = flat(stored).window(begin, end)
     return (await read_stored(session, [window]))[stored.name]
 
@@ -121,21 +102,17 @@ def values_of(tensor: Tensor) -> tuple[Value, ...]:
     if flat.is_floating_point():
         flat = flat.double()  # not every small dtype has a `tolist`
     values: Iterable[bool | float | complex] = flat.tolist()
-    return tuple(_value(value) for value in values)
-
-
-def bits_of(elements: Tensor) -> tuple[Value, ...]:
-    """Return elements, `[n, size]` bytes, as texts of their bits: `0x…`, the last byte first."""
-    size = elements.shape[1]
     return tuple(
-        f"0x{int.from_bytes(bytes(one), 'little'):0{2 * size}x}" for one in elements.tolist()
+        str(one) if isinstance(one, complex) or not math.isfinite(one) else one for one in values
     )
 
 
-def _value(value: bool | complex) -> Value:  # noqa: FBT001  # no flag: it is shown
-    if isinstance(value, complex) or not math.isfinite(value):
-        return str(value)
-    return value
+def _bits_of(elements: Tensor) -> tuple[Value, ...]:
+    """Return elements, `[n, size]` bytes, as texts of their bits: `0x…`, the last byte first."""
+    digits = 2 * elements.shape[1]
+    return tuple(
+        f"0x{int.from_bytes(bytes(one), 'little'):0{digits}x}" for one in elements.tolist()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +122,7 @@ class Statistics:
     min: float | None
     max: float | None
     mean: float | None
-
-    std: float | None
-    """Divided by their number, not by one less."""
-
+    std: float | None  # divided by their number, not by one less
     count: int
     zeros: int
     nans: int
@@ -160,10 +134,8 @@ class Statistics:
         return self.count - self.nans - self.infinities
 
 
-def measure(values: Tensor) -> Statistics | None:
-    """Measure some values; `None` if they are complex, which have no order."""
-    if values.is_complex():
-        return None
+def measure(values: Tensor) -> Statistics:
+    """Measure some values, which are not complex."""
     array = _as_array(values)
     finite, nans = array, 0
     if array.dtype.kind == "f":
@@ -175,7 +147,9 @@ def measure(values: Tensor) -> Statistics | None:
     if finite.size:
         low, high = finite.min().item(), finite.max().item()
         with np.errstate(over="ignore", invalid="ignore"):  # squares of numbers near the largest
-            mean = _mean(finite)
+            mean = float(finite.mean(dtype=np.float64))
+            if not math.isfinite(mean):  # the sum is infinite, the sum of the shares is not
+                mean = float((finite / float(finite.size)).sum())
             distances = np.subtract(finite, mean, dtype=np.float64)
             std = math.sqrt(float(np.dot(distances, distances)) / finite.size)
     return Statistics(
@@ -190,12 +164,6 @@ def measure(values: Tensor) -> Statistics | None:
     )
 
 
-def _mean(finite: NDArray[Any]) -> float:
-    mean = float(finite.mean(dtype=np.float64))
-    # The sum of numbers near the largest is infinite, that of their shares is not.
-    return mean if math.isfinite(mean) else float((finite / float(finite.size)).sum())
-
-
 def _as_array(values: Tensor) -> NDArray[Any]:
     """Return the values in one dimension, of a dtype that numpy knows."""
     flat = values.reshape(-1)
@@ -206,7 +174,7 @@ def _as_array(values: Tensor) -> NDArray[Any]:
 
 
 def combine(parts: Sequence[Statistics]) -> Statistics:
-    """Sum up all values from what was measured of some at a time."""
+    """Return the statistics of all values, given those of some at a time."""
     number, mean, squares = 0, 0.0, 0.0
     for part in parts:  # Chan, Golub, LeVeque: no difference of large sums
         if part.mean is None or part.std is None:

@@ -1,4 +1,4 @@
-"""The commands, and what becomes of their failures."""
+"""The commands, and the exit codes of their failures."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ import typer
 
 from asyncloader import __version__
 
-from . import _convert, _diff, _inspect, _load, _show, _verify
-from ._options import examples
-from ._output import EXPECTED, drop_output, message_of, prepare, print_json
+from . import _looking, _moving
+from ._common import EXPECTED, drop_output, examples, message_of, prepare, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _FAILED = 2
 _INTERRUPTED = 130
+# The program that read our output has gone: the code of a program that this signal has ended.
 _PIPE_CLOSED = 141
-"""The program that read our output has gone: the code of a program that this signal has ended."""
-
 
 app = typer.Typer(
     name="asyncloader",
@@ -55,8 +53,8 @@ def _asyncloader(
 
     A checkpoint is a folder of safetensors files that RecIS, a trainer of such models, or
     asyncloader itself has written. It holds dense tensors, each under its name, and hash tables:
-    ids (of users, items, words) with a row of numbers for each, its embedding, and what the
-    optimizer keeps for it. Plain .safetensors files, which hold tensors only, will do too.
+    ids (of users, items, words), each with a row of numbers, its embedding, and with the
+    optimizer's state. Plain .safetensors files, which hold tensors only, can be read, too.
     """
     if version:
         typer.echo(f"asyncloader {__version__}")
@@ -66,12 +64,12 @@ def _asyncloader(
         raise typer.Exit
 
 
-app.command(epilog=_inspect.EPILOG)(_inspect.inspect)
-app.command("show", epilog=_show.EPILOG)(_show.show_one)
-app.command("load", epilog=_load.EPILOG)(_load.load)
-app.command("verify", epilog=_verify.EPILOG)(_verify.verify)
-app.command("diff", epilog=_diff.EPILOG)(_diff.diff)
-app.command("convert", epilog=_convert.EPILOG)(_convert.convert)
+app.command("inspect", epilog=_looking.INSPECT_EPILOG)(_looking.inspect)
+app.command("show", epilog=_looking.SHOW_EPILOG)(_looking.show_one)
+app.command("load", epilog=_moving.LOAD_EPILOG)(_moving.load)
+app.command("verify", epilog=_looking.VERIFY_EPILOG)(_looking.verify)
+app.command("diff", epilog=_looking.DIFF_EPILOG)(_looking.diff)
+app.command("convert", epilog=_moving.CONVERT_EPILOG)(_moving.convert)
 
 
 def main() -> None:
@@ -103,8 +101,8 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
         return _fail(error, message_of(error), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
-    except Exception as error:  # noqa: BLE001  # whatever it is, 1 would be an answer
-        # What is wrong with the arguments. Its class has moved between typer's releases.
+    except Exception as error:  # noqa: BLE001  # exit code 1 would be an answer
+        # An error in the arguments. Its class has moved between typer's releases.
         describe = getattr(error, "format_message", None)
         if describe is not None:
             return _fail(error, describe(), as_json=as_json)
@@ -115,7 +113,7 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
 
 
 def _fail(error: Exception, message: str, *, as_json: bool) -> int:
-    """Say what went wrong, on stderr, and in the JSON document of a program; return the code."""
+    """Tell of a failure on stderr, and in a JSON document; return the exit code."""
     from ._terminal import complain
 
     try:

@@ -1,9 +1,9 @@
-"""What commands draw with: a console that obeys nothing in a name, names, numbers, grids."""
+"""Draws results: a console that obeys no part of a name; names, numbers, facts, grids."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from rich import box
 from rich.cells import cell_len
@@ -28,20 +28,15 @@ if TYPE_CHECKING:
     Listener: TypeAlias = Callable[[Progress], object]
     Fact: TypeAlias = tuple[str, RenderableType]
 
-# A pipe has no width: nothing is cut.
-_UNLIMITED = 1 << 14
+T = TypeVar("T")
+
+_UNLIMITED = 1 << 14  # a pipe has no width: nothing is cut
 _DOTS = "…"
-_SHORTEST = 16
-"""Cells that a name keeps however narrow the terminal is."""
-
-_MOMENT = 0.3
-"""Seconds."""
-
-_NAME = 24
-"""Cells of the name beside a bar."""
-
+_SHORTEST = 16  # cells that a name keeps however narrow the terminal is
+_MOMENT = 0.3  # seconds
+_NAME = 24  # cells of the name beside a bar
 _CELL = 10
-_GAP = 1
+SHOWN = 20  # lines of a list, unless all are wanted
 # A line below the titles, and no room between columns but their padding.
 _UNDERLINED = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
 
@@ -60,12 +55,7 @@ def console(*, stderr: bool = False, markup: bool = False) -> Console:
 
 
 def show(result: RenderableType, *, markup: bool = False) -> None:
-    """Print a result.
-
-    Args:
-        result: What rich can render.
-        markup: Whether plain `str` within it are rich markup; names must not be such `str` then.
-    """
+    """Print a result; with `markup`, plain `str` in it are rich markup, and must not be names."""
     console(markup=markup).print(result)
 
 
@@ -78,11 +68,9 @@ def complain(message: str) -> None:
 
 
 def bar(doing: str, out: Console | None = None) -> AbstractContextManager[Listener]:
-    """Return a bar that shows itself if the block takes longer than a moment.
+    """Return a bar on stderr, or `out`, that shows itself if the block takes longer than a moment.
 
-    Args:
-        doing: What is shown where there is no name.
-        out: Where to; by default stderr.
+    It says `doing` where there is no name.
     """
     return progress_bar(
         doing,
@@ -93,7 +81,7 @@ def bar(doing: str, out: Console | None = None) -> AbstractContextManager[Listen
 
 
 def shown(name: str) -> str:
-    """Return a name with what cannot be seen escaped; in quotes where its ends would be lost."""
+    """Return a name with invisible characters escaped; in quotes if its ends are spaces."""
     text = escaped(name)
     return text if text and text == text.strip() else f'"{text}"'
 
@@ -127,13 +115,7 @@ def _ending(text: str, width: int) -> str:
 
 
 class Name:
-    """A name in a cell of a rich table: one line, as wide as there is room.
-
-    Args:
-        name: As it stands in the checkpoint.
-        style: Rich's.
-        indent: Cells before it.
-    """
+    """A name in a cell of a rich table: one line, as wide as there is room."""
 
     def __init__(self, name: str, style: str = "", *, indent: int = 0) -> None:
         self._text = shown(name)
@@ -141,12 +123,10 @@ class Name:
         self._indent = indent
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        """Say how much room it takes: at least some, at best all."""
         width = self._indent + cell_len(self._text)
         return Measurement(min(width, _SHORTEST), width).with_maximum(options.max_width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield one line."""
         text = middle_cut(self._text, max(options.max_width - self._indent, 1))
         yield Text(" " * self._indent + text, self._style, no_wrap=True)
 
@@ -155,44 +135,40 @@ class Numbers:
     """Numbers below each other in columns, as many as there is room for.
 
     Args:
-        values: What to show.
+        values: The numbers.
         omitted: How many more there are.
-        one_line: Whether to leave out what does not fit into one line.
+        one_line: Whether to leave out those that do not fit into one line.
     """
 
     def __init__(self, values: Sequence[Value], omitted: int = 0, *, one_line: bool) -> None:
         texts = [number_text(value) for value in values]
-        self._cell = max([_CELL - _GAP, *map(len, texts)]) + _GAP
-        self._texts = [f"{text:>{self._cell - _GAP}}" for text in texts]
+        self._cell = max([_CELL, *(len(text) + 1 for text in texts)])
+        self._texts = [f"{text:>{self._cell - 1}}" for text in texts]
         self._omitted = omitted
         self._one_line = one_line
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        """Say how much room it takes: at least one number, at best all in one line."""
         width = len(self._texts) * self._cell + len(_rest(self._omitted))
         return Measurement(min(self._cell, width), width).with_maximum(options.max_width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield lines."""
         width = options.max_width
         if self._one_line:
             yield self._line(width)
             return
         each = max(width // self._cell, 1)
         for begin in range(0, len(self._texts), each):
-            yield Text((" " * _GAP).join(self._texts[begin : begin + each]))
+            yield Text(" ".join(self._texts[begin : begin + each]))
         if self._omitted:
             yield Text(_rest(self._omitted).strip(), "dim")
 
     def _line(self, width: int) -> Text:
+        more = self._omitted + len(self._texts)
         fit = len(self._texts)
-        while fit > 1 and fit * self._cell + len(_rest(self._left_out(fit))) > width:
+        while fit > 1 and fit * self._cell + len(_rest(more - fit)) > width:
             fit -= 1
-        line = Text((" " * _GAP).join(self._texts[:fit]), no_wrap=True, overflow="ellipsis")
-        return line.append(_rest(self._left_out(fit)), "dim")
-
-    def _left_out(self, shown: int) -> int:
-        return self._omitted + len(self._texts) - shown
+        line = Text(" ".join(self._texts[:fit]), no_wrap=True, overflow="ellipsis")
+        return line.append(_rest(more - fit), "dim")
 
 
 def _rest(number: int) -> str:
@@ -212,6 +188,11 @@ def count(number: int) -> str:
 def plural(number: int, noun: str) -> str:
     """Return `1 table`, `2 tables`."""
     return f"{count(number)} {noun}{'s' * (number != 1)}"
+
+
+def holds(tables: int, ids: int, tensors: int) -> str:
+    """Return `2 tables of 5 ids, 1 tensor`."""
+    return f"{plural(tables, 'table')} of {plural(ids, 'id')}, {plural(tensors, 'tensor')}"
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -235,9 +216,19 @@ def facts(title: str | None, lines: Iterable[Fact]) -> RenderableType:
     )
 
 
-def path_line(path: str, title: str = "path") -> Fact:
-    """Return the fact where something is."""
+def path_fact(path: str, title: str = "path") -> Fact:
+    """Return the fact that a checkpoint has a path."""
     return title, Text(escaped(path), "bold", overflow="fold")
+
+
+def name_fact(title: str, name: str) -> Fact:
+    """Return the fact that a thing has a name."""
+    return title, Text(shown(name), "bold", overflow="fold")
+
+
+def odd_fact(title: str, text: str) -> Fact:
+    """Return the fact that something is odd."""
+    return title, Text(escaped(text), "yellow")
 
 
 def indented(what: RenderableType) -> RenderableType:
@@ -245,21 +236,28 @@ def indented(what: RenderableType) -> RenderableType:
     return Padding(what, (0, 2), expand=False)
 
 
-def more(number: int, most: int | None, what: str) -> list[RenderableType]:
-    """Say how many lines a list has beyond the most that are shown, if it has."""
-    if most is None or number <= most:
+def section(
+    items: Sequence[T],
+    draw: Callable[[Sequence[T]], RenderableType],
+    what: str,
+    *,
+    everything: bool,
+) -> list[RenderableType]:
+    """Draw the first of some items, unless there are none, and say how many more of `what` are."""
+    if not items:
         return []
-    return [indented(Text(f"and {count(number - most)} {what}; --all shows them", "dim italic"))]
+    most = len(items) if everything else SHOWN
+    parts: list[RenderableType] = ["", indented(draw(items[:most]))]
+    if len(items) > most:
+        text = f"and {count(len(items) - most)} {what}; --all shows them"
+        parts.append(indented(Text(text, "dim italic")))
+    return parts
 
 
 def grid_of_numbers(first: str, *others: str, left: Iterable[str] = (), gap: int = 3) -> Table:
     """Return an empty table: names in its first column, then numbers, to the right.
 
-    Args:
-        first: The title of the names.
-        others: Titles.
-        left: Those of them that are no numbers.
-        gap: Cells between columns.
+    The titles of the other columns that are no numbers are in `left`; `gap` is in cells.
     """
     table = Table(
         box=_UNDERLINED,

@@ -17,7 +17,7 @@ from asyncloader._checkpoint.problems import AllProblems
 from asyncloader._planning.choice import choose
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import TableTarget, Targets, TensorTargets
-from asyncloader._tools.verifying.structure import read_structure
+from asyncloader._tools.structure import read_structure
 from tests.support import MemoryStorage
 
 from .choices import Choices

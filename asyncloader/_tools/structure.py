@@ -1,4 +1,4 @@
-"""Looks at a checkpoint without its bytes: names, headers, tables, sidecar.
+"""Looks at a checkpoint without its bytes: names, headers, tables, sidecar. Needs no torch.
 
 The rules are those of a load. The rules here are about things that no load looks at: data that no
 load reads, and tables that load, but not as they were saved.
@@ -27,7 +27,7 @@ from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from concurrent.futures import Executor
 
     from asyncloader._checkpoint.blocks import Block
@@ -50,11 +50,9 @@ class TableIds:
     """The ids of one table, as far as they are sound."""
 
     table: str
-    parts: Mapping[Slice, Block]
-    """By the slice that the block claims, in order."""
-
+    parts: Mapping[Slice, Block]  # by the slice that the block claims, in order
+    # How the rows of a part are spread, where the sidecar says as many rows as there are.
     told: Mapping[Slice, PartRows]
-    """How the rows of a part are spread, where the sidecar says as many rows as there are."""
 
     @property
     def rows(self) -> int:
@@ -70,8 +68,7 @@ class Structure:
     headers: Mapping[str, ShardHeader]
     tensors: int
     tables: list[TableIds]
-    files: int
-    """How many there are to read."""
+    files: int  # that there are to read
 
 
 async def read_structure(
@@ -83,19 +80,10 @@ async def read_structure(
     executor: Executor,
     parallel: int,
 ) -> Structure:
-    """Read names and headers, and check that all fits together.
+    """Read names and headers, and check that all fits together; tell of all problems and oddities.
 
-    Args:
-        storage: The folder.
-        problems: Receives problems and oddities.
-        file: The one file to look at, instead of the folder that holds it.
-        there: The names of all files.
-        executor: For parsing.
-        parallel: How many headers are read at a time.
-
-    Raises:
-        CheckpointNotFoundError: If there is no checkpoint.
-        CheckpointChangedError: If it was replaced meanwhile.
+    `there` are the names of all files in the folder; `file` is the one to look at, unless all are.
+    Raises `CheckpointNotFoundError` and `CheckpointChangedError`.
     """
 
     async def names() -> list[str]:
@@ -118,10 +106,8 @@ async def read_structure(
             check = partial(check_file, problems, catalog.sidecar, DESCRIPTION, text)
             await run_jobs(executor, [check])
     for name in set(shards) - set(catalog.files):
-        odd = (
-            f"{source} does not name this file, so no load reads it; left behind by an older save?"
-        )
-        problems.note(odd, name)
+        odd = "does not name this file, so no load reads it; left behind by an older save?"
+        problems.note(f"{source} {odd}", name)
     manifest = await read_manifest(
         storage, catalog, catalog.files, parallel=parallel, executor=executor, problems=problems
     )
@@ -139,14 +125,14 @@ async def read_structure(
 
 def _check(manifest: Manifest, problems: AllProblems, *, known: bool) -> list[TableIds]:
     """Compare names, headers and the sidecar; `known` says whether names could be read."""
-    catalog, headers = manifest.catalog, manifest.headers
+    catalog = manifest.catalog
     for odd in manifest.oddities:
         problems.note(odd.text, odd.file, odd.key)
-    _note_strange_dtypes(headers, problems)
+    _note_strange_dtypes(manifest, problems)
     find = partial(_find, manifest, problems)
     found = [find(place) for place in catalog.tensors.values()]
     if catalog.recis and not problems.blames(TENSORKEY):
-        _find_parts(catalog.tensors.block_keys.values(), problems)
+        _find_parts(catalog, problems)
     tables = []
     told = _told(manifest, problems)
     for table, slots in catalog.tables.items():
@@ -166,18 +152,15 @@ def _check(manifest: Manifest, problems: AllProblems, *, known: bool) -> list[Ta
         tables.append(TableIds(table, ids, spread))
     for table in (told or {}).keys() - catalog.tables.keys():
         problems.add(f"tells of this table, which {INDEX} does not name", SIDECAR, table)
-    named = {(block.shard, block.key) for block in found if block is not None}
-    there = ((file, key) for file, header in headers.items() for key in header.blocks)
-    for file, key in there if known else ():
-        refused = problems.blames(INDEX, key) or problems.blames(TENSORKEY, key)
-        if (file, key) not in named and not refused:
-            text = f"stands in the shard, but {catalog.source} does not name it: no load reads it"
-            problems.add(text, file, key)
+    if known:
+        _find_unnamed(
+            manifest, {(one.shard, one.key) for one in found if one is not None}, problems
+        )
     return tables
 
 
-def _note_strange_dtypes(headers: Mapping[str, ShardHeader], problems: AllProblems) -> None:
-    for header in headers.values():
+def _note_strange_dtypes(manifest: Manifest, problems: AllProblems) -> None:
+    for header in manifest.headers.values():
         if any(dtype.itemsize is None for dtype, _ in header.blocks.types):
             for block in header.blocks.values():
                 if block.dtype.itemsize is None:
@@ -185,14 +168,22 @@ def _note_strange_dtypes(headers: Mapping[str, ShardHeader], problems: AllProble
                     problems.note(f"{text}, so it cannot be loaded", block.shard, block.key)
 
 
-def _find_parts(keys: Iterable[str], problems: AllProblems) -> None:
+def _find_parts(catalog: Catalog, problems: AllProblems) -> None:
     """Tell of parts of tables that are taken for tensors: a tensor's key ends in `^ `."""
-    for key in filter(_PART.fullmatch, keys):
-        text = (
-            f"looks like a rank's part of a table, but {TENSORKEY} does not say of which, so it is "
-            "taken for a dense tensor"
-        )
-        problems.add(text, INDEX, key)
+    for key in filter(_PART.fullmatch, catalog.tensors.block_keys.values()):
+        text = f"looks like a rank's part of a table, but {TENSORKEY} does not say of which, so it "
+        problems.add(f"{text}is taken for a dense tensor", INDEX, key)
+
+
+def _find_unnamed(manifest: Manifest, named: set[tuple[str, str]], problems: AllProblems) -> None:
+    """Tell of blocks, by file and key, that no name leads to."""
+    there = ((file, key) for file, header in manifest.headers.items() for key in header.blocks)
+    for file, key in there:
+        refused = problems.blames(INDEX, key) or problems.blames(TENSORKEY, key)
+        if (file, key) not in named and not refused:
+            source = manifest.catalog.source
+            text = f"stands in the shard, but {source} does not name it: no load reads it"
+            problems.add(text, file, key)
 
 
 def _find(manifest: Manifest, problems: AllProblems, place: Place) -> Block | None:

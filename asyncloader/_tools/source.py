@@ -1,4 +1,4 @@
-r"""What is converted: all of a checkpoint, and which tensors of plain files are tables.
+r"""Reads a checkpoint to convert, and decides which tensors of plain files are tables.
 
 A file that was made of a checkpoint says so itself, in its header:
 
@@ -24,30 +24,28 @@ from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.slices import DEFAULT_SLICE_SIZE, Slice
 from asyncloader._loading.reading import read_stored
+from asyncloader._saving.layout import WriteBlock, lay_out_shard
 from asyncloader._threads.jobs import run_jobs
-from asyncloader._tools.content import (
-    EMBEDDING,
-    Content,
-    check_room,
-    check_tables,
-    describe,
-    free_memory,
-    read_headers,
-)
-from asyncloader._tools.verifying.ids import count_duplicates
 from asyncloader.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+from .content import EMBEDDING, check_room, check_tables, describe, free_memory, read_headers
+from .scanning import count_duplicates
 
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from asyncloader._checkpoint.blocks import Block
     from asyncloader._checkpoint.index import Place
-    from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader._checkpoint.manifest import Manifest, Stored
     from asyncloader._loading.session import Session
+    from asyncloader._saving.layout import ShardLayout
+
+    from .content import Content
 
 
 Tables: TypeAlias = dict[str, dict[str, tuple[Part, ...]]]
 
-METADATA = "asyncloader"
+_METADATA = "asyncloader"
 _FORMAT = 1
 _IDS = "int64"
 
@@ -59,23 +57,13 @@ async def read_source(
     *,
     to_file: bool = False,
 ) -> Content:
-    """Read what a checkpoint holds.
+    """Read the content of a checkpoint; see `asyncloader.tools.convert`.
 
-    Args:
-        session: It.
-        slots: The slots to keep besides the ids; all if `None`.
-        tables: What of plain files are tables; if `None`, what looks like one and has each id once.
-        to_file: Whether it becomes a plain file, where what looks like a table may stay as it is.
-
-    Raises:
-        MemoryError: If the ids of what looks like a table do not fit.
-        CheckpointError: If it is missing, unreadable, or contradicts itself; if no table has one of
-            the slots.
-        ReadError: If the storage failed.
+    With `to_file` it becomes a plain file, where tensors that look like a table may stay tensors.
     """
     manifest = await read_headers(session)
     recis = manifest.catalog.recis
-    is_told = recis or METADATA in metadata_of(manifest)
+    is_told = recis or _METADATA in _metadata_of(manifest)
     if tables is not None and is_told:
         problem = "says itself which of its tensors are tables: leave --tables out"
         raise CheckpointError(manifest.location, problem)
@@ -86,7 +74,7 @@ async def read_source(
         known = manifest if recis else _recognized(manifest, rows)
         chosen = _with_slots(known, slots)
         check_tables(chosen)
-        return describe(chosen)
+        return describe(session, chosen)
 
     [content] = await run_jobs(session.threads.kernels, [decide])
     return content
@@ -95,24 +83,17 @@ async def read_source(
 async def _tables_of_names(
     session: Session, manifest: Manifest, wanted: Collection[str] | None
 ) -> dict[str, int]:
-    """Return the tables of plain files, and how many ids they have.
-
-    Raises:
-        CheckpointError: If one that is wanted is none.
-        MemoryError: If the ids of one do not fit.
-    """
+    """Return the tables of plain files, and how many ids they have; fail if one wanted is none."""
     likely = _likely_tables(manifest)
     unknown = sorted(set(wanted or ()) - likely.keys())
     if unknown:
         name = unknown[0]
-        problem = (
-            f"{name!r} is no table: that takes {key_of(name, ID)!r}, I64 [n], and "
-            f"{key_of(name, EMBEDDING)!r} of as many rows"
-        )
+        problem = f"{name!r} is no table: that takes {_key_of(name, ID)!r}, I64 [n], and "
+        problem += f"{_key_of(name, EMBEDDING)!r} of as many rows"
         raise CheckpointError(manifest.location, problem)
     found = {}
     for name in likely if wanted is None else wanted:
-        key = key_of(name, ID)
+        key = _key_of(name, ID)
         stored = stored_tensor(manifest, key)
         [free] = await run_jobs(session.threads.reads, [free_memory])
         what = f"{session.location}: {key!r}, to see whether an id stands twice,"
@@ -124,20 +105,19 @@ async def _tables_of_names(
         elif wanted is not None:
             problem = (
                 f"{name!r} is no table: of the {len(ids)} ids in {key!r}, {again} stand there "
-                "twice, and rows would be lost"
             )
-            raise CheckpointError(manifest.location, problem)
+            raise CheckpointError(manifest.location, problem + "twice, and rows would be lost")
     return found
 
 
 def _likely_tables(manifest: Manifest) -> dict[str, int]:
-    """Return what may be tables, going by names, dtypes and shapes, and how many ids they have."""
+    """Return the names that may be tables, by names, dtypes and shapes, and the numbers of ids."""
     places = manifest.catalog.tensors
     blocks = {name: manifest.block(place) for name, place in places.items()}
     found = {}
     for key, block in blocks.items():
         table, dot, slot = key.rpartition(".")
-        rows = blocks.get(key_of(table, EMBEDDING))
+        rows = blocks.get(_key_of(table, EMBEDDING))
         are_ids = slot == ID and block.dtype.torch == _IDS and len(block.shape) == 1
         if dot and are_ids and rows is not None and rows.shape[:1] == block.shape:
             found[table] = block.rows
@@ -161,50 +141,47 @@ def _with_slots(manifest: Manifest, wanted: Collection[str] | None) -> Manifest:
     return replace(manifest, catalog=replace(manifest.catalog, tables=kept))
 
 
-def key_of(table: str, slot: str) -> str:
+def _key_of(table: str, slot: str) -> str:
     """Return the name under which a slot of a table stands in a plain file."""
     return f"{table}.{slot}"
 
 
-def describe_tables(content: Content) -> str:
+def _describe_tables(content: Content) -> str:
     """Return the text that lets a plain file be turned back."""
     described = {
         name: {
             "slice_size": table.slice_size,
-            "slots": {slot: key_of(name, slot) for slot in (ID, *table.slots)},
+            "slots": {slot: _key_of(name, slot) for slot in (ID, *table.slots)},
         }
         for name, table in content.tables.items()
     }
     return orjson.dumps({"format": _FORMAT, "tables": described}).decode()
 
 
-def metadata_of(manifest: Manifest) -> Mapping[str, str]:
-    """Return what a single plain file says of itself besides."""
+def _metadata_of(manifest: Manifest) -> Mapping[str, str]:
+    """Return the free text of a single plain file's header."""
     header = manifest.catalog.header
     return {} if header is None else header.metadata
 
 
 def _recognized(manifest: Manifest, rows: Mapping[str, int]) -> Manifest:
-    """Return a manifest in which tables are tables.
+    """Return a manifest of plain files in which tables are tables.
 
-    Args:
-        manifest: Of plain safetensors files.
-        rows: Where no header says it, the tables that there are, and how many ids they have.
+    Where no header says it, `rows` are the tables that there are, and how many ids they have.
     """
-    text = metadata_of(manifest).get(METADATA)
+    places = manifest.catalog.tensors
+    text = _metadata_of(manifest).get(_METADATA)
     if text is not None:
         try:
-            tables = _told(text, manifest.catalog.tensors)
+            tables = _told(text, places)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            problem = f"its __metadata__ {METADATA!r} is damaged: {shown(error)}"
+            problem = f"its __metadata__ {_METADATA!r} is damaged: {shown(error)}"
             raise CheckpointError(manifest.location, problem, manifest.catalog.source) from error
     else:
         tables = _of_names(manifest, rows)
     taken = {part.place for slots in tables.values() for (part,) in slots.values()}
-    plain = {name: p for name, p in manifest.catalog.tensors.items() if p not in taken}
-    return replace(
-        manifest, catalog=replace(manifest.catalog, tensors=Places.of(plain), tables=tables)
-    )
+    plain = Places.of({name: place for name, place in places.items() if place not in taken})
+    return replace(manifest, catalog=replace(manifest.catalog, tensors=plain, tables=tables))
 
 
 def _told(text: str, places: Mapping[str, Place]) -> Tables:
@@ -238,3 +215,50 @@ def _owner(key: str, tables: Mapping[str, int]) -> str | None:
         if key[:end] in tables:
             return None if "@" in key[end + 1 :] else key[:end]
     return None
+
+
+def lay_out(file: str, content: Content) -> tuple[ShardLayout, list[tuple[Block, int]]]:
+    """Decide where each block goes in a plain file: tables first, the ids before the slots.
+
+    Raises `ValueError` if two things would have the same name there.
+    """
+    stored: dict[str, Stored] = {}
+    for key, one in _entries(content):
+        if key == "__metadata__":
+            raise ValueError(f"{one.name!r} would stand under {key!r}, which is no tensor's name")
+        if key in stored:
+            raise ValueError(
+                f"{stored[key].name!r} and {one.name!r} would both stand under {key!r}; a plain "
+                "file has no other name for them"
+            )
+        stored[key] = one
+    blocks = {
+        key: WriteBlock(
+            name=key, table=None, slice=None, dtype=one.dtype, shape=one.shape, nbytes=one.nbytes
+        )
+        for key, one in stored.items()
+    }
+    # Without a "format" some readers of Hugging Face's refuse a file.
+    metadata = {"format": "pt", **_metadata_of(content.manifest)}
+    metadata.pop(_METADATA, None)
+    if content.tables:
+        metadata[_METADATA] = _describe_tables(content)
+    layout = lay_out_shard(file, blocks, metadata)
+    copies: list[tuple[Block, int]] = []
+    end = len(layout.head)
+    for placed in layout.blocks:
+        at = placed.offset
+        for block in stored[placed.block.name].blocks:
+            assert at == end, "copies fill the file, and none writes over its neighbour"
+            copies.append((block, at))
+            at = end = at + block.nbytes
+    assert end == layout.size, "copies fill the file"
+    return layout, copies
+
+
+def _entries(content: Content) -> Iterator[tuple[str, Stored]]:
+    for name, table in content.tables.items():
+        yield _key_of(name, ID), table.ids
+        for slot, stored in table.slots.items():
+            yield _key_of(name, slot), stored
+    yield from content.tensors.items()

@@ -1,1 +1,0 @@
-"""What `asyncloader convert` does: RecIS's format to and from plain safetensors, other ranks."""

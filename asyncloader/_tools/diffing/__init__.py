@@ -1,1 +1,0 @@
-"""What `asyncloader diff` does: says how two checkpoints differ."""

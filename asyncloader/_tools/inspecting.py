@@ -1,0 +1,300 @@
+"""Sums up checkpoints by their names and headers alone, and folders that have to do with some."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from asyncloader._checkpoint.format import INDEX, SIDECAR
+from asyncloader._checkpoint.manifest import stored_tensor
+from asyncloader._checkpoint.parts import ID
+from asyncloader._loading.runtime import open_session
+from asyncloader._storage.small_files import Looks
+from asyncloader._threads.jobs import run_jobs
+from asyncloader.errors import CheckpointError, CheckpointNotFoundError
+from asyncloader.runs import is_run_folder, newest_finished, versions
+
+from .content import read_headers, shards_of, stored_slot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader.options import ReadOptions
+
+
+_GHOSTS = 20
+_SAVING = ".saving-"
+_LIST = "checkpoint"  # in which a trainer lists its checkpoints, finished or not
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+Kind = Literal["RecIS checkpoint", "Hugging Face folder", "safetensors file"]
+Digests = Literal["present", "ignored", "absent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSummary:
+    """A dense tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotSummary:
+    """A slot: the rows of all ids, or (`id`) the ids themselves. `shape` is that of one row."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSummary:
+    """A table, or one child of several that were saved as one.
+
+    Attributes:
+        ids: How many; the same id may stand there twice.
+        parts: How many; one for each rank that wrote some of it.
+        slice_size: The ranks share the ids: a rank owns a range of `id % slice_size`.
+        bytes: Of all slots.
+        slots: The ids first.
+    """
+
+    name: str
+    ids: int
+    parts: int
+    slice_size: int
+    bytes: int
+    slots: tuple[SlotSummary, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSummary:
+    """The tables and tensors of a checkpoint.
+
+    Attributes:
+        committed: Always true: a folder that is not committed is an error.
+        bytes: Of all tensors and slots, headers not counted.
+        shards: Files that hold them.
+        ids: Of all tables.
+        digests: Whether bytes can be verified: `ignored` digests belong to another save, or are of
+            a format that is not known here.
+        saving: Folders in it of saves that are under way, or were cut off.
+        warnings: Oddities that do no harm.
+        metadata: The free text of headers, `__metadata__`, by file; files without any are absent.
+    """
+
+    location: str
+    kind: Kind
+    committed: bool
+    bytes: int
+    shards: int
+    ids: int
+    digests: Digests
+    saving: tuple[str, ...]
+    warnings: tuple[str, ...]
+    metadata: Mapping[str, Mapping[str, str]]
+    tables: tuple[TableSummary, ...]
+    tensors: tuple[TensorSummary, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSummary:
+    """A sub-folder of a run folder.
+
+    Attributes:
+        modified: When it was committed, or else last changed, in seconds since 1970.
+        bytes: Of all files in it.
+        latest: Whether it is the one to load.
+    """
+
+    name: str
+    committed: bool
+    modified: float
+    bytes: int
+    latest: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """A folder in which a trainer keeps its checkpoints.
+
+    Attributes:
+        kind: Always `run folder`.
+        latest: The sub-folder to load; `None` if none is committed.
+        versions: The newest last.
+    """
+
+    location: str
+    kind: str = "run folder"
+    latest: str | None
+    versions: tuple[VersionSummary, ...]
+
+
+async def look_into(path: str, options: ReadOptions) -> CheckpointSummary | RunSummary:
+    """Sum up a checkpoint, or a run folder; see `asyncloader.tools.inspect`."""
+    async with open_session(path, options) as session:
+        try:
+            manifest = await read_headers(session)
+        except CheckpointNotFoundError as error:
+            run = await _run_folder(path, options.stall_timeout)
+            if run is not None:
+                return run
+            problem = _unfinished(*await session.on_disk(partial(_names, path)))
+            if problem is None:
+                raise
+            raise CheckpointNotFoundError(error.location, problem) from error
+        _, saving = await session.on_disk(partial(_names, path))
+        sum_up = partial(_summarize, manifest, file=session.file, saving=saving)
+        return (await run_jobs(session.threads.kernels, [sum_up]))[0]
+
+
+def _summarize(
+    manifest: Manifest, *, file: str | None, saving: tuple[str, ...]
+) -> CheckpointSummary:
+    """Sum up a checkpoint, which is the folder, or else `file` alone."""
+    catalog = manifest.catalog
+    tables = tuple(_table(manifest, name) for name in catalog.tables)
+    tensors, ghosts = _tensors(manifest)
+    kind: Kind = "RecIS checkpoint" if catalog.recis else "Hugging Face folder"
+    if file is not None and file == catalog.source and catalog.header is not None:
+        kind = "safetensors file"
+    is_odd = any(odd.file == SIDECAR for odd in catalog.oddities)
+    digests: Digests = "present" if catalog.sidecar else "ignored" if is_odd else "absent"
+    return CheckpointSummary(
+        location=manifest.location,
+        kind=kind,
+        committed=True,
+        bytes=sum(table.bytes for table in tables) + sum(tensor.bytes for tensor in tensors),
+        shards=len(shards_of(catalog)),
+        ids=sum(table.ids for table in tables),
+        digests=digests,
+        saving=saving,
+        warnings=(*manifest.warnings, *_oddities(tables), *ghosts),
+        metadata=metadata_of(manifest, sorted(manifest.headers)),
+        tables=tables,
+        tensors=tensors,
+    )
+
+
+def metadata_of(manifest: Manifest, shards: Iterable[str]) -> dict[str, Mapping[str, str]]:
+    """Return the free text in the headers of some files, by file; files without any are absent."""
+    headers = manifest.headers
+    return {shard: headers[shard].metadata for shard in shards if headers[shard].metadata}
+
+
+def _tensors(manifest: Manifest) -> tuple[tuple[TensorSummary, ...], list[str]]:
+    """Return the tensors, and a line for each tensor that its file does not have."""
+    found, ghosts = [], []
+    for name in manifest.catalog.tensors:
+        try:
+            one = stored_tensor(manifest, name)
+            shape, nbytes = one.shape, one.nbytes
+            found.append(TensorSummary(name=name, dtype=str(one.dtype), shape=shape, bytes=nbytes))
+        except CheckpointError as error:
+            ghosts.append(str(error).removeprefix(f"{manifest.location}: "))
+    more = [f"and {len(ghosts) - _GHOSTS:,} more like it"] if len(ghosts) > _GHOSTS else []
+    return tuple(found), ghosts[:_GHOSTS] + more
+
+
+def _table(manifest: Manifest, name: str) -> TableSummary:
+    parts = manifest.catalog.tables[name]
+    stored = {slot: stored_slot(manifest, name, slot) for slot in parts}
+    slots = [
+        SlotSummary(
+            name=slot,
+            dtype=one.dtype.torch,
+            shape=one.shape[1:],
+            rows=one.shape[0] if one.shape else 0,
+            bytes=one.nbytes,
+        )
+        for slot, one in stored.items()
+    ]
+    first = parts.get(ID) or next(iter(parts.values()))
+    return TableSummary(
+        name=name,
+        ids=sum(slot.rows for slot in slots if slot.name == ID),
+        parts=max(len(blocks) for blocks in parts.values()),
+        slice_size=first[0].slice.size,
+        bytes=sum(slot.bytes for slot in slots),
+        slots=tuple(sorted(slots, key=lambda slot: slot.name != ID)),
+    )
+
+
+def _oddities(tables: Iterable[TableSummary]) -> Iterator[str]:
+    """Say why tables cannot be loaded."""
+    for table in tables:
+        if all(slot.name != ID for slot in table.slots):
+            yield f"table {table.name!r} has no ids"
+            continue
+        for slot in table.slots:
+            if slot.rows != table.ids:
+                yield f"table {table.name!r} has {table.ids:,} ids, but {slot.rows:,} {slot.name!r}"
+
+
+async def _run_folder(path: str, stall_timeout: float | None) -> RunSummary | None:
+    """Sum up a run folder; return `None` if it is none, or raise `CheckpointError`."""
+    with Looks(path, stall_timeout=stall_timeout) as looks:
+        if not await looks(_is_run_folder, path):
+            return None
+        try:
+            newest = (await newest_finished(looks, Path(path))).name
+        except CheckpointNotFoundError:
+            newest = None
+        return await looks(_summed_up, path, newest)
+
+
+def _is_run_folder(path: str) -> bool:
+    has_list = os.path.isfile(os.path.join(path, _LIST))  # noqa: PTH113, PTH118  # never raises
+    return has_list or is_run_folder(path)
+
+
+def _summed_up(path: str, newest: str | None) -> RunSummary:
+    found = tuple(
+        VersionSummary(
+            name=version.name,
+            committed=version.committed,
+            modified=version.modified,
+            bytes=sum(_sizes(Path(path, version.name))),
+            latest=version.name == newest,
+        )
+        for version in versions(path)
+    )
+    return RunSummary(location=path, latest=newest, versions=found)
+
+
+def _unfinished(names: Sequence[str], saving: Sequence[str]) -> str | None:
+    """Say why a folder that was saved into is no checkpoint; return `None` for other folders."""
+    shards = sum(_SHARD.fullmatch(name) is not None for name in names)
+    found = [f"{shards:,} shard file{'s' * (shards != 1)}"] if shards else []
+    held = ", ".join([*found, *saving])
+    text = (
+        f"not committed: holds {held} but no {INDEX!r}, which is written last; the save is still "
+    )
+    return f"{text}going on, or it did not finish" if held else None
+
+
+def _names(path: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return the names in a folder, and the names of folders in which another save is staged."""
+    try:
+        names = sorted(os.listdir(path))  # noqa: PTH208  # names
+    except OSError:
+        names = []
+    return names, tuple(name for name in names if name.startswith(_SAVING))
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    for root, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # removed meanwhile
+                yield Path(root, file).lstat().st_size

@@ -1,1 +1,0 @@
-"""Looks at everything in a checkpoint, and lists all problems: `asyncloader verify`."""
