@@ -74,6 +74,12 @@ def check_switch(value: object, name: str) -> None:
         raise TypeError(f"{name} is True or False, got {value!r}")
 
 
+def check_names(names: object, name: str) -> None:
+    """Refuse a text where a list of names is wanted: its letters would be the names."""
+    if isinstance(names, str | bytes):
+        raise TypeError(f"{name} is a list of names, got the text {names!r}: write [{names!r}]")
+
+
 def check_callable(function: object, name: str, *, awaited: bool = False) -> None:
     """Refuse an object that cannot be called, or whose call only makes a coroutine or a generator.
 

@@ -229,8 +229,9 @@ class SaveTimeoutError(SaveError, TimeoutError):
     def __init__(self, location: str, ranks: Iterable[int], seconds: float) -> None:
         self.ranks = tuple(ranks)
         named = _named(self.ranks, _RANKS_NAMED)
+        owner = "their parts" if len(self.ranks) != 1 else "its part"
         problem = (
-            f"rank{'s' * (len(self.ranks) != 1)} {named} did not write their parts within "
+            f"rank{'s' * (len(self.ranks) != 1)} {named} did not write {owner} within "
             f"{seconds:g} seconds, so nothing was committed; do they save to the same folder, "
             "with the same shard_num and the same save_id?"
         )

@@ -87,6 +87,11 @@ class Live:
         retry_pause: float = 1.0,
     ) -> None:
         path = Path(checked_path(source, "source"))
+        if hasattr(build, "state_dict"):
+            raise TypeError(
+                f"build is a function that makes a new model for each version, got {type(build)}: "
+                "pass a function that returns such a one"
+            )
         check_callable(build, "build", awaited=True)
         if check is not None:
             check_callable(check, "check", awaited=True)

@@ -36,8 +36,7 @@ __all__ = [
     "latest",
     "listed",
     "name_order",
-    "newest_committed",
-    "newest_finished",
+    "newest_version",
     "versions",
 ]
 
@@ -95,11 +94,16 @@ async def alatest(run_folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(checked_path(run_folder, "run_folder"))
     with Looks(str(folder), stall_timeout=_STALL_TIMEOUT) as looks:
-        return await newest_finished(looks, folder)
+        return await newest_version(looks, folder, finished=True)
 
 
-async def newest_finished(looks: Looks, folder: Path) -> Path:
-    """Return what `latest` returns.
+async def newest_version(looks: Looks, folder: Path, *, finished: bool) -> Path:
+    """Return the newest checkpoint of a run folder.
+
+    Args:
+        looks: Looks at the file system.
+        folder: The run folder.
+        finished: Whether to pass over versions of which some files are still to come.
 
     Raises:
         CheckpointNotFoundError: If there is none.
@@ -108,7 +112,7 @@ async def newest_finished(looks: Looks, folder: Path) -> Path:
     lacking: list[str] = []
     async with contextlib.aclosing(_newest_first(looks, folder)) as found:
         async for path in found:
-            lack = await looks.at_many(partial(_lack_of, path))
+            lack = await looks.at_many(partial(_lack_of, path)) if finished else ""
             if not lack:
                 return path
             lacking.append(f"{path.name!r}: {lack}")
@@ -117,19 +121,6 @@ async def newest_finished(looks: Looks, folder: Path) -> Path:
         raise await looks(_none_in, folder)
     problem = f"no finished checkpoint here, copy the rest of one: {'; '.join(lacking)}"
     raise CheckpointNotFoundError(str(folder), problem)
-
-
-async def newest_committed(looks: Looks, folder: Path) -> Path:
-    """Return the newest checkpoint of a run folder, though some of it may be still to come.
-
-    Raises:
-        CheckpointNotFoundError: If there is none.
-        CheckpointError: If the folder cannot be listed, or there was no answer.
-    """
-    async with contextlib.aclosing(_newest_first(looks, folder)) as found:
-        async for path in found:
-            return path
-    raise await looks(_none_in, folder)
 
 
 def _none_in(folder: Path) -> CheckpointNotFoundError:
@@ -266,7 +257,7 @@ def _lack_of(path: Path, tick: Callable[[], object]) -> str:
     except TruncatedShardError as error:
         return str(error)
     except _UnwrittenError as unwritten:
-        return f"{str(unwritten)!r} is not written yet"
+        return f"{str(unwritten)!r} is not written to its end"
     except (OSError, CheckpointError):
         pass
     return ""

@@ -7,9 +7,10 @@ caller's own event loop. Results are frozen dataclasses.
 from __future__ import annotations
 
 import functools
+from inspect import signature
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from ._arguments import check_progress, checked_path
+from ._arguments import check_names, check_progress, checked_path
 from ._loading.progress import listening
 from .options import ReadOptions
 
@@ -50,6 +51,10 @@ def _blocking(call: Callable[P, Coroutine[object, object, T]]) -> Callable[P, T]
     def run(*args: P.args, **keywords: P.kwargs) -> T:
         from ._threads.blocking import run_blocking
 
+        try:
+            signature(call).bind(*args, **keywords)
+        except TypeError as error:  # Python's own would name the twin
+            raise TypeError(f"{run.__name__}(): {error}") from None
         return run_blocking(functools.partial(call, *args, **keywords))
 
     run.__name__ = run.__qualname__ = call.__name__.removeprefix("a")
@@ -196,6 +201,8 @@ async def aconvert(
     from ._tools.converting import aconvert as run
 
     check_progress(progress)
+    check_names(slots, "slots")
+    check_names(tables, "tables")
     paths = checked_path(source, "source"), checked_path(destination, "destination")
     how = ReadOptions.of(options, {})
     with listening(progress, "converting") as listener:

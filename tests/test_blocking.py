@@ -336,6 +336,164 @@ STUCK = """
 """
 
 
+# The same signal again, in the same step, while its thread holds the lock of a log: once is enough.
+TWICE_IN_A_STEP = """
+    import logging, os, signal, sys, torch
+    from asyncloader import Loader, Saver
+
+    folder, sends = sys.argv[1], [2]
+    tensors = {"w": torch.ones(3)}
+    saved = []
+
+    def save(*_):
+        if not saved:
+            saved.append(Saver.to(folder + "/second", None, tensors).save())
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            for _ in range(sends.pop() if sends else 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    Saver.to(folder + "/first", None, tensors).save()
+    signal.signal(signal.SIGTERM, save)
+    logging.basicConfig(level=logging.INFO, handlers=[Handler()])
+    Loader(folder + "/first", None, {"w": torch.zeros(3)}).load()
+    print(len(saved), len(sends))
+"""
+
+# A handler that raises at any moment, such as a time-out: the others are put back.
+PUT_BACK = """
+    import asyncio, random, signal
+    from asyncloader._threads.blocking import run_blocking
+
+    class Late(Exception):
+        pass
+
+    def alarm(*_):
+        raise Late
+
+    def end(*_):
+        pass
+
+    async def main():
+        await asyncio.sleep(0)
+
+    handlers = {signal.SIGALRM: alarm, signal.SIGTERM: end, signal.SIGINT: end}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    late, random_moment = 0, random.Random(1)
+    for _ in range(400):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random_moment.uniform(1e-6, 1e-3))
+            run_blocking(main)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Late:
+            late += 1
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Late:
+            pass
+        assert all(signal.getsignal(n) is one for n, one in handlers.items())
+    print(late > 0)
+"""
+
+# A loop that rests while a call blocks: its signals reach it afterwards.
+RESTING = """
+    import asyncio, os, signal
+    from asyncloader._threads.blocking import run_blocking
+
+    seen = []
+    loop = asyncio.new_event_loop()
+
+    async def listen():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seen.append, "told")
+
+    async def main():
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0)
+
+    loop.run_until_complete(listen())
+    run_blocking(main)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.run_until_complete(asyncio.sleep(0))
+    print(seen)
+"""
+
+# What a call installed in the place of a handler may outlive it: kept by a library, or in a fork.
+OUTLIVED = """
+    import os, signal
+    from asyncloader._threads.blocking import run_blocking
+
+    seen, kept = [], []
+    signal.signal(signal.SIGTERM, lambda *_: seen.append("mine"))
+
+    async def main():
+        pid = os.fork()
+        if not pid:
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(len(seen))
+        print("in the child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        kept.append(signal.signal(signal.SIGTERM, lambda *_: seen.append("library")))
+
+    run_blocking(main)
+    signal.signal(signal.SIGTERM, kept.pop())
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(seen)
+"""
+
+# Two signals in the last step: both handlers run, though the first one raises.
+BOTH = """
+    import os, signal
+    from asyncloader._threads.blocking import run_blocking
+
+    seen = []
+    signal.signal(signal.SIGTERM, lambda *_: seen.append("told"))
+
+    async def main():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        run_blocking(main)
+    except KeyboardInterrupt:
+        print("interrupted", seen)
+"""
+
+# Ctrl-C at any moment beside a running loop: it ends the wait, and the call.
+BESIDE = """
+    import asyncio, random, signal
+    from asyncloader._threads.blocking import run_blocking
+
+    class Pressed(BaseException):
+        pass
+
+    def press(*_):
+        raise Pressed
+
+    async def main():
+        await asyncio.sleep(0)
+
+    async def outer():
+        pressed, moment = 0, random.Random(1)
+        for _ in range(400):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, moment.uniform(1e-6, 1e-3))
+                run_blocking(main)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Pressed:
+                pressed += 1
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Pressed:
+                pass
+        return pressed
+
+    signal.signal(signal.SIGALRM, press)
+    print(asyncio.run(outer()) > 0)
+"""
+
+
 def output_of(script: str, *arguments: str) -> str:
     done = python("-c", textwrap.dedent(script), *arguments)
     assert done.returncode == 0, done.stderr
@@ -367,6 +525,32 @@ def test_many_signals_do_not_disturb_a_call() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to catch")
 def test_a_handler_whose_signal_comes_at_the_end_runs_before_the_call_returns() -> None:
     assert output_of(LAST) == "exit 7 True\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to send")
+def test_a_signal_that_comes_again_in_a_step_counts_once(tmp_path: Path) -> None:
+    assert output_of(TWICE_IN_A_STEP, str(tmp_path)) == "1 0\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no timers that send signals")
+@pytest.mark.parametrize("script", [PUT_BACK, BESIDE], ids=["put back", "beside a loop"])
+def test_a_handler_may_raise_at_any_moment(script: str) -> None:
+    assert output_of(script) == "True\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to send")
+def test_a_loop_that_rests_during_a_call_is_told_of_its_signals() -> None:
+    assert output_of(RESTING) == "['told']\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs fork")
+def test_a_stand_in_for_a_handler_that_outlives_its_call_calls_that_handler() -> None:
+    assert output_of(OUTLIVED) == "in the child 1\n['mine']\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to send")
+def test_every_handler_runs_though_one_of_them_raises() -> None:
+    assert output_of(BOTH) == "interrupted ['told']\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT to send")

@@ -1039,3 +1039,9 @@ async def test_memory_is_kept_for_the_next_version_as_long_as_it_is_followed(
     assert repr(SPARE).endswith("<Spare: 0 bytes of 0>")
     async with live(tmp_path, max_memory=1 << 30, keep=1):
         assert 0 < int(repr(SPARE).split()[-1][:-1]) < 1 << 30
+
+
+def test_a_module_is_no_function_that_builds_one(tmp_path: Path) -> None:
+    """It can be called, and so would be."""
+    with pytest.raises(TypeError, match="build is a function that makes a new model"):
+        Live(tmp_path, torch.nn.Linear(1, 1))

@@ -181,3 +181,19 @@ def test_help_draws_nothing(arguments: list[str]) -> None:
         "sys.exit(not {'rich', 'numpy'}.isdisjoint(sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=True)
+
+
+def test_an_error_about_arguments_names_the_function_that_was_called() -> None:
+    with pytest.raises(TypeError, match=r"^diff\(\): missing a required argument: 'b'"):
+        diff("a")  # type: ignore[call-arg]  # the very thing
+    with pytest.raises(
+        TypeError, match=r"^inspect\(\): got an unexpected keyword argument 'paralel'"
+    ):
+        inspect("a", paralel=2)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ["slots", "tables"])
+async def test_a_text_is_no_list_of_names(tmp_path: Path, name: str) -> None:
+    """Its letters would be."""
+    with pytest.raises(TypeError, match=rf"{name} is a list of names.*write \['embedding'\]"):
+        await asyncloader.aconvert(tmp_path, tmp_path / "b", **{name: "embedding"})  # type: ignore[arg-type]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 
 from asyncloader._threads.call import Call, Reading, StalledError
 from asyncloader._threads.disk import Disk
+from asyncloader._threads.gate import Gate
 from asyncloader._threads.pool import WorkerPool
 from tests.support import running_pool
 
@@ -170,6 +173,55 @@ def test_a_pool_that_has_no_thread_at_all_says_so_to_those_that_wait() -> None:
     assert pool.submit(int, "7").result() == 7
     held.end()
     pool.shutdown()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
+def test_a_pool_goes_on_after_a_thread_could_not_be_started(kind: type[Exception]) -> None:
+    """Python raises either where the system has no room for a thread."""
+    failures = [kind("no thread")]
+
+    def start(thread: threading.Thread) -> None:
+        if failures:
+            raise failures.pop()
+        thread.start()
+
+    with WorkerPool(1, name="test", start=start) as pool:
+        with pytest.raises(kind, match="no thread"):
+            pool.submit(int).result()
+        assert pool.submit(int, "7").result() == 7
+
+
+def test_a_call_that_waits_at_the_gate_fails_where_its_pool_gets_no_thread() -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    gate, begun, go = Gate(most=2, cores=2), threading.Event(), threading.Event()
+    gate.allowed = 0.5  # one at a time
+
+    def hold() -> None:
+        begun.set()
+        go.wait()
+
+    with (
+        WorkerPool(1, name="reads", gate=gate) as reads,
+        WorkerPool(1, name="kernels", gate=gate, start=no_thread) as kernels,
+    ):
+        held = reads.submit(hold)
+        begun.wait()
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            kernels.submit(int).result(timeout=30)
+        go.set()
+        held.result()
+
+
+def test_a_call_that_is_withdrawn_lets_go_of_its_memory() -> None:
+    memory = np.zeros(8, np.uint8)
+    alive = weakref.ref(memory)
+    reading = Reading("file", 0, [memory.data])
+    call = Call(int, reading=reading, label=reading)
+    del memory, reading
+    call.withdraw()
+    assert alive() is None
 
 
 def test_a_job_that_no_thread_can_take_does_not_run_later() -> None:

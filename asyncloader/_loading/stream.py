@@ -68,7 +68,7 @@ async def _fill(read: Read, load: Load) -> None:
     load.touched.update(load.sinks.tensors(read))
     views = load.sinks.views(read)
     verified = 0
-    if views is None:
+    if views is None:  # some of the bytes are verified, copied or indexed
         verified = await _fill_pieces(read, load)
     else:
         await _read(read, views, load)

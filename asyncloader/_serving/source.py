@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 from asyncloader._checkpoint.format import INDEX, SIDECAR, TENSORKEY
 from asyncloader.errors import CheckpointNotFoundError
-from asyncloader.runs import listed, name_order, newest_committed
+from asyncloader.runs import listed, name_order, newest_version
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
@@ -114,7 +114,7 @@ async def newest(looks: Looks, source: Path) -> Candidate:
     """
     found = await looks.at_many(partial(_at, source))
     if found is None:
-        return await candidate(looks, await newest_committed(looks, source))
+        return await candidate(looks, await newest_version(looks, source, finished=False))
     return found
 
 

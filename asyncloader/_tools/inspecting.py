@@ -17,7 +17,7 @@ from asyncloader._loading.runtime import open_session
 from asyncloader._storage.small_files import Looks
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
-from asyncloader.runs import is_run_folder, newest_finished, versions
+from asyncloader.runs import is_run_folder, newest_version, versions
 
 from .content import read_headers, shards_of, stored_slot
 
@@ -248,7 +248,7 @@ async def _run_folder(path: str, stall_timeout: float | None) -> RunSummary | No
         if not await looks(_is_run_folder, path):
             return None
         try:
-            newest = (await newest_finished(looks, Path(path))).name
+            newest = (await newest_version(looks, Path(path), finished=True)).name
         except CheckpointNotFoundError:
             newest = None
         return await looks(_summed_up, path, newest)
