@@ -9,16 +9,16 @@ import json
 import sys
 import time
 
-import asyncloader
+from asyncloader import HashTable, Loader
 
 begin = time.perf_counter()
 
 
 def main(folder: str) -> None:
     """Make a table as the checkpoint in `folder` has it, and load it."""
-    table = asyncloader.HashTable([4], name="emb")
+    table = HashTable([4], name="emb")
     made = time.perf_counter()
-    asyncloader.Loader(folder, {"emb": table}, strict=True).load()
+    Loader(folder, {"emb": table}, strict=True).load()
     loaded = time.perf_counter()
     print(json.dumps({"made": made - begin, "loaded": loaded - begin, "ids": len(table)}))
 

@@ -250,6 +250,7 @@ LOGGING = """
     }
     logging.basicConfig(level=logging.INFO, stream=Stream())
     signal.signal(signal.SIGTERM, handlers[sys.argv[2]])
+    os.makedirs(sys.argv[1] + "/.saving-1-dead/x/y")  # cannot be removed, and a log line says so
     logging.info("step")
 """
 

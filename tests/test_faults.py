@@ -453,7 +453,7 @@ def with_shards_alone(path: Path) -> Path:
     [
         (with_no_folder, "no such folder"),
         (with_an_empty_folder, "looked for 'index'"),
-        (with_shards_alone, "looked for 'index'"),
+        (with_shards_alone, "holds 1 shard file but no 'index'"),
     ],
 )
 async def test_where_no_checkpoint_is_the_error_says_what_was_looked_for(

@@ -12,7 +12,7 @@ from asyncloader._threads.call import StalledError
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 
-from .format import INDEX, MAX_NAMES, MAX_SIDECAR, SIDECAR, TENSORKEY
+from .format import INDEX, MAX_NAMES, MAX_SIDECAR, SIDECAR, STAGING, TENSORKEY
 from .index import Catalog, Places, catalog_of_file, parse_recis, parse_weight_map
 from .manifest import check_unchanged, read_header
 from .problems import Problems
@@ -36,6 +36,7 @@ _ABSENT = (FileNotFoundError, NotADirectoryError)
 # The names that libraries give: transformers, diffusers, peft. The first one found counts, and a
 # file without a variant comes before a file with one.
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _WEIGHT_MAP = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
 # A shard, `model.fp16-00001-of-00002.safetensors`, is no variant.
 _VARIANT = r"(\.(?![^.]+-\d+-of-\d+\.)[^.]+)?"
@@ -140,13 +141,25 @@ async def find_source(
         return model
     if absent is None:
         return INDEX
-    holds = f"; the folder holds {_in_words(listed)}" if listed else ""
-    problem = (
-        f"no finished checkpoint here: {absent.strerror}; looked for {INDEX!r}, which "
-        f"RecIS's have and which is written last, and for {SHARDED!r} and {SINGLE!r}. Give the "
-        f"folder that holds one of them, or a file whose name ends in .safetensors{holds}"
-    )
+    problem = _unfinished(listed) or (
+        f"no finished checkpoint here: {absent.strerror}; looked for {INDEX!r}, which a checkpoint "
+        f"of RecIS has, and for {SHARDED!r} and {SINGLE!r}. Give the folder that holds one of "
+        "them, or a file whose name ends in .safetensors"
+    ) + (f"; the folder holds {_in_words(listed)}" if listed else "")
     raise CheckpointNotFoundError(where, problem) from absent
+
+
+def _unfinished(names: Iterable[str]) -> str:
+    """Say why a folder into which a save wrote is no checkpoint; nothing of other folders."""
+    names = sorted(names)
+    shards = sum(_SHARD.fullmatch(name) is not None for name in names)
+    found = [f"{shards:,} shard file{'s' * (shards != 1)}"] if shards else []
+    if not (held := ", ".join([*found, *(one for one in names if one.startswith(STAGING))])):
+        return ""
+    return (
+        f"not committed: holds {held} but no {INDEX!r}, which is written last, nor {SHARDED!r}; "
+        "the save is still going on, or it did not finish"
+    )
 
 
 async def _absence(storage: Storage, name: str) -> OSError | None:

@@ -19,6 +19,7 @@ INDEX = "index"  # names the shard of each block; written last
 TENSORKEY = "tensorkey.json"  # the block names of tables
 DESCRIPTION = "torch_rank_weights_embs_table_multi_shard.json"  # for people; no load reads it
 SIDECAR = "asyncloader.json"  # our digests
+STAGING = ".saving-"  # begins the name of a folder that a save writes to before its commit
 
 MAX_NAMES = 128 << 20  # bytes of a file of names: two million lines of `index`
 # Bytes of the sidecar, which has a hundred for each block, and two thousand for each part.

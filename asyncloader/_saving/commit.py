@@ -58,6 +58,7 @@ class Commit:
     rank: int
     ranks: int
     is_committed: bool = field(default=False, init=False)
+    told: list[str] = field(default_factory=list, init=False)  # warnings
     _moved: list[tuple[str, str]] = field(default_factory=list, init=False)
 
     @property
@@ -146,8 +147,8 @@ class Commit:
             self._undo(error)
             raise
         self.is_committed = True
-        remove_dead(self.folder, self.staging)
-        remove_staging(self.folder, self.staging)
+        remove_dead(self.folder, self.staging, self.told)
+        remove_staging(self.folder, self.staging, self.told)
 
     def _swap(self, old: list[str], new: list[str]) -> None:
         aside = f"{self.staging}/{OLD}"
@@ -205,7 +206,7 @@ class Commit:
         """Remove the files that this rank has staged, and tell rank 0; rank 0 removes all files."""
         if self.rank == 0:
             if not self._moved:
-                remove_staging(self.folder, self.staging, keep_old=True)
+                remove_staging(self.folder, self.staging, self.told, keep_old=True)
             return
         staged = (f"{self.staging}/{file}" for file in files)
         for name in (self._part_file(self.rank), *staged):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 from typing import TYPE_CHECKING
 
 import orjson
 
-from asyncloader._checkpoint.format import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.format import DESCRIPTION, INDEX, SIDECAR, STAGING, TENSORKEY
 from asyncloader.errors import SaveError
 
 if TYPE_CHECKING:
@@ -18,12 +17,9 @@ if TYPE_CHECKING:
     from asyncloader._storage.folder import Folder
 
 
-_log = logging.getLogger(__name__)
-
 OLD = "old"
 """The folder, within a staging folder, of the files that a commit has moved away."""
 
-_STAGING = ".saving-"
 _DEAD_AFTER = 1800.0
 """Seconds without a change after which a save of several ranks counts as dead."""
 
@@ -44,7 +40,7 @@ _NAMED = 5
 
 def staging_of(ranks: int, save_id: str) -> str:
     """Return the name of the folder that holds the files that a save has not committed yet."""
-    return f"{_STAGING}{ranks}-{save_id}"
+    return f"{STAGING}{ranks}-{save_id}"
 
 
 def old_files(folder: Folder) -> list[str]:
@@ -57,7 +53,7 @@ def old_files(folder: Folder) -> list[str]:
     others = [
         name
         for name in names
-        if not (name in old or name.startswith(_STAGING) or _BESIDE.fullmatch(name))
+        if not (name in old or name.startswith(STAGING) or _BESIDE.fullmatch(name))
     ]
     if others:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
@@ -126,28 +122,30 @@ def _remove_old(folder: Folder, staging: str) -> None:
 
 def _stagings(names: Iterable[str]) -> list[str]:
     """Return the staging folders among a folder's names, without their slash."""
-    return [name[:-1] for name in names if name.startswith(_STAGING) and name.endswith("/")]
+    return [name[:-1] for name in names if name.startswith(STAGING) and name.endswith("/")]
 
 
-def remove_dead(folder: Folder, mine: str) -> None:
-    """Remove staging folders of dead saves, all but `mine`. Fails with a warning.
+def remove_dead(folder: Folder, mine: str, told: list[str]) -> None:
+    """Remove staging folders of dead saves, all but `mine`; tell what went wrong.
 
     The caller holds the folder's lock, so a save of one rank is dead if it is not the caller's.
     """
-    with _quietly(folder):
+    with _telling(told):
         now = folder.changed_at(mine)
         for staging in _stagings(folder.names("")):
-            alone = staging.startswith(f"{_STAGING}1-")
+            alone = staging.startswith(f"{STAGING}1-")
             if staging != mine and (alone or now - folder.changed_at(staging) > _DEAD_AFTER):
-                remove_staging(folder, staging)
+                remove_staging(folder, staging, told)
 
 
-def remove_staging(folder: Folder, staging: str, *, keep_old: bool = False) -> None:
-    """Remove a staging folder; with `keep_old` not if it holds an old checkpoint.
+def remove_staging(
+    folder: Folder, staging: str, told: list[str], *, keep_old: bool = False
+) -> None:
+    """Remove a staging folder, and tell what went wrong.
 
-    Fails with a warning.
+    With `keep_old` it stays if it holds an old checkpoint.
     """
-    with _quietly(folder):
+    with _telling(told):
         try:
             names = folder.names(staging)
         except FileNotFoundError:
@@ -165,8 +163,12 @@ def remove_staging(folder: Folder, staging: str, *, keep_old: bool = False) -> N
 
 
 @contextlib.contextmanager
-def _quietly(folder: Folder) -> Iterator[None]:
+def _telling(told: list[str]) -> Iterator[None]:
+    """Keep a warning for the thread that saves.
+
+    A handler of a signal may save while that thread writes a log line; no other thread can then.
+    """
     try:
         yield
     except OSError as error:
-        _log.warning("%s: left-overs could not be removed: %s", folder.location, error)
+        told.append(f"left-overs could not be removed: {error}")

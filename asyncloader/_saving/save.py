@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from asyncloader._table.protocol import SavableSnapshot
 
     from .layout import ShardLayout, WriteBlock
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +188,8 @@ class _Save:
             raise self._explained(error) from error
         finally:
             await run_jobs(threads, [held.close])
+            for warning in self._commit.told:
+                _log.warning("%s: %s", self._location, warning)
         return SaveReport(
             location=self._location,
             save_id=self._commit.save_id,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._checkpoint.format import INDEX, SIDECAR
+from asyncloader._checkpoint.format import SIDECAR, STAGING
 from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID
 from asyncloader._loading.runtime import open_session
@@ -22,16 +21,14 @@ from asyncloader.runs import is_run_folder, newest_version, versions
 from .content import read_headers, shards_of, stored_slot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader.options import ReadOptions
 
 
 _GHOSTS = 20
-_SAVING = ".saving-"
 _LIST = "checkpoint"  # in which a trainer lists its checkpoints, finished or not
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 Kind = Literal["RecIS checkpoint", "Hugging Face folder", "safetensors file"]
 Digests = Literal["present", "ignored", "absent"]
@@ -146,15 +143,12 @@ async def look_into(path: str, options: ReadOptions) -> CheckpointSummary | RunS
     async with open_session(path, options) as session:
         try:
             manifest = await read_headers(session)
-        except CheckpointNotFoundError as error:
+        except CheckpointNotFoundError:
             run = await _run_folder(path, options.stall_timeout)
             if run is not None:
                 return run
-            problem = _unfinished(*await session.on_disk(partial(_names, path)))
-            if problem is None:
-                raise
-            raise CheckpointNotFoundError(error.location, problem) from error
-        _, saving = await session.on_disk(partial(_names, path))
+            raise
+        saving = await session.on_disk(partial(_stagings, path))
         sum_up = partial(_summarize, manifest, file=session.file, saving=saving)
         return (await run_jobs(session.threads.kernels, [sum_up]))[0]
 
@@ -273,24 +267,13 @@ def _summed_up(path: str, newest: str | None) -> RunSummary:
     return RunSummary(location=path, latest=newest, versions=found)
 
 
-def _unfinished(names: Sequence[str], saving: Sequence[str]) -> str | None:
-    """Say why a folder that was saved into is no checkpoint; return `None` for other folders."""
-    shards = sum(_SHARD.fullmatch(name) is not None for name in names)
-    found = [f"{shards:,} shard file{'s' * (shards != 1)}"] if shards else []
-    held = ", ".join([*found, *saving])
-    text = (
-        f"not committed: holds {held} but no {INDEX!r}, which is written last; the save is still "
-    )
-    return f"{text}going on, or it did not finish" if held else None
-
-
-def _names(path: str) -> tuple[list[str], tuple[str, ...]]:
-    """Return the names in a folder, and the names of folders in which another save is staged."""
+def _stagings(path: str) -> tuple[str, ...]:
+    """Return the names of folders in which another save is staged."""
     try:
         names = sorted(os.listdir(path))  # noqa: PTH208  # names
     except OSError:
-        names = []
-    return names, tuple(name for name in names if name.startswith(_SAVING))
+        return ()
+    return tuple(name for name in names if name.startswith(STAGING))
 
 
 def _sizes(folder: Path) -> Iterator[int]:
