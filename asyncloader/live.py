@@ -6,6 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from torch import nn
+
 from ._arguments import as_dict, check_callable, check_count, checked_path
 from ._serving.model import Settings
 from ._serving.service import Service
@@ -87,7 +89,7 @@ class Live:
         retry_pause: float = 1.0,
     ) -> None:
         path = Path(checked_path(source, "source"))
-        if hasattr(build, "state_dict"):
+        if isinstance(build, nn.Module):  # it can be called, and so would be
             raise TypeError(
                 f"build is a function that makes a new model for each version, got {type(build)}: "
                 "pass a function that returns such a one"

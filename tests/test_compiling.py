@@ -112,3 +112,30 @@ def test_a_damaged_cache_is_compiled_anew_and_mended(tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(DAMAGE), str(cache)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+STALE = """
+from asyncloader._table.compiling import Compiler, KernelCache
+from kernel import plus
+
+kernel = Compiler(KernelCache)("i8(i8)")(plus)
+print(kernel(1), sum(kernel.stats.cache_hits.values()))
+"""
+
+
+def test_a_cache_goes_by_the_text_of_a_kernel_and_not_by_its_time(tmp_path: Path) -> None:
+    """The files of a wheel may all have one time, those of the next release, too."""
+    env = os.environ | {
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", str(ROOT))]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    said = []
+    for addend in (1, 1, 2):
+        (tmp_path / "kernel.py").write_text(f"def plus(number):\n    return number + {addend}\n")
+        os.utime(tmp_path / "kernel.py", (1, 1))
+        command = [sys.executable, "-c", STALE]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    assert said == [["2", "0"], ["2", "1"], ["3", "0"]]

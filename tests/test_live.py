@@ -31,9 +31,11 @@ from asyncloader import (
     LoadStarted,
     PlanError,
     RolledBack,
+    Saver,
     Swapped,
     TruncatedShardError,
     VersionRefused,
+    targets,
 )
 from asyncloader._memory.allocation import SPARE
 from tests.live import Events, build, damage, live, looked, publish, serving, state, version_in
@@ -1045,3 +1047,15 @@ def test_a_module_is_no_function_that_builds_one(tmp_path: Path) -> None:
     """It can be called, and so would be."""
     with pytest.raises(TypeError, match="build is a function that makes a new model"):
         Live(tmp_path, torch.nn.Linear(1, 1))
+
+
+async def test_a_class_builds_a_model(tmp_path: Path) -> None:
+    class Ranker(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(2))
+
+    Saver.to(tmp_path / "run" / "v1", *targets(Ranker())).save()
+    async with Live(tmp_path / "run", Ranker, poll=60) as it:
+        with it.use() as model:
+            assert isinstance(model.module, Ranker)

@@ -1,20 +1,21 @@
 """Compiles kernels, keeps their machine code on disk, and has the functions that kernels share.
 
-`kernels` says what a word is. Numba's cache looks only at the file of a kernel: after a change of a
-shared function, touch `kernels.py`.
+`kernels` says what a word is.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
@@ -60,6 +61,19 @@ class KernelCache(FunctionCache):
     """Numba's cache on disk; its methods raise `OSError`, or any error if a file is damaged."""
 
     _impl_class = _Checked
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        # Numba's own goes by the time and length of the kernel's file. Files that come out of a
+        # wheel may all be of one time, and the functions that kernels share are in this file.
+        sources = _digest(function.__code__.co_filename), _digest(__file__)
+        place = self._cache_path, self._impl.filename_base
+        self._cache_file = IndexDataCacheFile(*place, sources)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _digest(file: str) -> str:
+    return xxhash.xxh3_128_hexdigest(Path(file).read_bytes())
 
 
 class _Forgiving:

@@ -7,6 +7,7 @@ many ranks would, one after the other.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
     from .allocation import LoadedPart
     from .content import Content
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -225,6 +228,8 @@ async def write_folder(
         # commit, and could not put the old files back, they are kept.
         commit = Commit(LocalFolder(path), save_id, 0, ranks)
         await run_jobs(session.threads.reads, [partial(commit.abandon, [], "")])
+        for warning in commit.told:
+            _log.warning("%s: %s", path, warning)
         raise
     return done
 
