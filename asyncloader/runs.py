@@ -79,7 +79,8 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         CheckpointNotFoundError: If there is none.
-        CheckpointError: If the folder cannot be listed.
+        CheckpointError: If the folder cannot be listed, or its disk gives no answer.
+        OSError: If there are too few descriptors for an event loop.
     """
     return run_blocking(partial(alatest, run_folder))
 
@@ -98,12 +99,7 @@ async def alatest(run_folder: str | os.PathLike[str]) -> Path:
 
 
 async def newest_version(looks: Looks, folder: Path, *, finished: bool) -> Path:
-    """Return the newest checkpoint of a run folder.
-
-    Args:
-        looks: Looks at the file system.
-        folder: The run folder.
-        finished: Whether to pass over versions of which some files are still to come.
+    """Return the newest checkpoint; `finished` passes over those whose files are still to come.
 
     Raises:
         CheckpointNotFoundError: If there is none.
@@ -176,22 +172,26 @@ def is_run_folder(path: str | os.PathLike[str]) -> bool:
 
 async def _newest_first(looks: Looks, folder: Path) -> AsyncGenerator[Path, None]:
     """Yield the committed checkpoints of a run folder, the names in its list first."""
-    seen = set()
-    for name in await listed(looks, folder):
-        if await looks(_is_committed, folder / name):
-            seen.add(name)
-            yield folder / name
+    seen, names = set(), await listed(looks, folder)
+    while (at := await looks.at_many(partial(_first_committed, folder, names))) is not None:
+        seen.add(names[at])
+        yield folder / names[at]
+        names = names[at + 1 :]
     for version in reversed(await looks.at_many(partial(_versions, folder))):
         if version.committed and version.name not in seen:
             yield folder / version.name
 
 
-async def listed(looks: Looks, folder: Path) -> list[str]:
-    """Return the names at the end of the list, the last one first, each once.
+def _first_committed(folder: Path, names: list[str], tick: Callable[[], object]) -> int | None:
+    for at, name in enumerate(names):
+        tick()
+        if _is_committed(folder / name):
+            return at
+    return None
 
-    Raises:
-        CheckpointError: If there was no answer.
-    """
+
+async def listed(looks: Looks, folder: Path) -> list[str]:
+    """Return the names at the end of the list, the last one first, each once."""
     try:
         text = await looks.read(folder / _LIST, last=_LAST_BYTES + 1)
     except OSError:
@@ -236,11 +236,7 @@ def name_order(name: str) -> list[str | int]:
 
 
 def _lack_of(path: Path, tick: Callable[[], object]) -> str:
-    """Say which file is missing or short, as while it is copied; a load tells other faults.
-
-    Returns:
-        A sentence; empty if no file is.
-    """
+    """Say which file, if any, is missing or short, as while it is copied: a load tells the rest."""
     mark = _mark(path)
     if mark is None:
         return "it was removed"

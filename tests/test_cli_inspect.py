@@ -241,7 +241,7 @@ async def test_a_run_folder_may_have_nothing_to_load(tmp_path: Path) -> None:
         (["model-000000-of-000002.safetensors"], "1 shard file but no 'index'"),
         ([".saving-1-abc"], ".saving-1-abc but no 'index'"),
         (
-            ["model-0-of-2.safetensors", "model-1-of-2.safetensors", ".saving-x"],
+            [*(f"model-00000{n}-of-000002.safetensors" for n in range(2)), ".saving-x"],
             "2 shard files, .saving-x but",
         ),
     ],

@@ -117,6 +117,21 @@ async def test_what_fails_for_a_moment_is_read_again_and_counted(written: Path, 
     assert "2 retried" in str(report)
 
 
+@pytest.mark.parametrize("what", ["tables", "tensors"])
+async def test_the_first_retry_of_a_load_is_a_line_in_the_log(
+    written: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    moments, into = itertools.count(), Into()
+    error = OSError(errno.EIO, "for a moment")
+    tables = {"t": into.table} if what == "tables" else {}
+    tensors = into.tensors if what == "tensors" else {}
+    async with faulty(raises(error, at=lambda read: is_data(read) and next(moments) < 2)) as some:
+        report = await Loader(written, tables, tensors, runtime=some).aload()
+    assert report.retries == 2
+    [line] = [one for one in caplog.messages if "trying again" in one]
+    assert line.endswith("for a moment; trying again, 1 of 4")
+
+
 async def test_a_load_whose_storage_never_failed_has_not_retried(written: Path) -> None:
     into = Into()
     async with faulty(lambda _: None) as runtime:

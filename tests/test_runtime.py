@@ -268,3 +268,25 @@ async def test_live_can_use_one(written: Path) -> None:
                 assert rows_in(model.tables["t"]) == rows_on_disk(CONTENT)
             assert "<Runtime: 0 loads" in repr(runtime)
         assert counted.reads
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("kind", ["runtime", "reader"])
+async def test_what_is_cancelled_while_it_closes_can_be_entered_again(
+    tmp_path: Path, kind: str
+) -> None:
+    write_checkpoint(tmp_path, {}, {"w": torch.ones(2)})
+    held = Runtime() if kind == "runtime" else asyncloader.CheckpointReader(tmp_path)
+    entered = asyncio.Event()
+
+    async def enter() -> None:
+        async with held:
+            entered.set()
+
+    entering = asyncio.ensure_future(enter())
+    await entered.wait()
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    async with held:
+        pass

@@ -182,11 +182,12 @@ class Hold(Generic[T]):
         assert not self.is_entered
         self.is_entered = True  # before the first await: two could enter at once
         try:
-            self.value = await self._stack.enter_async_context(self._manager())
+            value = await self._stack.enter_async_context(self._manager())
         except BaseException:
             self.is_entered = False
             raise
         self.loop, self.process = asyncio.get_running_loop(), os.getpid()
+        self.value = value  # last: another thread may look
 
     @contextlib.contextmanager
     def use(self) -> Iterator[T]:
@@ -210,8 +211,10 @@ class Hold(Generic[T]):
                 self._idle = asyncio.Event()
                 await settled(asyncio.ensure_future(self._idle.wait()))
         finally:
-            await self._stack.aclose()
-            self.is_entered = False
+            try:
+                await self._stack.aclose()
+            finally:  # cancelled, say: it is closed all the same
+                self.is_entered, self.loop = False, None
 
 
 @contextlib.asynccontextmanager

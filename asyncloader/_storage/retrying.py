@@ -7,7 +7,6 @@ import errno
 import logging
 import random
 import time
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -116,10 +115,13 @@ class RetryingStorage:
                     raise
             await self._sleep(pause)
 
-    def _tell(self, level: int, text: str) -> None:
-        _log.log(level, "%s", text)
-
-    def _pause(self, error: OSError, name: str, attempt: int) -> float | None:
+    def _pause(
+        self,
+        error: OSError,
+        name: str,
+        attempt: int,
+        told: list[tuple[int, str]] | None = None,
+    ) -> float | None:
         """Return how long to wait before the next attempt; `None` if there is none."""
         if not is_transient(error):
             return None
@@ -130,7 +132,11 @@ class RetryingStorage:
         # The first one is news; the report will count the others.
         level = logging.WARNING if self.retries == 1 else logging.DEBUG
         where = f"{self.location}: {name}"
-        self._tell(level, f"{where}: {error}; trying again, {attempt} of {_ATTEMPTS - 1}")
+        text = f"{where}: {error}; trying again, {attempt} of {_ATTEMPTS - 1}"
+        if told is None:
+            _log.log(level, "%s", text)
+        else:
+            told.append((level, text))
         # Random, so that many readers do not come back at the same moment.
         return random.uniform(0, _FIRST_PAUSE * 2 ** (attempt - 1))  # noqa: S311  # no secret
 
@@ -144,10 +150,12 @@ class ThreadedRetryingStorage(RetryingStorage):
     def __init__(self, inner: ThreadedStorage, **pauses: Any) -> None:  # noqa: ANN401  # as above
         super().__init__(inner, **pauses)
         self._lender = inner
-        self._told: deque[tuple[int, str]] = deque()
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
         """Run `job` on a thread; see `ThreadedStorage`."""
+        # For the event loop's thread: a handler of a signal that loads may have come while that
+        # thread wrote a log line, and then no other thread can.
+        told: list[tuple[int, str]] = []
 
         def with_read(read: ReadInto) -> T:
             def persistent(offset: int, views: Sequence[memoryview]) -> int:
@@ -157,7 +165,7 @@ class ThreadedRetryingStorage(RetryingStorage):
                         return read(offset, views)
                     except OSError as error:
                         attempt += 1
-                        if (pause := self._pause(error, name, attempt)) is None:
+                        if (pause := self._pause(error, name, attempt, told)) is None:
                             raise
                     self._rest(pause)
 
@@ -166,13 +174,5 @@ class ThreadedRetryingStorage(RetryingStorage):
         try:
             return await self._lender.on_thread(name, with_read)
         finally:
-            while self._told:
-                super()._tell(*self._told.popleft())
-
-    def _tell(self, level: int, text: str) -> None:
-        """Keep it for the event loop's thread.
-
-        A handler of a signal that loads may have come while that thread wrote a log line, and then
-        no other thread can.
-        """
-        self._told.append((level, text))
+            for level, text in told:
+                _log.log(level, "%s", text)
