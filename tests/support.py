@@ -24,6 +24,7 @@ from asyncloader._loading.transaction import complete
 from asyncloader._planning.choice import choose
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets, default_load_info
+from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.jobs import ByteBudget
 from asyncloader._threads.pool import Threads, WorkerPool
@@ -273,7 +274,7 @@ class Run:
             session = Session(
                 location=self.storage.location,
                 file=None,
-                storage=self.storage,
+                storage=UnpackingStorage(self.storage),
                 threads=threads,
                 disk=Disk(threads.reads),
                 options=ReadOptions(parallel=self.parallel, chunk_bytes=self.chunk_bytes),

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from asyncloader import CheckpointError, CheckpointNotFoundError, Progress, ReadOptions
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
+from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.jobs import ByteBudget
 from asyncloader._threads.pool import Threads
@@ -686,7 +687,7 @@ async def verify_from(storage: MemoryStorage) -> Verification:
         session = Session(
             location=storage.location,
             file=None,
-            storage=storage,
+            storage=UnpackingStorage(storage),
             threads=threads,
             disk=Disk(threads.reads),
             options=replace(LIMITS, verify="off"),

@@ -118,10 +118,17 @@ def test_a_file_of_which_nothing_is_known_is_still_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model.gguf", "model.pt", "index"])
-def test_a_file_of_another_name_is_called_by_what_it_is(tmp_path: Path, name: str) -> None:
+def test_a_file_of_torch_needs_no_name_of_its_own(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(_saved(zipped=True))
-    with pytest.raises(CheckpointError, match=r"ZIP archive.*torch\.load"):
+    assert load_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.gguf", "model.pt", "index"])
+def test_a_file_of_another_name_is_called_by_what_it_is(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(_saved(zipped=False))
+    with pytest.raises(CheckpointError, match=r"a pickle.*torch\.load"):
         load_tensors(path)
 
 

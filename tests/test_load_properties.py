@@ -22,6 +22,7 @@ from asyncloader._loading.load import Load
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.session import Session
 from asyncloader._loading.transaction import complete
+from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.jobs import ByteBudget
 from asyncloader._threads.pool import Threads
@@ -516,7 +517,7 @@ async def load_from(
         session = Session(
             location="memory",
             file=None,
-            storage=storage,
+            storage=UnpackingStorage(storage),
             threads=threads,
             disk=Disk(threads.reads),
             options=ReadOptions(parallel=how["parallel"], chunk_bytes=how["chunk_bytes"]),

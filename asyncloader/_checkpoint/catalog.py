@@ -12,17 +12,20 @@ from asyncloader._threads.call import StalledError
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 
-from .format import INDEX, MAX_NAMES, MAX_SIDECAR, SIDECAR, STAGING, TENSORKEY
+from .format import INDEX, MAX_NAMES, MAX_SIDECAR, MODEL, SIDECAR, STAGING, TENSORKEY
 from .index import Catalog, Places, catalog_of_file, parse_recis, parse_weight_map
 from .manifest import check_unchanged, read_header
 from .problems import Problems
+from .torch_file import read_archive
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from concurrent.futures import Executor
 
-    from asyncloader._storage.protocol import Storage
+    from asyncloader._storage.protocol import Storage, ThreadedStorage
     from asyncloader.options import Verify
+
+    from .archive import Archive
 
 
 T = TypeVar("T")
@@ -47,7 +50,7 @@ _NAMED = 8
 
 
 async def read_catalog(
-    storage: Storage,
+    storage: ThreadedStorage,
     job: Callable[[Callable[[], Catalog]], T],
     *,
     executor: Executor,
@@ -101,6 +104,12 @@ def _digested(parse: Callable[[], Catalog], location: str) -> Catalog:
             "take the folder of a checkpoint that asyncloader.Saver wrote, or verify='auto'"
         )
         raise CheckpointError(location, problem)
+    if lacking := sorted(catalog.headers.keys() - catalog.sidecar.shards.keys()):
+        problem = (
+            f"{SIDECAR} has no digests of it, and verify='require' asks for them; save it with "
+            "asyncloader.Saver, too, or take verify='auto'"
+        )
+        raise CheckpointError(location, problem, lacking[0])
     return catalog
 
 
@@ -208,7 +217,7 @@ def _in_words(names: Sequence[str]) -> str:
 
 
 async def read_texts(
-    storage: Storage,
+    storage: ThreadedStorage,
     source: str,
     problems: Problems,
     *,
@@ -232,7 +241,11 @@ async def read_texts(
         if digests and await _absence(storage, SIDECAR) is None:
             with problems.caught():
                 sidecar = await read_file(storage, SIDECAR, MAX_SIDECAR)
-        return partial(parse_recis, problems, files, sidecar)
+        model = None
+        if await _absence(storage, MODEL) is None:
+            with problems.caught():
+                model = await _read_model(storage, executor)
+        return partial(parse_recis, problems, files, sidecar, model)
     if is_weight_map(source):
         text = await read_file(storage, source, MAX_NAMES)
         return partial(parse_weight_map, problems, text, source)
@@ -241,6 +254,14 @@ async def read_texts(
         storage, source, executor=executor, catalog=catalog, turns=turns, problems=problems
     )
     return partial(catalog_of_file, header)
+
+
+async def _read_model(storage: ThreadedStorage, executor: Executor) -> Archive:
+    try:
+        size = await storage.size(MODEL)
+    except OSError as error:
+        raise opening_error(storage.location, MODEL, error) from error
+    return await read_archive(storage, MODEL, size, executor=executor)
 
 
 async def read_file(storage: Storage, name: str, limit: int) -> bytearray:

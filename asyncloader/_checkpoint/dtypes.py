@@ -37,6 +37,12 @@ class DType:
         return _BITS.get(self.name, None if self.itemsize is None else 8 * self.itemsize)
 
     @property
+    def lack(self) -> str:
+        """What it is, in words, if torch has no such type."""
+        is_named = _NAME.fullmatch(self.name) is not None  # by the header of a safetensors file
+        return f"{self.name}, which torch does not have" if is_named else f"a {self.name}, not read"
+
+    @property
     def is_number(self) -> bool:
         """Whether one of torch's elements is one of the header's; else no number is known."""
         return self.itemsize is not None and self.bits == 8 * self.itemsize

@@ -62,7 +62,7 @@ def read_entries(
         blocks = _blocks(shard, sound, dtypes, start)
         assert blocks is not None, "the columns say that an entry is wrong, and no entry is"
     if digests is not None:
-        blocks.digests = _digests(problems, blocks, digests.blocks)
+        blocks.digests = checked_digests(problems, blocks, digests.blocks)
     return blocks
 
 
@@ -119,7 +119,7 @@ def _problem_of(entry: object, dtypes: Mapping[str, DType]) -> str | None:
     )
 
 
-def _digests(
+def checked_digests(
     problems: Problems, blocks: Blocks, known: Mapping[str, tuple[str, ...]]
 ) -> Mapping[str, tuple[str, ...]]:
     """Return the digests of all blocks that have one for each chunk."""

@@ -19,6 +19,10 @@ INDEX = "index"  # names the shard of each block; written last
 TENSORKEY = "tensorkey.json"  # the block names of tables
 DESCRIPTION = "torch_rank_weights_embs_table_multi_shard.json"  # for people; no load reads it
 SIDECAR = "asyncloader.json"  # our digests
+MODEL = "model.pt"  # the dense parameters, of `torch.save`
+EXTRA = "extra.pt"  # the step, the dense optimizer, and what else was registered
+IO_STATE = "io_state_{rank}.pt"  # how far a rank has read its data
+IO_COUNT = "io_state_count"  # the number of ranks, as text
 STAGING = ".saving-"  # begins the name of a folder that a save writes to before its commit
 
 MAX_NAMES = 128 << 20  # bytes of a file of names: two million lines of `index`
@@ -28,6 +32,7 @@ MAX_SIDECAR = 256 << 20
 MAX_HEADER = 100_000_000
 
 PREFIX = 8  # bytes of a shard before its header: the header's length
+SAFETENSORS = ".safetensors"  # the end of a shard's name
 DENSE_SUFFIX = "^ "  # the end of a dense tensor's key
 _ALIGNMENT = 8
 

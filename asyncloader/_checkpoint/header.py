@@ -26,6 +26,9 @@ from .strict_json import BadJsonError, has_negative_zero, parse_object
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from asyncloader._storage.unpacking import PackedTensor
+
+    from .archive import Archive
     from .blocks import Blocks
     from .problems import Problems
     from .sidecar import ShardDigests
@@ -80,6 +83,8 @@ class ShardHeader:
     blocks: Blocks
     surplus: int  # bytes after the last block
     metadata: Mapping[str, str] = field(default_factory=dict)  # free text, `__metadata__`
+    archive: Archive | None = None  # where the shard is a file of `torch.save`
+    packed: tuple[PackedTensor, ...] = ()  # blocks whose bytes a storage gathers
 
 
 def header_length(location: str, shard: str, start: bytes, size: int) -> int:
@@ -137,7 +142,8 @@ def parse_header(
         raise CheckpointError(problems.location, f"its header {error}", shard, error.key) from error
     start = PREFIX + len(text)
     if digests is not None:
-        _check_digest(problems, shard, text, digests.header)
+        whole = len(text).to_bytes(PREFIX, "little") + bytes(text)
+        check_digest(problems, shard, whole, digests.header, f"bytes [0, {start}), its header,")
     metadata = _metadata(problems, shard, entries.pop(_METADATA, None))
     blocks = read_entries(problems, shard, entries, start=start, digests=digests, recis=recis)
     if has_negative_zero(text):
@@ -170,10 +176,10 @@ def _metadata(problems: Problems, shard: str, metadata: object) -> Mapping[str, 
     return {}
 
 
-def _check_digest(problems: Problems, shard: str, text: Text, wanted: str) -> None:
-    found = digest_of(len(text).to_bytes(PREFIX, "little") + bytes(text))
+def check_digest(problems: Problems, shard: str, text: bytes, wanted: str, what: str) -> None:
+    """Compare the text of a header with its digest."""
+    found = digest_of(text)
     if found != wanted:
-        end = PREFIX + len(text)
-        problem = f"bytes [0, {end}), its header, are not those that were written: {SIDECAR} has "
+        problem = f"{what} are not those that were written: {SIDECAR} has "
         problem += f"the digest {wanted}, they have {found}; copy the file again"
         problems.add(problem, shard)

@@ -14,22 +14,24 @@ so that names may hold dots, slashes, spaces and `@` themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
 from asyncloader.errors import CheckpointError
 
-from .format import DENSE_SUFFIX, INDEX, SIDECAR, TENSORKEY
+from .format import DENSE_SUFFIX, INDEX, MODEL, SIDECAR, TENSORKEY
 from .problems import Problem
 from .sidecar import check_files, parse_sidecar
 from .slices import Slice
 from .strict_json import BadJsonError, parse_object
+from .torch_file import parse_archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from .archive import Archive
     from .header import ShardHeader
     from .problems import Problems
     from .sidecar import Sidecar
@@ -86,7 +88,7 @@ class Catalog:
         files: All shards that it names, in order, also shards without a block.
         sidecar: Digests of all that it names, if there are any and they are wanted.
         oddities: Oddities that do no harm.
-        header: That of `source`, if it is the only shard.
+        headers: Those that are known already, by shard.
         recis: Whether the checkpoint is in RecIS's format.
     """
 
@@ -96,7 +98,7 @@ class Catalog:
     files: tuple[str, ...] = ()
     sidecar: Sidecar | None = None
     oddities: tuple[Problem, ...] = ()
-    header: ShardHeader | None = None
+    headers: Mapping[str, ShardHeader] = field(default_factory=dict)
     recis: bool = False
 
     def names(self) -> tuple[str, ...]:
@@ -115,11 +117,14 @@ class Catalog:
         return tuple(part.place for part in self.tables.get(table, {}).get(slot, ()))
 
 
-def parse_recis(problems: Problems, files: Mapping[str, Text], text: Text | None) -> Catalog:
+def parse_recis(
+    problems: Problems, files: Mapping[str, Text], text: Text | None, model: Archive | None = None
+) -> Catalog:
     """Parse all files of names together.
 
     `files` has `index`, and `tensorkey.json` unless that could not be read; `text` is the sidecar,
-    if there is one and it is wanted. `problems` receives wrong entries and contradictions.
+    if there is one and it is wanted; `model` is `model.pt`, if there is one. `problems` receives
+    wrong entries and contradictions.
 
     Raises:
         CheckpointError: If `index` is damaged.
@@ -135,7 +140,35 @@ def parse_recis(problems: Problems, files: Mapping[str, Text], text: Text | None
                 odd = f"belongs to another save than {INDEX}, so nothing is verified"
     catalog = parse_catalog(problems, files[INDEX], files.get(TENSORKEY, b"{}"))
     oddities = (Problem(SIDECAR, None, odd),) if odd else ()
-    return replace(catalog, sidecar=sidecar, oddities=oddities)
+    catalog = replace(catalog, sidecar=sidecar, oddities=oddities)
+    if model is not None:
+        with problems.caught():
+            return _with_model(problems, catalog, model)
+    elif sidecar is not None and MODEL in sidecar.shards:
+        problems.add(f"is missing, but {SIDECAR} has digests of it; copy it", MODEL)
+    return catalog
+
+
+def _with_model(problems: Problems, catalog: Catalog, model: Archive) -> Catalog:
+    """Add the tensors of `model.pt`. A name that is known already stays what it is."""
+    digests = None if catalog.sidecar is None else catalog.sidecar.shards.get(MODEL)
+    header, known = parse_archive(problems, model, digests), catalog.tensors
+    new = {name: name for name in header.blocks if name not in known.block_keys}
+    oddities = [
+        Problem(MODEL, name, f"stands in {known.shards[name]!r}, too, which is taken")
+        for name in header.blocks
+        if name in known.block_keys
+    ]
+    if catalog.sidecar is not None and digests is None:
+        odd = f"{SIDECAR} has no digests of it, so its tensors are not verified"
+        oddities.append(Problem(MODEL, None, odd))
+    return replace(
+        catalog,
+        tensors=Places({**known.block_keys, **new}, {**known.shards, **dict.fromkeys(new, MODEL)}),
+        files=(*catalog.files, MODEL),
+        oddities=(*catalog.oddities, *oddities),
+        headers={MODEL: header},
+    )
 
 
 def parse_catalog(problems: Problems, index: Text, tensorkey: Text) -> Catalog:
@@ -190,7 +223,9 @@ def _dense(problems: Problems, shards: Mapping[int, str], blocks: Mapping[str, i
 def catalog_of_file(header: ShardHeader) -> Catalog:
     """Return the names in one file's header: the keys, as they stand."""
     file, keys = header.blocks.shard, {key: key for key in header.blocks}
-    return Catalog(Places(keys, dict.fromkeys(keys, file)), {}, file, (file,), header=header)
+    return Catalog(
+        Places(keys, dict.fromkeys(keys, file)), {}, file, (file,), headers={file: header}
+    )
 
 
 def parse_weight_map(problems: Problems, text: Text, name: str) -> Catalog:

@@ -14,16 +14,18 @@ from asyncloader._storage.protocol import opening_error, read_exactly, read_text
 from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
 from asyncloader.errors import CheckpointChangedError, CheckpointError, ReadError
 
-from .format import DENSE_SUFFIX, INDEX, PREFIX, SIDECAR
+from .archive import SIGNATURE
+from .format import DENSE_SUFFIX, INDEX, PREFIX, SAFETENSORS, SIDECAR
 from .header import FIRST, ShardHeader, header_length, parse_header
 from .parts import row_problems
 from .problems import Problem, Problems
+from .torch_file import parse_archive, read_archive
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from concurrent.futures import Executor
 
-    from asyncloader._storage.protocol import Storage
+    from asyncloader._storage.protocol import Storage, ThreadedStorage
 
     from .blocks import Block
     from .dtypes import DType
@@ -138,7 +140,7 @@ def stored_tensor(manifest: Manifest, name: str) -> Stored:
 
 
 async def read_manifest(
-    storage: Storage,
+    storage: ThreadedStorage,
     catalog: Catalog,
     shards: Iterable[str],
     *,
@@ -164,8 +166,8 @@ async def read_manifest(
     problems = Problems(storage.location) if problems is None else problems
 
     async def read(shard: str) -> None:
-        if catalog.header is not None and catalog.source == shard:
-            headers[shard] = catalog.header
+        if (known := catalog.headers.get(shard)) is not None:
+            headers[shard] = known
             return
         try:
             headers[shard] = await read_header(
@@ -207,7 +209,7 @@ async def check_unchanged(storage: Storage, source: str) -> None:
 
 
 async def read_header(
-    storage: Storage,
+    storage: ThreadedStorage,
     shard: str,
     *,
     executor: Executor,
@@ -231,6 +233,12 @@ async def read_header(
     size = await _size_of(storage, shard, catalog)
     start = bytearray(min(_FIRST_READ, size))
     await read_exactly(storage, shard, 0, [memoryview(start)])
+    if start.startswith(SIGNATURE) and not shard.endswith(SAFETENSORS):
+        archive = await read_archive(storage, shard, size, executor=executor)
+        [header] = await run_jobs(
+            executor, [undisturbed(partial(parse_archive, problems, archive, digests))]
+        )
+        return header
     length = header_length(where, shard, bytes(start[:FIRST]), size)
     async with turns if length > _LARGE else contextlib.nullcontext():
         text = start[PREFIX : PREFIX + length]

@@ -120,6 +120,7 @@ class Contents:
                     if warning not in self._warned:  # a reader says each once
                         self._warned.add(warning)
                         _log.warning("%s: %s", session.location, warning)
+        session.know(self._headers)  # this session may be another than the one that read them
         manifest = Manifest(session.location, catalog, self._headers)
         [stored] = await run_jobs(
             kernels, [lambda: [stored_tensor(manifest, name) for name in places]]
@@ -192,10 +193,8 @@ def torch_dtype(location: str, stored: Stored) -> torch.dtype:
     found = getattr(torch, stored.dtype.torch, None)
     if isinstance(found, torch.dtype):
         return found
-    problem = (
-        f"is {stored.dtype.name}, which torch {torch.__version__} does not have; update torch, or "
-        "ask for other tensors only"
-    )
+    known = f"torch here is {torch.__version__}; update it, or ask for other tensors only"
+    problem = f"is {stored.dtype.lack}: {known}"
     raise _bad(location, stored, problem)
 
 

@@ -17,6 +17,7 @@ from asyncloader._storage.descriptors import Descriptors
 from asyncloader._storage.local import LocalStorage
 from asyncloader._storage.protocol import ThreadedStorage
 from asyncloader._storage.retrying import ThreadedRetryingStorage
+from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.gate import Gate
 from asyncloader._threads.jobs import ByteBudget, settled
@@ -256,7 +257,7 @@ async def open_session(
                 location=str(Path(path)),
                 file=file,
                 # A wrapper need not count lost reads: the files do.
-                storage=ThreadedRetryingStorage(storage, lost=lambda: files.lost),
+                storage=UnpackingStorage(ThreadedRetryingStorage(storage, lost=lambda: files.lost)),
                 threads=resources.threads,
                 disk=disk,
                 options=replace(

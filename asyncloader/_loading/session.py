@@ -13,7 +13,6 @@ from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
 from asyncloader._storage.protocol import read_error
-from asyncloader._storage.retrying import RetryingStorage
 from asyncloader._threads.call import StalledError
 from asyncloader.errors import (
     CheckpointChangedError,
@@ -25,15 +24,16 @@ from asyncloader.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from asyncloader._checkpoint.blocks import Block
+    from asyncloader._checkpoint.header import ShardHeader
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._storage.protocol import ThreadedStorage
+    from asyncloader._storage.unpacking import UnpackingStorage
     from asyncloader._threads.disk import Disk
     from asyncloader._threads.jobs import ByteBudget
     from asyncloader._threads.lag import LagWatch
@@ -113,7 +113,7 @@ class Session:
 
     location: str  # the checkpoint, for messages
     file: str | None  # the one file in `storage` that is all of it, unless all of the folder is
-    storage: ThreadedStorage
+    storage: UnpackingStorage
     threads: Threads
     disk: Disk
     options: ReadOptions
@@ -124,7 +124,7 @@ class Session:
     @property
     def retries(self) -> int:
         """How often the storage tried a failed read again."""
-        return self.storage.retries if isinstance(self.storage, RetryingStorage) else 0
+        return self.storage.retries
 
     @property
     def verifier(self) -> Verifier:
@@ -200,7 +200,13 @@ class Session:
         manifest = await read_manifest(
             self.storage, catalog, shards, parallel=parallel, executor=executor
         )
+        self.know(manifest.headers)
         return replace(manifest, location=self.location)
+
+    def know(self, headers: Mapping[str, ShardHeader]) -> None:
+        """Let blocks be read that a file has in pieces, or compressed."""
+        for shard, header in headers.items():
+            self.storage.unpack(shard, header.packed)
 
 
 @contextlib.asynccontextmanager

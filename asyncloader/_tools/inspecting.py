@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _GHOSTS = 20
 _LIST = "checkpoint"  # in which a trainer lists its checkpoints, finished or not
 
-Kind = Literal["RecIS checkpoint", "Hugging Face folder", "safetensors file"]
+Kind = Literal[
+    "RecIS checkpoint", "Hugging Face folder", "safetensors file", "file of torch.save"
+]
 Digests = Literal["present", "ignored", "absent"]
 
 
@@ -161,8 +163,9 @@ def _summarize(
     tables = tuple(_table(manifest, name) for name in catalog.tables)
     tensors, ghosts = _tensors(manifest)
     kind: Kind = "RecIS checkpoint" if catalog.recis else "Hugging Face folder"
-    if file is not None and file == catalog.source and catalog.header is not None:
-        kind = "safetensors file"
+    if file is not None and file == catalog.source and file in catalog.headers:
+        is_torch = manifest.headers[file].archive is not None
+        kind = "file of torch.save" if is_torch else "safetensors file"
     is_odd = any(odd.file == SIDECAR for odd in catalog.oddities)
     digests: Digests = "present" if catalog.sidecar else "ignored" if is_odd else "absent"
     return CheckpointSummary(

@@ -160,7 +160,7 @@ def _describe_tables(content: Content) -> str:
 
 def _metadata_of(manifest: Manifest) -> Mapping[str, str]:
     """Return the free text of a single plain file's header."""
-    header = manifest.catalog.header
+    header = manifest.catalog.headers.get(manifest.catalog.source)
     return {} if header is None else header.metadata
 
 

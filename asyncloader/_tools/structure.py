@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.problems import AllProblems
     from asyncloader._checkpoint.sidecar import PartRows
     from asyncloader._checkpoint.slices import Slice
-    from asyncloader._storage.protocol import Storage
+    from asyncloader._storage.unpacking import UnpackingStorage
 
 
 _SHARD = re.compile(r".+\.safetensors")
@@ -72,7 +72,7 @@ class Structure:
 
 
 async def read_structure(
-    storage: Storage,
+    storage: UnpackingStorage,
     problems: AllProblems,
     *,
     file: str | None,
@@ -111,9 +111,13 @@ async def read_structure(
     manifest = await read_manifest(
         storage, catalog, catalog.files, parallel=parallel, executor=executor, problems=problems
     )
+    for shard, header in manifest.headers.items():
+        storage.unpack(shard, header.packed)
     [tables] = await run_jobs(executor, [partial(_check, manifest, problems, known=known)])
     others = {INDEX, TENSORKEY, SIDECAR, DESCRIPTION} & there if recis else {source}
     kind = "RecIS checkpoint" if recis else "Hugging Face folder" if is_map else "safetensors file"
+    if any(header.archive for header in manifest.headers.values()) and not recis:
+        kind = "file of torch.save"
     return Structure(
         kind=kind,
         headers=manifest.headers,
@@ -164,8 +168,8 @@ def _note_strange_dtypes(manifest: Manifest, problems: AllProblems) -> None:
         if any(dtype.itemsize is None for dtype, _ in header.blocks.types):
             for block in header.blocks.values():
                 if block.dtype.itemsize is None:
-                    text = f"is {block.dtype.name}, which torch does not have"
-                    problems.note(f"{text}, so it cannot be loaded", block.shard, block.key)
+                    text = f"is {block.dtype.lack}, so it cannot be loaded"
+                    problems.note(text, block.shard, block.key)
 
 
 def _find_parts(catalog: Catalog, problems: AllProblems) -> None:

@@ -15,6 +15,7 @@ from asyncloader._loading.runtime import open_session
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 
+from .checksums import check_sums
 from .content import ID_BYTES, check_room, free_memory
 from .scanning import Watched, check_part, count_duplicates, scan
 from .structure import read_structure
@@ -175,6 +176,9 @@ class _Inspector:
             for block in table.parts.values():
                 blocks.pop((block.shard, block.key), None)
         await self._inspect([Watched(block) for block in blocks.values()])
+        for header in structure.headers.values():
+            if header.archive is not None:
+                await check_sums(self.session, header.archive, self.problems)
 
     async def _read_ids(self, table: TableIds) -> None:
         kernels = self.session.threads.kernels

@@ -74,7 +74,7 @@ def checkpoint_view(summary: CheckpointSummary, *, everything: bool) -> Renderab
         ("holds", held if tables else plural(len(tensors), "tensor")),
         ("digests", _DIGESTS[summary.digests]),
     ]
-    if summary.kind != "safetensors file":
+    if "file" not in summary.kind:
         lines.insert(1, ("state", Text("committed", "green")))
     another = "another save, under way or cut off"
     lines += [odd_fact("saving", f"{name}: {another}") for name in summary.saving]

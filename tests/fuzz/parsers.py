@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from asyncloader._checkpoint.header import ShardHeader
+    from asyncloader._storage.protocol import ReadInto
 from asyncloader._checkpoint.problems import Problems
 
 __all__ = ["TARGETS", "header", "names", "weight_map"]
 
 T = TypeVar("T")
 WHERE = "here"
+FILE = "file.safetensors"
 LONGEST = 10_000
 
 
@@ -63,6 +65,9 @@ class Bytes:
             view[: len(part)] = part
             done += len(part)
         return done
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
+        raise AssertionError("a header takes no thread")
 
 
 def at_once(coroutine: Coroutine[object, object, T]) -> T:
@@ -119,10 +124,10 @@ def check_header(content: bytes, *, is_recis: bool) -> None:
 
 
 async def _header(content: bytes, *, is_recis: bool) -> ShardHeader:
-    source = INDEX if is_recis else "file"
+    source = INDEX if is_recis else FILE
     return await read_header(
         Bytes(content),
-        "file",
+        FILE,
         executor=None,  # type: ignore[arg-type]  # nothing is handed to it
         catalog=Catalog(Places({}, {}), {}, source, recis=is_recis),
         turns=asyncio.Lock(),

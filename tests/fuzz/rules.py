@@ -17,6 +17,7 @@ from asyncloader._checkpoint.problems import AllProblems
 from asyncloader._planning.choice import choose
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import TableTarget, Targets, TensorTargets
+from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._tools.structure import read_structure
 from tests.support import MemoryStorage
 
@@ -77,7 +78,7 @@ async def _both(
             refusal = error
         try:
             await read_structure(
-                storage,
+                UnpackingStorage(storage),
                 problems,
                 file=file,
                 there=frozenset(storage.files),

@@ -1,0 +1,213 @@
+"""What the functions that `torch.save` pickles make: descriptions of tensors. None is called.
+
+The names are those of `torch/_utils.py`, `torch/serialization.py` and
+`torch/_weights_only_unpickler.py` (https://github.com/pytorch/pytorch); any other is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+_LARGE = 1 << 62  # more than any size
+_STORAGE = re.compile(r"torch\.(cuda\.|storage\.)?[A-Za-z0-9]+Storage")
+_DTYPE = re.compile(r"torch\.[a-z][a-z0-9_]*")
+_STORAGES = {
+    "Bool": "bool",
+    "Byte": "uint8",
+    "Char": "int8",
+    "Short": "int16",
+    "Int": "int32",
+    "Long": "int64",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Float": "float32",
+    "Double": "float64",
+    "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128",
+}
+
+
+class PickleError(ValueError):
+    """A pickle is damaged, or asks for what is not done here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Bytes that tensors are views of.
+
+    Attributes:
+        key: Its name: the entry `data/KEY` of the archive.
+        dtype: Of its elements; `None` if its tensors say that.
+        count: Elements; bytes if it has no dtype.
+    """
+
+    key: str
+    dtype: str | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A strided view of a storage.
+
+    Attributes:
+        storage: Holds its elements.
+        dtype: As torch spells it.
+        offset: Of its first element, in elements.
+        shape: Its dimensions.
+        stride: Elements from one to the next, by dimension.
+    """
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie one after the other, in their order."""
+        expected = 1
+        for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and step != expected:
+                return 0 in self.shape
+            expected *= size
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A tensor of a kind that is not read.
+
+    Attributes:
+        kind: Its kind, in words.
+    """
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the pickle asks for.
+
+    Attributes:
+        name: Module and name, with a dot between.
+    """
+
+    name: str
+
+
+def storage_of(saved: object) -> Storage:
+    match saved:
+        case ("storage", Global(name=kind), str(key), str(), int(count)) if 0 <= count < _LARGE:
+            pass
+        case _:
+            raise PickleError("a storage is described in a way that is not read")
+    module, _, name = kind.rpartition(".")
+    if name == "UntypedStorage" and module == "torch.storage":
+        return Storage(key, None, count)
+    dtype = _STORAGES.get(name.removesuffix("Storage")) if name.endswith("Storage") else None
+    if module not in {"torch", "torch.cuda", "torch.storage"} or dtype is None:
+        return Storage(key, f"of {kind}", count)  # quantised, say: its tensors are refused
+    return Storage(key, dtype, count)
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    sound = isinstance(value, tuple) and all(
+        type(one) is int and 0 <= one < _LARGE for one in value
+    )
+    if not sound:
+        raise PickleError(f"{shown(value)} is no shape, and no strides")
+    return value  # type: ignore[return-value]  # a tuple of such numbers
+
+
+def _tensor(
+    storage: object, offset: object, shape: object, stride: object, *rest: object
+) -> Tensor | Refused:
+    if not isinstance(storage, Storage) or type(offset) is not int or not 0 <= offset < _LARGE:
+        raise PickleError("a tensor without a storage")
+    dtype = storage.dtype
+    for one in rest:
+        if isinstance(one, Global) and one.name.startswith("torch."):  # of `_rebuild_tensor_v3`
+            dtype = one.name.removeprefix("torch.")
+        elif isinstance(one, dict) and any(one.values()):  # conjugated or negated, lazily
+            return Refused(f"tensor with {shown(list(one))}")
+    found = Tensor(storage, dtype or "uint8", offset, _sizes(shape), _sizes(stride))
+    if len(found.shape) != len(found.stride):
+        raise PickleError(f"a shape {list(found.shape)} with strides {list(found.stride)}")
+    return found
+
+
+def _first(first: object, *_: object) -> object:
+    return first
+
+
+def _nothing(*_: object) -> dict[object, object]:
+    return {}
+
+
+def _ordered_dict(*filled: object) -> dict[object, object]:
+    """Of a call without arguments: Python fills it afterwards."""
+    if filled:
+        raise PickleError("an OrderedDict that is made of a list is not read")
+    return {}
+
+
+def _opaque(kind: str) -> Callable[..., object]:
+    """Return a function that does not look at its arguments: the value holds no tensor."""
+    return lambda *_: Global(kind)
+
+
+def _refused(kind: str) -> Callable[..., object]:
+    return lambda *_: Refused(kind)
+
+
+_CALLED: dict[str, Callable[..., object]] = {
+    "_codecs.encode": _opaque("bytes"),
+    "builtins.set": _opaque("set"),
+    "__builtin__.set": _opaque("set"),
+    "collections.Counter": _nothing,
+    "collections.OrderedDict": _ordered_dict,
+    "collections.defaultdict": _nothing,
+    "torch.Size": _first,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor,
+    "torch.device": _opaque("device"),
+    "torch.serialization._get_layout": _opaque("layout"),
+    "torch._tensor._rebuild_from_type_v2": _refused("tensor of a class of its own"),
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _refused("tensor of another device"),
+    "torch._utils._rebuild_device_tensor_from_numpy": _refused("tensor of another device"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _refused("tensor on the meta device"),
+    "torch._utils._rebuild_nested_tensor": _refused("nested tensor"),
+    "torch._utils._rebuild_qtensor": _refused("quantised tensor"),
+    "torch._utils._rebuild_sparse_csr_tensor": _refused("sparse tensor"),
+    "torch._utils._rebuild_sparse_tensor": _refused("sparse tensor"),
+    "torch._utils._rebuild_wrapper_subclass": _refused("tensor of a class of its own"),
+}
+
+
+def known(name: str) -> Global:
+    """Return a name that a pickle may ask for."""
+    if name in _CALLED or _STORAGE.fullmatch(name) or _DTYPE.fullmatch(name):
+        return Global(name)
+    raise PickleError(f"it asks for {name[:200]!r}, which a file of tensors has no need of")
+
+
+def called(name: str, arguments: tuple[object, ...]) -> object:
+    function = _CALLED.get(name)
+    if function is None:
+        raise PickleError(f"it calls {name}, which is not called here")
+    try:
+        return function(*arguments)
+    except TypeError as error:
+        raise PickleError(f"{name} with arguments that it does not take") from error
