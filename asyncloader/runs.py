@@ -10,21 +10,18 @@ import contextlib
 import logging
 import os
 import re
-import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._arguments import checked_path
-from ._checkpoint.catalog import is_weight_map, model_in
-from ._checkpoint.format import INDEX, MAX_NAMES, PREFIX, TENSORKEY
-from ._checkpoint.header import FIRST, header_length, parse_header
-from ._checkpoint.index import is_file_name, parse_catalog, parse_weight_map
-from ._checkpoint.problems import Problems
+from ._checkpoint.finished import lack_of, mark_of
+from ._checkpoint.format import INDEX, RUN_LIST
+from ._checkpoint.index import is_file_name
 from ._storage.small_files import Looks
 from ._threads.blocking import run_blocking
-from .errors import CheckpointError, CheckpointNotFoundError, TruncatedShardError
+from .errors import CheckpointError, CheckpointNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Version",
     "alatest",
+    "finished_versions",
     "is_run_folder",
     "latest",
     "listed",
@@ -42,13 +40,12 @@ __all__ = [
 
 _log = logging.getLogger("asyncloader")
 
-_LIST = "checkpoint"
 # Of savers, for one, that are at work: what lies there is not committed, even if it has an `index`.
 _HIDDEN = "."
 # Only the end of the list counts; it grows for as long as the run goes on.
 _LAST_BYTES = 64 << 10
-_SAFETENSORS = ".safetensors"
 _STALL_TIMEOUT = 120.0
+_LOOKS = 5  # at a list that changes all the time
 _NUMBER = re.compile("([0-9]+)")
 
 
@@ -62,11 +59,15 @@ class Version:
             folders do.
         modified: When the file that says so was written, or else when the folder was changed, in
             seconds since 1970.
+        lack: What is still missing of a committed checkpoint, as while it is copied: which file
+            is not there, or not written to its end. Empty if it is finished, so that `latest` may
+            return it.
     """
 
     name: str
     committed: bool
     modified: float
+    lack: str = ""
 
 
 def latest(run_folder: str | os.PathLike[str]) -> Path:
@@ -74,8 +75,9 @@ def latest(run_folder: str | os.PathLike[str]) -> Path:
 
     That is the last line of its text file `checkpoint` that names a sub-folder with `index`, or
     with a model as Hugging Face has it; where no line does, the sub-folder whose `index`, or model,
-    is the newest. A checkpoint whose shards are missing or short, since it is still copied, is
-    passed over, with a warning. Blocks; `alatest` does not.
+    is the newest. A checkpoint is passed over, with a warning, if `index` or `tensorkey.json` is no
+    JSON, or if a shard, `model.pt` or `extra.pt` is not written to its end: it is still copied, or
+    was removed meanwhile. Blocks; `alatest` does not.
 
     Raises:
         CheckpointNotFoundError: If there is none.
@@ -105,18 +107,37 @@ async def newest_version(looks: Looks, folder: Path, *, finished: bool) -> Path:
         CheckpointNotFoundError: If there is none.
         CheckpointError: If the folder cannot be listed, or there was no answer.
     """
-    lacking: list[str] = []
-    async with contextlib.aclosing(_newest_first(looks, folder)) as found:
-        async for path in found:
-            lack = await looks.at_many(partial(_lack_of, path)) if finished else ""
-            if not lack:
-                return path
-            lacking.append(f"{path.name!r}: {lack}")
-            _log.warning("%s is passed over, not all of it is there: %s", path, lack)
+    names = await listed(looks, folder)
+    for _ in range(_LOOKS):
+        found, lacking = await _newest_of(looks, folder, names, finished=finished)
+        before, names = names, await listed(looks, folder)
+        if names == before or not finished:
+            break
+        # A trainer removes a checkpoint when it has listed a newer one, and writes the list anew.
+        _log.warning("%s: %r was written to meanwhile, looking again", folder, RUN_LIST)
+    for name, lack in lacking.items():
+        _log.warning("%s is passed over, not all of it is there: %s", folder / name, lack)
+    if found is not None:
+        return found
     if not lacking:
         raise await looks(_none_in, folder)
-    problem = f"no finished checkpoint here, copy the rest of one: {'; '.join(lacking)}"
+    each = "; ".join(f"{name!r}: {lack}" for name, lack in lacking.items())
+    problem = f"no finished checkpoint here, copy the rest of one: {each}"
     raise CheckpointNotFoundError(str(folder), problem)
+
+
+async def _newest_of(
+    looks: Looks, folder: Path, names: list[str], *, finished: bool
+) -> tuple[Path | None, dict[str, str]]:
+    """Return the newest checkpoint, and what those that were passed over lack, by name."""
+    lacking: dict[str, str] = {}
+    async with contextlib.aclosing(_newest_first(looks, folder, names)) as found:
+        async for path in found:
+            lack = await looks.at_many(partial(lack_of, path)) if finished else ""
+            if not lack:
+                return path, lacking
+            lacking[path.name] = lack
+    return None, lacking
 
 
 def _none_in(folder: Path) -> CheckpointNotFoundError:
@@ -124,7 +145,7 @@ def _none_in(folder: Path) -> CheckpointNotFoundError:
     if not _is_committed(folder):
         problem = (
             f"no committed checkpoint here; looked for sub-folders that hold {INDEX!r}, which is "
-            f"written last, or a safetensors model, the first ones that {_LIST!r} names"
+            f"written last, or a safetensors model, the first ones that {RUN_LIST!r} names"
         )
     return CheckpointNotFoundError(str(folder), problem)
 
@@ -136,7 +157,17 @@ def versions(run_folder: str | os.PathLike[str]) -> tuple[Version, ...]:
         CheckpointNotFoundError: If there is no such folder.
         CheckpointError: If it cannot be listed.
     """
-    return _versions(Path(checked_path(run_folder, "run_folder")), int)
+    return finished_versions(Path(checked_path(run_folder, "run_folder")), int)
+
+
+def finished_versions(run_folder: Path, tick: Callable[[], object]) -> tuple[Version, ...]:
+    """Return what `versions` does; `tick` is called before each file that is looked at."""
+    return tuple(
+        replace(version, lack=lack_of(run_folder / version.name, tick))
+        if version.committed
+        else version
+        for version in _versions(run_folder, tick)
+    )
 
 
 def _versions(run_folder: Path, tick: Callable[[], object]) -> tuple[Version, ...]:
@@ -170,9 +201,9 @@ def is_run_folder(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-async def _newest_first(looks: Looks, folder: Path) -> AsyncGenerator[Path, None]:
+async def _newest_first(looks: Looks, folder: Path, names: list[str]) -> AsyncGenerator[Path, None]:
     """Yield the committed checkpoints of a run folder, the names in its list first."""
-    seen, names = set(), await listed(looks, folder)
+    seen = set()
     while (at := await looks.at_many(partial(_first_committed, folder, names))) is not None:
         seen.add(names[at])
         yield folder / names[at]
@@ -193,20 +224,31 @@ def _first_committed(folder: Path, names: list[str], tick: Callable[[], object])
 async def listed(looks: Looks, folder: Path) -> list[str]:
     """Return the names at the end of the list, the last one first, each once."""
     try:
-        text = await looks.read(folder / _LIST, last=_LAST_BYTES + 1)
+        text = await looks.read(folder / RUN_LIST, last=_LAST_BYTES + 1)
     except OSError:
         return []
-    lines = text.split(b"\n")
+    lines = [line.strip() for line in text.split(b"\n")]
     if len(text) > _LAST_BYTES:
         del lines[0]  # it may be half a line
+    # So may a last line without an end: `ckpt_3` of `ckpt_30`, if that is in the folder, too.
+    if lines and lines[-1] in lines[:-1] and await looks(_begins_another, folder, lines[-1]):
+        del lines[-1]
     # As the system decodes file names: never fails.
-    names = [os.fsdecode(line.strip()) for line in dict.fromkeys(reversed(lines))]
+    names = [os.fsdecode(line) for line in dict.fromkeys(reversed(lines))]
     return [name for name in names if is_file_name(name) and not name.startswith(_HIDDEN)]
+
+
+def _begins_another(folder: Path, half: bytes) -> bool:
+    """Say whether an entry of the folder has a longer name that begins so."""
+    with contextlib.suppress(OSError):
+        names = map(os.fsencode, os.listdir(folder))  # noqa: PTH208  # names
+        return bool(half) and any(name.startswith(half) and name != half for name in names)
+    return False
 
 
 def _version(folder: Path, name: str) -> Version | None:
     path = folder / name
-    mark = _mark(path)
+    mark = mark_of(path)
     try:
         modified = (mark or path).stat().st_mtime
     except OSError:  # removed meanwhile
@@ -215,82 +257,10 @@ def _version(folder: Path, name: str) -> Version | None:
 
 
 def _is_committed(path: Path) -> bool:
-    return _mark(path) is not None
-
-
-def _mark(path: Path) -> Path | None:
-    """Return the file that makes a folder a checkpoint: `index`, or the one that names a model."""
-    if os.path.isfile(path / INDEX):  # noqa: PTH113  # Path's own raises for odd names
-        return path / INDEX
-    try:
-        name = model_in(str(path), [entry.name for entry in path.iterdir()])
-    except (OSError, CheckpointError):  # no folder; or several models
-        return None
-    return None if name is None else path / name
+    return mark_of(path) is not None
 
 
 def name_order(name: str) -> list[str | int]:
     """Return what orders names by the numbers in them: `ckpt_9` comes before `ckpt_10`."""
     parts = _NUMBER.split(name)  # text and numbers take turns
     return [int(part) if n % 2 else part for n, part in enumerate(parts)]
-
-
-def _lack_of(path: Path, tick: Callable[[], object]) -> str:
-    """Say which file, if any, is missing or short, as while it is copied: a load tells the rest."""
-    mark = _mark(path)
-    if mark is None:
-        return "it was removed"
-    try:
-        if mark.stat().st_size > MAX_NAMES and not mark.name.endswith(_SAFETENSORS):
-            return ""
-        for shard in sorted(_shards(mark)):
-            tick()
-            _check_length(mark.parent, shard, recis=mark.name == INDEX)
-        if mark.name == INDEX:
-            _written(mark.parent / TENSORKEY)
-    except FileNotFoundError as error:
-        return f"{os.path.basename(error.filename)!r} is missing"  # noqa: PTH119  # text
-    except TruncatedShardError as error:
-        return str(error)
-    except _UnwrittenError as unwritten:
-        return f"{str(unwritten)!r} is not written to its end"
-    except (OSError, CheckpointError):
-        pass
-    return ""
-
-
-class _UnwrittenError(Exception):
-    """A file has its name, maybe its length, and not yet its content."""
-
-
-def _shards(mark: Path) -> set[str]:
-    """Return the names of a checkpoint's shards."""
-    if mark.name == INDEX:
-        catalog = parse_catalog(Problems(str(mark.parent)), _written(mark), b"{}")
-        return set(catalog.tensors.shards.values())  # without TENSORKEY, tables are tensors, too
-    if is_weight_map(mark.name):
-        catalog = parse_weight_map(Problems(str(mark.parent)), _written(mark), mark.name)
-        return set(catalog.tensors.shards.values())
-    return {mark.name}
-
-
-def _written(names: Path) -> bytes:
-    """Return the text of a JSON file, unless it is cut short: it ends where its braces do."""
-    text = names.read_bytes()
-    if not text or text.count(b"{") > text.count(b"}"):
-        raise _UnwrittenError(names.name)
-    return text
-
-
-def _check_length(folder: Path, shard: str, *, recis: bool) -> None:
-    """Raise if a shard is not as long as its header says."""
-    found = (folder / shard).stat()
-    if not stat.S_ISREG(found.st_mode):  # opening a FIFO would hang
-        return
-    with (folder / shard).open("rb") as file:
-        start = file.read(FIRST)
-        if len(start) >= PREFIX and not any(start[:PREFIX]):  # its room was taken first
-            raise _UnwrittenError(shard)
-        length = header_length(str(folder), shard, start, found.st_size)
-        file.seek(PREFIX)
-        parse_header(Problems(str(folder)), shard, file.read(length), found.st_size, recis=recis)

@@ -19,10 +19,11 @@ INDEX = "index"  # names the shard of each block; written last
 TENSORKEY = "tensorkey.json"  # the block names of tables
 DESCRIPTION = "torch_rank_weights_embs_table_multi_shard.json"  # for people; no load reads it
 SIDECAR = "asyncloader.json"  # our digests
-MODEL = "model.pt"  # the dense parameters, of `torch.save`
-EXTRA = "extra.pt"  # the step, the dense optimizer, and what else was registered
-IO_STATE = "io_state_{rank}.pt"  # how far a rank has read its data
-IO_COUNT = "io_state_count"  # the number of ranks, as text
+MODEL = "model.pt"  # RecIS's trainer saves the dense parameters by `torch.save`
+EXTRA = "extra.pt"  # its step, its dense optimizer, the positions of its windows
+IO_STATE = "io_state_{rank}.pt"  # the positions of one rank's data
+IO_COUNT = "io_state_count"  # how many ranks have some
+RUN_LIST = "checkpoint"  # beside the checkpoints of a run: their names, the newest last
 STAGING = ".saving-"  # begins the name of a folder that a save writes to before its commit
 
 MAX_NAMES = 128 << 20  # bytes of a file of names: two million lines of `index`

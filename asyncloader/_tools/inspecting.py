@@ -9,26 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._checkpoint.format import SIDECAR, STAGING
+from asyncloader._checkpoint.format import RUN_LIST, SIDECAR, STAGING
 from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID
 from asyncloader._loading.runtime import open_session
 from asyncloader._storage.small_files import Looks
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
-from asyncloader.runs import is_run_folder, newest_version, versions
+from asyncloader.runs import finished_versions, is_run_folder, newest_version
 
 from .content import read_headers, shards_of, stored_slot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from asyncloader._checkpoint.manifest import Manifest
     from asyncloader.options import ReadOptions
 
 
 _GHOSTS = 20
-_LIST = "checkpoint"  # in which a trainer lists its checkpoints, finished or not
 
 Kind = Literal[
     "RecIS checkpoint", "Hugging Face folder", "safetensors file", "file of torch.save"
@@ -115,6 +114,8 @@ class VersionSummary:
         modified: When it was committed, or else last changed, in seconds since 1970.
         bytes: Of all files in it.
         latest: Whether it is the one to load.
+        lack: What is still missing of it, as while it is copied; empty if it is finished, or not
+            committed.
     """
 
     name: str
@@ -122,6 +123,7 @@ class VersionSummary:
     modified: float
     bytes: int
     latest: bool
+    lack: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,7 @@ class RunSummary:
 
     Attributes:
         kind: Always `run folder`.
-        latest: The sub-folder to load; `None` if none is committed.
+        latest: The sub-folder to load; `None` if none is finished.
         versions: The newest last.
     """
 
@@ -248,15 +250,15 @@ async def _run_folder(path: str, stall_timeout: float | None) -> RunSummary | No
             newest = (await newest_version(looks, Path(path), finished=True)).name
         except CheckpointNotFoundError:
             newest = None
-        return await looks(_summed_up, path, newest)
+        return await looks.at_many(partial(_summed_up, path, newest))
 
 
 def _is_run_folder(path: str) -> bool:
-    has_list = os.path.isfile(os.path.join(path, _LIST))  # noqa: PTH113, PTH118  # never raises
+    has_list = os.path.isfile(os.path.join(path, RUN_LIST))  # noqa: PTH113, PTH118  # never raises
     return has_list or is_run_folder(path)
 
 
-def _summed_up(path: str, newest: str | None) -> RunSummary:
+def _summed_up(path: str, newest: str | None, tick: Callable[[], object]) -> RunSummary:
     found = tuple(
         VersionSummary(
             name=version.name,
@@ -264,8 +266,9 @@ def _summed_up(path: str, newest: str | None) -> RunSummary:
             modified=version.modified,
             bytes=sum(_sizes(Path(path, version.name))),
             latest=version.name == newest,
+            lack=version.lack,
         )
-        for version in versions(path)
+        for version in finished_versions(Path(path), tick)
     )
     return RunSummary(location=path, latest=newest, versions=found)
 

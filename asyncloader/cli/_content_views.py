@@ -149,12 +149,18 @@ def _versions(newest_first: Sequence[VersionSummary]) -> RenderableType:
         written = dt.datetime.fromtimestamp(version.modified, dt.UTC).astimezone()
         grid.add_row(
             Name(version.name, "bold" if version.latest else ""),
-            Text(*(("committed", "green") if version.committed else ("not committed", "yellow"))),
+            _state(version),
             f"{written:%Y-%m-%d %H:%M}",
             size_text(version.bytes),
-            Text("← latest" if version.latest else "", "green"),
+            Text("← latest", "green") if version.latest else Text(escaped(version.lack)),
         )
     return grid
+
+
+def _state(version: VersionSummary) -> Text:
+    if not version.committed:
+        return Text("not committed", "yellow")
+    return Text("incomplete", "yellow") if version.lack else Text("committed", "green")
 
 
 def view_of(found: FoundId | ShownTable | ShownTensor) -> RenderableType:
