@@ -54,6 +54,18 @@ def raw(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return tensor.dtype, tuple(tensor.shape), flat_bytes(tensor).numpy().tobytes()
 
 
+def flat_tensors(value: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors of nested values, by the names that we give them."""
+    if isinstance(value, torch.Tensor):
+        yield prefix[:-1], value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from flat_tensors(one, f"{prefix}{key}.")
+    elif isinstance(value, list | tuple):
+        for number, one in enumerate(value):
+            yield from flat_tensors(one, f"{prefix}{number}.")
+
+
 def poison(tensor: Tensor) -> Tensor:
     """Fill a contiguous tensor with bytes that no checkpoint here holds, and return it."""
     flat_bytes(tensor).fill_(1 if tensor.dtype == torch.bool else POISON)

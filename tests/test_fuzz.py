@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from asyncloader import AsyncLoaderError, load_tensors
-from tests.fuzz import loads, parsers, rules
+from tests.fuzz import loads, parsers, rules, torch_files
 from tests.fuzz.choices import Choices, padded
 from tests.fuzz.drafts import SIDECAR, draft_of, shard_of, sidecar_of, spoiled
 from tests.fuzz.trees import Members, tree
@@ -42,6 +42,13 @@ def test_a_load_equals_what_the_strict_reader_says_or_fails_and_writes_nothing(
     target: str, data: bytes
 ) -> None:
     loads.TARGETS[target](data)
+
+
+@pytest.mark.parametrize("target", torch_files.TARGETS)
+@settings(max_examples=300)
+@given(data=inputs)
+def test_a_file_of_torch_holds_what_torch_reads_or_is_refused(target: str, data: bytes) -> None:
+    torch_files.TARGETS[target](data)
 
 
 @settings(max_examples=300)

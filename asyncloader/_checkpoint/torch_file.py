@@ -76,13 +76,13 @@ async def read_archive(
                 break
             except MoreNeededError as more:
                 begin = more.begin
-        contents = partial(_read_contents, shard, size, entries)
+        contents = partial(read_contents, shard, size, entries)
         return await storage.on_thread(shard, contents)
-    except (ArchiveError, zlib.error) as error:
+    except ArchiveError as error:
         raise CheckpointError(storage.location, str(error), shard) from error
 
 
-def _read_contents(shard: str, size: int, entries: Mapping[str, Entry], read: ReadInto) -> Archive:
+def read_contents(shard: str, size: int, entries: Mapping[str, Entry], read: ReadInto) -> Archive:
     """Read where contents begin, and the pickle; belongs on a thread."""
     if _PICKLE not in entries:
         raise ArchiveError(f"has no {_PICKLE!r}, which torch.save writes")
@@ -115,8 +115,10 @@ def _content(
     fill(read, shard, begins[name], memoryview(content))
     if entry.is_stored:
         return bytes(content)
-    machine = zlib.decompressobj(-zlib.MAX_WBITS)
-    unpacked = machine.decompress(content, entry.size + 1)
+    try:
+        unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, entry.size + 1)
+    except zlib.error as error:
+        raise ArchiveError(f"the compressed bytes of {name!r} are damaged: {error}") from error
     if len(unpacked) != entry.size:
         raise ArchiveError(f"{name!r} does not hold the {entry.size} bytes that the list says")
     return unpacked

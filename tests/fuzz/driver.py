@@ -24,6 +24,8 @@ MODULES = {
     "read": "loads",
     "runs": "loads",
     "rules": "rules",
+    "archive": "torch_files",
+    "pickle": "torch_files",
 }
 """Where each target is."""
 
