@@ -229,7 +229,7 @@ HOSTILE = {
     "an instance": (b"(ibuiltins\nlist\n.", "instruction 'i'"),
     "a new object": (b"cbuiltins\nlist\n)\x81.", "asks for"),
     "an extension": (b"\x82\x01.", "instruction"),
-    "a huge memo": (b"]r\xff\xff\xff\x7f.", "number 2147483647"),
+    "a value that was not kept": (b"j\xff\xff\xff\x7f.", "2147483647 was never kept"),
     "a huge memo in text": (b"]p" + b"9" * 300 + b"\n.", "keeps a value"),
     "a long text that is not there": (b"X\xff\xff\xff\x7fx.", "ends early"),
     "a very long text that is not there": (b"\x8d" + b"\xff" * 7 + b"\x7f.", "ends early"),

@@ -45,33 +45,57 @@ def unpickled(text: bytes) -> object:
     """
     try:
         return _Machine(text).run()
+    except KeyError as error:
+        raise PickleError(f"the pickle is damaged: value {error} was never kept") from error
     except (IndexError, struct.error, UnicodeDecodeError, OverflowError) as error:
-        raise PickleError(f"the pickle is damaged: {error}") from error
+        raise PickleError(f"the pickle is damaged, or ends early: {error}") from error
 
 
 class _Machine:
     def __init__(self, text: bytes) -> None:
         self._text = text
         self._at = 0
-        self._stack: list[Any] = []
+        self.stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self) -> object:
-        text, steps = self._text, _STEPS
-        while self._at < len(text):
-            code = text[self._at]
-            self._at += 1
-            if code == _STOP:
-                return self._stack.pop()
-            step = steps.get(code)
-            if step is None:
-                raise PickleError(f"byte {self._at - 1}: instruction {chr(code)!r} is not read")
-            step(self)
-        raise PickleError("the pickle ends early")
+    def run(self) -> object:  # noqa: C901  # a branch for each
+        """Carry out all instructions. Those that most of a state dict is made of are done here."""
+        text, stack, memo, steps = self._text, self.stack, self._memo, _STEPS
+        at = self._at
+        while True:
+            code, at = text[at], at + 1
+            if code == _LONG_BINPUT:
+                memo[_UINT.unpack_from(text, at)[0]] = stack[-1]
+                at += 4
+            elif code == _BINPUT:
+                memo[text[at]] = stack[-1]
+                at += 1
+            elif code == _BINGET:
+                stack.append(memo[text[at]])
+                at += 1
+            elif code == _BININT1:
+                stack.append(text[at])
+                at += 1
+            elif code == _MARK_CODE:
+                stack.append(_MARK)
+            elif code == _BINUNICODE:
+                end = at + 4 + _UINT.unpack_from(text, at)[0]
+                if end > len(text):
+                    raise PickleError("the pickle ends early")
+                stack.append(str(text[at + 4 : end], "utf-8", "surrogatepass"))
+                at = end
+            elif code == _STOP:
+                return stack.pop()
+            elif (step := steps.get(code)) is not None:
+                self._at = at
+                step(self)
+                at = self._at
+            else:
+                raise PickleError(f"byte {at - 1}: instruction {chr(code)!r} is not read")
 
     # What instructions are made of.
 
-    def _take(self, length: int) -> bytes:
+    def take(self, length: int) -> bytes:
         end = self._at + length
         if length < 0 or end > len(self._text):
             raise PickleError("the pickle ends early")
@@ -88,10 +112,10 @@ class _Machine:
         return line
 
     def number(self, code: str) -> Any:  # noqa: ANN401  # int or float
-        return struct.unpack(code, self._take(struct.calcsize(code)))[0]
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
-    def _since_mark(self) -> list[Any]:
-        stack = self._stack
+    def since_mark(self) -> list[Any]:
+        stack = self.stack
         for at in range(len(stack) - 1, -1, -1):
             if stack[at] is _MARK:
                 values = stack[at + 1 :]
@@ -100,9 +124,9 @@ class _Machine:
         raise PickleError("the pickle is damaged: arguments without a beginning")
 
     def _top(self, kind: type) -> Any:  # noqa: ANN401  # of that kind
-        if type(self._stack[-1]) is not kind:
+        if type(self.stack[-1]) is not kind:
             raise PickleError(f"the pickle is damaged: no {kind.__name__} where one is filled")
-        return self._stack[-1]
+        return self.stack[-1]
 
     def digits(self) -> int:
         line = self._line().rstrip(b"L")
@@ -116,23 +140,11 @@ class _Machine:
     # Instructions.
 
     def push(self, value: object) -> None:
-        self._stack.append(value)
+        self.stack.append(value)
 
     def proto(self) -> None:
-        if (protocol := self._take(1)[0]) > _PROTOCOL:
+        if (protocol := self.take(1)[0]) > _PROTOCOL:
             raise PickleError(f"pickle protocol {protocol} is not read")
-
-    def frame(self) -> None:
-        self._take(8)
-
-    def pop(self) -> None:
-        self._stack.pop()
-
-    def pop_mark(self) -> None:
-        self._since_mark()
-
-    def dup(self) -> None:
-        self._stack.append(self._stack[-1])
 
     def int_text(self) -> None:
         line = self._text[self._at : self._at + 3]
@@ -150,37 +162,28 @@ class _Machine:
             raise PickleError(f"the pickle is damaged: {line!r} is no number") from error
 
     def long(self, code: str) -> None:
-        self.push(int.from_bytes(self._take(self.number(code)), "little", signed=True))
+        self.push(int.from_bytes(self.take(self.number(code)), "little", signed=True))
 
     def unicode(self, code: str) -> None:
-        self.push(self._take(self.number(code)).decode("utf-8", "surrogatepass"))
-
-    def bytes_(self, code: str) -> None:
-        self.push(self._take(self.number(code)))
+        self.push(self.take(self.number(code)).decode("utf-8", "surrogatepass"))
 
     def unicode_text(self) -> None:
         self.push(self._line().decode("raw-unicode-escape"))
 
     def tuple_(self, count: int) -> None:
-        stack = self._stack
+        stack = self.stack
         if len(stack) < count or _MARK in stack[len(stack) - count :]:
             raise PickleError("the pickle is damaged: too few values for a tuple")
         values = tuple(stack[len(stack) - count :])
         del stack[len(stack) - count :]
         stack.append(values)
 
-    def tuple_since_mark(self) -> None:
-        self.push(tuple(self._since_mark()))
-
-    def list_since_mark(self) -> None:
-        self.push(self._since_mark())
-
     def dict_since_mark(self) -> None:
-        values = self._since_mark()
+        values = self.since_mark()
         self.push({})
-        self._fill(values)
+        self.fill(values)
 
-    def _fill(self, pairs: Sequence[Any]) -> None:
+    def fill(self, pairs: Sequence[Any]) -> None:
         target = self._top(dict)
         if len(pairs) % 2:
             raise PickleError("the pickle is damaged: a key without a value")
@@ -193,32 +196,27 @@ class _Machine:
             target[name] = value
 
     def set_item(self) -> None:
-        value = self._stack.pop()
-        key = self._stack.pop()
-        self._fill((key, value))
-
-    def set_items(self) -> None:
-        self._fill(self._since_mark())
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self.fill((key, value))
 
     def append(self) -> None:
-        value = self._stack.pop()
+        value = self.stack.pop()
         self._top(list).append(value)
 
     def appends(self) -> None:
-        values = self._since_mark()
+        values = self.since_mark()
         self._top(list).extend(values)
 
     def put(self, index: int) -> None:
         if index > len(self._text):  # each takes two bytes of it
             raise PickleError(f"the pickle is damaged: it keeps a value as number {index}")
-        self._memo[index] = self._stack[-1]
+        self._memo[index] = self.stack[-1]
 
     def memoize(self) -> None:
         self.put(len(self._memo))
 
     def get(self, index: int) -> None:
-        if index not in self._memo:
-            raise PickleError(f"the pickle is damaged: value {index} was never kept")
         self.push(self._memo[index])
 
     def global_text(self) -> None:
@@ -226,76 +224,72 @@ class _Machine:
         self.push(known(f"{module.decode()}.{name.decode()}"))
 
     def stack_global(self) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
+        name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
             raise PickleError("the pickle is damaged: a name that is no text")
         self.push(known(f"{module}.{name}"))
 
     def persistent(self) -> None:
-        self.push(storage_of(self._stack.pop()))
+        self.push(storage_of(self.stack.pop()))
 
     def reduce(self) -> None:
-        arguments = self._stack.pop()
-        function = self._stack.pop()
+        arguments = self.stack.pop()
+        function = self.stack.pop()
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise PickleError("the pickle is damaged: it calls what is no function")
         self.push(called(function.name, arguments))
 
     def build(self) -> None:
         """Give an object attributes, as a state dict has `_metadata`: they are left out."""
-        self._stack.pop()
-        if not isinstance(self._stack[-1], dict | Tensor | Refused | Global):
+        self.stack.pop()
+        if not isinstance(self.stack[-1], dict | Tensor | Refused | Global):
             raise PickleError("the pickle is damaged: a plain value gets attributes")
 
 
-_STOP = ord(".")
-_STEPS: dict[int, Callable[[_Machine], None]] = {
+_UINT = struct.Struct("<I")
+_STOP, _MARK_CODE, _BINUNICODE, _BININT1 = b".(XK"
+_BINGET, _BINPUT, _LONG_BINPUT = b"hqr"
+_STEPS: dict[int, Callable[[_Machine], object]] = {
     ord(code): step
     for code, step in {
         "\x80": _Machine.proto,
-        "\x95": _Machine.frame,
-        "0": _Machine.pop,
-        "1": _Machine.pop_mark,
-        "2": _Machine.dup,
-        "(": lambda machine: machine.push(_MARK),
+        "\x95": lambda machine: machine.take(8),
+        "0": lambda machine: machine.stack.pop(),
+        "1": lambda machine: machine.since_mark(),
+        "2": lambda machine: machine.push(machine.stack[-1]),
         "N": lambda machine: machine.push(None),
         "\x88": lambda machine: machine.push(value=True),
         "\x89": lambda machine: machine.push(value=False),
         "I": _Machine.int_text,
         "L": lambda machine: machine.push(machine.digits()),
         "J": lambda machine: machine.push(machine.number("<i")),
-        "K": lambda machine: machine.push(machine.number("<B")),
         "M": lambda machine: machine.push(machine.number("<H")),
         "\x8a": lambda machine: machine.long("<B"),
         "\x8b": lambda machine: machine.long("<i"),
         "F": _Machine.float_text,
         "G": lambda machine: machine.push(machine.number(">d")),
         "V": _Machine.unicode_text,
-        "X": lambda machine: machine.unicode("<I"),
         "\x8c": lambda machine: machine.unicode("<B"),
         "\x8d": lambda machine: machine.unicode("<Q"),
-        "B": lambda machine: machine.bytes_("<I"),
-        "C": lambda machine: machine.bytes_("<B"),
-        "\x8e": lambda machine: machine.bytes_("<Q"),
+        "B": lambda machine: machine.push(machine.take(machine.number("<I"))),
+        "C": lambda machine: machine.push(machine.take(machine.number("<B"))),
+        "\x8e": lambda machine: machine.push(machine.take(machine.number("<Q"))),
         ")": lambda machine: machine.push(()),
         "\x85": lambda machine: machine.tuple_(1),
         "\x86": lambda machine: machine.tuple_(2),
         "\x87": lambda machine: machine.tuple_(3),
-        "t": _Machine.tuple_since_mark,
+        "t": lambda machine: machine.push(tuple(machine.since_mark())),
         "]": lambda machine: machine.push([]),
-        "l": _Machine.list_since_mark,
+        "l": lambda machine: machine.push(machine.since_mark()),
         "a": _Machine.append,
         "e": _Machine.appends,
         "}": lambda machine: machine.push({}),
         "d": _Machine.dict_since_mark,
         "s": _Machine.set_item,
-        "u": _Machine.set_items,
+        "u": lambda machine: machine.fill(machine.since_mark()),
         "p": lambda machine: machine.put(machine.digits()),
-        "q": lambda machine: machine.put(machine.number("<B")),
-        "r": lambda machine: machine.put(machine.number("<I")),
         "\x94": _Machine.memoize,
         "g": lambda machine: machine.get(machine.digits()),
-        "h": lambda machine: machine.get(machine.number("<B")),
         "j": lambda machine: machine.get(machine.number("<I")),
         "c": _Machine.global_text,
         "\x93": _Machine.stack_global,

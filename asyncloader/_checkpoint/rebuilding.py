@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from reprlib import repr as shown  # shortens, and takes lists nested a thousand deep
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 
 _LARGE = 1 << 62  # more than any size
+_FEW = 8
+_PARTS = 5  # of a persistent id
 _STORAGE = re.compile(r"torch\.(cuda\.|storage\.)?[A-Za-z0-9]+Storage")
 _DTYPE = re.compile(r"torch\.[a-z][a-z0-9_]*")
 _STORAGES = {
@@ -38,7 +41,7 @@ class PickleError(ValueError):
     """A pickle is damaged, or asks for what is not done here."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Storage:
     """Bytes that tensors are views of.
 
@@ -53,7 +56,7 @@ class Storage:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Tensor:
     """A strided view of a storage.
 
@@ -105,27 +108,32 @@ class Global:
 
 
 def storage_of(saved: object) -> Storage:
-    match saved:
-        case ("storage", Global(name=kind), str(key), str(), int(count)) if 0 <= count < _LARGE:
-            pass
-        case _:
-            raise PickleError("a storage is described in a way that is not read")
-    module, _, name = kind.rpartition(".")
+    """Return the storage that a persistent id describes."""
+    if type(saved) is tuple and len(saved) == _PARTS:
+        word, kind, key, _, count = saved
+        sound = word == "storage" and type(kind) is Global and type(key) is str
+        if sound and type(count) is int and 0 <= count < _LARGE:
+            return Storage(key, _dtype_of(kind.name), count)
+    raise PickleError("a storage is described in a way that is not read")
+
+
+@lru_cache(100)
+def _dtype_of(storage: str) -> str | None:
+    module, _, name = storage.rpartition(".")
     if name == "UntypedStorage" and module == "torch.storage":
-        return Storage(key, None, count)
-    dtype = _STORAGES.get(name.removesuffix("Storage")) if name.endswith("Storage") else None
-    if module not in {"torch", "torch.cuda", "torch.storage"} or dtype is None:
-        return Storage(key, f"of {kind}", count)  # quantised, say: its tensors are refused
-    return Storage(key, dtype, count)
+        return None
+    dtype = _STORAGES.get(name.removesuffix("Storage"))
+    return dtype or f"of {storage}"  # quantised, say: its tensors are refused
 
 
 def _sizes(value: object) -> tuple[int, ...]:
-    sound = isinstance(value, tuple) and all(
-        type(one) is int and 0 <= one < _LARGE for one in value
-    )
-    if not sound:
-        raise PickleError(f"{shown(value)} is no shape, and no strides")
-    return value  # type: ignore[return-value]  # a tuple of such numbers
+    if type(value) is tuple:
+        for one in value:
+            if type(one) is not int or not 0 <= one < _LARGE:
+                break
+        else:
+            return value
+    raise PickleError(f"{shown(value)} is no shape, and no strides")
 
 
 def _tensor(
@@ -137,7 +145,8 @@ def _tensor(
     for one in rest:
         if isinstance(one, Global) and one.name.startswith("torch."):  # of `_rebuild_tensor_v3`
             dtype = one.name.removeprefix("torch.")
-        elif isinstance(one, dict) and any(one.values()):  # conjugated or negated, lazily
+        elif type(one) is dict and one and (len(one) > _FEW or any(one.values())):
+            # Conjugated or negated, lazily.
             return Refused(f"tensor with {shown(list(one))}")
     found = Tensor(storage, dtype or "uint8", offset, _sizes(shape), _sizes(stride))
     if len(found.shape) != len(found.stride):

@@ -215,8 +215,10 @@ class _Layout:
             raise ValueError(f"its storage {key!r} is not in the archive")
         if (wanted := self._storage_bytes(tensor)) != entry.size:
             raise ValueError(f"its storage {key!r} should take {wanted} bytes, it has {entry.size}")
-        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
-        nbytes = count * itemsize
+        is_contiguous, nbytes = tensor.is_contiguous, count * itemsize
+        last = count - 1
+        if not is_contiguous:
+            last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
         if count and (tensor.offset + last + 1) * itemsize > entry.size:
             raise ValueError(
                 f"its element {tensor.offset + last} is beyond the {entry.size} bytes of its "
@@ -226,7 +228,7 @@ class _Layout:
             kind = f"tensor that is expanded, from {entry.size:,} bytes to {nbytes:,}"
             return DType(kind, kind, None), (), 0, 0
         begin = self.archive.begins[key]
-        if not count or (tensor.is_contiguous and entry.is_stored):
+        if not count or (is_contiguous and entry.is_stored):
             return dtype, tensor.shape, begin + (tensor.offset * itemsize if count else 0), nbytes
         storage: Deflated | int = begin
         if not entry.is_stored:

@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 _GHOSTS = 20
 
-Kind = Literal[
-    "RecIS checkpoint", "Hugging Face folder", "safetensors file", "file of torch.save"
-]
+Kind = Literal["RecIS checkpoint", "Hugging Face folder", "safetensors file", "file of torch.save"]
 Digests = Literal["present", "ignored", "absent"]
 
 
