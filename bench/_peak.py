@@ -24,7 +24,8 @@ from bench._truth import table_rows
 from examples.made_up import empty_table
 
 INFLIGHT = 128 << 20
-FOLDERS = {"D1": "dense", "T1": "table-1", "T4": "table-1"}
+DENSE = ("D1", "P1")
+FOLDERS = {"D1": "dense", "P1": "model-pt/model.pt", "T1": "table-1", "T4": "table-1"}
 
 
 def resident(mark: str) -> int:
@@ -48,10 +49,10 @@ def main(case: str, scale_name: str, folder: str) -> None:
     scale = SCALES[scale_name]
     warm_up(scale.width)
     path = Path(folder) / FOLDERS[case]
-    shapes = dense_shapes(scale) if case == "D1" else {}
+    shapes = dense_shapes(scale) if case in DENSE else {}
     tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
     tables: dict[str, HashTable] = {}
-    if case != "D1":
+    if case not in DENSE:
         like = table_rows(1, scale.width)
         tables[TABLE] = empty_table(TABLE, like, QUARTER if case == "T4" else None)
     loader = Loader(path, tables, tensors, strict=True, max_inflight_bytes=INFLIGHT)
