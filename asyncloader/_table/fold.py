@@ -45,6 +45,7 @@ class Layer:
         runs: The rows, ascending.
         firsts: The first row of each run.
         ranks: The rank of each run: of two rows with the same id, the one of higher rank wins.
+        fills: Whether it brings no ids: its rows are for ids that are there below it.
     """
 
     slots: frozenset[str]
@@ -52,6 +53,7 @@ class Layer:
     runs: list[Run] = field(default_factory=list)
     firsts: array[int] = field(default_factory=lambda: array("q"))
     ranks: array[int] = field(default_factory=lambda: array("q"))
+    fills: bool = False
 
     def add(self, run: Run, rank: int) -> None:
         self.runs.append(run)
@@ -74,16 +76,19 @@ class Fold:
     Attributes:
         state: The next state. At first it has the index of `base`, and memory for the new rows.
         replaced: The number of ids that were there before.
+        unknown: The number of rows of layers without ids that were for ids not there.
     """
 
     def __init__(self, base: TableState, state: TableState) -> None:
         self._base = base
         self.state = state
-        self.replaced = 0
+        self.replaced = self.unknown = 0
         self._lacks_ids = state.ids is not base.ids
 
     def add(self, layer: Layer, *, threads: int) -> Iterator[Jobs]:
         """Yield the jobs that put a layer on top of the others."""
+        if layer.fills:
+            yield [partial(self._drop_unknown, layer)]
         missing = [slot for name, slot in self._base.slots.items() if name not in layer.slots]
         jobs = self._initialize_jobs(missing, layer)
         while wave := list(itertools.islice(jobs, threads)):
@@ -106,6 +111,17 @@ class Fold:
                     count = min(step, run.first + run.count - first)
                     rows = self.state.segments.view(slot.name, first, count)
                     yield partial(slot.initialize, rows)
+
+    def _drop_unknown(self, layer: Layer) -> None:
+        """Take the ids out of a layer that no layer below it has."""
+        self._take_over_ids()
+        state, rows = self.state, layer.index.live_rows(self.state.end)
+        found, unknown = state.find(state.ids[rows])
+        if unknown:
+            gone = np.zeros(state.end, np.bool_)
+            gone[rows[found < 0]] = True
+            layer.index = layer.index.grown(layer.index.count - unknown, state.ids, gone)
+            self.unknown += unknown
 
     def _take_over_ids(self) -> None:
         """Copy the ids of the rows that were there, if new memory was taken for ids."""
