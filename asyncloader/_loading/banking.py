@@ -58,9 +58,13 @@ class OpenBank:
     sources: Mapping[str, Session]
     entries: Sequence[tuple[Entry, str | None]]
 
+    def sources_of(self, known: Mapping[str, Known]) -> list[tuple[Entry, SourceNames | None]]:
+        """Return each entry with the names in its checkpoint, as `resolve` takes them."""
+        return [(one, None if path is None else known[path].names) for one, path in self.entries]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Known:
+class Known:
     """The names in one checkpoint, and its plain values."""
 
     names: SourceNames
@@ -135,7 +139,7 @@ async def plan_bank(
     session, kernels = opened.session, opened.session.threads.kernels
     [(into, targets)] = await run_jobs(kernels, [undisturbed(planner.describe)])
     with planner.tracer.span("plan", "names"):
-        known = await _read_names(opened, rank)
+        known = await read_names(opened, rank=rank)
         resolving = partial(_resolve, opened, known, targets)
         [(resolution, catalog, choice)] = await run_jobs(kernels, [undisturbed(resolving)])
     with planner.tracer.span("plan", "headers"):
@@ -153,8 +157,13 @@ async def plan_bank(
     return replace(plan, bank=resolution, extra=extra), into
 
 
-async def _read_names(opened: OpenBank, rank: int) -> dict[str, _Known]:
-    found: dict[str, _Known] = {}
+async def read_names(opened: OpenBank, *, rank: int) -> dict[str, Known]:
+    """Return the names in each checkpoint, by path.
+
+    Raises:
+        CheckpointError: For the first checkpoint that cannot be read; the others are notes on it.
+    """
+    found: dict[str, Known] = {}
     failures: dict[str, CheckpointError] = {}
 
     async def read(path: str) -> None:
@@ -167,7 +176,7 @@ async def _read_names(opened: OpenBank, rank: int) -> dict[str, _Known]:
             failures[path] = error
             return
         names = SourceNames(path=path, catalog=catalog, words=values.keys())
-        found[path] = _Known(names=names, values=values)
+        found[path] = Known(names=names, values=values)
 
     workers = opened.session.options.parallel
     await for_each(opened.sources, read, workers=workers, name="asyncloader-names")
@@ -185,14 +194,11 @@ def _raise_first(opened: OpenBank, failures: Mapping[str, CheckpointError]) -> N
 
 
 def _resolve(
-    opened: OpenBank, known: Mapping[str, _Known], targets: Targets
+    opened: OpenBank, known: Mapping[str, Known], targets: Targets
 ) -> tuple[Resolution, Catalog, Choice]:
     """Say where each name comes from, and choose the blocks to load."""
     model = ModelNames.of_targets(targets)
-    sources = [
-        (entry, None if path is None else known[path].names) for entry, path in opened.entries
-    ]
-    resolution = resolve(model, sources)
+    resolution = resolve(model, opened.sources_of(known))
     catalog = join_catalogs(_used(resolution, model, known))
     choice = choose(catalog, resolution.load_info(model), targets, fills=True)
     choice.missing += [name for name in resolution.missing if name not in model.tensors]
@@ -205,9 +211,7 @@ def _resolve(
     return resolution, catalog, choice
 
 
-def _used(
-    resolution: Resolution, model: ModelNames, known: Mapping[str, _Known]
-) -> dict[str, Used]:
+def _used(resolution: Resolution, model: ModelNames, known: Mapping[str, Known]) -> dict[str, Used]:
     tensors: dict[str, list[str]] = {path: [] for path in known}
     tables: dict[str, dict[str, None]] = {path: {} for path in known}
     for name, origin in resolution.origins.items():
@@ -223,7 +227,7 @@ def _used(
 
 
 async def _read_headers(
-    opened: OpenBank, known: Mapping[str, _Known], catalog: Catalog, choice: Choice
+    opened: OpenBank, known: Mapping[str, Known], catalog: Catalog, choice: Choice
 ) -> Manifest:
     """Read the headers of the chosen shards, a checkpoint after the other."""
     wanted: dict[str, list[str]] = {}

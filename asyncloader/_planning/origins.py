@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._checkpoint.joined import label
-from asyncloader._display import AsDict
+from asyncloader._display import AsDict, escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +92,7 @@ class _Line(NamedTuple):
 
 
 def _as_text(found: Resolution) -> str:
-    lines = list(_lines(found))
+    lines = [tuple(map(escaped, line)) for line in _lines(found)]
     wide, numbers = (max((len(line[n]) for line in lines), default=0) for n in (0, 1))
     shown = [f"{name:{wide}}  {entry:{numbers}}  {source}" for name, entry, source in lines]
     return "\n".join([*_legend(found), *map(str.rstrip, shown), *_warnings(found)])
@@ -108,7 +108,7 @@ def _as_table(found: Resolution) -> RenderableType:
     for title in ("name", "entry", "there it is"):
         table.add_column(title, overflow="fold")
     for line in _lines(found):
-        table.add_row(*map(Text, line), style=None if line.entry else "yellow")
+        table.add_row(*map(Text, map(escaped, line)), style=None if line.entry else "yellow")
     warnings = [Text(line, style="yellow") for line in _warnings(found)]
     return Group(*map(Text, _legend(found)), Text(), table, *warnings)
 
@@ -116,13 +116,14 @@ def _as_table(found: Resolution) -> RenderableType:
 def _legend(found: Resolution) -> list[str]:
     used = Counter(origin.entry for origin in found.origins.values())
     return [
-        f"{_entry(number)}: {path}" + ("" if number in used else " (nothing comes from it)")
+        f"{_entry(number)}: {escaped(path)}"
+        + ("" if number in used else " (nothing comes from it)")
         for number, path in found.paths.items()
     ]
 
 
 def _warnings(found: Resolution) -> list[str]:
-    return [f"warning: {warning}" for warning in found.warnings]
+    return [f"warning: {escaped(warning)}" for warning in found.warnings]
 
 
 def _entry(number: int) -> str:
