@@ -156,7 +156,7 @@ class Loader:
     @classmethod
     def from_bank(
         cls,
-        entries: Entries,
+        entries: Entries | Bank,
         hashtables: Mapping[str, LoadableTable] | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
         resume: str | os.PathLike[str] | None = None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from asyncloader._arguments import checked_path
@@ -82,9 +82,11 @@ class Bank:
         """Read entries as users write them.
 
         Raises:
-            TypeError: If they are no list of entries.
+            TypeError: If they are no list of entries, nor a bank already.
             ValueError: With all that is wrong in any of them.
         """
+        if isinstance(entries, Bank):
+            return entries
         if isinstance(entries, str | os.PathLike):
             entries = [entries]
         if not isinstance(entries, Sequence):
@@ -100,6 +102,14 @@ class Bank:
             entries=tuple(entry for entry in found if entry is not None),
             resume=None if resume is None else checked_path(resume, "resume"),
         )
+
+    def at(self, paths: Mapping[str, str]) -> Bank:
+        """Return the bank with other paths of its dynamic entries."""
+        entries = (
+            replace(one, path=paths[one.path]) if one.is_dynamic and not one.skip else one
+            for one in self.entries
+        )
+        return replace(self, entries=tuple(entries))
 
     @property
     def location(self) -> str:
