@@ -734,6 +734,19 @@ def test_children_that_are_cleared_show_it_at_the_commit(ends: str) -> None:
     assert len(table) == 5
 
 
+def test_ids_that_stay_are_theirs_if_others_are_cleared_and_none_come_in() -> None:
+    table = HashTable([1], block_size=2, coalesced=True, children=["a", "b"])
+    for child in "ab":
+        table.insert(ids(1, 2, 3), column(1, 2, 3), child=child)
+    update = table.begin(most=100, expected=100)  # more than there is memory for ids
+    update.clear(["a"])
+    update.layer(frozenset({"embedding"}), 0)
+    finish(update, threads=1)
+    assert update.commit().cleared == 3
+    assert sorted(table.ids("b").tolist()) == [1, 2, 3]
+    assert not len(table.ids("a"))
+
+
 def test_a_lookup_goes_on_in_the_table_that_is_being_cleared() -> None:
     table = HashTable([1])
     table.insert(ids(1), column(1))

@@ -176,6 +176,8 @@ class Fold:
         if state.index is self._base.index:  # no id came in: do not keep rows that were reserved
             self.state = self._base
             return  # the jobs below write to the index, and lookups are using this one
+        if self._lacks_ids:  # ids were taken out, and none came in
+            yield [self._take_over_ids]
         if state.end - state.index.count <= max(state.index.count // 2, state.block_size):
             return  # counting costs more than so few dead rows
         counted: list[Longs] = []
