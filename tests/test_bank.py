@@ -13,6 +13,7 @@ import torch
 from asyncloader import (
     CheckpointChangedError,
     CheckpointError,
+    CheckpointNotFoundError,
     HashTable,
     Loader,
     PlanError,
@@ -111,6 +112,30 @@ def test_extra_values_are_those_of_the_entries_that_give_them() -> None:
     assert Loader.from_bank(bank, load_conf={"load": ["io_state"]}).load().extra.keys() == {
         "train_io"
     }
+
+
+def test_an_extra_file_that_no_entry_wants_is_not_read(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    (run / NEWEST / "extra.pt").write_bytes(b"damaged")
+    tables, _ = scalars_and_tables()
+    Loader.from_bank([{"path": run, "load": ["user"]}], tables).load()
+    with pytest.raises(CheckpointError, match=r"ckpt_30: extra\.pt"):
+        Loader.from_bank([run], tables).load()
+
+
+def test_every_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    for name in "ab":
+        publish_half(tmp_path / name)
+    with pytest.raises(CheckpointNotFoundError) as error:
+        Loader.from_bank([tmp_path / "a", tmp_path / "b"]).load()
+    assert error.value.location == str(tmp_path / "a")
+    assert str(tmp_path / "b") in error.value.__notes__[0]
+
+
+def publish_half(run: Path) -> None:
+    write_checkpoint(run / "v1", {"t": data([1])}, {})
+    for shard in (run / "v1").glob("*.safetensors"):
+        shard.unlink()
 
 
 # Checkpoints made here

@@ -16,7 +16,7 @@ from asyncloader._checkpoint.manifest import Manifest
 from asyncloader._planning.bank import resuming
 from asyncloader._planning.choice import choose
 from asyncloader._planning.names import ModelNames, SourceNames
-from asyncloader._planning.resolution import resolve
+from asyncloader._planning.resolution import resolve, wants_words
 from asyncloader._storage.joined import JoinedStorage
 from asyncloader._storage.small_files import Looks
 from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
@@ -27,7 +27,7 @@ from .extras import read_words
 from .runtime import holding, open_files
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._planning.bank import Bank, Entry
@@ -105,12 +105,16 @@ async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | Non
     """Return each entry with its checkpoint, `None` if it is skipped; then the resumed run's."""
     found: dict[str, str] = {}
     entries = list(bank.entries)
+    failures: dict[str, CheckpointError] = {}
     with Looks(bank.location, stall_timeout=options.stall_timeout) as looks:
         if bank.resume is not None and await listed(looks, Path(bank.resume)):
             entries.append(resuming(bank.resume))
-        for entry in entries:
-            if not entry.skip and entry.path not in found:
-                found[entry.path] = await _checkpoint_of(looks, Path(entry.path))
+        for path in dict.fromkeys(entry.path for entry in entries if not entry.skip):
+            try:
+                found[path] = await _checkpoint_of(looks, Path(path))
+            except CheckpointError as error:
+                failures[path] = error
+    _raise_first(failures, failures)
     return [(entry, None if entry.skip else found[entry.path]) for entry in entries]
 
 
@@ -139,8 +143,11 @@ async def plan_bank(
     session, kernels = opened.session, opened.session.threads.kernels
     [(into, targets)] = await run_jobs(kernels, [undisturbed(planner.describe)])
     with planner.tracer.span("plan", "names"):
-        known = await read_names(opened, rank=rank)
-        resolving = partial(_resolve, opened, known, targets)
+        model = ModelNames.of_targets(targets)
+        wordy = partial(_wordy, opened, model)
+        [paths] = await run_jobs(kernels, [wordy])
+        known = await read_names(opened, rank=rank, words_of=paths)
+        resolving = partial(_resolve, opened, known, model, targets)
         [(resolution, catalog, choice)] = await run_jobs(kernels, [undisturbed(resolving)])
     with planner.tracer.span("plan", "headers"):
         manifest = await _read_headers(opened, known, catalog, choice)
@@ -157,8 +164,13 @@ async def plan_bank(
     return replace(plan, bank=resolution, extra=extra), into
 
 
-async def read_names(opened: OpenBank, *, rank: int) -> dict[str, Known]:
-    """Return the names in each checkpoint, by path.
+def _wordy(opened: OpenBank, model: ModelNames) -> set[str]:
+    """Return the checkpoints whose plain values are wanted: an optimizer's state may be large."""
+    return {path for one, path in opened.entries if path is not None and wants_words(model, one)}
+
+
+async def read_names(opened: OpenBank, *, rank: int, words_of: Collection[str]) -> dict[str, Known]:
+    """Return the names in each checkpoint, by path; plain values only of those of `words_of`.
 
     Raises:
         CheckpointError: For the first checkpoint that cannot be read; the others are notes on it.
@@ -171,7 +183,7 @@ async def read_names(opened: OpenBank, *, rank: int) -> dict[str, Known]:
         try:
             async with source.explaining():
                 catalog = await source.catalog()
-                values = await read_words(source, rank=rank)
+                values = await read_words(source, rank=rank) if path in words_of else {}
         except CheckpointError as error:
             failures[path] = error
             return
@@ -180,13 +192,13 @@ async def read_names(opened: OpenBank, *, rank: int) -> dict[str, Known]:
 
     workers = opened.session.options.parallel
     await for_each(opened.sources, read, workers=workers, name="asyncloader-names")
-    _raise_first(opened, failures)
+    _raise_first(opened.sources, failures)
     return found
 
 
-def _raise_first(opened: OpenBank, failures: Mapping[str, CheckpointError]) -> None:
+def _raise_first(paths: Iterable[str], failures: Mapping[str, CheckpointError]) -> None:
     """Raise the error of the first checkpoint that has one; the others are notes on it."""
-    errors = [failures[path] for path in opened.sources if path in failures]
+    errors = [failures[path] for path in paths if path in failures]
     for other in errors[1:]:
         errors[0].add_note(f"also: {other}")
     if errors:
@@ -194,10 +206,9 @@ def _raise_first(opened: OpenBank, failures: Mapping[str, CheckpointError]) -> N
 
 
 def _resolve(
-    opened: OpenBank, known: Mapping[str, Known], targets: Targets
+    opened: OpenBank, known: Mapping[str, Known], model: ModelNames, targets: Targets
 ) -> tuple[Resolution, Catalog, Choice]:
     """Say where each name comes from, and choose the blocks to load."""
-    model = ModelNames.of_targets(targets)
     resolution = resolve(model, opened.sources_of(known))
     catalog = join_catalogs(_used(resolution, model, known))
     choice = choose(catalog, resolution.load_info(model), targets, fills=True)
@@ -243,5 +254,5 @@ async def _read_headers(
                 manifests[path] = await source.manifest(known[path].names.catalog, files)
         except CheckpointError as error:
             failures[path] = error
-    _raise_first(opened, failures)
+    _raise_first(wanted, failures)
     return Manifest(opened.session.location, catalog, join_headers(manifests))

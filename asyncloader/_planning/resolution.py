@@ -52,6 +52,14 @@ def resolve(model: ModelNames, sources: Sequence[tuple[Entry, SourceNames | None
     )
 
 
+def wants_words(model: ModelNames, entry: Entry) -> bool:
+    """Say whether an entry may take plain values, so that they have to be read."""
+    wanted, excluded = _Work(model).selected(entry)
+    if any(map(model.is_word, wanted)):
+        return True
+    return OPTIMIZER not in excluded and any(name in model.tensors for name in wanted)
+
+
 @dataclass(slots=True)
 class _Work:
     """What the entries so far have taken."""

@@ -32,7 +32,7 @@ async def resolve_bank(
         PlanError: With all that is wrong with the entries.
     """
     async with open_bank(bank, options, runtime=None) as opened:
-        known = await read_names(opened, rank=rank)
+        known = await read_names(opened, rank=rank, words_of=opened.sources)
         catalogs = [one.names.catalog for one in known.values()]
         if like is not None:
             async with open_session(like, options) as session:
