@@ -14,7 +14,6 @@ from asyncloader import (
     CheckpointChangedError,
     CheckpointError,
     CheckpointNotFoundError,
-    HashTable,
     Loader,
     PlanError,
     ReadError,
@@ -39,12 +38,6 @@ pytestmark = pytest.mark.both_loops
 
 OLD, NEW = (truth(name) for name in NAMES)
 FROM_OLD, FROM_NEW = (str(RUN / name) for name in NAMES)
-Into = tuple[dict[str, HashTable], dict[str, "Tensor"]]
-
-
-def scalars_and_tables() -> Into:
-    tables, tensors = NEW.destinations()
-    return tables, {name: tensors[name] for name in NEW.scalars}
 
 
 @pytest.mark.parametrize(
@@ -61,20 +54,71 @@ def test_tables_and_tensors_come_from_the_entries_that_give_them(
     user: Truth,
     others: Truth,
 ) -> None:
-    tables, tensors = scalars_and_tables()
+    tables, tensors = NEW.destinations()
     report = Loader.from_bank(bank, tables, tensors).load()
     assert rows_in(tables["user"]) == rows_on_disk(user.tables["user"])
     assert rows_in(tables["shop"]) == rows_on_disk(others.tables["shop"])
     assert rows_in(tables["item"]) == rows_on_disk(others.tables["item"])
     for name, tensor in tensors.items():
-        assert torch.equal(tensor, others.scalars[name])
+        assert torch.equal(tensor, others.tensors[name])
     folder = FROM_NEW if user is NEW else FROM_OLD
     assert report.sources["user@id"].path == folder
     assert torch.equal(report.extra["global_step"], others.extra["global_step"])
 
 
+def test_what_an_entry_excludes_comes_from_the_one_before() -> None:
+    tables, tensors = NEW.destinations()
+    bank = [FROM_OLD, {"path": FROM_NEW, "exclude": ["user@*avg*", "tower*"]}]
+    report = Loader.from_bank(bank, tables, tensors).load()
+    for name, tensor in tensors.items():
+        of = OLD if name.startswith("tower") else NEW
+        assert torch.equal(tensor, of.tensors[name]), name
+    old, new, held = (
+        rows_on_disk(OLD.tables["user"]),
+        rows_on_disk(NEW.tables["user"]),
+        rows_in(tables["user"]),
+    )
+    assert isinstance(old, dict)
+    assert isinstance(new, dict)
+    assert held.keys() == new.keys()
+    for id_, row in held.items():
+        for slot, value in row.items():
+            wanted = old.get(id_, {}).get(slot, bytes(16)) if "avg" in slot else new[id_][slot]
+            assert value == wanted
+    assert report.sources["recis.dense.optim."].path == FROM_NEW
+
+
+def test_tensors_that_are_gathered_come_from_any_entry(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    turned = torch.arange(12.0).view(3, 4).t()
+    for number, name in enumerate(NAMES):
+        torch.save({"a": turned + number, "b": turned - number}, run / name / "model.pt")
+    into = {"a": torch.zeros(4, 3), "b": torch.zeros(4, 3)}
+    bank = [run / NAMES[0], {"path": run / NAMES[1], "load": ["b"]}]
+    Loader.from_bank(bank, tensors=into).load()
+    assert torch.equal(into["a"], turned)
+    assert torch.equal(into["b"], turned - 1)
+
+
+def test_tensors_of_another_model_come_under_their_new_names() -> None:
+    into = {f"net.{n}.weight": torch.zeros_like(NEW.dense[f"tower.{n}.weight"]) for n in range(3)}
+    entry = {"path": FROM_NEW, "oname": [{"net.*.weight": "tower.*.weight"}]}
+    Loader.from_bank([entry], tensors=into).load()
+    for n in range(3):
+        assert torch.equal(into[f"net.{n}.weight"], NEW.dense[f"tower.{n}.weight"])
+
+
+def test_patterns_choose_some_biases_and_ids() -> None:
+    tables, tensors = NEW.destinations()
+    entry = {"path": FROM_NEW, "load": ["tower.?.bias*", "[us]*@id*"]}
+    report = Loader.from_bank([entry], tables, tensors).load()
+    taken = {f"tower.{n}.bias" for n in range(3)} | {"user@id", "shop@id", "recis.dense.optim."}
+    assert set(report.sources) == taken
+    assert report.filled == 3
+
+
 def test_two_tables_swap_their_names() -> None:
-    tables, _ = scalars_and_tables()
+    tables, _ = NEW.destinations()
     oname = [{"user*": "shop*"}, {"shop*": "user*"}]
     Loader.from_bank([{"path": FROM_NEW, "oname": oname}], tables).load()
     assert rows_in(tables["user"]) == rows_on_disk(NEW.tables["shop"])
@@ -82,7 +126,7 @@ def test_two_tables_swap_their_names() -> None:
 
 
 def test_a_run_is_resumed_before_all_entries_and_the_callers_list_stays_as_it_is() -> None:
-    tables, tensors = scalars_and_tables()
+    tables, tensors = NEW.destinations()
     bank = [{"path": FROM_OLD, "load": ["*"]}]
     report = Loader.from_bank(bank, tables, tensors, resume=RUN).load()
     assert bank == [{"path": FROM_OLD, "load": ["*"]}]
@@ -91,13 +135,13 @@ def test_a_run_is_resumed_before_all_entries_and_the_callers_list_stays_as_it_is
 
 
 def test_a_run_without_a_list_is_nothing_to_resume(tmp_path: Path) -> None:
-    tables, tensors = scalars_and_tables()
+    tables, tensors = NEW.destinations()
     report = Loader.from_bank([FROM_OLD], tables, tensors, resume=tmp_path / "none").load()
     assert {origin.path for origin in report.sources.values()} == {FROM_OLD}
 
 
 def test_an_empty_bank_loads_nothing() -> None:
-    tables, tensors = scalars_and_tables()
+    tables, tensors = NEW.destinations()
     with unchanged(*tables.values(), tensors=tensors):
         report = Loader.from_bank([], tables, tensors).load()
     assert (report.filled, report.sources, report.extra) == (0, {}, {})
@@ -117,7 +161,7 @@ def test_extra_values_are_those_of_the_entries_that_give_them() -> None:
 def test_an_extra_file_that_no_entry_wants_is_not_read(tmp_path: Path) -> None:
     run = copy_of_run(tmp_path)
     (run / NEWEST / "extra.pt").write_bytes(b"damaged")
-    tables, _ = scalars_and_tables()
+    tables, _ = NEW.destinations()
     Loader.from_bank([{"path": run, "load": ["user"]}], tables).load()
     with pytest.raises(CheckpointError, match=r"ckpt_30: extra\.pt"):
         Loader.from_bank([run], tables).load()
@@ -305,7 +349,7 @@ def bank_of_both() -> list[Any]:
 
 
 async def test_a_fault_in_the_last_source_leaves_all_tables_as_they_were() -> None:
-    tables, tensors = scalars_and_tables()
+    tables, tensors = NEW.destinations()
     Loader(FROM_OLD, tables, tensors).load()
     names: list[str] = []
 
@@ -329,7 +373,7 @@ async def test_a_fault_in_the_last_source_leaves_all_tables_as_they_were() -> No
 
 
 async def test_a_cancelled_load_leaves_all_tables_as_they_were() -> None:
-    tables, _ = scalars_and_tables()
+    tables, _ = NEW.destinations()
     Loader(FROM_OLD, tables).load()
     loop, begun, released = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
@@ -351,7 +395,7 @@ async def test_a_cancelled_load_leaves_all_tables_as_they_were() -> None:
 
 async def test_a_shard_that_is_replaced_meanwhile_is_an_error_that_names_it(tmp_path: Path) -> None:
     run = copy_of_run(tmp_path)
-    tables, _ = scalars_and_tables()
+    tables, _ = NEW.destinations()
     replaced = run / NEWEST / "model-000000-of-000004.safetensors"
 
     async def replace(_: object) -> None:
@@ -365,7 +409,7 @@ async def test_a_shard_that_is_replaced_meanwhile_is_an_error_that_names_it(tmp_
 
 
 async def test_a_plan_reads_names_and_writes_nothing() -> None:
-    tables, tensors = scalars_and_tables()
+    tables, tensors = NEW.destinations()
     with nothing_left_behind(*tables.values()), unchanged(*tables.values(), tensors=tensors):
         plan = await Loader.from_bank(bank_of_both(), tables, tensors).plan()
     assert plan.bank is not None

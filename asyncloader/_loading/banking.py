@@ -19,6 +19,7 @@ from asyncloader._planning.names import ModelNames, SourceNames
 from asyncloader._planning.resolution import resolve, wants_words
 from asyncloader._storage.joined import JoinedStorage
 from asyncloader._storage.small_files import Looks
+from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
 from asyncloader.runs import is_run_folder, listed, newest_version
@@ -96,7 +97,7 @@ async def open_bank(
             next(iter(sources.values())) if sources else await stack.enter_async_context(opening),
             location=bank.location,
             file=None,
-            storage=JoinedStorage(storages, bank.location),
+            storage=UnpackingStorage(JoinedStorage(storages, bank.location)),
         )
         yield OpenBank(session=session, sources=sources, entries=entries)
 

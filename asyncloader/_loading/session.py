@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.header import ShardHeader
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._storage.joined import JoinedStorage
     from asyncloader._storage.unpacking import UnpackingStorage
     from asyncloader._threads.disk import Disk
     from asyncloader._threads.jobs import ByteBudget
@@ -114,7 +113,7 @@ class Session:
 
     location: str  # the checkpoint, for messages
     file: str | None  # the one file in `storage` that is all of it, unless all of the folder is
-    storage: UnpackingStorage | JoinedStorage
+    storage: UnpackingStorage
     threads: Threads
     disk: Disk
     options: ReadOptions

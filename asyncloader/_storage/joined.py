@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from .protocol import ReadInto
-    from .unpacking import PackedTensor, UnpackingStorage
 
 
 T = TypeVar("T")
@@ -24,7 +23,7 @@ class JoinedStorage(ThreadedStorage):
         location: What to call all of them.
     """
 
-    def __init__(self, storages: Mapping[str, UnpackingStorage], location: str) -> None:
+    def __init__(self, storages: Mapping[str, ThreadedStorage], location: str) -> None:
         self._storages = storages
         self._location = location
 
@@ -42,11 +41,7 @@ class JoinedStorage(ThreadedStorage):
     @property
     def retries(self) -> int:
         """How often one of the storages tried a failed read again."""
-        return sum(storage.retries for storage in self._storages.values())
-
-    def unpack(self, name: str, packed: Sequence[PackedTensor]) -> None:
-        storage, file = self._of(name)
-        storage.unpack(file, packed)
+        return sum(getattr(storage, "retries", 0) for storage in self._storages.values())
 
     async def size(self, name: str, /) -> int:
         storage, file = self._of(name)
@@ -71,6 +66,6 @@ class JoinedStorage(ThreadedStorage):
         storage, file = self._of(name)
         return await storage.on_thread(file, job)
 
-    def _of(self, name: str) -> tuple[UnpackingStorage, str]:
+    def _of(self, name: str) -> tuple[ThreadedStorage, str]:
         path, _, file = name.rpartition("/")
         return self._storages[path], file
