@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from ._arguments import as_dict, check_callable, check_progress, checked_path
-from ._loading.banking import open_bank, plan_bank
+from ._loading.banking import planned_bank
 from ._loading.checks import check_tables
 from ._loading.claims import Claim
 from ._loading.destinations import describe_tensors
@@ -175,18 +175,14 @@ class Loader:
         | field | meaning |
         |---|---|
         | `path` | a checkpoint, or a run folder, of which the newest finished checkpoint is taken |
-        | `load` | a list of patterns, `["*"]` by default; `"user"` is all of the table `user` |
-        | `exclude` | the same; it wins over `load` |
+        | `load`, `exclude` | lists of patterns, `["*"]` and `[]` by default; `"user"` is a table |
         | `oname` | `{model's name: checkpoint's}`, or a list of such dicts; `*` on both sides |
         | `hashtable_clear` | whether tables whose ids come from here are emptied first; `True` |
         | `ignore_error` | whether what `load` names and the checkpoint lacks is only a warning |
-        | `skip` | whether the entry is not used |
-        | `is_dynamic` | whether the entry's run is followed; a loader loads once |
+        | `skip`, `is_dynamic` | the entry is not used; `Live(bank=…)` follows it |
 
-        A name goes to the last entry that loads it, does not exclude it, and has it. If slots of a
-        table come from several entries, its ids are those of the entry that gives `table@id`: rows
-        of other ids are left out. RecIS's plain values (`global_step`, `train_io`, …) are chosen in
-        the same way, and are the report's `extra`; docs/recis.md lists them.
+        A name goes to the last entry that loads it, does not exclude it, and has it. RecIS's plain
+        values (`global_step`, …) are the report's `extra`. docs/recis.md has all rules.
 
         Args:
             entries: The bank; later entries come before earlier ones.
@@ -201,8 +197,12 @@ class Loader:
 
         Raises:
             TypeError: If an argument is of the wrong type.
-            ValueError: If an argument makes no sense; all that is wrong with entries is listed.
+            ValueError: If an argument makes no sense; lists all that is wrong with entries.
         """
+        if "filter_func" in how:
+            raise TypeError(
+                "a bank has no filter_func: its load, exclude and oname say what to load"
+            )
         bank = Bank.of(entries, load_conf=load_conf, resume=resume)
         if type(rank) is not int or rank < 0:
             raise ValueError(f"rank is a number from 0 on, got {rank!r}")
@@ -291,10 +291,11 @@ class Loader:
             async with open_session(self._path, self.options, runtime=self._runtime) as session:
                 yield session, *await self._planner.plan(session)
             return
-        async with open_bank(self._bank, self.options, runtime=self._runtime) as opened:
-            planned = await plan_bank(self._planner, opened, rank=self._rank)
-            async with opened.session.explaining():
-                yield opened.session, *planned
+        bank = planned_bank(
+            self._bank, self._planner, self.options, runtime=self._runtime, rank=self._rank
+        )
+        async with bank as planned:
+            yield planned
 
 
 def _explain(load: Load, _: object, error: BaseException | None, __: object) -> None:

@@ -210,7 +210,7 @@ def test_slots_of_one_table_from_two_checkpoints_keep_the_ids_of_one(tmp_path: P
     assert held[2]["m"] == mine[2]["m"]
     assert held[3]["m"] == mine[3]["m"]
     assert held[1]["m"] == bytes(4)  # the initial value
-    assert report.tables["t"] == UpdateCounts(rows=5, new=3, replaced=0, duplicates=2, dropped=1)
+    assert report.tables["t"] == UpdateCounts(rows=3, new=3, replaced=0, duplicates=0, dropped=1)
 
 
 def test_ids_alone_from_one_checkpoint_and_rows_from_another(tmp_path: Path) -> None:
@@ -415,6 +415,12 @@ async def test_a_plan_reads_names_and_writes_nothing() -> None:
     assert plan.bank is not None
     assert plan.bank.cleared == ("item", "user", "shop")
     assert str(plan).startswith(f"0: {FROM_OLD}\n1: {FROM_NEW}\n")
+
+
+def test_a_filter_func_beside_a_bank_is_refused() -> None:
+    how: dict[str, Any] = {"filter_func": lambda info: info}
+    with pytest.raises(TypeError, match="a bank has no filter_func"):
+        Loader.from_bank([], **how)
 
 
 @pytest.mark.parametrize("rank", [-1, "0", True])

@@ -132,9 +132,18 @@ def _is_run(path: Path) -> bool:
     return not itself and is_run_folder(path)
 
 
-async def plan_bank(
-    planner: Planner, opened: OpenBank, *, rank: int
-) -> tuple[LoadPlan, Destinations]:
+@contextlib.asynccontextmanager
+async def planned_bank(
+    bank: Bank, planner: Planner, options: ReadOptions, *, runtime: Runtime | None, rank: int
+) -> AsyncIterator[tuple[Session, LoadPlan, Destinations]]:
+    """Hold the checkpoints of a bank open, planned, for the length of the block."""
+    async with open_bank(bank, options, runtime=runtime) as opened:
+        plan, into = await _plan(planner, opened, rank=rank)
+        async with opened.session.explaining():
+            yield opened.session, plan, into
+
+
+async def _plan(planner: Planner, opened: OpenBank, *, rank: int) -> tuple[LoadPlan, Destinations]:
     """Resolve the names, and decide which bytes of which checkpoint go where.
 
     Raises:

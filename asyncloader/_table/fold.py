@@ -77,12 +77,13 @@ class Fold:
         state: The next state. At first it has the index of `base`, and memory for the new rows.
         replaced: The number of ids that were there before.
         unknown: The number of rows of layers without ids that were for ids not there.
+        joined: The number of those that were for ids of layers below.
     """
 
     def __init__(self, base: TableState, state: TableState) -> None:
         self._base = base
         self.state = state
-        self.replaced = self.unknown = 0
+        self.replaced = self.unknown = self.joined = 0
         self._lacks_ids = state.ids is not base.ids
 
     def add(self, layer: Layer, *, threads: int) -> Iterator[Jobs]:
@@ -99,7 +100,11 @@ class Fold:
             self.state = replace(self.state, index=layer.index)
             return
         yield [self._take_over_ids]
+        layer_count = layer.index.count  # all of a layer that fills is there already
+        before = self.replaced
         yield from self._join(layer.index, missing, threads=threads)
+        if layer.fills:
+            self.joined += layer_count - (self.replaced - before)
 
     def _initialize_jobs(self, slots: list[Slot], layer: Layer) -> Iterator[Callable[[], None]]:
         for slot in slots:

@@ -23,12 +23,13 @@ class UpdateCounts(AsDict):
     """The rows of an update of a table.
 
     Attributes:
-        rows: Rows taken in; equal to `new + replaced + duplicates`.
+        rows: Rows taken in; equal to `new + replaced + duplicates`. Slots that come without ids
+            (see `Loader.from_bank`) bring no rows for ids of the same update.
         new: Ids that were not there before.
         replaced: Ids that were there already.
         duplicates: Rows that gave way to a later row with the same id in the same update.
         dropped: Rows whose id lies outside the slice that their block claims; or, of slots that
-            come without ids (see `Loader.from_bank`), whose id is not there.
+            come without ids, whose id is not there.
         cleared: Ids that were taken out first (see `hashtable_clear` there).
     """
 

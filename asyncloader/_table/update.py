@@ -215,7 +215,7 @@ class TableUpdate:
         if self._fold is None:
             raise RuntimeError(f"{self!r}: commit before finish")
         state, replaced = self._fold.state, self._fold.replaced
-        taken = self._taken - self._fold.unknown
+        taken = self._taken - self._fold.unknown - self._fold.joined
         new = state.index.count - self._kept
         self._publish(state)
         return UpdateCounts(
