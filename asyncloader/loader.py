@@ -133,7 +133,6 @@ class Loader:
         self._progress = progress
         self._on_plan = on_plan
         self._bank: Bank | None = None
-        self._rank = 0
         self._tracer = Tracer(trace)
         self._planner = Planner(
             tables=self._tables,
@@ -203,11 +202,9 @@ class Loader:
             raise TypeError(
                 "a bank has no filter_func: its load, exclude and oname say what to load"
             )
-        bank = Bank.of(entries, load_conf=load_conf, resume=resume)
-        if type(rank) is not int or rank < 0:
-            raise ValueError(f"rank is a number from 0 on, got {rank!r}")
+        bank = Bank.of(entries, load_conf=load_conf, resume=resume, rank=rank)
         loader = cls(bank.location, hashtables, tensors, parallel, **how)
-        loader._bank, loader._rank = bank, rank
+        loader._bank = bank
         return loader
 
     async def plan(self) -> LoadPlan:
@@ -291,9 +288,7 @@ class Loader:
             async with open_session(self._path, self.options, runtime=self._runtime) as session:
                 yield session, *await self._planner.plan(session)
             return
-        bank = planned_bank(
-            self._bank, self._planner, self.options, runtime=self._runtime, rank=self._rank
-        )
+        bank = planned_bank(self._bank, self._planner, self.options, runtime=self._runtime)
         async with bank as planned:
             yield planned
 

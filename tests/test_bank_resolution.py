@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from asyncloader._planning.origins import Resolution
 
+FIELDS = st.sampled_from(["path", "load", "exclude", "oname", "skip", "ignore_error", "user"])
 OPTIM = "recis.dense.optim."
 SLOTS = ("id", "embedding", "sparse_adamw_exp_avg", "sparse_adamw_exp_avg_sq")
 TABLES = {"user": SLOTS, "shop": SLOTS, "item": (*SLOTS, "step_filter")}
@@ -287,6 +288,23 @@ def test_all_that_is_wrong_with_entries_is_listed_at_once() -> None:
         "entry 3: exclude is a list of patterns, got 2 in it",
     ):
         assert text in str(error.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.lists(JSON, max_size=3))
+def test_any_json_is_a_bank_or_an_error_that_says_what_is_wrong_with_it(value: list[Any]) -> None:
+    try:
+        bank = Bank.of(value)
+    except ValueError as error:
+        assert "in the bank:" in str(error)  # noqa: PT017  # most values are none
+    else:
+        resolve(MODEL, [(entry, source(entry.path)) for entry in bank.entries])
 
 
 def test_a_bank_that_is_no_list_is_refused() -> None:

@@ -53,11 +53,13 @@ class OpenBank:
         sources: One for each path.
         entries: Each entry that is used or checked, and the path of its checkpoint; the run that is
             resumed last.
+        rank: Whose position in the data counts.
     """
 
     session: Session
     sources: Mapping[str, Session]
     entries: Sequence[tuple[Entry, str | None]]
+    rank: int
 
     def sources_of(self, known: Mapping[str, Known]) -> list[tuple[Entry, SourceNames | None]]:
         """Return each entry with the names in its checkpoint, as `resolve` takes them."""
@@ -99,7 +101,7 @@ async def open_bank(
             file=None,
             storage=UnpackingStorage(JoinedStorage(storages, bank.location)),
         )
-        yield OpenBank(session=session, sources=sources, entries=entries)
+        yield OpenBank(session=session, sources=sources, entries=entries, rank=bank.rank)
 
 
 async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | None]]:
@@ -134,16 +136,16 @@ def _is_run(path: Path) -> bool:
 
 @contextlib.asynccontextmanager
 async def planned_bank(
-    bank: Bank, planner: Planner, options: ReadOptions, *, runtime: Runtime | None, rank: int
+    bank: Bank, planner: Planner, options: ReadOptions, *, runtime: Runtime | None
 ) -> AsyncIterator[tuple[Session, LoadPlan, Destinations]]:
     """Hold the checkpoints of a bank open, planned, for the length of the block."""
     async with open_bank(bank, options, runtime=runtime) as opened:
-        plan, into = await _plan(planner, opened, rank=rank)
+        plan, into = await _plan(planner, opened)
         async with opened.session.explaining():
             yield opened.session, plan, into
 
 
-async def _plan(planner: Planner, opened: OpenBank, *, rank: int) -> tuple[LoadPlan, Destinations]:
+async def _plan(planner: Planner, opened: OpenBank) -> tuple[LoadPlan, Destinations]:
     """Resolve the names, and decide which bytes of which checkpoint go where.
 
     Raises:
@@ -156,7 +158,7 @@ async def _plan(planner: Planner, opened: OpenBank, *, rank: int) -> tuple[LoadP
         model = ModelNames.of_targets(targets)
         wordy = partial(_wordy, opened, model)
         [paths] = await run_jobs(kernels, [wordy])
-        known = await read_names(opened, rank=rank, words_of=paths)
+        known = await read_names(opened, words_of=paths)
         resolving = partial(_resolve, opened, known, model, targets)
         [(resolution, catalog, choice)] = await run_jobs(kernels, [undisturbed(resolving)])
     with planner.tracer.span("plan", "headers"):
@@ -179,7 +181,7 @@ def _wordy(opened: OpenBank, model: ModelNames) -> set[str]:
     return {path for one, path in opened.entries if path is not None and wants_words(model, one)}
 
 
-async def read_names(opened: OpenBank, *, rank: int, words_of: Collection[str]) -> dict[str, Known]:
+async def read_names(opened: OpenBank, *, words_of: Collection[str]) -> dict[str, Known]:
     """Return the names in each checkpoint, by path; plain values only of those of `words_of`.
 
     Raises:
@@ -193,7 +195,7 @@ async def read_names(opened: OpenBank, *, rank: int, words_of: Collection[str]) 
         try:
             async with source.explaining():
                 catalog = await source.catalog()
-                values = await read_words(source, rank=rank) if path in words_of else {}
+                values = await read_words(source, rank=opened.rank) if path in words_of else {}
         except CheckpointError as error:
             failures[path] = error
             return

@@ -66,10 +66,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bank:
-    """The entries, later ones before earlier ones; and the run folder to resume from, if any."""
+    """What one model is loaded from.
+
+    Attributes:
+        entries: Later ones come before earlier ones.
+        resume: The run folder that comes before all of them, if its list names a checkpoint.
+        rank: Whose `io_state_<rank>.pt` counts.
+    """
 
     entries: tuple[Entry, ...]
     resume: str | None = None
+    rank: int = 0
 
     @classmethod
     def of(
@@ -78,6 +85,7 @@ class Bank:
         *,
         load_conf: Mapping[str, Any] | None = None,
         resume: str | os.PathLike[str] | None = None,
+        rank: int = 0,
     ) -> Bank:
         """Read entries as users write them.
 
@@ -91,6 +99,8 @@ class Bank:
             entries = [entries]
         if not isinstance(entries, Sequence):
             raise TypeError(f"a bank is a list of entries {{'path': …}}, got {entries!r}")
+        if type(rank) is not int or rank < 0:
+            raise ValueError(f"rank is a number from 0 on, got {rank!r}")
         problems: list[str] = []
         conf = None if load_conf is None else _read_conf(load_conf, problems)
         found = [_read_entry(number, given, conf, problems) for number, given in enumerate(entries)]
@@ -101,6 +111,7 @@ class Bank:
         return cls(
             entries=tuple(entry for entry in found if entry is not None),
             resume=None if resume is None else checked_path(resume, "resume"),
+            rank=rank,
         )
 
     def at(self, paths: Mapping[str, str]) -> Bank:

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from asyncloader.options import ReadOptions
 
 
-async def resolve_bank(
-    bank: Bank, *, like: str | None, rank: int, options: ReadOptions
-) -> Resolution:
+async def resolve_bank(bank: Bank, *, like: str | None, options: ReadOptions) -> Resolution:
     """Say where the names come from that a checkpoint `like` has; `None` is all of the bank's.
 
     Raises:
@@ -32,7 +30,7 @@ async def resolve_bank(
         PlanError: With all that is wrong with the entries.
     """
     async with open_bank(bank, options, runtime=None) as opened:
-        known = await read_names(opened, rank=rank, words_of=opened.sources)
+        known = await read_names(opened, words_of=opened.sources)
         catalogs = [one.names.catalog for one in known.values()]
         if like is not None:
             async with open_session(like, options) as session:

@@ -275,9 +275,9 @@ def bank(
     from asyncloader._threads.blocking import run_blocking
     from asyncloader._tools.banks import resolve_bank
 
-    given = Bank.of(_entries_in(file), resume=resume)
+    given = Bank.of(_entries_in(file), resume=resume, rank=rank)
     options = ReadOptions(follow_symlinks=follow_symlinks)
-    found = run_blocking(partial(resolve_bank, given, like=like, rank=rank, options=options))
+    found = run_blocking(partial(resolve_bank, given, like=like, options=options))
     if json:
         print_json(asdict(found))
         return
