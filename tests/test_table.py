@@ -747,6 +747,35 @@ def test_ids_that_stay_are_theirs_if_others_are_cleared_and_none_come_in() -> No
     assert not len(table.ids("a"))
 
 
+def test_of_many_ids_those_of_a_child_go_and_those_that_are_unknown_stay_away() -> None:
+    count = 300_000  # more than one part of an index has, and than one step takes
+    table = HashTable([1], coalesced=True, children=["a", "b"])
+    table.add_slot("s", [1])
+    many = torch.arange(count)
+    for child in "ab":
+        table.insert(many, many.view(-1, 1).float(), child=child)
+    update = table.begin(most=count, expected=count)
+    update.clear(["a"])
+    layer = update.layer(frozenset({"s"}), count)
+    update.fill(layer)
+    first = update.reserve(layer, count, 0)
+    update.view("id", first, count).copy_(many + count // 2)
+    update.view("s", first, count).fill_(1)
+    update.admit("b", first, count, gen_slice())
+    jobs = update.index_jobs(layer, first, count, None, threads=3)
+    update.indexed(layer, [job() for job in jobs])
+    finish(update, threads=3)
+    counts = update.commit()
+    half = count // 2
+    assert counts == UpdateCounts(
+        rows=half, new=0, replaced=half, duplicates=0, dropped=half, cleared=count
+    )
+    assert not len(table.ids("a"))
+    assert table.ids("b").sort().values.equal(many)
+    assert table.lookup(many, child="b").flatten().equal(many.float())
+    assert table.lookup(many, "s", "b").flatten().equal((many >= half).float())
+
+
 def test_a_lookup_goes_on_in_the_table_that_is_being_cleared() -> None:
     table = HashTable([1])
     table.insert(ids(1), column(1))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .state import Segments
+from .thinning import Thinning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -89,7 +90,7 @@ class Fold:
     def add(self, layer: Layer, *, threads: int) -> Iterator[Jobs]:
         """Yield the jobs that put a layer on top of the others."""
         if layer.fills:
-            yield [partial(self._drop_unknown, layer)]
+            yield from self._drop_unknown(layer, threads)
         missing = [slot for name, slot in self._base.slots.items() if name not in layer.slots]
         jobs = self._initialize_jobs(missing, layer)
         while wave := list(itertools.islice(jobs, threads)):
@@ -117,16 +118,19 @@ class Fold:
                     rows = self.state.segments.view(slot.name, first, count)
                     yield partial(slot.initialize, rows)
 
-    def _drop_unknown(self, layer: Layer) -> None:
+    def _drop_unknown(self, layer: Layer, threads: int) -> Iterator[Jobs]:
         """Take the ids out of a layer that no layer below it has."""
-        self._take_over_ids()
-        state, rows = self.state, layer.index.live_rows(self.state.end)
-        found, unknown = state.find(state.ids[rows])
-        if unknown:
-            gone = np.zeros(state.end, np.bool_)
-            gone[rows[found < 0]] = True
-            layer.index = layer.index.grown(layer.index.count - unknown, state.ids, gone)
-            self.unknown += unknown
+        yield [self._take_over_ids]
+        state = self.state
+
+        def is_unknown(rows: Longs) -> Flags:
+            unknown: Flags = state.find(state.ids[rows])[0] < 0
+            return unknown
+
+        thinning = Thinning(layer.index, state.ids, state.end, is_unknown)
+        yield from thinning.jobs(threads=threads)
+        layer.index = thinning.index
+        self.unknown += thinning.removed
 
     def _take_over_ids(self) -> None:
         """Copy the ids of the rows that were there, if new memory was taken for ids."""

@@ -19,6 +19,7 @@ from asyncloader._memory.allocation import zeros
 from .fold import Fold, Layer, Run, run_here
 from .index import MAX_ROWS, NO_ROWS, IdIndex
 from .protocol import UpdateCounts
+from .thinning import Thinning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -193,7 +194,7 @@ class TableUpdate:
     def finish(self, *, threads: int) -> Iterator[list[Callable[[], None]]]:
         """Yield the rest of the work: lists of jobs that may run side by side."""
         if self._cleared:
-            yield [self._clear]
+            yield from self._clear(threads)
         memory = replace(
             self._base, index=self._first, segments=self._segments, ids=self._ids, end=self._end
         )
@@ -202,13 +203,18 @@ class TableUpdate:
             yield from self._fold.add(layer, threads=threads)
         yield from self._fold.tidy()
 
-    def _clear(self) -> None:
-        base, rows = self._base, self._base.live_rows()
-        ids, gone = base.ids[rows], np.zeros(base.end, np.bool_)
-        for child in self._cleared:
-            gone[rows[self._encoding.are_of(ids, child)]] = True
-        self._kept -= int(np.count_nonzero(gone))
-        self._first = base.index.grown(self._kept, base.ids, gone)
+    def _clear(self, threads: int) -> Iterator[list[Callable[[], None]]]:
+        base, encoding, cleared = self._base, self._encoding, self._cleared
+        if set(cleared) >= set(encoding.children):
+            self._first, self._kept = IdIndex.empty(0, base.index.seed), 0
+            return
+
+        def goes(rows: Longs) -> Flags:
+            return encoding.are_of_any(base.ids[rows], cleared)
+
+        thinning = Thinning(base.index, base.ids, base.end, goes)
+        yield from thinning.jobs(threads=threads)
+        self._first, self._kept = thinning.index, thinning.index.count
 
     def commit(self) -> UpdateCounts:
         """Show all rows at once, and count the changes. Cannot fail after `finish`."""
