@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from asyncloader import (
+    AsyncLoaderError,
     CheckpointChangedError,
     CheckpointError,
     CheckpointNotFoundError,
@@ -370,6 +371,33 @@ async def test_a_fault_in_the_last_source_leaves_all_tables_as_they_were() -> No
                 await loader.aload()
     assert set(names) == {FROM_OLD, FROM_NEW}
     assert error.value.shard.startswith(f"{FROM_NEW}/model-")
+
+
+def counting(fails: int) -> tuple[list[str], Any]:
+    """Return the names of reads, and a wrapper of all storages, one read of which fails."""
+    names: list[str] = []
+
+    def fault(read: Read) -> None:
+        names.append(read.name)
+        if len(names) == fails:
+            raise OSError(2, "gone")  # not tried again
+
+    return names, partial(FaultyStorage, fault=fault)
+
+
+async def test_whichever_read_fails_all_tables_stay_as_they_were() -> None:
+    reads, wrap = counting(fails=0)
+    async with Runtime(wrap_storage=wrap) as runtime:
+        await Loader.from_bank(bank_of_both(), NEW.destinations()[0], runtime=runtime).aload()
+    assert len({*reads}) > 4
+    tables, _ = NEW.destinations()
+    Loader(FROM_OLD, tables).load()
+    with unchanged(*tables.values()):
+        for number in range(1, len(reads) + 1):
+            _, wrap = counting(fails=number)
+            async with Runtime(wrap_storage=wrap) as runtime:
+                with pytest.raises(AsyncLoaderError, match="gone"):
+                    await Loader.from_bank(bank_of_both(), tables, runtime=runtime).aload()
 
 
 async def test_a_cancelled_load_leaves_all_tables_as_they_were() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from asyncloader.errors import CheckpointError
+
 from .index import Catalog, Part, Place, Places
 from .sidecar import Sidecar
 
@@ -41,7 +43,11 @@ class Used:
 
 
 def join_catalogs(used: Mapping[str, Used]) -> Catalog:
-    """Return the used names of all checkpoints, by path, as those of one."""
+    """Return the used names of all checkpoints, by path, as those of one.
+
+    Raises:
+        CheckpointError: If two names cannot be told apart: `b: c` of `a`, and `c` of `a: b`.
+    """
     keys: dict[str, str] = {}
     shards: dict[str, str] = {}
     tables: dict[str, Mapping[str, tuple[Part, ...]]] = {}
@@ -49,10 +55,12 @@ def join_catalogs(used: Mapping[str, Used]) -> Catalog:
     for path, one in used.items():
         places = one.catalog.tensors
         for name in one.tensors:
+            _check_new(keys, path, name)
             keys[label(path, name)] = places.block_keys[name]
             shards[label(path, name)] = shard_of(path, places.shards[name])
         spread = None if one.catalog.sidecar is None else one.catalog.sidecar.parts
         for table in one.tables:
+            _check_new(tables, path, table)
             tables[label(path, table)] = {
                 slot: tuple(_moved(part, path) for part in of)
                 for slot, of in one.catalog.tables[table].items()
@@ -62,6 +70,12 @@ def join_catalogs(used: Mapping[str, Used]) -> Catalog:
     recis = any(one.catalog.recis for one in used.values())
     sidecar = Sidecar(files={}, shards={}, parts=parts)
     return Catalog(Places(keys, shards), tables, sidecar=sidecar, recis=recis)
+
+
+def _check_new(known: Mapping[str, object], path: str, name: str) -> None:
+    if label(path, name) in known:
+        problem = f"{name!r} cannot be told from a name of another folder: rename the folder"
+        raise CheckpointError(path, problem)
 
 
 def _moved(part: Part, path: str) -> Part:

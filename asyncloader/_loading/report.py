@@ -117,6 +117,8 @@ class LoadReport(AsDict):
         head = Table.grid(padding=(0, 2))
         head.add_column(style="dim")
         head.add_row("checkpoint", Text(self.location))
+        for path, count in Counter(origin.path for origin in self.sources.values()).items():
+            head.add_row("", Text(f"{count:,} names from {path}"))
         surplus = self.bytes_read - self.bytes_wanted
         also = f", {size_text(surplus)} of it only to join reads" if surplus else ""
         head.add_row("read", f"{size_text(self.bytes_read)} in {self.reads:,} reads{also}")
