@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from ._loading.progress import Progress as Progress, Span as Span
     from ._loading.report import LoadReport as LoadReport
     from ._loading.runtime import Runtime as Runtime
-    from ._planning.targets import Cast as Cast
+    from ._planning.origins import Origin as Origin, Resolution as Resolution
     from ._planning.plan import LoadPlan as LoadPlan
+    from ._planning.targets import Cast as Cast
     from ._saving.layout import WriteBlock as WriteBlock
     from ._saving.save import SaveReport as SaveReport
     from ._serving.events import (
@@ -81,6 +82,7 @@ _MODULES = {
     "_loading.progress": "Progress Span",
     "_loading.report": "LoadReport",
     "_loading.runtime": "Runtime",
+    "_planning.origins": "Origin Resolution",
     "_planning.plan": "LoadPlan",
     "_planning.targets": "Cast",
     "_saving.layout": "WriteBlock",

@@ -54,3 +54,13 @@ def listed(names: tuple[str, ...]) -> str:
     """Return the first names, and how many more there are."""
     shown = ", ".join(names[:_SHOWN])
     return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+
+
+def escaped(text: str) -> str:
+    """Return a text in which control characters, and others that show nothing, are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text.replace("\\", "\\\\")
+    )

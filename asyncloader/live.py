@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
@@ -11,12 +10,13 @@ from torch import nn
 from ._arguments import as_dict, check_callable, check_count, checked_path
 from ._serving.model import Settings
 from ._serving.service import Service
-from .loader import Loader
+from ._serving.sought import Sought
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
+    from ._planning.bank import Entries
     from ._serving.events import Event, LiveState, LiveVersion
     from ._serving.model import Built, Model
 
@@ -49,6 +49,9 @@ class Live:
         build: Makes the tables and tensors that a version is loaded into, fresh and empty:
             `(hashtables, tensors)`, or a `torch.nn.Module`, whose tables and `state_dict()` are
             loaded (see `targets`). Called on a thread, unless it is a coroutine function.
+        bank: In place of `source`, a list of entries as `Loader.from_bank` takes it. The runs of
+            its entries with `is_dynamic` are followed: when one of them has a newer checkpoint, the
+            whole bank is loaded into a new model.
         keep: Versions that stay in memory: the one that serves, and others that served before it.
             With 2, going back takes no load.
         poll: Seconds between two looks at the folder.
@@ -77,9 +80,10 @@ class Live:
 
     def __init__(
         self,
-        source: str | os.PathLike[str],
-        build: Callable[[], Built | Awaitable[Built]],
+        source: str | os.PathLike[str] | None = None,
+        build: Callable[[], Built | Awaitable[Built]] | None = None,
         *,
+        bank: Entries | None = None,
         keep: int = 1,
         poll: float = 5.0,
         loader_options: Mapping[str, Any] | None = None,
@@ -88,13 +92,14 @@ class Live:
         max_memory: int | None = None,
         retry_pause: float = 1.0,
     ) -> None:
-        path = Path(checked_path(source, "source"))
+        sought = Sought.of(source, bank)
         if isinstance(build, nn.Module):  # it can be called, and so would be
             raise TypeError(
                 f"build is a function that makes a new model for each version, got {type(build)}: "
                 "pass a function that returns such a one"
             )
         check_callable(build, "build", awaited=True)
+        assert build is not None, "it can be called"
         if check is not None:
             check_callable(check, "check", awaited=True)
         if on_event is not None:
@@ -110,18 +115,17 @@ class Live:
             if reserved in options:
                 raise TypeError(f"loader_options: {reserved!r} is given by Live itself")
         settings = Settings(
-            source=path,
             build=build,
             check=check,
             on_event=on_event,
             keep=keep,
             poll=poll,
             loader_options=options,
-            read=Loader(path, **options).options,  # raises now, not at the first load
+            read=sought.options(options),  # raises now, not at the first load
             max_memory=max_memory,
             retry_pause=retry_pause,
         )
-        self._service = Service(settings)
+        self._service = Service(settings, sought)
         self._shelf = self._service.shelf
 
     def __repr__(self) -> str:

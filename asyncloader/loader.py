@@ -8,9 +8,10 @@ import logging
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from ._arguments import as_dict, check_callable, check_progress, checked_path
+from ._loading.banking import planned_bank
 from ._loading.checks import check_tables
 from ._loading.claims import Claim
 from ._loading.destinations import describe_tensors
@@ -18,8 +19,9 @@ from ._loading.load import Load
 from ._loading.planner import Planner, identity
 from ._loading.progress import Meter, Tracer, listening
 from ._loading.report import LoadReport, report_of
-from ._loading.runtime import Runtime, open_session
+from ._loading.runtime import checked_runtime, open_session
 from ._loading.transaction import run
+from ._planning.bank import Bank
 from ._planning.targets import checked_cast
 from ._table.protocol import UpdateCounts
 from ._threads.blocking import run_blocking
@@ -28,12 +30,16 @@ from .options import ReadOptions
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     import torch
 
+    from ._loading.destinations import Destinations
+    from ._loading.keywords import LoaderKeywords
     from ._loading.progress import Progress, Span
+    from ._loading.runtime import Runtime
     from ._loading.session import Session
+    from ._planning.bank import Entries
     from ._planning.plan import LoadPlan
     from ._planning.targets import Casting, LoadInfo
     from ._table.protocol import LoadableTable
@@ -55,8 +61,7 @@ class Loader:
     it was. Dense tensors are filled in place: if the *storage* fails half-way, the error's
     `touched` names the tensors that were written to.
 
-    The first five arguments are those of RecIS's `Loader`, in its order. A loader may be used any
-    number of times.
+    The first five arguments are those of RecIS's `Loader`, in its order. It may be used again.
 
     Args:
         checkpoint_path: A folder that holds `index`; for dense tensors also a safetensors file, or
@@ -115,7 +120,7 @@ class Loader:
     ) -> None:
         given = {} if parallel is None else {"parallel": parallel}
         self.options = ReadOptions.of(options, {**given, **read})
-        self._runtime = _checked_runtime(runtime, self.options)
+        self._runtime = checked_runtime(runtime, self.options)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
         if trace is not None:
@@ -127,6 +132,7 @@ class Loader:
         self._tables = as_dict(hashtables, "hashtables")
         self._progress = progress
         self._on_plan = on_plan
+        self._bank: Bank | None = None
         self._tracer = Tracer(trace)
         self._planner = Planner(
             tables=self._tables,
@@ -146,6 +152,61 @@ class Loader:
         """Return the load info that `filter_func` gets: every destination from its own name."""
         return self._planner.default_load_info()
 
+    @classmethod
+    def from_bank(
+        cls,
+        entries: Entries | Bank,
+        hashtables: Mapping[str, LoadableTable] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        resume: str | os.PathLike[str] | None = None,
+        parallel: int | None = None,
+        *,
+        load_conf: Mapping[str, Any] | None = None,
+        rank: int = 0,
+        **how: Unpack[LoaderKeywords],
+    ) -> Self:
+        """Return a loader that fills one model from several checkpoints: RecIS's ModelBank.
+
+        All are planned together and loaded at once: all or nothing. `plan()` shows where each name
+        comes from, `LoadReport.sources` tells it. An entry is a path, or a dict. Patterns are those
+        of `fnmatch`, over the model's names: `table@id`, `table@slot`, and the tensors' names.
+
+        | field | meaning |
+        |---|---|
+        | `path` | a checkpoint, or a run folder, of which the newest finished checkpoint is taken |
+        | `load`, `exclude` | lists of patterns, `["*"]` and `[]` by default; `"user"` is a table |
+        | `oname` | `{model's name: checkpoint's}`, or a list of such dicts; `*` on both sides |
+        | `hashtable_clear` | whether tables whose ids come from here are emptied first; `True` |
+        | `ignore_error` | whether what `load` names and the checkpoint lacks is only a warning |
+        | `skip`, `is_dynamic` | the entry is not used; `Live(bank=…)` follows it |
+
+        A name goes to the last entry that loads it, does not exclude it, and has it. RecIS's plain
+        values (`global_step`, …) are the report's `extra`. docs/recis.md has all rules.
+
+        Args:
+            entries: The bank; later entries come before earlier ones.
+            hashtables: As of `Loader`.
+            tensors: As of `Loader`.
+            resume: A run folder; if its list names a checkpoint, the newest comes before all.
+            parallel: As of `Loader`.
+            load_conf: RecIS 1.0.0's switches `load`, `exclude` (of `sparse`, `dense`, `extra`,
+                `sparse_opt`, `io_state`) and `strict`, for entries without `load` and `exclude`.
+            rank: Whose `io_state_<rank>.pt` to read.
+            **how: As of `Loader`.
+
+        Raises:
+            TypeError: If an argument is of the wrong type.
+            ValueError: If an argument makes no sense; lists all that is wrong with entries.
+        """
+        if "filter_func" in how:
+            raise TypeError(
+                "a bank has no filter_func: its load, exclude and oname say what to load"
+            )
+        bank = Bank.of(entries, load_conf=load_conf, resume=resume, rank=rank)
+        loader = cls(bank.location, hashtables, tensors, parallel, **how)
+        loader._bank = bank
+        return loader
+
     async def plan(self) -> LoadPlan:
         """Say what a load would do. Reads names and headers, and writes nothing.
 
@@ -155,9 +216,8 @@ class Loader:
             ReadError: If the storage failed.
             LoadTimeoutError: If `timeout` passed.
         """
-        async with self._session() as session:
-            plan, _ = await self._planner.plan(session)
-        return plan
+        async with self._planned() as (_, plan, _into):
+            return plan
 
     async def aload(self) -> LoadReport:
         """Load on the caller's event loop, which goes on serving meanwhile.
@@ -193,8 +253,7 @@ class Loader:
     ) -> LoadReport:
         meter = Meter(0, listener)
         with contextlib.ExitStack() as unless_committed:
-            async with self._session() as session:
-                plan, into = await self._planner.plan(session)
+            async with self._planned() as (session, plan, into):
                 if self._on_plan is not None:
                     answer = self._on_plan(plan)
                     if inspect.isawaitable(answer):
@@ -222,16 +281,16 @@ class Loader:
         _log.info("%s", report)
         return report
 
-    def _session(self) -> contextlib.AbstractAsyncContextManager[Session]:
-        return open_session(self._path, self.options, runtime=self._runtime)
-
-
-def _checked_runtime(runtime: Runtime | None, options: ReadOptions) -> Runtime | None:
-    if runtime is not None and not isinstance(runtime, Runtime):
-        raise TypeError(f"runtime must be a Runtime or None, got {runtime!r}")
-    if runtime is not None and options.promises:
-        raise ValueError("max_loop_lag and pressure are for all loads of a runtime: give it them")
-    return runtime
+    @contextlib.asynccontextmanager
+    async def _planned(self) -> AsyncIterator[tuple[Session, LoadPlan, Destinations]]:
+        """Hold what is loaded from open, planned, for the length of the block."""
+        if self._bank is None:
+            async with open_session(self._path, self.options, runtime=self._runtime) as session:
+                yield session, *await self._planner.plan(session)
+            return
+        bank = planned_bank(self._bank, self._planner, self.options, runtime=self._runtime)
+        async with bank as planned:
+            yield planned
 
 
 def _explain(load: Load, _: object, error: BaseException | None, __: object) -> None:

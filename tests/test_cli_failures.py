@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": ["PATH"],
     "diff": ["PATH", "PATH"],
     "convert": ["PATH", "PATH.safetensors"],
+    "bank": ["PATH"],
 }
 
 

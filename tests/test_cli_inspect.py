@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from asyncloader import CheckpointNotFoundError, __version__, ainspect
+from asyncloader._display import escaped
 from asyncloader._tools.inspecting import (
     CheckpointSummary,
     RunSummary,
@@ -28,7 +29,7 @@ from asyncloader._tools.inspecting import (
 from asyncloader.cli._app import run as run_here
 from asyncloader.cli._common import print_json
 from asyncloader.cli._content_views import checkpoint_view, run_view
-from asyncloader.cli._terminal import escaped, middle_cut, shown
+from asyncloader.cli._terminal import middle_cut, shown
 from tests.checkpoints import GENUINE, save
 from tests.oracle import (
     dense_block,

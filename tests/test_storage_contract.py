@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from asyncloader._storage.joined import JoinedStorage
 from asyncloader._storage.local import LocalStorage
 from asyncloader._storage.protocol import ThreadedStorage, fill, read_exactly
 from asyncloader._storage.retrying import RetryingStorage, ThreadedRetryingStorage
 from asyncloader._threads.disk import Disk
 from tests.faulty import FaultyStorage, raises
+from tests.storages import Through
 from tests.support import MemoryStorage, open_files, running_pool
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from asyncloader._storage.protocol import ReadInto, Storage
@@ -47,11 +49,34 @@ def retrying(inner: ThreadedStorage) -> ThreadedStorage:
     return ThreadedRetryingStorage(inner, sleep=no_pause, rest=lambda _: None)
 
 
+class OneOfTwo(Through):
+    """A folder among two that are joined."""
+
+    async def size(self, name: str, /) -> int:
+        return await self.inner.size(f"a/b/{name}")
+
+    async def changed(self, names: Sequence[str], /) -> list[str]:
+        found = await self.inner.changed([f"a/b/{name}" for name in names])
+        return [name.removeprefix("a/b/") for name in found]
+
+    async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
+        return await self.inner.readinto(f"a/b/{name}", offset, views)
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], Any], /) -> Any:  # noqa: ANN401  # the job's
+        return await self.inner.on_thread(f"a/b/{name}", job)
+
+
+def joined(local: LocalStorage) -> ThreadedStorage:
+    other = MemoryStorage({"f": b"another", "h": b"here alone"})
+    return OneOfTwo(JoinedStorage({"a/b": local, "a": other}, "both"))
+
+
 BACKENDS: dict[str, Callable[[LocalStorage], Storage]] = {
     "local": lambda local: local,
     "retrying": retrying,
     "short reads": lambda local: FaultyStorage(local, at_most=1000),
     "failing for a moment": lambda local: retrying(FaultyStorage(local, for_a_moment())),
+    "joined": joined,
     "memory": lambda _: RetryingStorage(MemoryStorage({"f": CONTENT, "g": b""})),
 }
 

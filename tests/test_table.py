@@ -676,6 +676,117 @@ def test_later_layers_win_and_leave_what_they_do_not_bring() -> None:
     assert values(table, "b") == {1: -1, 2: 7, 3: 8, 4: -1, 5: -1}
 
 
+def test_a_layer_that_fills_brings_no_ids() -> None:
+    table = HashTable([1])
+    table.add_slot("a", [1], initializer=-1.0)
+    table.insert(ids(1, 2), column(1, 2))
+    update = table.begin(most=5, expected=5)
+    lower = update.layer(frozenset({"embedding"}), 1)
+    upper = update.layer(frozenset({"a"}), 4)
+    update.fill(upper)
+    put(update, lower, 0, ids(3), embedding=column(3))
+    put(update, upper, 1, ids(2, 3, 4, 5), a=column(20, 30, 40, 50))
+    finish(update, threads=2)
+    counts = update.commit()
+    assert counts == UpdateCounts(rows=2, new=1, replaced=1, duplicates=0, dropped=2)
+    assert values(table) == {1: 1, 2: 2, 3: 3}
+    assert values(table, "a") == {1: -1, 2: 20, 3: 30}
+
+
+def test_a_layer_that_fills_an_empty_table_leaves_it_empty() -> None:
+    table = HashTable([1])
+    update = table.begin(most=2, expected=2)
+    update.fill(update.layer(frozenset({"embedding"}), 2))
+    put(update, 0, 0, ids(1, 2), embedding=column(1, 2))
+    finish(update, threads=1)
+    counts = update.commit()
+    assert counts == UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=2)
+    assert values(table) == {}
+    table.insert(ids(7), column(7))
+    assert values(table) == {7: 7}
+
+
+@pytest.mark.parametrize("ends", ["commit", "abort"])
+def test_children_that_are_cleared_show_it_at_the_commit(ends: str) -> None:
+    table = HashTable([1], block_size=2, coalesced=True, children=["a", "b"])
+    for child in "ab":
+        table.insert(ids(1, 2, 3), column(1, 2, 3), child=child)
+    update = table.begin(most=2, expected=2)
+    update.clear(["a"])
+    layer = update.layer(frozenset({"embedding"}), 2)
+    first = update.reserve(layer, 2, 0)
+    update.view("id", first, 2).copy_(ids(3, 4))
+    update.view("embedding", first, 2).copy_(column(30, 40))
+    update.admit("a", first, 2, gen_slice())
+    jobs = update.index_jobs(layer, first, 2, None, threads=1)
+    update.indexed(layer, [job() for job in jobs])
+    finish(update, threads=2)
+    assert sorted(table.ids("a").tolist()) == [1, 2, 3]
+    if ends == "abort":
+        update.abort()
+        assert sorted(table.ids("a").tolist()) == [1, 2, 3]
+        return
+    counts = update.commit()
+    wanted = UpdateCounts(rows=2, new=2, replaced=0, duplicates=0, dropped=0, cleared=3)
+    assert counts == wanted
+    assert table.lookup(ids(1, 2, 3, 4), child="a").flatten().tolist() == [0, 0, 30, 40]
+    assert table.lookup(ids(1, 2, 3), child="b").flatten().tolist() == [1, 2, 3]
+    assert len(table) == 5
+
+
+def test_ids_that_stay_are_theirs_if_others_are_cleared_and_none_come_in() -> None:
+    table = HashTable([1], block_size=2, coalesced=True, children=["a", "b"])
+    for child in "ab":
+        table.insert(ids(1, 2, 3), column(1, 2, 3), child=child)
+    update = table.begin(most=100, expected=100)  # more than there is memory for ids
+    update.clear(["a"])
+    update.layer(frozenset({"embedding"}), 0)
+    finish(update, threads=1)
+    assert update.commit().cleared == 3
+    assert sorted(table.ids("b").tolist()) == [1, 2, 3]
+    assert not len(table.ids("a"))
+
+
+def test_of_many_ids_those_of_a_child_go_and_those_that_are_unknown_stay_away() -> None:
+    count = 300_000  # more than one part of an index has, and than one step takes
+    table = HashTable([1], coalesced=True, children=["a", "b"])
+    table.add_slot("s", [1])
+    many = torch.arange(count)
+    for child in "ab":
+        table.insert(many, many.view(-1, 1).float(), child=child)
+    update = table.begin(most=count, expected=count)
+    update.clear(["a"])
+    layer = update.layer(frozenset({"s"}), count)
+    update.fill(layer)
+    first = update.reserve(layer, count, 0)
+    update.view("id", first, count).copy_(many + count // 2)
+    update.view("s", first, count).fill_(1)
+    update.admit("b", first, count, gen_slice())
+    jobs = update.index_jobs(layer, first, count, None, threads=3)
+    update.indexed(layer, [job() for job in jobs])
+    finish(update, threads=3)
+    counts = update.commit()
+    half = count // 2
+    assert counts == UpdateCounts(
+        rows=half, new=0, replaced=half, duplicates=0, dropped=half, cleared=count
+    )
+    assert not len(table.ids("a"))
+    assert table.ids("b").sort().values.equal(many)
+    assert table.lookup(many, child="b").flatten().equal(many.float())
+    assert table.lookup(many, "s", "b").flatten().equal((many >= half).float())
+
+
+def test_a_lookup_goes_on_in_the_table_that_is_being_cleared() -> None:
+    table = HashTable([1])
+    table.insert(ids(1), column(1))
+    update = table.begin(most=0, expected=0)
+    update.clear(["hashtable"])
+    finish(update, threads=1)
+    assert values(table) == {1: 1}
+    assert update.commit().cleared == 1
+    assert values(table) == {}
+
+
 def test_admit_encodes_ids_and_says_which_are_outside_the_claimed_slice() -> None:
     table = HashTable([1], coalesced=True, children=["a", "b"])
     update = table.begin(most=4, expected=4)

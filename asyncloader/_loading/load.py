@@ -194,9 +194,13 @@ class Load:
         """Reserve rows for the blocks that are wanted whole; yield pieces of the others."""
         update = self._tables[table.name].begin(most=table.most, expected=table.expected)
         self._updates[table.name] = update
+        if table.cleared:
+            update.clear(table.cleared)
         for number, slots in enumerate(table.layers):
             expected = sum(part.expected for part in table.parts if part.layer == number)
             update.layer(slots, expected)
+            if number in table.fills:
+                update.fill(number)
         for part in table.parts:
             if part.certain:
                 self._reserve(table, part, update)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._planning.choice import choose, did_you_mean
+from asyncloader._planning.choice import choose
+from asyncloader._planning.hints import did_you_mean
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets, checked_load_info, default_load_info
 from asyncloader._threads.jobs import run_jobs, undisturbed
@@ -20,7 +21,7 @@ from .checks import describe_tables
 from .destinations import describe_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -58,7 +59,7 @@ class Planner:
 
     def default_load_info(self) -> LoadInfo:
         """Return the load info that `filter_func` gets: every destination from its own name."""
-        return default_load_info(self._describe()[1])
+        return default_load_info(self.describe()[1])
 
     async def plan(self, session: Session) -> tuple[LoadPlan, Destinations]:
         """Read names and headers, and decide which bytes go where.
@@ -72,7 +73,7 @@ class Planner:
         """
         kernels, described, info = session.threads.kernels, None, None
         if self.filter_func is not identity:
-            [described] = await run_jobs(kernels, [undisturbed(self._describe)])
+            [described] = await run_jobs(kernels, [undisturbed(self.describe)])
             info = await self._load_info(session, described[1])
         with self.tracer.span("plan", "names"):
             choose_now = partial(self._choose, described, info)
@@ -81,11 +82,14 @@ class Planner:
             manifest = await session.manifest(catalog, shards)
         with self.tracer.span("plan", "plan"):
             [(plan, warnings)] = await run_jobs(
-                kernels, [undisturbed(partial(self._decide, manifest, choice, into))]
+                kernels, [undisturbed(partial(self.decide, manifest, choice, into))]
             )
-        for warning in warnings:
-            _log.warning("%s: %s", plan.location, warning)
+        self.warn(plan.location, warnings)
         return plan, into
+
+    def warn(self, location: str, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            _log.warning("%s: %s", location, warning)
 
     async def _load_info(self, session: Session, targets: Targets) -> LoadInfo:
         """Return the load info that `filter_func` makes of the default."""
@@ -94,7 +98,7 @@ class Planner:
         [info] = await run_jobs(kernels, [partial(checked_load_info, self.filter_func(default))])
         return info
 
-    def _describe(self) -> tuple[Destinations, Targets]:
+    def describe(self) -> tuple[Destinations, Targets]:
         """Describe the destinations as they are now, and hold on to their memory."""
         into = describe_tensors(self.tensors)
         return into, Targets(tensors=into.targets, tables=describe_tables(self.tables))
@@ -106,12 +110,12 @@ class Planner:
         parse: Callable[[], Catalog],
     ) -> tuple[Destinations, Catalog, Choice, tuple[str, ...]]:
         """Choose the blocks to load; return also the shards whose headers are needed."""
-        into, targets = described or self._describe()
+        into, targets = described or self.describe()
         catalog = parse()
         choice = choose(catalog, info, targets)
         return into, catalog, choice, choice.shards()
 
-    def _decide(
+    def decide(
         self, manifest: Manifest, choice: Choice, into: Destinations
     ) -> tuple[LoadPlan, list[str]]:
         """Return the plan, and warnings."""

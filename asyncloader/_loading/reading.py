@@ -14,15 +14,16 @@ import torch
 
 from asyncloader._checkpoint.manifest import Manifest, stored_tensor
 from asyncloader._memory.allocation import zeros
-from asyncloader._planning.choice import hint_for
+from asyncloader._planning.hints import hint_for
 from asyncloader._planning.plan import LoadPlan, TensorLoad, TensorLoads
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
 
 from .destinations import describe_tensors
+from .hold import Hold
 from .load import Load
 from .progress import Meter
-from .runtime import Hold, open_session
+from .runtime import open_session
 from .session import in_time
 from .transaction import complete
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from asyncloader._display import AsDict, listed, size_text
 from asyncloader._table.protocol import UpdateCounts
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from asyncloader._planning.origins import Origin
     from asyncloader._planning.targets import Cast
     from asyncloader._threads.lag import LoopLag
 
@@ -47,6 +48,8 @@ class LoadReport(AsDict):
             are a disk or a network to look after.
         lag: How late the event loop was, and what the load did about it; `None` unless it was asked
             to see to that (`max_loop_lag`, `pressure`).
+        sources: Of a bank: which entry each name of the model came from, and under which name.
+        extra: Of a bank: the plain values that came with it, such as `global_step`.
     """
 
     location: str
@@ -64,6 +67,8 @@ class LoadReport(AsDict):
     casts: tuple[Cast, ...] = ()
     retries: int = 0
     lag: LoopLag | None = None
+    sources: Mapping[str, Origin] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = sum(table.rows for table in self.tables.values())
@@ -112,6 +117,8 @@ class LoadReport(AsDict):
         head = Table.grid(padding=(0, 2))
         head.add_column(style="dim")
         head.add_row("checkpoint", Text(self.location))
+        for path, count in Counter(origin.path for origin in self.sources.values()).items():
+            head.add_row("", Text(f"{count:,} names from {path}"))
         surplus = self.bytes_read - self.bytes_wanted
         also = f", {size_text(surplus)} of it only to join reads" if surplus else ""
         head.add_row("read", f"{size_text(self.bytes_read)} in {self.reads:,} reads{also}")
@@ -152,15 +159,15 @@ class LoadReport(AsDict):
         rows = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, show_footer=several)
         rows.add_column("table", footer=f"{len(self.tables)} tables")
         fields = []
-        for field in UpdateCounts.__slots__:
-            total = sum(getattr(table, field) for table in self.tables.values())
-            odd = field in {"duplicates", "dropped"}
-            if total or field in {"rows", "new"}:  # the others are news only if there are any
+        for name in UpdateCounts.__slots__:
+            total = sum(getattr(table, name) for table in self.tables.values())
+            odd = name in {"duplicates", "dropped"}
+            if total or name in {"rows", "new"}:  # the others are news only if there are any
                 style = "yellow" if odd else None
-                rows.add_column(field, footer=f"{total:,}", justify="right", style=style)
-                fields.append(field)
-        for name, table in sorted(self.tables.items()):
-            rows.add_row(Text(name), *(f"{getattr(table, field):,}" for field in fields))
+                rows.add_column(name, footer=f"{total:,}", justify="right", style=style)
+                fields.append(name)
+        for title, table in sorted(self.tables.items()):
+            rows.add_row(Text(title), *(f"{getattr(table, name):,}" for name in fields))
         return rows
 
 
@@ -190,4 +197,6 @@ def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport
         warnings=(*plan.warnings, *load.warnings),
         casts=plan.casts,
         retries=retries,
+        sources={} if plan.bank is None else plan.bank.origins,
+        extra=plan.extra,
     )

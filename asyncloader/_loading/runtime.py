@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 from asyncloader._arguments import check_callable
 from asyncloader._checkpoint.catalog import is_weight_map
@@ -20,18 +20,16 @@ from asyncloader._storage.retrying import ThreadedRetryingStorage
 from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.gate import Gate
-from asyncloader._threads.jobs import ByteBudget, settled
+from asyncloader._threads.jobs import ByteBudget
 from asyncloader._threads.lag import LagWatch
 from asyncloader._threads.pool import Threads
 from asyncloader.options import ReadOptions
 
+from .hold import Hold
 from .session import Session, in_time, on_disk
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-
-
-T = TypeVar("T")
+    from collections.abc import AsyncIterator, Callable
 
 
 def _as_it_is(storage: ThreadedStorage) -> ThreadedStorage:
@@ -163,59 +161,13 @@ async def open_resources(
         )
 
 
-class Hold(Generic[T]):
-    """Opens a value once for any number of blocks that use it; may be opened again.
-
-    Belongs to the event loop and the process that opened it.
-    """
-
-    def __init__(self, manager: Callable[[], contextlib.AbstractAsyncContextManager[T]]) -> None:
-        self.value: T | None = None  # `None` where it is not open
-        self.users = 0
-        self.is_entered = False  # from when it begins to open until it is closed
-        self.process = 0
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self._manager = manager
-        self._stack = contextlib.AsyncExitStack()
-        self._idle = asyncio.Event()
-
-    async def open(self) -> None:
-        assert not self.is_entered
-        self.is_entered = True  # before the first await: two could enter at once
-        try:
-            value = await self._stack.enter_async_context(self._manager())
-        except BaseException:
-            self.is_entered = False
-            raise
-        self.loop, self.process = asyncio.get_running_loop(), os.getpid()
-        self.value = value  # last: another thread may look
-
-    @contextlib.contextmanager
-    def use(self) -> Iterator[T]:
-        """Yield the value: it stays open at least until the block ends."""
-        assert self.value is not None, "it is open"
-        self.users += 1
-        try:
-            yield self.value
-        finally:
-            self.users -= 1
-            if not self.users:
-                self._idle.set()
-
-    async def close(self) -> None:
-        """Wait until no block uses it, as threads may be writing to memory; then close it."""
-        if self.value is None:
-            return
-        self.value = None
-        try:
-            if self.users:
-                self._idle = asyncio.Event()
-                await settled(asyncio.ensure_future(self._idle.wait()))
-        finally:
-            try:
-                await self._stack.aclose()
-            finally:  # cancelled, say: it is closed all the same
-                self.is_entered, self.loop = False, None
+def checked_runtime(runtime: object, options: ReadOptions) -> Runtime | None:
+    """Return a runtime that keeps the promises of `options`, or `None`."""
+    if runtime is not None and not isinstance(runtime, Runtime):
+        raise TypeError(f"runtime must be a Runtime or None, got {runtime!r}")
+    if runtime is not None and options.promises:
+        raise ValueError("max_loop_lag and pressure are for all loads of a runtime: give it them")
+    return runtime
 
 
 @contextlib.asynccontextmanager
@@ -234,44 +186,69 @@ async def open_session(
         seen: Which files there were when they were first opened; see `LocalStorage`.
         runtime: Its threads, bytes and promises are used, in place of such of its own.
     """
-    holding = open_resources(options) if runtime is None else runtime.lend()
-    async with in_time(path, options.timeout) as watched, holding as resources:
-        disk = Disk(resources.threads.reads, seconds=options.stall_timeout)
-        root, file = await on_disk(disk, partial(_root_and_file, path), path)
-        # Of a weight map's files, the map chooses which.
-        trusted = file is not None and not is_weight_map(file)
-        files = LocalStorage(
-            root,
+    async with holding(path, options, runtime) as (resources, watched):
+        opening = open_files(path, options, resources, watched, seen=seen)
+        async with opening as session, session.explaining():
+            yield session
+
+
+@contextlib.asynccontextmanager
+async def holding(
+    path: str, options: ReadOptions, runtime: Runtime | None
+) -> AsyncIterator[tuple[Resources, list[Disk]]]:
+    """Hold threads and bytes for the length of the block, and keep to `options.timeout`.
+
+    Yields also the list of disks that the time-out asks what was being read.
+    """
+    held = open_resources(options) if runtime is None else runtime.lend()
+    async with in_time(path, options.timeout) as watched, held as resources:
+        yield resources, watched
+
+
+@contextlib.asynccontextmanager
+async def open_files(
+    path: str,
+    options: ReadOptions,
+    resources: Resources,
+    watched: list[Disk],
+    *,
+    seen: dict[str, tuple[int, ...]] | None = None,
+) -> AsyncIterator[Session]:
+    """Hold the files of one checkpoint open; errors are explained by `Session.explaining`."""
+    disk = Disk(resources.threads.reads, seconds=options.stall_timeout)
+    root, file = await on_disk(disk, partial(_root_and_file, path), path)
+    # Of a weight map's files, the map chooses which.
+    trusted = file is not None and not is_weight_map(file)
+    files = LocalStorage(
+        root,
+        disk=disk,
+        descriptors=resources.descriptors,
+        seen=seen,
+        direct_io=options.direct_io,
+        # A file that the user has named may be a link to anywhere: the user chose it.
+        follow_symlinks=options.follow_symlinks or trusted,
+    )
+    async with files:
+        storage, shared = resources.wrap(files), resources.options
+        if not isinstance(storage, ThreadedStorage):
+            raise TypeError(f"wrap_storage returned {storage!r}, which is no ThreadedStorage")
+        watched.append(disk)
+        yield Session(
+            location=str(Path(path)),
+            file=file,
+            # A wrapper need not count lost reads: the files do.
+            storage=UnpackingStorage(ThreadedRetryingStorage(storage, lost=lambda: files.lost)),
+            threads=resources.threads,
             disk=disk,
-            descriptors=resources.descriptors,
-            seen=seen,
-            direct_io=options.direct_io,
-            # A file that the user has named may be a link to anywhere: the user chose it.
-            follow_symlinks=options.follow_symlinks or trusted,
+            options=replace(
+                options,
+                parallel=min(options.parallel, shared.parallel),
+                chunk_bytes=min(options.read_bytes, shared.read_bytes),
+                max_inflight_bytes=shared.max_inflight_bytes,
+            ),
+            budget=resources.budget,
+            watch=resources.watch,
         )
-        async with files:
-            storage, shared = resources.wrap(files), resources.options
-            if not isinstance(storage, ThreadedStorage):
-                raise TypeError(f"wrap_storage returned {storage!r}, which is no ThreadedStorage")
-            session = Session(
-                location=str(Path(path)),
-                file=file,
-                # A wrapper need not count lost reads: the files do.
-                storage=UnpackingStorage(ThreadedRetryingStorage(storage, lost=lambda: files.lost)),
-                threads=resources.threads,
-                disk=disk,
-                options=replace(
-                    options,
-                    parallel=min(options.parallel, shared.parallel),
-                    chunk_bytes=min(options.read_bytes, shared.read_bytes),
-                    max_inflight_bytes=shared.max_inflight_bytes,
-                ),
-                budget=resources.budget,
-                watch=resources.watch,
-            )
-            watched.append(disk)
-            async with session.explaining():
-                yield session
 
 
 def _root_and_file(path: str) -> tuple[Path, str | None]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import heapq
-import os
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +10,7 @@ from asyncloader._checkpoint.parts import ID, gaps, repeated, without_rows
 from .targets import TensorTargets, default_load_info
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from asyncloader._checkpoint.index import Catalog, Part, Place
@@ -28,11 +24,6 @@ _SHOWN = 10
 _OF_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _OF_PARALLEL = "module"  # DistributedDataParallel puts this before all names
 
-# Comparing took 40 µs a pair of common lengths, and grows with their product: where there is much
-# to compare, no reader gets that far.
-_NAMES, _CANDIDATES, _LENGTH = 5, 200, 200
-_PREFIXES = 3
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartChoice:
@@ -44,6 +35,7 @@ class PartChoice:
     claimed: Slice
     ids: Place
     slots: Mapping[str, Place]
+    fills: bool  # whether it brings no ids, but slots for those that are there
 
 
 @dataclass(slots=True)
@@ -56,6 +48,7 @@ class Choice:
         lacking: The dense tensors whose source is not in the checkpoint, and that source.
         fillers: The tensors of `shared` and `lacking` whose memory one of `tensors` fills, and its
             name.
+        cleared: The children whose ids are taken out first.
     """
 
     catalog: Catalog
@@ -70,6 +63,7 @@ class Choice:
     unexpected: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    cleared: tuple[str, ...] = ()
 
     def shards(self) -> tuple[str, ...]:
         """Return the shards whose headers are needed."""
@@ -80,8 +74,13 @@ class Choice:
         return tuple(sorted(names))
 
 
-def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
-    """Find the blocks that `info` asks for; `None` asks for every destination by its own name."""
+def choose(
+    catalog: Catalog, info: LoadInfo | None, targets: Targets, *, fills: bool = False
+) -> Choice:
+    """Find the blocks that `info` asks for; `None` asks for every destination by its own name.
+
+    With `fills`, slots that are listed without `id` fill the rows of ids that are there.
+    """
     choice = Choice(catalog, targets)
     by_own_name = info is None
     if info is None:  # a dict for each of 100,000 tensors would take longer than all else here
@@ -91,7 +90,7 @@ def choose(catalog: Catalog, info: LoadInfo | None, targets: Targets) -> Choice:
     for destination, found in info.items():
         if destination in targets.tables:
             for source, slots in found.items():
-                _choose_table(choice, destination, source, slots)
+                _choose_table(choice, destination, source, slots, fills=fills)
         elif destination in targets.tensors:
             _choose_tensor(choice, destination, found)
         else:
@@ -180,9 +179,11 @@ def _share(choice: Choice) -> None:
     choice.missing += [source for name, source in lacking if name not in choice.fillers]
 
 
-def _choose_table(choice: Choice, child: str, source: str, listed: Sequence[str]) -> None:
+def _choose_table(
+    choice: Choice, child: str, source: str, listed: Sequence[str], *, fills: bool
+) -> None:
     target = choice.targets.tables[child]
-    if ID not in listed:
+    if ID not in listed and not fills:
         choice.problems.append(f"table {child!r} from {source!r}: load_info must list 'id'")
     choice.problems += [
         f"table {child!r} has no slot {slot!r}, which load_info lists; "
@@ -214,6 +215,7 @@ def _choose_table(choice: Choice, child: str, source: str, listed: Sequence[str]
             claimed=part.slice,
             ids=part.place,
             slots={slot: places[part.slice] for slot, places in found.items()},
+            fills=ID not in listed,
         )
         for part in ids
         if all(part.slice in places for places in found.values())
@@ -245,56 +247,3 @@ def _unexpected(
             yield from (f"{table}@{slot}" for slot in held if slot not in tables[table])
     if not catalog.tensors.block_keys.keys() <= tensors:
         yield from (name for name in catalog.tensors if name not in tensors)
-
-
-def hint_for(name: str, names: Sequence[str]) -> str:
-    """Return in brackets which of `names` was meant by another name, or nothing."""
-
-    def in_common(other: str) -> int:
-        return len(os.path.commonprefix((name, other)))  # noqa: RUF071  # any text, not only paths
-
-    likely = heapq.nlargest(_CANDIDATES, names, in_common)
-    return did_you_mean([name], likely)[name]
-
-
-def did_you_mean(names: Sequence[str], candidates: Sequence[str]) -> Mapping[str, str]:
-    """Return for each absent name a hint in brackets, or nothing, from names not asked for."""
-    found, how = _other_prefix(names, candidates)
-    if len(found) > 1:
-        hints = {
-            name: f" (it is there as {other!r}, {how}: rename them with filter_func)"
-            for name, other in found.items()
-        }
-    else:
-        found = found or _close_ones(names, candidates)
-        hints = {name: f" (did you mean {other!r}?)" for name, other in found.items()}
-    return dict.fromkeys(names, "") | hints
-
-
-def _other_prefix(names: Sequence[str], candidates: Sequence[str]) -> tuple[dict[str, str], str]:
-    """Find most names with one prefix more, or less; return also which prefix, in words."""
-    there = set(candidates)
-    for (more, less), _ in Counter(_prefixes(names, candidates)).most_common(_PREFIXES):
-        renamed = {name: more + name.removeprefix(less) for name in names if name.startswith(less)}
-        found = {name: other for name, other in renamed.items() if other in there}
-        if 2 * len(found) > len(names):
-            return found, f"as others are with {more!r}" if more else f"as others without {less!r}"
-    return {}, ""
-
-
-def _prefixes(names: Sequence[str], candidates: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the prefix that a name lacks, and the prefix to leave out; whole parts of names."""
-    for name in names[:_NAMES]:
-        for other in candidates:
-            if len(other) > len(name):
-                if other.endswith(name) and other[-len(name) - 1] == ".":
-                    yield other[: -len(name)], ""
-            elif len(other) < len(name) and name.endswith(other) and name[-len(other) - 1] == ".":
-                yield "", name[: -len(other)]
-
-
-def _close_ones(names: Sequence[str], candidates: Sequence[str]) -> dict[str, str]:
-    short = [name for name in candidates[:_CANDIDATES] if len(name) <= _LENGTH]
-    asked = [name for name in names[:_NAMES] if len(name) <= _LENGTH]
-    found = {name: difflib.get_close_matches(name, short, n=1) for name in asked}
-    return {name: close[0] for name, close in found.items() if close}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from numpy.typing import NDArray
+    from rich.console import RenderableType
 
     from asyncloader._checkpoint.blocks import Block
     from asyncloader._checkpoint.slices import Slice
 
+    from .origins import Resolution
     from .targets import Cast
 
 
@@ -140,12 +142,20 @@ class PartLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableLoad:
-    """All that fills one table."""
+    """All that fills one table.
+
+    Attributes:
+        layers: The slots that the rows of each layer bring.
+        fills: The numbers of layers that bring no ids: they fill rows of ids that are there.
+        cleared: The children whose ids are taken out first.
+    """
 
     name: str
     slice: Slice
-    layers: tuple[frozenset[str], ...]  # the slots that the rows of each layer bring
+    layers: tuple[frozenset[str], ...]
     parts: tuple[PartLoad, ...]
+    fills: frozenset[int] = frozenset()
+    cleared: tuple[str, ...] = ()
 
     @property
     def most(self) -> int:
@@ -179,6 +189,8 @@ class LoadPlan:
         warnings: Oddities that do no harm.
         casts: The values that are converted to another dtype on their way, in the order of
             load_info.
+        bank: Where each name comes from, if the load is from several checkpoints.
+        extra: The plain values that come with it, by RecIS's names; they have been read.
     """
 
     location: str
@@ -191,6 +203,8 @@ class LoadPlan:
     unexpected: tuple[str, ...]
     warnings: tuple[str, ...]
     casts: tuple[Cast, ...] = ()
+    bank: Resolution | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def nbytes(self) -> int:
@@ -205,10 +219,16 @@ class LoadPlan:
         blocks += [load.block for load in self.again]
         return tuple(sorted({*self.tensors.shards, *(block.shard for block in blocks)}))
 
-    def __rich__(self) -> str:
-        return str(self)  # not every block of every shard
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group  # noqa: PLC0415  # only where it is shown
+
+        line = self._line()  # not every block of every shard
+        return line if self.bank is None else Group(self.bank, line)
 
     def __str__(self) -> str:
+        return self._line() if self.bank is None else f"{self.bank}\n{self._line()}"
+
+    def _line(self) -> str:
         rows = sum(table.expected for table in self.tables)
         return (
             f"{self.nbytes:,} bytes from {len(self.shards)} shards: {len(self.tensors)} tensors, "

@@ -15,7 +15,7 @@ from asyncloader._checkpoint.parts import ID, count_problems, id_problems, sprea
 from asyncloader._checkpoint.problems import Problems
 from asyncloader.errors import PlanError
 
-from .choice import did_you_mean
+from .hints import did_you_mean
 from .plan import LoadPlan, PartLoad, TableLoad, TensorLoads
 from .targets import Cast, misfit
 
@@ -51,6 +51,9 @@ def plan_load(
     for part in choice.parts:
         builder = tables.setdefault(part.target.name, _TableBuilder(part.target, casting))
         builder.add(manifest, part)
+    for child in choice.cleared:
+        target = choice.targets.tables[child]
+        tables.setdefault(target.name, _TableBuilder(target, casting)).cleared.append(child)
     for builder in tables.values():
         problems += builder.problems
         casts += builder.casts
@@ -178,10 +181,11 @@ class _TableBuilder:
 
     target: TableTarget
     casting: Casting | None
-    layers: list[tuple[frozenset[str], set[str]]] = field(default_factory=list)
+    layers: list[tuple[tuple[frozenset[str], bool], set[str]]] = field(default_factory=list)
     parts: list[PartLoad] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     casts: dict[Cast, None] = field(default_factory=dict)  # once, however many ranks wrote it
+    cleared: list[str] = field(default_factory=list)
     rank: int = 0
 
     def add(self, manifest: Manifest, part: PartChoice) -> None:
@@ -208,7 +212,7 @@ class _TableBuilder:
                 child=part.child,
                 source=part.source,
                 claimed=part.claimed,
-                layer=self._layer(part.child, frozenset(slots)),
+                layer=self._layer(part.child, (frozenset(slots), part.fills)),
                 rank=self.rank,
                 certain=wanted.covers(part.claimed),
                 expected=expected,
@@ -219,8 +223,11 @@ class _TableBuilder:
         )
         self.rank += ids.rows
 
-    def _layer(self, child: str, slots: frozenset[str]) -> int:
-        """Return a layer of these slots, above every layer that may hold the same ids."""
+    def _layer(self, child: str, slots: tuple[frozenset[str], bool]) -> int:
+        """Return a layer of these slots, above every layer that may hold the same ids.
+
+        Layers of the same slots are two, if one of them brings no ids.
+        """
         for number in range(len(self.layers) - 1, -1, -1):
             of_layer, children = self.layers[number]
             if of_layer == slots:
@@ -252,6 +259,8 @@ class _TableBuilder:
         return TableLoad(
             name=self.target.name,
             slice=self.target.slice,
-            layers=tuple(slots for slots, _ in self.layers),
+            layers=tuple(slots for (slots, _), _ in self.layers),
             parts=tuple(self.parts),
+            fills=frozenset(n for n, ((_, fills), _) in enumerate(self.layers) if fills),
+            cleared=tuple(self.cleared),
         )

@@ -23,7 +23,6 @@ from asyncloader.errors import (
 )
 
 from .model import RefusedError
-from .source import newest
 from .switch import cancel
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
     from .model import Settings
     from .shelf import Held
+    from .sought import Sought
     from .source import Candidate, Files, Rest
     from .switch import Switch
 
@@ -61,8 +61,11 @@ class Follower:
     task group that is failing forgets it; so before a swap it looks whether it is still on.
     """
 
-    def __init__(self, settings: Settings, switch: Switch, looks: Looks, rest: Rest) -> None:
-        self._source = settings.source
+    def __init__(
+        self, settings: Settings, sought: Sought, switch: Switch, looks: Looks, rest: Rest
+    ) -> None:
+        self._sought = sought
+        self._source = sought.location
         self._poll = settings.poll
         self._retry_pause = settings.retry_pause
         self._switch = switch
@@ -132,7 +135,7 @@ class Follower:
     async def _newest(self) -> Candidate | None:
         """Return the newest version; `None` where a look does not tell."""
         try:
-            found = await newest(self._looks, self._source)
+            found = await self._sought.newest(self._looks)
         except CheckpointError as error:
             self._note("source", str(error))  # a run folder that is gone is so for a while
             return None
@@ -251,7 +254,8 @@ class _Copying:
             yield
         except Exception as error:
             # Where no file says which shards there are, a missing one looks like a smaller model.
-            is_smaller = isinstance(error, PlanError) and INDEX not in files
+            has_index = any(name.rpartition("/")[2] == INDEX for name in files)
+            is_smaller = isinstance(error, PlanError) and not has_index
             if is_smaller or (isinstance(error, CheckpointError) and not may_pass(error)):
                 self._failed, self._error = files, error
             raise

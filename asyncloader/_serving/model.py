@@ -44,7 +44,6 @@ _Contents: TypeAlias = "tuple[Mapping[str, HashTable], Mapping[str, Tensor], nn.
 class Settings:
     """What a user wants; `Live` documents the fields. `read` is a part of the `loader_options`."""
 
-    source: Path
     build: Callable[[], object]
     check: Callable[[Model], object] | None
     on_event: Callable[[Event], object] | None

@@ -14,13 +14,15 @@ from asyncloader.errors import CheckpointChangedError, CheckpointError
 
 from .events import LiveState, LiveVersion, Teller
 from .following import Follower
-from .source import Rest, candidate, named, newest
+from .sought import again
+from .source import Rest, candidate, named
 from .switch import Switch, cancel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from .model import Settings
+    from .sought import Sought
     from .source import Candidate
 
 
@@ -42,15 +44,16 @@ class Service:
     that wait. `Live` documents the commands.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._source = settings.source
+    def __init__(self, settings: Settings, sought: Sought) -> None:
+        self._sought = sought
+        self._source = sought.location
         self._pool = WorkerPool(_THREADS, name="asyncloader-live")
-        self._looks = Looks(str(settings.source), stall_timeout=settings.read.stall_timeout)
+        self._looks = Looks(str(self._source), stall_timeout=settings.read.stall_timeout)
         self._teller = Teller(settings.on_event)
         self._rest = Rest(min(settings.poll, _LOOK), note=self._teller.note)
-        self._switch = Switch(settings, self._pool, self._looks, self._teller)
+        self._switch = Switch(settings, sought, self._pool, self._looks, self._teller)
         self.shelf = self._switch.shelf
-        self._follower = Follower(settings, self._switch, self._looks, self._rest)
+        self._follower = Follower(settings, sought, self._switch, self._looks, self._rest)
         self._opened = False
         self._closing = False
         self._waiting: set[asyncio.Task[Any]] = set()  # for a copy to end, for a command
@@ -87,7 +90,7 @@ class Service:
         self._switch.open()
         async with self._switch.turn:  # or commands would load beside it
             try:
-                first = await self._rest.reached(lambda: newest(self._looks, self._source))
+                first = await self._rest.reached(lambda: self._sought.newest(self._looks))
                 self._switch.swap(await self._switch.load_once(first))
             except BaseException:
                 await settled(asyncio.ensure_future(self._wind_up()))
@@ -131,6 +134,8 @@ class Service:
     async def load(self, version: str) -> LiveVersion:
         if not version:
             raise ValueError("version is empty: it names a sub-folder, or is a path")
+        if len(self._sought.paths) > 1:
+            raise ValueError(f"a version is one of each run of {self._source}: it has no one path")
         self._must_be_open()
         path = await self._looks(named, self._source, version)
         found = await candidate(self._looks, path)  # before a load is given up for nothing
@@ -199,7 +204,7 @@ class Service:
 
     async def _still_there(self, wanted: Candidate) -> Candidate:
         """Return a version as it is now. If it has not changed since it served, it is at rest."""
-        found = await candidate(self._looks, wanted.path)
+        found = await again(self._looks, wanted)
         if found.brings_news_to(wanted):
             raise CheckpointChangedError(
                 str(wanted.path),

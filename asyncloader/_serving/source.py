@@ -57,16 +57,18 @@ class Candidate:
         files: May change while it is the same version: `index` comes before the shards.
         entry: Its name in its run folder, as a path; that may be a link to a folder elsewhere.
             `None` if it is the source itself.
+        parts: If it is made of versions of several runs: these.
     """
 
     path: Path
     identity: tuple[Identity, ...]
     files: Files = field(compare=False)
     entry: Path | None = field(default=None, compare=False)
+    parts: tuple[Candidate, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return " + ".join(part.name for part in self.parts) or self.path.name
 
     @property
     def names(self) -> Names:

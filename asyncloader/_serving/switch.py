@@ -12,7 +12,6 @@ from asyncloader._display import size_text
 from asyncloader._memory.allocation import SPARE
 from asyncloader._threads.jobs import raising_first, run_jobs
 from asyncloader.errors import CheckpointChangedError, CheckpointError
-from asyncloader.loader import Loader
 
 from .events import (
     LoadCancelled,
@@ -25,7 +24,7 @@ from .events import (
 )
 from .model import RefusedError, built_model, pass_check, row_bytes, tensor_bytes
 from .shelf import Freeing, Held, Shelf
-from .source import candidate
+from .sought import again
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -34,9 +33,11 @@ if TYPE_CHECKING:
     from asyncloader._loading.progress import Progress
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._storage.small_files import Looks
+    from asyncloader.loader import Loader
 
     from .events import Teller
     from .model import Model, Settings
+    from .sought import Sought
     from .source import Candidate
 
 
@@ -51,9 +52,15 @@ class Switch:
     """
 
     def __init__(
-        self, settings: Settings, executor: Executor, looks: Looks, teller: Teller
+        self,
+        settings: Settings,
+        sought: Sought,
+        executor: Executor,
+        looks: Looks,
+        teller: Teller,
     ) -> None:
         self._settings = settings
+        self._sought = sought
         self._executor = executor
         self._looks = looks
         self.teller = teller
@@ -126,7 +133,7 @@ class Switch:
         self.teller.tell(LoadFinished(**wanted.names, report=report, nbytes=held.nbytes))
         self._keep_spare(held.nbytes)
         await pass_check(self._settings, model, self._executor)
-        if (await candidate(self._looks, wanted.path)).files != wanted.files:
+        if (await again(self._looks, wanted)).files != wanted.files:
             problem = "was written to while it was being loaded"
             raise CheckpointChangedError(str(wanted.path), problem)
         return held
@@ -139,7 +146,7 @@ class Switch:
             options |= {"max_loop_lag": None, "pressure": None}
         predict = partial(self._predict, model, tensor_bytes(model))
         options |= {"progress": self._note_progress, "on_plan": predict}
-        return Loader(wanted.path, model.tables, model.tensors, **options)
+        return self._sought.loader(wanted, model, options)
 
     def _must_be_fresh(self, model: Model) -> None:
         """Refuse tables and tensors of another version: loading into them would change it."""

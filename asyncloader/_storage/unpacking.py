@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .retrying import RetryingStorage
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
 
@@ -211,7 +209,8 @@ class UnpackingStorage:
     @property
     def retries(self) -> int:
         """How often a failed read was tried again."""
-        return self._inner.retries if isinstance(self._inner, RetryingStorage) else 0
+        count: int = getattr(self._inner, "retries", 0)
+        return count
 
     def unpack(self, name: str, packed: Sequence[PackedTensor]) -> None:
         """Show tensors, in the order of their offsets, behind the end of a file."""

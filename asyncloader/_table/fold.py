@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .state import Segments
+from .thinning import Thinning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +46,7 @@ class Layer:
         runs: The rows, ascending.
         firsts: The first row of each run.
         ranks: The rank of each run: of two rows with the same id, the one of higher rank wins.
+        fills: Whether it brings no ids: its rows are for ids that are there below it.
     """
 
     slots: frozenset[str]
@@ -52,6 +54,7 @@ class Layer:
     runs: list[Run] = field(default_factory=list)
     firsts: array[int] = field(default_factory=lambda: array("q"))
     ranks: array[int] = field(default_factory=lambda: array("q"))
+    fills: bool = False
 
     def add(self, run: Run, rank: int) -> None:
         self.runs.append(run)
@@ -74,16 +77,20 @@ class Fold:
     Attributes:
         state: The next state. At first it has the index of `base`, and memory for the new rows.
         replaced: The number of ids that were there before.
+        unknown: The number of rows of layers without ids that were for ids not there.
+        joined: The number of those that were for ids of layers below.
     """
 
     def __init__(self, base: TableState, state: TableState) -> None:
         self._base = base
         self.state = state
-        self.replaced = 0
+        self.replaced = self.unknown = self.joined = 0
         self._lacks_ids = state.ids is not base.ids
 
     def add(self, layer: Layer, *, threads: int) -> Iterator[Jobs]:
         """Yield the jobs that put a layer on top of the others."""
+        if layer.fills:
+            yield from self._drop_unknown(layer, threads)
         missing = [slot for name, slot in self._base.slots.items() if name not in layer.slots]
         jobs = self._initialize_jobs(missing, layer)
         while wave := list(itertools.islice(jobs, threads)):
@@ -94,7 +101,11 @@ class Fold:
             self.state = replace(self.state, index=layer.index)
             return
         yield [self._take_over_ids]
+        layer_count = layer.index.count  # all of a layer that fills is there already
+        before = self.replaced
         yield from self._join(layer.index, missing, threads=threads)
+        if layer.fills:
+            self.joined += layer_count - (self.replaced - before)
 
     def _initialize_jobs(self, slots: list[Slot], layer: Layer) -> Iterator[Callable[[], None]]:
         for slot in slots:
@@ -106,6 +117,20 @@ class Fold:
                     count = min(step, run.first + run.count - first)
                     rows = self.state.segments.view(slot.name, first, count)
                     yield partial(slot.initialize, rows)
+
+    def _drop_unknown(self, layer: Layer, threads: int) -> Iterator[Jobs]:
+        """Take the ids out of a layer that no layer below it has."""
+        yield [self._take_over_ids]
+        state = self.state
+
+        def is_unknown(rows: Longs) -> Flags:
+            unknown: Flags = state.find(state.ids[rows])[0] < 0
+            return unknown
+
+        thinning = Thinning(layer.index, state.ids, state.end, is_unknown)
+        yield from thinning.jobs(threads=threads)
+        layer.index = thinning.index
+        self.unknown += thinning.removed
 
     def _take_over_ids(self) -> None:
         """Copy the ids of the rows that were there, if new memory was taken for ids."""
@@ -160,6 +185,8 @@ class Fold:
         if state.index is self._base.index:  # no id came in: do not keep rows that were reserved
             self.state = self._base
             return  # the jobs below write to the index, and lookups are using this one
+        if self._lacks_ids:  # ids were taken out, and none came in
+            yield [self._take_over_ids]
         if state.end - state.index.count <= max(state.index.count // 2, state.block_size):
             return  # counting costs more than so few dead rows
         counted: list[Longs] = []

@@ -23,11 +23,14 @@ class UpdateCounts(AsDict):
     """The rows of an update of a table.
 
     Attributes:
-        rows: Rows taken in; equal to `new + replaced + duplicates`.
+        rows: Rows taken in; equal to `new + replaced + duplicates`. Slots that come without ids
+            (see `Loader.from_bank`) bring no rows for ids of the same update.
         new: Ids that were not there before.
         replaced: Ids that were there already.
         duplicates: Rows that gave way to a later row with the same id in the same update.
-        dropped: Rows whose id lies outside the slice that their block claims.
+        dropped: Rows whose id lies outside the slice that their block claims; or, of slots that
+            come without ids, whose id is not there.
+        cleared: Ids that were taken out first (see `hashtable_clear` there).
     """
 
     rows: int
@@ -35,6 +38,7 @@ class UpdateCounts(AsDict):
     replaced: int
     duplicates: int
     dropped: int
+    cleared: int = 0
 
 
 class LoadableTable(Protocol):
@@ -106,9 +110,13 @@ class LoadableUpdate(Protocol):
     Rows are reserved, their memory is written to, their ids are indexed, then the update finishes
     and commits. The steps that take long come as jobs, plain functions that hardly ever hold the
     GIL: the caller decides on which threads they run. `TableUpdate` documents each method.
+
+    `fill` and `clear` are called for banks only, right after `layer` and `begin`.
     """
 
     def layer(self, slots: frozenset[str], expected: int) -> int: ...
+    def fill(self, layer: int) -> None: ...
+    def clear(self, children: Sequence[str]) -> None: ...
     def reserve(self, layer: int, count: int, rank: int) -> int: ...
     def view(self, slot: str, first: int, count: int) -> torch.Tensor: ...
     def admit(

@@ -170,6 +170,14 @@ class Encoding:
         same: Flags = (ids & np.int64(~mask)) == np.int64(bits)
         return same
 
+    def are_of_any(self, ids: Longs, children: Sequence[str]) -> Flags:
+        if not self.coalesced:
+            return np.ones(len(ids), np.bool_)
+        known = np.zeros(1 << (64 - _BITS), np.bool_)
+        known[[self.children.index(child) for child in children]] = True
+        found: Flags = known[ids.view(np.uint64) >> np.uint64(_BITS)]
+        return found
+
     # numpy does the following in windows that fit into the cache: about as fast as a kernel, which
     # would take long to compile, and hardly ever with the GIL.
 

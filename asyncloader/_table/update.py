@@ -19,6 +19,7 @@ from asyncloader._memory.allocation import zeros
 from .fold import Fold, Layer, Run, run_here
 from .index import MAX_ROWS, NO_ROWS, IdIndex
 from .protocol import UpdateCounts
+from .thinning import Thinning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,8 @@ class TableUpdate:
         self._dropped = 0
         self._taken = 0
         self._layers: list[Layer] = []
+        self._cleared: Sequence[str] = ()
+        self._first, self._kept = state.index, state.index.count  # what the layers are put on
         self._fold: Fold | None = None
         if state.end + most > MAX_ROWS:
             raise MemoryError(f"a table holds at most {MAX_ROWS} rows")
@@ -74,6 +77,14 @@ class TableUpdate:
         room = expected + (held if expected >= held else 0)
         self._layers.append(Layer(slots, IdIndex.empty(room, self._base.index.seed)))
         return len(self._layers) - 1
+
+    def fill(self, layer: int) -> None:
+        """Let a layer bring no ids: its rows for ids that are not there below it are dropped."""
+        self._layers[layer].fills = True
+
+    def clear(self, children: Sequence[str]) -> None:
+        """Take all ids of these children out first. Shows at `commit`, as all else does."""
+        self._cleared = children
 
     def reserve(self, layer: int, count: int, rank: int) -> int:
         """Reserve `count` rows that lie side by side, and return the number of the first one.
@@ -182,25 +193,44 @@ class TableUpdate:
 
     def finish(self, *, threads: int) -> Iterator[list[Callable[[], None]]]:
         """Yield the rest of the work: lists of jobs that may run side by side."""
-        memory = replace(self._base, segments=self._segments, ids=self._ids, end=self._end)
+        if self._cleared:
+            yield from self._clear(threads)
+        memory = replace(
+            self._base, index=self._first, segments=self._segments, ids=self._ids, end=self._end
+        )
         self._fold = Fold(self._base, memory)
         for layer in self._layers:
             yield from self._fold.add(layer, threads=threads)
         yield from self._fold.tidy()
+
+    def _clear(self, threads: int) -> Iterator[list[Callable[[], None]]]:
+        base, encoding, cleared = self._base, self._encoding, self._cleared
+        if set(cleared) >= set(encoding.children):
+            self._first, self._kept = IdIndex.empty(0, base.index.seed), 0
+            return
+
+        def goes(rows: Longs) -> Flags:
+            return encoding.are_of_any(base.ids[rows], cleared)
+
+        thinning = Thinning(base.index, base.ids, base.end, goes)
+        yield from thinning.jobs(threads=threads)
+        self._first, self._kept = thinning.index, thinning.index.count
 
     def commit(self) -> UpdateCounts:
         """Show all rows at once, and count the changes. Cannot fail after `finish`."""
         if self._fold is None:
             raise RuntimeError(f"{self!r}: commit before finish")
         state, replaced = self._fold.state, self._fold.replaced
-        new = state.index.count - self._base.index.count
+        taken = self._taken - self._fold.unknown - self._fold.joined
+        new = state.index.count - self._kept
         self._publish(state)
         return UpdateCounts(
-            rows=self._taken,
+            rows=taken,
             new=new,
             replaced=replaced,
-            duplicates=self._taken - new - replaced,
-            dropped=self._dropped,
+            duplicates=taken - new - replaced,
+            dropped=self._dropped + self._fold.unknown,
+            cleared=self._base.index.count - self._kept,
         )
 
     def abort(self) -> None:

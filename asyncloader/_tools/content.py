@@ -11,7 +11,7 @@ from asyncloader._checkpoint.parts import ID, table_problems
 from asyncloader._checkpoint.problems import Problems
 from asyncloader._display import size_text
 from asyncloader._memory import allowance
-from asyncloader._planning.choice import hint_for
+from asyncloader._planning.hints import hint_for
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
 

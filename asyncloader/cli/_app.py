@@ -69,6 +69,7 @@ app.command("show", epilog=_looking.SHOW_EPILOG)(_looking.show_one)
 app.command("load", epilog=_moving.LOAD_EPILOG)(_moving.load)
 app.command("verify", epilog=_looking.VERIFY_EPILOG)(_looking.verify)
 app.command("diff", epilog=_looking.DIFF_EPILOG)(_looking.diff)
+app.command("bank", epilog=_looking.BANK_EPILOG)(_looking.bank)
 app.command("convert", epilog=_moving.CONVERT_EPILOG)(_moving.convert)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncloader._checkpoint.parts import ID
-from asyncloader._display import size_text
+from asyncloader._display import escaped, size_text
 from asyncloader._tools.inspecting import RunSummary
 
 from ._terminal import (
@@ -18,7 +18,6 @@ from ._terminal import (
     Name,
     Numbers,
     count,
-    escaped,
     facts,
     grid_of_numbers,
     holds,

@@ -1,11 +1,13 @@
-"""`asyncloader inspect`, `show`, `verify` and `diff`: they look, and change nothing."""
+"""`asyncloader inspect`, `show`, `verify`, `diff`, `bank`: they look, and change nothing."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import orjson
 import typer
 
 from asyncloader import tools
@@ -50,6 +52,11 @@ DIFF_EPILOG = examples(
     ("asyncloader diff runs/ctr/1200 runs/ctr/1300", "what did these steps change?"),
     ("asyncloader diff before after && echo same", "did resharding change anything?"),
     codes="Exit codes: 0, they hold the same; 1, they differ; 2, one of them cannot be read.",
+)
+BANK_EPILOG = examples(
+    ("asyncloader bank bank.json", "which entry does each name come from?"),
+    ("asyncloader bank bank.json --like runs/ctr/1200", "of the names of this model"),
+    ("asyncloader bank bank.json --resume runs/ctr", "if the run goes on"),
 )
 
 
@@ -230,3 +237,60 @@ def diff(
         show(difference_view(found, everything=all_))
     if not found.equal:
         raise typer.Exit(_NO)
+
+
+def bank(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A JSON file with the bank: a list of entries, "
+            '[{"path": …, "load": […], …}, …]. Paths are relative to where you are.',
+        ),
+    ],
+    *,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="A checkpoint whose names are those of the model; by default the model has all "
+            "names that the bank's checkpoints have.",
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="A run folder whose newest checkpoint comes first."),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, metavar="N", help="Whose io_state_N.pt counts.")] = 0,
+    follow_symlinks: LinksFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Say from which of several checkpoints each part of a model comes.
+
+    The later entries of the bank come before the earlier ones; what an entry excludes or lacks
+    falls through to those before it. The bank is the one that asyncloader.Loader.from_bank takes,
+    and RecIS's `model_bank`. Reads names only.
+    """
+    from asyncloader._planning.bank import Bank
+    from asyncloader._threads.blocking import run_blocking
+    from asyncloader._tools.banks import resolve_bank
+
+    given = Bank.of(_entries_in(file), resume=resume, rank=rank)
+    options = ReadOptions(follow_symlinks=follow_symlinks)
+    found = run_blocking(partial(resolve_bank, given, like=like, options=options))
+    if json:
+        print_json(asdict(found))
+        return
+    from ._terminal import show
+
+    show(found.__rich__())
+
+
+def _entries_in(file: str) -> object:
+    try:
+        entries: object = orjson.loads(Path(file).read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{file}: a bank is a list of entries")  # noqa: TRY004  # it is data
+    return entries

@@ -10,12 +10,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from asyncloader._display import size_text
+from asyncloader._display import escaped, size_text
 
 from ._terminal import (
     Name,
     count,
-    escaped,
     facts,
     grid_of_numbers,
     holds,

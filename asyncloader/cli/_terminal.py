@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from asyncloader._display import escaped
 from asyncloader._loading.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -84,16 +85,6 @@ def shown(name: str) -> str:
     """Return a name with invisible characters escaped; in quotes if its ends are spaces."""
     text = escaped(name)
     return text if text and text == text.strip() else f'"{text}"'
-
-
-def escaped(text: str) -> str:
-    """Return a text in which control characters, and others that show nothing, are escaped."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text.replace("\\", "\\\\")
-    )
 
 
 def middle_cut(text: str, width: int) -> str:

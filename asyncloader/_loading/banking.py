@@ -1,0 +1,270 @@
+"""Opens all checkpoints of a bank, and plans one load from them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asyncloader._checkpoint.catalog import SHARDED, SINGLE
+from asyncloader._checkpoint.format import INDEX
+from asyncloader._checkpoint.joined import Used, join_catalogs, join_headers, split_shard
+from asyncloader._checkpoint.manifest import Manifest
+from asyncloader._planning.bank import resuming
+from asyncloader._planning.choice import choose
+from asyncloader._planning.names import ModelNames, SourceNames
+from asyncloader._planning.resolution import resolve, wants_words
+from asyncloader._storage.joined import JoinedStorage
+from asyncloader._storage.small_files import Looks
+from asyncloader._storage.unpacking import UnpackingStorage
+from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
+from asyncloader.errors import CheckpointError
+from asyncloader.runs import is_run_folder, listed, newest_version
+
+from .extras import read_words
+from .runtime import holding, open_files
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+
+    from asyncloader._checkpoint.index import Catalog
+    from asyncloader._planning.bank import Bank, Entry
+    from asyncloader._planning.choice import Choice
+    from asyncloader._planning.origins import Resolution
+    from asyncloader._planning.plan import LoadPlan
+    from asyncloader._planning.targets import Targets
+    from asyncloader.options import ReadOptions
+
+    from .destinations import Destinations
+    from .planner import Planner
+    from .runtime import Runtime
+    from .session import Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenBank:
+    """The checkpoints of a bank, open for reading.
+
+    Attributes:
+        session: Reads from all of them.
+        sources: One for each path.
+        entries: Each entry that is used or checked, and the path of its checkpoint; the run that is
+            resumed last.
+        rank: Whose position in the data counts.
+    """
+
+    session: Session
+    sources: Mapping[str, Session]
+    entries: Sequence[tuple[Entry, str | None]]
+    rank: int
+
+    def sources_of(self, known: Mapping[str, Known]) -> list[tuple[Entry, SourceNames | None]]:
+        """Return each entry with the names in its checkpoint, as `resolve` takes them."""
+        return [(one, None if path is None else known[path].names) for one, path in self.entries]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """The names in one checkpoint, and its plain values."""
+
+    names: SourceNames
+    values: Mapping[str, Any]
+
+
+@contextlib.asynccontextmanager
+async def open_bank(
+    bank: Bank, options: ReadOptions, *, runtime: Runtime | None
+) -> AsyncIterator[OpenBank]:
+    """Find the checkpoint of each entry, and hold all of them open for the length of the block.
+
+    Raises:
+        CheckpointNotFoundError: If a run folder has no finished checkpoint.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        resources, watched = await stack.enter_async_context(
+            holding(bank.location, options, runtime)
+        )
+        entries = await _find(bank, options)
+        sources = {}
+        for path in dict.fromkeys(path for _, path in entries if path is not None):
+            opening = open_files(path, options, resources, watched)
+            sources[path] = await stack.enter_async_context(opening)
+        storages = {path: source.storage for path, source in sources.items()}
+        # Any of them: an empty bank reads nothing.
+        opening = open_files(bank.location, options, resources, watched)
+        session = replace(
+            next(iter(sources.values())) if sources else await stack.enter_async_context(opening),
+            location=bank.location,
+            file=None,
+            storage=UnpackingStorage(JoinedStorage(storages, bank.location)),
+        )
+        yield OpenBank(session=session, sources=sources, entries=entries, rank=bank.rank)
+
+
+async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | None]]:
+    """Return each entry with its checkpoint, `None` if it is skipped; then the resumed run's."""
+    found: dict[str, str] = {}
+    entries = list(bank.entries)
+    failures: dict[str, CheckpointError] = {}
+    with Looks(bank.location, stall_timeout=options.stall_timeout) as looks:
+        if bank.resume is not None and await listed(looks, Path(bank.resume)):
+            entries.append(resuming(bank.resume))
+        for path in dict.fromkeys(entry.path for entry in entries if not entry.skip):
+            try:
+                found[path] = await _checkpoint_of(looks, Path(path))
+            except CheckpointError as error:
+                failures[path] = error
+    _raise_first(failures, failures)
+    return [(entry, None if entry.skip else found[entry.path]) for entry in entries]
+
+
+async def _checkpoint_of(looks: Looks, path: Path) -> str:
+    """Return the newest checkpoint of a run folder; other folders are checkpoints themselves."""
+    if await looks(_is_run, path):
+        path = await newest_version(looks, path, finished=True)
+    return str(path)
+
+
+def _is_run(path: Path) -> bool:
+    names = (INDEX, SHARDED, SINGLE)
+    itself = any(os.path.isfile(path / name) for name in names)  # noqa: PTH113  # odd names
+    return not itself and is_run_folder(path)
+
+
+@contextlib.asynccontextmanager
+async def planned_bank(
+    bank: Bank, planner: Planner, options: ReadOptions, *, runtime: Runtime | None
+) -> AsyncIterator[tuple[Session, LoadPlan, Destinations]]:
+    """Hold the checkpoints of a bank open, planned, for the length of the block."""
+    async with open_bank(bank, options, runtime=runtime) as opened:
+        plan, into = await _plan(planner, opened)
+        async with opened.session.explaining():
+            yield opened.session, plan, into
+
+
+async def _plan(planner: Planner, opened: OpenBank) -> tuple[LoadPlan, Destinations]:
+    """Resolve the names, and decide which bytes of which checkpoint go where.
+
+    Raises:
+        CheckpointError: If a checkpoint is missing, unreadable, or contradicts itself.
+        PlanError: If entries, checkpoints and destinations disagree.
+    """
+    session, kernels = opened.session, opened.session.threads.kernels
+    [(into, targets)] = await run_jobs(kernels, [undisturbed(planner.describe)])
+    with planner.tracer.span("plan", "names"):
+        model = ModelNames.of_targets(targets)
+        wordy = partial(_wordy, opened, model)
+        [paths] = await run_jobs(kernels, [wordy])
+        known = await read_names(opened, words_of=paths)
+        resolving = partial(_resolve, opened, known, model, targets)
+        [(resolution, catalog, choice)] = await run_jobs(kernels, [undisturbed(resolving)])
+    with planner.tracer.span("plan", "headers"):
+        manifest = await _read_headers(opened, known, catalog, choice)
+    with planner.tracer.span("plan", "plan"):
+        deciding = partial(planner.decide, manifest, choice, into)
+        [(plan, warnings)] = await run_jobs(kernels, [undisturbed(deciding)])
+    planner.warn(session.location, warnings)
+    words = {n: o for n, o in resolution.origins.items() if n not in targets.tensors}
+    extra = {
+        name: known[origin.path].values[name]
+        for name, origin in words.items()
+        if name in known[origin.path].values
+    }
+    return replace(plan, bank=resolution, extra=extra), into
+
+
+def _wordy(opened: OpenBank, model: ModelNames) -> set[str]:
+    """Return the checkpoints whose plain values are wanted: an optimizer's state may be large."""
+    return {path for one, path in opened.entries if path is not None and wants_words(model, one)}
+
+
+async def read_names(opened: OpenBank, *, words_of: Collection[str]) -> dict[str, Known]:
+    """Return the names in each checkpoint, by path; plain values only of those of `words_of`.
+
+    Raises:
+        CheckpointError: For the first checkpoint that cannot be read; the others are notes on it.
+    """
+    found: dict[str, Known] = {}
+    failures: dict[str, CheckpointError] = {}
+
+    async def read(path: str) -> None:
+        source = opened.sources[path]
+        try:
+            async with source.explaining():
+                catalog = await source.catalog()
+                values = await read_words(source, rank=opened.rank) if path in words_of else {}
+        except CheckpointError as error:
+            failures[path] = error
+            return
+        names = SourceNames(path=path, catalog=catalog, words=values.keys())
+        found[path] = Known(names=names, values=values)
+
+    workers = opened.session.options.parallel
+    await for_each(opened.sources, read, workers=workers, name="asyncloader-names")
+    _raise_first(opened.sources, failures)
+    return found
+
+
+def _raise_first(paths: Iterable[str], failures: Mapping[str, CheckpointError]) -> None:
+    """Raise the error of the first checkpoint that has one; the others are notes on it."""
+    errors = [failures[path] for path in paths if path in failures]
+    for other in errors[1:]:
+        errors[0].add_note(f"also: {other}")
+    if errors:
+        raise errors[0]
+
+
+def _resolve(
+    opened: OpenBank, known: Mapping[str, Known], model: ModelNames, targets: Targets
+) -> tuple[Resolution, Catalog, Choice]:
+    """Say where each name comes from, and choose the blocks to load."""
+    resolution = resolve(model, opened.sources_of(known))
+    catalog = join_catalogs(_used(resolution, model, known))
+    choice = choose(catalog, resolution.load_info(model), targets, fills=True)
+    choice.missing += [name for name in resolution.missing if name not in model.tensors]
+    choice.unexpected, choice.cleared = resolution.unexpected, resolution.cleared
+    choice.problems[:0] = resolution.problems
+    choice.warnings += resolution.warnings
+    choice.warnings += [
+        f"{path}: {odd}" for path, one in known.items() for odd in one.names.catalog.oddities
+    ]
+    return resolution, catalog, choice
+
+
+def _used(resolution: Resolution, model: ModelNames, known: Mapping[str, Known]) -> dict[str, Used]:
+    tensors: dict[str, list[str]] = {path: [] for path in known}
+    tables: dict[str, dict[str, None]] = {path: {} for path in known}
+    for name, origin in resolution.origins.items():
+        if name in model.slots:
+            slot = model.slots[name][1]
+            tables[origin.path][origin.name.removesuffix(f"@{slot}")] = None
+        elif not model.is_word(name):
+            tensors[origin.path].append(origin.name)
+    return {
+        path: Used(catalog=one.names.catalog, tensors=tensors[path], tables=tables[path])
+        for path, one in known.items()
+    }
+
+
+async def _read_headers(
+    opened: OpenBank, known: Mapping[str, Known], catalog: Catalog, choice: Choice
+) -> Manifest:
+    """Read the headers of the chosen shards, a checkpoint after the other."""
+    wanted: dict[str, list[str]] = {}
+    for shard in choice.shards():
+        path, file = split_shard(shard)
+        wanted.setdefault(path, []).append(file)
+    manifests: dict[str, Manifest] = {}
+    failures: dict[str, CheckpointError] = {}
+    for path, files in wanted.items():
+        source = opened.sources[path]
+        try:
+            async with source.explaining():
+                manifests[path] = await source.manifest(known[path].names.catalog, files)
+        except CheckpointError as error:
+            failures[path] = error
+    _raise_first(wanted, failures)
+    return Manifest(opened.session.location, catalog, join_headers(manifests))
