@@ -25,11 +25,11 @@ from .format import DENSE_SUFFIX, INDEX, MODEL, SIDECAR, TENSORKEY
 from .problems import Problem
 from .sidecar import check_files, parse_sidecar
 from .slices import Slice
-from .strict_json import BadJsonError, parse_object
+from .strict_json import members_of_objects, object_in
 from .torch_file import parse_archive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from .archive import Archive
     from .header import ShardHeader
@@ -182,7 +182,7 @@ def parse_catalog(problems: Problems, index: Text, tensorkey: Text) -> Catalog:
     shards, blocks = _parse_index(problems, index)
     sparse: Mapping[str, object] = {}
     with problems.caught():
-        sparse = _object(problems.location, TENSORKEY, tensorkey, len)
+        sparse = object_in(problems.location, TENSORKEY, tensorkey, len)
     tables: dict[str, dict[str, list[Part]]] = {}
     for key in filter(sparse.__contains__, blocks):
         with problems.about(TENSORKEY, key):
@@ -237,7 +237,7 @@ def parse_weight_map(problems: Problems, text: Text, name: str) -> Catalog:
     Raises:
         CheckpointError: If it is not such JSON.
     """
-    weight_map = _object(problems.location, name, text, _members_of_objects).get("weight_map")
+    weight_map = object_in(problems.location, name, text, members_of_objects).get("weight_map")
     if not isinstance(weight_map, dict):
         problem = f"its weight_map is {shown(weight_map)}, not an object {{tensor: file}}"
         raise CheckpointError(problems.location, problem, name)
@@ -251,24 +251,9 @@ def parse_weight_map(problems: Problems, text: Text, name: str) -> Catalog:
     return Catalog(places, {}, name, tuple(sorted(set(sound.values()))))
 
 
-def _object(
-    location: str, name: str, text: Text, expected: Callable[[Mapping[str, object]], int]
-) -> dict[str, object]:
-    """Return the JSON object that the file `name` holds; for `expected` see `parse_object`."""
-    try:
-        return parse_object(text, expected)
-    except BadJsonError as error:
-        raise CheckpointError(location, str(error), name, error.key) from error
-
-
-def _members_of_objects(value: Mapping[str, object]) -> int:
-    """Count the members of an object, and of the objects in it."""
-    return len(value) + sum(len(one) for one in value.values() if isinstance(one, dict))
-
-
 def _parse_index(problems: Problems, text: Text) -> tuple[dict[int, str], Mapping[str, int]]:
     """Return the shards by number, and the numbers of all blocks, each of which has a shard."""
-    value = _object(problems.location, INDEX, text, _members_of_objects)
+    value = object_in(problems.location, INDEX, text, members_of_objects)
     files, blocks = value.get("file_index"), value.get("block_index")
     if not isinstance(files, dict) or not isinstance(blocks, dict):
         raise CheckpointError(problems.location, "lacks file_index or block_index", INDEX)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import orjson
 
+from asyncloader.errors import CheckpointError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -173,3 +175,18 @@ def _look(pairs: list[tuple[str, object]]) -> None:
         if key in seen:
             raise _DoubledError(key)
         seen.add(key)
+
+
+def object_in(
+    location: str, name: str, text: Text, expected: Callable[[Mapping[str, object]], int]
+) -> dict[str, object]:
+    """Return the JSON object that the file `name` holds; for `expected` see `parse_object`."""
+    try:
+        return parse_object(text, expected)
+    except BadJsonError as error:
+        raise CheckpointError(location, str(error), name, error.key) from error
+
+
+def members_of_objects(value: Mapping[str, object]) -> int:
+    """Count the members of an object, and of the objects in it."""
+    return len(value) + sum(len(one) for one in value.values() if isinstance(one, dict))
