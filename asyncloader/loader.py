@@ -22,6 +22,7 @@ from ._loading.runtime import Runtime, open_session
 from ._loading.transaction import run
 from ._planning.targets import checked_cast
 from ._table.protocol import UpdateCounts
+from ._table.recis import adapted
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs, undisturbed
 from .options import ReadOptions
@@ -124,7 +125,7 @@ class Loader:
             check_callable(on_plan, "on_plan", awaited=True)
         self._path = checked_path(checkpoint_path, "checkpoint_path")
         self._tensors = as_dict(tensors, "tensors")
-        self._tables = as_dict(hashtables, "hashtables")
+        self._tables = adapted(as_dict(hashtables, "hashtables"))
         self._progress = progress
         self._on_plan = on_plan
         self._tracer = Tracer(trace)

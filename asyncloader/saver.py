@@ -21,6 +21,7 @@ from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter, listening
 from ._saving.save import Order, save
 from ._storage.folder import LocalFolder
+from ._table.recis import adapted
 from ._threads.blocking import run_blocking
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Saver:
         check_timeout(timeout)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
-        self._tables = as_dict(hashtables, "hashtables")
+        self._tables = adapted(as_dict(hashtables, "hashtables"))
         self._progress = progress
         self._order = Order(
             path=checked_path(path, "path"),

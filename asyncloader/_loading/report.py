@@ -47,6 +47,7 @@ class LoadReport(AsDict):
             are a disk or a network to look after.
         lag: How late the event loop was, and what the load did about it; `None` unless it was asked
             to see to that (`max_loop_lag`, `pressure`).
+        in_place: The tables whose rows showed as they came, as RecIS's own tables do.
     """
 
     location: str
@@ -64,6 +65,7 @@ class LoadReport(AsDict):
     casts: tuple[Cast, ...] = ()
     retries: int = 0
     lag: LoopLag | None = None
+    in_place: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = sum(table.rows for table in self.tables.values())
@@ -123,6 +125,8 @@ class LoadReport(AsDict):
             head.add_row("storage", Text(f"failed and was tried again {times}", style="yellow"))
         if self.lag is not None:
             head.add_row("event loop", str(self.lag))
+        if self.in_place:
+            head.add_row("in place", Text(listed(self.in_place)))
         tally = Counter(
             "shared" if how.startswith("shared") else how for how in self.tensors.values()
         )
@@ -189,5 +193,6 @@ def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport
         unexpected=plan.unexpected,
         warnings=(*plan.warnings, *load.warnings),
         casts=plan.casts,
+        in_place=load.in_place,
         retries=retries,
     )
