@@ -28,7 +28,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 class IdMap:
     """Id → index: open addressing, a batch of ids at a time."""
 
-    def __init__(self, bits: int = 6) -> None:
+    def __init__(self, bits: int) -> None:
         self.bits = bits
         self.keys: Longs = np.zeros(1 << bits, np.int64)
         self.values: Longs = np.full(1 << bits, _FREE, np.int64)
@@ -83,6 +83,7 @@ class StandInSlot:
     shape: tuple[int, ...]
     dtype: torch.dtype
     initial: float = 0.0
+    memory: Callable[[tuple[int, ...], torch.dtype], Tensor] = field(kw_only=True)
     blocks: list[Tensor] = field(default_factory=list)
 
     def name(self) -> str:
@@ -101,16 +102,40 @@ class StandInSlot:
         return torch.cat([self.new(0), *self.blocks])
 
     def new(self, rows: int) -> Tensor:
-        return torch.full((rows, *self.shape), self.initial, dtype=self.dtype)
+        return self.initialized(torch.empty((rows, *self.shape), dtype=self.dtype))
+
+    def initialized(self, rows: Tensor) -> Tensor:
+        if self.initial:
+            return rows.fill_(self.initial)
+        rows.view(-1).view(torch.uint8).numpy().fill(0)  # torch would start threads for that
+        return rows
+
+    def grow(self, blocks: int) -> None:
+        shape = (self.rows_in_block, *self.shape)
+        self.blocks += [self.initialized(self.memory(shape, self.dtype)) for _ in range(blocks)]
 
     def pick(self, index: Longs) -> Tensor:
+        """Return the rows of indices, in their order; of -1, the initial one."""
         out = self.new(len(index))
         numbers = index // self.rows_in_block
-        for number in np.unique(numbers[index >= 0]).tolist():
-            here = np.flatnonzero(numbers == number)
-            rows = torch.from_numpy(index[here] % self.rows_in_block)
-            out[torch.from_numpy(here)] = self.blocks[number][rows]
+        order = np.argsort(numbers, kind="stable")
+        order = order[np.searchsorted(numbers[order], 0) :]
+        for here in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            if len(here):
+                block = self.blocks[int(numbers[here[0]])]
+                _voids(out)[here] = _voids(block)[index[here] % self.rows_in_block]
         return out
+
+
+def _voids(rows: Tensor) -> NDArray[np.void]:
+    flat = rows.reshape(len(rows), -1).view(torch.uint8).numpy()
+    voids: NDArray[np.void] = flat.view(np.dtype((np.void, flat.shape[1])))[:, 0]
+    return voids
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return memory for a block."""
+    return torch.empty(shape, dtype=dtype)
 
 
 class SlotGroup:
@@ -171,10 +196,16 @@ class StandIn:
     before_lookup: Callable[[int], None] = lambda _: None
     """Gets the number of the call, and may raise."""
 
+    room: int = 16
+    """Ids that the map takes before it grows."""
+
+    memory: Callable[[tuple[int, ...], torch.dtype], Tensor] = fresh
+    """Returns memory for a block, of any values."""
+
     def __post_init__(self) -> None:
         self._info = ChildrenInfo(self.children, coalesced=self.coalesced)
         self._group = SlotGroup()
-        self._map = IdMap()
+        self._map = IdMap((4 * self.room).bit_length())
         self._freed: list[int] = []
         self._end = 0
         self._lookups = 0
@@ -189,7 +220,7 @@ class StandIn:
         self, name: str, shape: Sequence[int], dtype: torch.dtype, initial: float = 0.0
     ) -> None:
         """Append a slot, as RecIS's optimizers do."""
-        slot = StandInSlot(name, self.block_size, tuple(shape), dtype, initial)
+        slot = StandInSlot(name, self.block_size, tuple(shape), dtype, initial, memory=self.memory)
         self._group.items[name] = slot
 
     def slot_group(self) -> SlotGroup:
@@ -205,7 +236,8 @@ class StandIn:
         assert self._busy.acquire(blocking=False), "two lookups at a time"
         try:
             wanted = ids.numpy()
-            assert len(np.unique(wanted)) == len(wanted), "an id twice makes it unusable"
+            ordered = np.sort(wanted)
+            assert (ordered[1:] != ordered[:-1]).all(), "an id twice makes it unusable"
             index = self._map.find(wanted)
             if not readonly:
                 self._lookups += 1
@@ -227,7 +259,7 @@ class StandIn:
         if self._end:
             more = self._end // self.block_size + 1 - len(self._group.items["embedding"].blocks)
             for slot in self._group.slots():
-                slot.blocks += [slot.new(self.block_size) for _ in range(more)]
+                slot.grow(more)
         given = np.array([*freed, *fresh], np.int64) if freed else fresh[::-1].copy()
         return self._random.permutation(given) if self.shuffled else given
 
