@@ -116,7 +116,9 @@ class StandInSlot:
 
     def pick(self, index: Longs) -> Tensor:
         """Return the rows of indices, in their order; of -1, the initial one."""
-        out = self.new(len(index))
+        out = torch.empty((len(index), *self.shape), dtype=self.dtype)
+        if len(index) and index.min() < 0:
+            self.initialized(out)
         numbers = index // self.rows_in_block
         order = np.argsort(numbers, kind="stable")
         order = order[np.searchsorted(numbers[order], 0) :]
