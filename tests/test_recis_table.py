@@ -153,6 +153,33 @@ def test_a_checkpoint_of_recis_comes_back_bit_for_bit_into_its_table_and_out_aga
         assert held(empty) == truth[child]
 
 
+@pytest.mark.parametrize("version", ["ckpt_20", "ckpt_30"])
+def test_a_run_of_recis_fills_a_coalesced_table_of_its_own_and_a_plain_one(version: str) -> None:
+    folder = GENUINE.parent / "recis_run" / version
+    expected = torch.load(folder / "truth.pt", weights_only=True)["tables"]
+    children = ["user", "shop"]
+    theirs = {
+        "engine": stand_in([4], children=children, coalesced=True, initial=7.0),
+        "item": stand_in([6], children=["item"], newer=True, shuffled=True),
+    }
+    for name, child in (("engine", "user"), ("item", "item")):
+        for slot, rows in expected[child]["slots"].items():
+            if slot != "embedding":
+                theirs[name].append(slot, rows.shape[1:], rows.dtype)
+
+    report = Loader(folder, theirs).load()
+
+    found = {name: table.held() for name, table in theirs.items()}
+    truth = {name: rows_of(one["ids"], one["slots"]) for name, one in expected.items()}
+    low = 2**52 - 1
+    for number, child in enumerate(children):
+        mine = {id_: row for id_, row in found["engine"].items() if id_ >> 52 == number}
+        known = {(id_ & low) | number << 52: row for id_, row in truth[child].items()}
+        assert mine == known
+    assert found["item"] == truth["item"]
+    assert report.tables["engine"].new == len(truth["user"]) + len(truth["shop"])
+
+
 def test_all_ranks_of_a_save_are_loaded_into_other_slices(tmp_path: Path) -> None:
     content = data(range(3000), m=1)
     for rank in (1, 0):
