@@ -63,6 +63,7 @@ class Loader:
         checkpoint_path: A folder that holds `index`; for dense tensors also a safetensors file, or
             a folder of these, as Hugging Face's are.
         hashtables: Tables to fill, by any name; a table's own `children` say which ids it takes.
+            RecIS's own tables, too, whose rows show as they come: see `RecISTable`.
         tensors: Tensors to fill, by name: allocated, of the right shape and dtype, on any device,
             contiguous or not. Their storage must not be resized or exchanged during a load.
         parallel: Reads in flight; `None` takes the number of `options`, 16 by default.

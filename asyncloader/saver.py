@@ -70,6 +70,7 @@ class Saver:
         parallel: Shard files that this rank writes, and writes at a time.
         path: The folder that becomes the checkpoint; made if need be.
         hashtables: Tables to save, by any name; on disk they have the names of their `children`.
+            RecIS's own tables, too, which must not change meanwhile: see `RecISTable`.
         tensors: Dense tensors to save, by name, on any device; only rank 0 writes them. Other
             ranks give the same tensors, some of them, or none: a tensor that rank 0 does not have
             would be in no file, and is an error.

@@ -35,6 +35,7 @@ _NAMED = 20
 
 # All ids, the wanted ones, the encoded ones, their positions, their groups: five int64 a row.
 _ID_BYTES = 8
+_PLACED = 1 << 17
 ROW_COST = 5 * _ID_BYTES
 # So many bytes are still in the cache when a thread picks rows from them.
 _STEP = 4 << 20
@@ -55,14 +56,19 @@ class Turns:
     """Lets the pieces of a table that places rows itself take turns.
 
     Attributes:
-        entry: One piece at a time lets its ids in, in the order of ranks.
         under_way: Set by each piece when its rows are written: an id that comes again waits for
             them, so that the later row stays.
     """
 
     def __init__(self) -> None:
-        self.entry = asyncio.Lock()
         self.under_way: set[asyncio.Event] = set()
+        self._last = asyncio.Event()
+        self._last.set()
+
+    def ticket(self) -> tuple[asyncio.Event, asyncio.Event]:
+        """Return what is set once the piece before has let its ids in, and what this one sets."""
+        before, self._last = self._last, asyncio.Event()
+        return before, self._last
 
 
 class Arrival(NamedTuple):
@@ -277,6 +283,8 @@ class Load:
         reads of ids are widened to whole chunks, a piece has as many ids as a chunk.
         """
         step = max(self.chunk_bytes // ROW_COST, 1)
+        if turns is not None:  # shorter, so that rows are read while ids of the next come in
+            step = min(step, _PLACED)
         if part.ids.digests is not None:
             whole = self.verifier.widen or is_believed(part)
             step = DIGEST_CHUNK // _ID_BYTES if whole else 1 << (step.bit_length() - 1)

@@ -90,8 +90,10 @@ async def _place_piece(
     """Let a piece's ids into a table that then knows the places of their rows."""
     part, update = piece.part, piece.update
     assert isinstance(update, PlacingUpdate), "the table places rows"
-    async with turns.entry:
+    before_us, entered = turns.ticket()  # budgets are given in order, so these are, too
+    try:
         rows, ids = await _wanted(piece, load, verifier_of_ids)
+        await before_us.wait()
         if not len(rows):
             return
         with load.tracer.span("index", part.child, ids.nbytes):
@@ -100,6 +102,8 @@ async def _place_piece(
         before = [*turns.under_way] if placed.again else []
         done = asyncio.Event()
         turns.under_way.add(done)
+    finally:
+        entered.set()
     del ids
     try:
         for event in before:
