@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ._serving.model import Model as Model
     from ._table.hashtable import HashTable as HashTable
     from ._table.protocol import UpdateCounts as UpdateCounts
+    from ._table.recis import RecISTable as RecISTable
     from ._table.schema import Slot as Slot
     from ._threads.lag import LoopLag as LoopLag
     from ._tools.converting import Conversion as Conversion
@@ -94,6 +95,7 @@ _MODULES = {
     "_serving.model": "Model",
     "_table.hashtable": "HashTable",
     "_table.protocol": "UpdateCounts",
+    "_table.recis": "RecISTable",
     "_table.schema": "Slot",
     "_threads.lag": "LoopLag",
     "_tools.converting": "Conversion",

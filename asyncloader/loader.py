@@ -24,6 +24,7 @@ from ._loading.transaction import run
 from ._planning.bank import Bank
 from ._planning.targets import checked_cast
 from ._table.protocol import UpdateCounts
+from ._table.recis import adapted
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs, undisturbed
 from .options import ReadOptions
@@ -67,6 +68,7 @@ class Loader:
         checkpoint_path: A folder that holds `index`; for dense tensors also a safetensors file, or
             a folder of these, as Hugging Face's are.
         hashtables: Tables to fill, by any name; a table's own `children` say which ids it takes.
+            RecIS's own tables, too, whose rows show as they come: see `RecISTable`.
         tensors: Tensors to fill, by name: allocated, of the right shape and dtype, on any device,
             contiguous or not. Their storage must not be resized or exchanged during a load.
         parallel: Reads in flight; `None` takes the number of `options`, 16 by default.
@@ -129,7 +131,7 @@ class Loader:
             check_callable(on_plan, "on_plan", awaited=True)
         self._path = checked_path(checkpoint_path, "checkpoint_path")
         self._tensors = as_dict(tensors, "tensors")
-        self._tables = as_dict(hashtables, "hashtables")
+        self._tables = adapted(as_dict(hashtables, "hashtables"))
         self._progress = progress
         self._on_plan = on_plan
         self._bank: Bank | None = None

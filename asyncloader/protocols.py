@@ -6,6 +6,8 @@ from ._storage.protocol import ReadInto, Storage, ThreadedStorage
 from ._table.protocol import (
     LoadableTable,
     LoadableUpdate,
+    Placed,
+    PlacingUpdate,
     SavableSnapshot,
     SavableTable,
     UpdateCounts,
@@ -14,6 +16,8 @@ from ._table.protocol import (
 __all__ = [
     "LoadableTable",
     "LoadableUpdate",
+    "Placed",
+    "PlacingUpdate",
     "ReadInto",
     "SavableSnapshot",
     "SavableTable",

@@ -21,6 +21,7 @@ from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter, listening
 from ._saving.save import Order, save
 from ._storage.folder import LocalFolder
+from ._table.recis import adapted
 from ._threads.blocking import run_blocking
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Saver:
         parallel: Shard files that this rank writes, and writes at a time.
         path: The folder that becomes the checkpoint; made if need be.
         hashtables: Tables to save, by any name; on disk they have the names of their `children`.
+            RecIS's own tables, too, which must not change meanwhile: see `RecISTable`.
         tensors: Dense tensors to save, by name, on any device; only rank 0 writes them. Other
             ranks give the same tensors, some of them, or none: a tensor that rank 0 does not have
             would be in no file, and is an error.
@@ -115,7 +117,7 @@ class Saver:
         check_timeout(timeout)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
-        self._tables = as_dict(hashtables, "hashtables")
+        self._tables = adapted(as_dict(hashtables, "hashtables"))
         self._progress = progress
         self._order = Order(
             path=checked_path(path, "path"),

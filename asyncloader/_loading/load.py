@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._planning.reads import plan_reads
+from asyncloader._table.protocol import PlacingUpdate
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import AsyncLoaderError
 
@@ -34,6 +35,7 @@ _NAMED = 20
 
 # All ids, the wanted ones, the encoded ones, their positions, their groups: five int64 a row.
 _ID_BYTES = 8
+_PLACED = 1 << 17
 ROW_COST = 5 * _ID_BYTES
 # So many bytes are still in the cache when a thread picks rows from them.
 _STEP = 4 << 20
@@ -44,9 +46,29 @@ class RowPiece(NamedTuple):
 
     table: TableLoad
     part: PartLoad
-    update: LoadableUpdate
+    update: LoadableUpdate | PlacingUpdate
+    turns: Turns | None  # of the table, if it places rows itself
     start: int
     rows: int
+
+
+class Turns:
+    """Lets the pieces of a table that places rows itself take turns.
+
+    Attributes:
+        under_way: Set by each piece when its rows are written: an id that comes again waits for
+            them, so that the later row stays.
+    """
+
+    def __init__(self) -> None:
+        self.under_way: set[asyncio.Event] = set()
+        self._last = asyncio.Event()
+        self._last.set()
+
+    def ticket(self) -> tuple[asyncio.Event, asyncio.Event]:
+        """Return what is set once the piece before has let its ids in, and what this one sets."""
+        before, self._last = self._last, asyncio.Event()
+        return before, self._last
 
 
 class Arrival(NamedTuple):
@@ -106,7 +128,7 @@ class Load:
         self.warnings: Sequence[str] = ()  # of odd values; known once all is read
         self._claim = claim
         self._tables = tables
-        self._updates: dict[str, LoadableUpdate] = {}
+        self._updates: dict[str, LoadableUpdate | PlacingUpdate] = {}
         self._lost_before = self.storage.lost
 
     async def prepare(self) -> None:
@@ -121,6 +143,8 @@ class Load:
     async def finish(self) -> None:
         """Make the new rows ready for `commit`. Everything has been read."""
         for name, update in self._updates.items():
+            if isinstance(update, PlacingUpdate):
+                continue
             with self.tracer.span("index", f"{name}: join"):
                 for jobs in update.finish(threads=self.threads.kernel_count):
                     await run_jobs(self.threads.kernels, jobs)
@@ -134,13 +158,21 @@ class Load:
         """
         return {name: update.commit() for name, update in self._updates.items()}
 
+    async def take_back(self) -> None:
+        """Take out of tables what shows already, after a failure: on a thread, as it takes long."""
+        aborts = [update.abort for update in self._placing.values()]
+        await run_jobs(self.threads.kernels, aborts)
+
     def abort(self) -> None:
         """Leave every table as it was."""
         lost = self.lost
         with contextlib.ExitStack() as stack:  # an update that fails does not keep the others
             stack.callback(self._tell_autograd)
             for update in self._updates.values():
-                stack.callback(update.abandon if lost else update.abort)
+                if isinstance(update, PlacingUpdate) or not lost:
+                    stack.callback(update.abort)
+                else:
+                    stack.callback(update.abandon)
 
     def explain(self, error: BaseException) -> None:
         """Note on an error which tensors were written to."""
@@ -151,11 +183,24 @@ class Load:
             still = ", and until the disk answers; take new ones for another load"
             more = still if self.lost else ""
             error.add_note(f"tensors written to: {', '.join(names[:_NAMED])}{more}")
+        for update in self._placing.values():
+            if left := update.abort():  # again: says what was left
+                error.add_note(left)
+
+    @property
+    def in_place(self) -> tuple[str, ...]:
+        """The tables whose rows show as they come."""
+        return tuple(self._placing)
 
     @property
     def lost(self) -> bool:
         """Whether a read was given up: its thread may still write."""
         return self.storage.lost > self._lost_before
+
+    @property
+    def _placing(self) -> dict[str, PlacingUpdate]:
+        updates = self._updates.items()
+        return {name: update for name, update in updates if isinstance(update, PlacingUpdate)}
 
     def step_bytes(self, block: Block) -> int:
         """Return how many bytes of a block a thread reads before it picks rows from them."""
@@ -166,7 +211,7 @@ class Load:
 
     def _row_step(self) -> int:
         """Return how large the buffers are that some rows of a part are picked from."""
-        parts = (part for table in self.plan.tables for part in table.parts if not part.certain)
+        parts = (part for table in self.plan.tables for part in table.parts)
         return max((self.step_bytes(part.ids) for part in parts), default=self.chunk_bytes)
 
     def _tell_autograd(self) -> None:
@@ -194,6 +239,11 @@ class Load:
         """Reserve rows for the blocks that are wanted whole; yield pieces of the others."""
         update = self._tables[table.name].begin(most=table.most, expected=table.expected)
         self._updates[table.name] = update
+        if isinstance(update, PlacingUpdate):
+            turns = Turns()
+            for part in table.parts:
+                yield from self._row_pieces(table, part, update, turns)
+            return
         if table.cleared:
             update.clear(table.cleared)
         for number, slots in enumerate(table.layers):
@@ -205,7 +255,7 @@ class Load:
             if part.certain:
                 self._reserve(table, part, update)
             else:
-                yield from self._row_pieces(table, part, update)
+                yield from self._row_pieces(table, part, update, None)
 
     def _reserve(self, table: TableLoad, part: PartLoad, update: LoadableUpdate) -> None:
         first = update.reserve(part.layer, part.rows, part.rank)
@@ -225,7 +275,11 @@ class Load:
             self.sinks.add(Sink.of(table.name, update.view(slot, first, part.rows), block))
 
     def _row_pieces(
-        self, table: TableLoad, part: PartLoad, update: LoadableUpdate
+        self,
+        table: TableLoad,
+        part: PartLoad,
+        update: LoadableUpdate | PlacingUpdate,
+        turns: Turns | None,
     ) -> Iterator[RowPiece]:
         """Cut the rows of a part that may be wanted into pieces whose bookkeeping fits a chunk.
 
@@ -233,13 +287,15 @@ class Load:
         reads of ids are widened to whole chunks, a piece has as many ids as a chunk.
         """
         step = max(self.chunk_bytes // ROW_COST, 1)
+        if turns is not None:  # shorter, so that rows are read while ids of the next come in
+            step = min(step, _PLACED)
         if part.ids.digests is not None:
             whole = self.verifier.widen or is_believed(part)
             step = DIGEST_CHUNK // _ID_BYTES if whole else 1 << (step.bit_length() - 1)
         start, stop = part.reach.start, part.reach.stop
         while start < stop:
             end = min((start // step + 1) * step, stop)
-            yield RowPiece(table, part, update, start, end - start)
+            yield RowPiece(table, part, update, turns, start, end - start)
             start = end
 
 

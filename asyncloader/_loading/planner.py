@@ -15,6 +15,7 @@ from asyncloader._planning.choice import choose
 from asyncloader._planning.hints import did_you_mean
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets, checked_load_info, default_load_info
+from asyncloader._table.recis import RecISTable
 from asyncloader._threads.jobs import run_jobs, undisturbed
 
 from .checks import describe_tables
@@ -115,11 +116,24 @@ class Planner:
         choice = choose(catalog, info, targets)
         return into, catalog, choice, choice.shards()
 
+    def _problems(self, choice: Choice) -> list[str]:
+        """Return what tables themselves say against being filled."""
+        wanted: dict[str, set[str]] = {}
+        for part in choice.parts:
+            wanted.setdefault(part.target.name, set()).update(part.slots)
+        return [
+            problem
+            for name, slots in wanted.items()
+            if isinstance(table := self.tables[name], RecISTable)
+            for problem in table.problems(sorted(slots))
+        ]
+
     def decide(
         self, manifest: Manifest, choice: Choice, into: Destinations
     ) -> tuple[LoadPlan, list[str]]:
         """Return the plan, and warnings."""
         choice.problems += [*into.overlaps(choice.tensors), *into.unsafe(choice.tensors)]
+        choice.problems += self._problems(choice)
         plan = plan_load(manifest, choice, strict=self.strict, casting=self.cast)
         warnings = list(plan.warnings)
         if plan.missing:

@@ -50,6 +50,7 @@ class LoadReport(AsDict):
             to see to that (`max_loop_lag`, `pressure`).
         sources: Of a bank: which entry each name of the model came from, and under which name.
         extra: Of a bank: the plain values that came with it, such as `global_step`.
+        in_place: The tables whose rows showed as they came, as RecIS's own tables do.
     """
 
     location: str
@@ -69,6 +70,7 @@ class LoadReport(AsDict):
     lag: LoopLag | None = None
     sources: Mapping[str, Origin] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    in_place: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = sum(table.rows for table in self.tables.values())
@@ -130,6 +132,8 @@ class LoadReport(AsDict):
             head.add_row("storage", Text(f"failed and was tried again {times}", style="yellow"))
         if self.lag is not None:
             head.add_row("event loop", str(self.lag))
+        if self.in_place:
+            head.add_row("in place", Text(listed(self.in_place)))
         tally = Counter(
             "shared" if how.startswith("shared") else how for how in self.tensors.values()
         )
@@ -196,6 +200,7 @@ def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport
         unexpected=plan.unexpected,
         warnings=(*plan.warnings, *load.warnings),
         casts=plan.casts,
+        in_place=load.in_place,
         retries=retries,
         sources={} if plan.bank is None else plan.bank.origins,
         extra=plan.extra,

@@ -10,8 +10,10 @@ too, and all ids that are read are verified, so that no row is missed without no
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +21,13 @@ import torch
 from asyncloader._checkpoint.format import SIDECAR
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._storage.protocol import fill, read_error
+from asyncloader._table.protocol import COPIED_BYTES, PlacingUpdate
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, ReadError
 
 from .filling import Filling
 from .load import ROW_COST, Arrival, RowPiece, is_believed
+from .scattering import Scattering
 from .sinks import GAP_BYTES
 
 if TYPE_CHECKING:
@@ -33,11 +37,13 @@ if TYPE_CHECKING:
     from asyncloader._storage.protocol import ReadInto
 
     from .filling import Batch
-    from .load import Load
+    from .load import Load, Turns
     from .session import Verifier
 
 
 _UNSIGNED = 2**64
+# Ids in order, places, blocks and rows within blocks: four int64 a row.
+_PLACE_COST = 4 * 8
 
 
 async def load_piece(piece: RowPiece, load: Load) -> None:
@@ -50,8 +56,14 @@ async def load_piece(piece: RowPiece, load: Load) -> None:
     if verifier.widen:
         room += room + 2 * DIGEST_CHUNK
     try:
-        async with load.session.budget.reserve(piece.rows * ROW_COST + room):
-            await _load_piece(piece, load, verifier)
+        turns, cost = piece.turns, piece.rows * ROW_COST + room
+        if turns is not None:
+            cost += piece.rows * _PLACE_COST + COPIED_BYTES
+        async with load.session.budget.reserve(cost):
+            if turns is None:
+                await _load_piece(piece, load, verifier)
+            else:
+                await _place_piece(piece, load, verifier, turns)
     except ReadError as error:
         error.names = (piece.table.name,)
         raise
@@ -59,18 +71,8 @@ async def load_piece(piece: RowPiece, load: Load) -> None:
 
 async def _load_piece(piece: RowPiece, load: Load, verifier_of_ids: Verifier) -> None:
     part, update, kernels = piece.part, piece.update, load.threads.kernels
-    ids = torch.empty(piece.rows, dtype=torch.int64)
-    every = range(piece.start, piece.start + piece.rows)
-    await _load_rows(piece, load, Filling(part.ids, every, ids, verifier_of_ids))
-    found = ids.numpy()
-    _check_ends(piece, found, load.verifier.location)
-
-    def select() -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        rows, kept, dropped = update.select(part.child, found, part.claimed, piece.table.slice)
-        return rows + piece.start, kept, dropped
-
-    [(rows, kept, dropped)] = await run_jobs(kernels, [select])
-    update.dropped(dropped)
+    assert not isinstance(update, PlacingUpdate), "rows can be reserved"
+    rows, kept = await _wanted(piece, load, verifier_of_ids)
     if not len(rows):
         return
     first = update.reserve(part.layer, len(rows), part.rank + piece.start)
@@ -80,6 +82,62 @@ async def _load_piece(piece: RowPiece, load: Load, verifier_of_ids: Verifier) ->
     for slot, block in part.slots.items():
         target = update.view(slot, first, len(rows))
         await _load_rows(piece, load, Filling(block, rows, target, load.verifier))
+
+
+async def _place_piece(
+    piece: RowPiece, load: Load, verifier_of_ids: Verifier, turns: Turns
+) -> None:
+    """Let a piece's ids into a table that then knows the places of their rows."""
+    part, update = piece.part, piece.update
+    assert isinstance(update, PlacingUpdate), "the table places rows"
+    before_us, entered = turns.ticket()  # budgets are given in order, so these are, too
+    try:
+        rows, ids = await _wanted(piece, load, verifier_of_ids)
+        await before_us.wait()
+        if not len(rows):
+            return
+        with load.tracer.span("index", part.child, ids.nbytes):
+            place = partial(update.place, ids, part.slots)
+            [placed] = await run_jobs(load.threads.kernels, [place])
+        before = [*turns.under_way] if placed.again else []
+        done = asyncio.Event()
+        turns.under_way.add(done)
+    finally:
+        entered.set()
+    del ids
+    try:
+        for event in before:
+            await event.wait()
+        chosen = rows if placed.rows is None else rows[placed.rows]
+        for slot, block in part.slots.items():
+            target = Scattering(
+                block, chosen, places=placed.places, update=update, slot=slot,
+                verifier=load.verifier,
+            )  # fmt: skip
+            await _load_rows(piece, load, target)
+    finally:
+        turns.under_way.discard(done)
+        done.set()
+
+
+async def _wanted(
+    piece: RowPiece, load: Load, verifier: Verifier
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Read a piece's ids; return the rows that the table wants, and their ids, encoded."""
+    part, update = piece.part, piece.update
+    ids = torch.empty(piece.rows, dtype=torch.int64)
+    every = range(piece.start, piece.start + piece.rows)
+    await _load_rows(piece, load, Filling(part.ids, every, ids, verifier))
+    found = ids.numpy()
+    _check_ends(piece, found, load.verifier.location)
+
+    def select() -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        rows, kept, dropped = update.select(part.child, found, part.claimed, piece.table.slice)
+        return rows + piece.start, kept, dropped
+
+    [(rows, kept, dropped)] = await run_jobs(load.threads.kernels, [select])
+    update.dropped(dropped)
+    return rows, kept
 
 
 def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:

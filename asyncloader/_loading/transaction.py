@@ -30,11 +30,15 @@ async def run(load: Load) -> None:
     Afterwards, or after a failure, call `load.commit()` or `load.abort()`: no thread writes any
     more then.
     """
-    await load.prepare()
-    await stream(load)
-    load.warnings = await _compare_tied(load)
-    await load.session.check_unchanged(load.plan.shards)
-    await load.finish()
+    try:
+        await load.prepare()
+        await stream(load)
+        load.warnings = await _compare_tied(load)
+        await load.session.check_unchanged(load.plan.shards)
+        await load.finish()
+    except BaseException:
+        await load.take_back()
+        raise
 
 
 async def complete(load: Load) -> dict[str, UpdateCounts]:

@@ -151,6 +151,7 @@ class Contents:
         self.sources: dict[WriteBlock, ByteSource] = {}
         self._orders: dict[str, _RowOrder] = {}  # by child
         self._tensors = tensors
+        self._snapshots = snapshots
         # What the caller has left to do on GPUs, on any stream: we read on others.
         devices = {tensor.device for tensor in tensors.values()}
         for device in devices | {snapshot.device for snapshot in snapshots}:
@@ -189,12 +190,13 @@ class Contents:
                 self.sources[block] = RowSource(order, block.slot, block.nbytes)
 
     def changed(self) -> tuple[str, ...]:
-        """Return the names of tensors that were written to since `keep`."""
-        return tuple(
+        """Return the names of tensors and tables that were changed since."""
+        tensors = (
             block.name
             for block, source in self.sources.items()
             if isinstance(source, TensorSource) and source.changed()
         )
+        return (*tensors, *(table.name for table in self._snapshots if table.changed()))
 
     def part_rows(self) -> dict[str, PartRows]:
         """Return how rows are spread over their slices, by child; after all rows were read."""

@@ -238,7 +238,7 @@ class _Save:
         def publish() -> None:
             if changed := contents.changed():
                 problem = (
-                    f"tensors were written to while they were saved: {listed(changed)}; nothing "
+                    f"written to while they were saved: {listed(changed)}; nothing "
                     "was committed. Leave them alone until the save is done, or save copies"
                 )
                 raise SaveError(self._location, problem)

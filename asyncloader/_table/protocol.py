@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from asyncloader._display import AsDict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     import torch
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from .schema import Flags, Longs, Slot
     from .snapshot import SortedRows
+
+
+COPIED_BYTES = 4 << 20
+"""Bytes of rows that a `PlacingUpdate` may copy besides while it places ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +67,7 @@ class LoadableTable(Protocol):
         """Return the slots by name, `embedding` first."""
         ...
 
-    def begin(self, *, most: int, expected: int) -> LoadableUpdate:
+    def begin(self, *, most: int, expected: int) -> LoadableUpdate | PlacingUpdate:
         """Begin an update of at most `most` rows, about `expected` of them.
 
         Raises:
@@ -102,6 +106,7 @@ class SavableSnapshot(Protocol):
     def counts(self) -> Mapping[str, int]: ...
     def sorted_rows(self, child: str, *, sub_slices: int) -> SortedRows: ...
     def copy_rows(self, slot: str, rows: Longs, out: torch.Tensor) -> None: ...
+    def changed(self) -> bool: ...
 
 
 class LoadableUpdate(Protocol):
@@ -135,3 +140,64 @@ class LoadableUpdate(Protocol):
     def commit(self) -> UpdateCounts: ...
     def abort(self) -> None: ...
     def abandon(self) -> None: ...
+
+
+class Placed(NamedTuple):
+    """Places of the rows of some ids.
+
+    Attributes:
+        rows: Which of the ids have a row that stays, ascending, `[m]`; `None`: all.
+        places: int64 `[m]`.
+        again: Whether one of the places was given in this update before.
+    """
+
+    rows: Longs | None
+    places: Longs
+    again: bool
+
+
+@runtime_checkable
+class PlacingUpdate(Protocol):
+    """An update of a table that knows the place of a row only once it has the id.
+
+    Ids and rows show as they come, so all that such an update can do after a failure is to take
+    out again what was new. Methods may be called on any thread.
+    """
+
+    def select(
+        self, child: str, ids: Longs, claimed: Slice, wanted: Slice
+    ) -> tuple[Longs, Longs, int]:
+        """Pick the ids of a block, as `TableUpdate.select` does."""
+        ...
+
+    def place(self, ids: Longs, slots: Collection[str]) -> Placed:
+        """Let ids in, encoded, `[n]`, and return the places of their rows in `slots`.
+
+        One call at a time. Of rows of one id the later stays. It may copy `COPIED_BYTES` besides.
+        """
+        ...
+
+    def write(self, slot: str, places: Longs, rows: torch.Tensor) -> None:
+        """Write rows, `[n, *shape]`, to places; another dtype is converted.
+
+        Several calls at a time may write to different places.
+
+        Raises:
+            RuntimeError: If the update has ended.
+        """
+        ...
+
+    def dropped(self, count: int) -> None:
+        """Note that `count` rows were refused."""
+        ...
+
+    def commit(self) -> UpdateCounts:
+        """End the update, and count the changes."""
+        ...
+
+    def abort(self) -> str:
+        """End the update, take its new ids out, and say what is left of it; "" for nothing.
+
+        May take long. Called again, it only says the same again.
+        """
+        ...

@@ -99,23 +99,16 @@ class TableSnapshot:
             ids = self._encoding.decode(state.ids[rows])
             order = order_of(sort_keys(ids, self.slice.size))
             ids, rows = ids[order], rows[order]
-        return SortedRows(ids=ids, rows=rows, offsets=self._offsets(ids, sub_slices))
-
-    def _offsets(self, ids: Longs, sub_slices: int) -> tuple[int, ...]:
-        """Return where the rows of each sub-slice begin, given sorted ids."""
-        begin, size = self.slice.begin, self.slice.size
-        share = self.slice.end - begin
-
-        def position(row: int) -> int:
-            return int(ids[row]) % 2**64 % size
-
-        cuts = (begin + share * number // sub_slices for number in range(1, sub_slices))
-        firsts = (bisect_left(range(len(ids)), cut, key=position) for cut in cuts)
-        return (0, *firsts, len(ids))
+        offsets = sub_slice_offsets(ids, self.slice, sub_slices)
+        return SortedRows(ids=ids, rows=rows, offsets=offsets)
 
     def copy_rows(self, slot: str, rows: Longs, out: torch.Tensor) -> None:
         """Copy rows of a slot, `[n]` of them, to host memory, uint8 `[n, row_bytes]`."""
         self._state.segments.copy_out(slot, rows, out)
+
+    def changed(self) -> bool:
+        """Say whether rows may have changed since: never."""
+        return False
 
     def _rows_of(self, child: str) -> Longs:
         if not self._encoding.coalesced:
@@ -137,6 +130,19 @@ class TableSnapshot:
         """Return all rows, and the number of each row's child."""
         rows = self._state.live_rows()
         return rows, (self._state.ids[rows].view(np.uint64) >> _CHILD_BITS).astype(np.uint16)
+
+
+def sub_slice_offsets(ids: Longs, slice_: Slice, sub_slices: int) -> tuple[int, ...]:
+    """Return where the rows of each sub-slice begin, given sorted ids."""
+    begin, size = slice_.begin, slice_.size
+    share = slice_.end - begin
+
+    def position(row: int) -> int:
+        return int(ids[row]) % 2**64 % size
+
+    cuts = (begin + share * number // sub_slices for number in range(1, sub_slices))
+    firsts = (bisect_left(range(len(ids)), cut, key=position) for cut in cuts)
+    return (0, *firsts, len(ids))
 
 
 def sort_keys(ids: Longs, size: int) -> Words:
