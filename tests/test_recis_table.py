@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from asyncloader import (
     Slice,
     gen_slice,
 )
+from asyncloader._threads.jobs import ByteBudget
 from asyncloader.protocols import PlacingUpdate
 from tests.oracle import TableData, rows_of, write_checkpoint
 from tests.recis_table import StandIn
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from asyncloader._planning.targets import LoadInfo
+    from asyncloader._storage.protocol import ReadInto
 
+T = TypeVar("T")
 GENUINE = Path(__file__).parent / "data" / "recis"
 
 
@@ -232,6 +236,49 @@ def test_places_of_deleted_ids_are_filled_again(tmp_path: Path) -> None:
     Loader(tmp_path, {"t": ours}).load()
     assert theirs.held() == held(ours)
     assert (counts.new, counts.replaced) == (20, 0)
+
+
+@dataclass
+class Slow(MemoryStorage):
+    """Holds the first read after the first lookup back, until long after the second lookup."""
+
+    lookups: int = 0
+    is_held: bool = False
+    second: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
+        if self.lookups and not self.is_held:
+            self.is_held = True
+            await self.second.wait()
+            for _ in range(1000):
+                await asyncio.sleep(0)
+        return await super().on_thread(name, job)
+
+
+async def test_the_later_row_stays_however_slowly_the_earlier_one_comes(tmp_path: Path) -> None:
+    first, last = data([1, 2, 3]), data([3, 2, 1])
+    write_checkpoint(tmp_path, {"a": first, "b": last}, {})
+    loop, storage = asyncio.get_running_loop(), Slow(MemoryStorage.of(tmp_path).files)
+
+    def count(number: int) -> None:
+        storage.lookups = number
+        if number == 2:
+            loop.call_soon_threadsafe(storage.second.set)
+
+    theirs = stand_in([2], children=["t"], before_lookup=count)
+    every = ["id", "embedding"]
+    run = Run(
+        storage=storage,
+        tables={"t": RecISTable(theirs)},  # type: ignore[dict-item]
+        budget=ByteBudget(1 << 26),
+        filter_func=lambda _: {"t": {"a": every, "b": every}},
+    )
+
+    counts = await run.load()
+
+    assert storage.is_held
+    assert theirs.held() == rows_of(last.ids, last.slots)
+    assert (counts["t"].new, counts["t"].duplicates) == (3, 3)
 
 
 # What cannot be loaded.
