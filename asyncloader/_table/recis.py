@@ -143,6 +143,10 @@ class RecISTable:
 def adapted(tables: Mapping[str, Any]) -> dict[str, Any]:
     """Return tables by name, those of RecIS as a `RecISTable`."""
     return {
-        name: RecISTable(table, name=str(name)) if hasattr(table, _MARK) else table
+        name: RecISTable(table, name=str(name)) if is_of_recis(table) else table
         for name, table in tables.items()
     }
+
+
+def is_of_recis(table: object) -> bool:
+    return hasattr(table, _MARK)
