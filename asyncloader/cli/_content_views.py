@@ -55,6 +55,8 @@ _DIGESTS = {
     "absent": Text("none, so nothing can be verified", "dim"),
 }
 
+_LACK = 60  # letters of what a version lacks
+
 
 def inspection_view(found: CheckpointSummary | RunSummary, *, everything: bool) -> RenderableType:
     """Show a checkpoint, or a run folder."""
@@ -151,9 +153,15 @@ def _versions(newest_first: Sequence[VersionSummary]) -> RenderableType:
             _state(version),
             f"{written:%Y-%m-%d %H:%M}",
             size_text(version.bytes),
-            Text("← latest", "green") if version.latest else Text(escaped(version.lack)),
+            Text("← latest", "green") if version.latest else Text(_short(version.lack)),
         )
     return grid
+
+
+def _short(lack: str) -> str:
+    """Leave room for the other columns; `--json` has all of it."""
+    text = escaped(lack)
+    return text if len(text) <= _LACK else f"{text[: _LACK - 1]}…"
 
 
 def _state(version: VersionSummary) -> Text:
