@@ -6,6 +6,7 @@ import logging
 import sys
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 import atheris
@@ -45,8 +46,9 @@ INSTRUMENTED = ["asyncloader._checkpoint", "asyncloader._planning"]
 def target_of(name: str) -> Callable[[bytes], None]:
     """Import a target; which branches are taken is seen in what reads and decides."""
     with atheris.instrument_imports(include=INSTRUMENTED):
-        for module in INSTRUMENTED:
-            import_module(module)
+        for package in map(import_module, INSTRUMENTED):
+            for found in iter_modules(package.__path__):
+                import_module(f"{package.__name__}.{found.name}")
     # Out here: Numba does not compile what is imported in there.
     target: Callable[[bytes], None] = import_module(f"tests.fuzz.{MODULES[name]}").TARGETS[name]
     return lambda data: target(padded(data))
