@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ._planning.plan import LoadPlan as LoadPlan
     from ._planning.targets import Cast as Cast
     from ._saving.layout import WriteBlock as WriteBlock
-    from ._saving.save import SaveReport as SaveReport
+    from ._saving.report import SaveReport as SaveReport
     from ._serving.events import (
         Event as Event,
         Freed as Freed,
@@ -87,7 +87,7 @@ _MODULES = {
     "_planning.plan": "LoadPlan",
     "_planning.targets": "Cast",
     "_saving.layout": "WriteBlock",
-    "_saving.save": "SaveReport",
+    "_saving.report": "SaveReport",
     "_serving.events": (
         "Event Freed LiveState LiveVersion LoadCancelled LoadFailed LoadFinished "
         "LoadStarted RolledBack Swapped VersionRefused"

@@ -7,7 +7,8 @@ import os
 import re
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ._arguments import (
     as_dict,
@@ -17,9 +18,11 @@ from ._arguments import (
     check_timeout,
     checked_path,
 )
+from ._checkpoint.format import RUN_LIST
 from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter, listening
-from ._saving.save import Order, save
+from ._saving.save import Moment, Order, save
+from ._saving.states import States
 from ._storage.folder import LocalFolder
 from ._table.recis import adapted
 from ._threads.blocking import run_blocking
@@ -31,9 +34,9 @@ if TYPE_CHECKING:
 
     from ._loading.progress import Progress
     from ._saving.layout import WriteBlock
-    from ._saving.save import SaveReport
+    from ._saving.report import SaveReport
     from ._storage.folder import Folder
-    from ._table.protocol import SavableSnapshot, SavableTable
+    from ._table.protocol import SavableTable
 
 __all__ = ["Saver", "every_block"]
 
@@ -75,6 +78,22 @@ class Saver:
             ranks give the same tensors, some of them, or none: a tensor that rank 0 does not have
             would be in no file, and is an error.
         filter_func: Gets all `WriteBlock`s, and returns the blocks to write.
+        layout: `"run"` writes what RecIS's trainer does. `path` is then the checkpoint's folder,
+            `RUN/ID`. Dense tensors go to `model.pt`, but for the sparse optimizers' scalars
+            (`sparse_…_step`, `sparse_…_beta1`, `sparse_…_beta2`); `extra` and `io_state` go to
+            files of their own; and the last line of the run's list, `RUN/checkpoint`, becomes the
+            id. `"checkpoint"` writes all tensors beside the tables, and no list.
+        extra: What else the run is resumed from, by name, as `extra.pt`; rank 0's counts. Values
+            that have a `state_dict()`, such as optimizers, are asked for it. Anything that
+            `torch.load(weights_only=True)` reads.
+        io_state: How far this rank has read its data, as `io_state_RANK.pt`; likewise. On all
+            ranks or on none.
+        max_keep: Of the run's list, how many checkpoints stay, this one included; `None` keeps all.
+            Of older ones that a `Saver` wrote, the line and then the folder is removed, whichever
+            process wrote it. Checkpoints of RecIS, and folders that hold anything else, stay.
+        for_recis: Refuses what RecIS 1.0.0 could not read, or would read wrongly, before anything
+            is written (ids: before the commit). Otherwise there is a warning, and
+            `SaveReport.recis_problems`.
         save_id: Tells this save from every other save into the same folder: text or a number, the
             same on all ranks, another one for each try (a count of the job's starts and the step,
             say). By default rank 0 draws one, and tells the others by way of torch.distributed's
@@ -101,6 +120,11 @@ class Saver:
         tensors: Mapping[str, torch.Tensor] | None = None,
         filter_func: Callable[[list[WriteBlock]], list[WriteBlock]] = every_block,
         *,
+        layout: Literal["checkpoint", "run"] = "checkpoint",
+        extra: Mapping[str, object] | None = None,
+        io_state: Mapping[str, object] | None = None,
+        max_keep: int | None = None,
+        for_recis: bool = False,
         save_id: str | int | None = None,
         timeout: float | None = 1800.0,
         max_inflight_bytes: int = 128 << 20,
@@ -115,6 +139,7 @@ class Saver:
         if not 0 <= shard_index < shard_num:
             raise ValueError(f"shard_index is 0 to shard_num - 1, got {shard_index} of {shard_num}")
         check_timeout(timeout)
+        _check_layout(layout, extra, io_state, max_keep, path)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
         self._tables = adapted(as_dict(hashtables, "hashtables"))
@@ -129,7 +154,11 @@ class Saver:
             save_id=None if save_id is None else _checked_save_id(save_id),
             timeout=timeout,
             max_inflight_bytes=max_inflight_bytes,
+            is_run=layout == "run",
+            max_keep=max_keep,
+            for_recis=for_recis,
         )
+        self._extra, self._io_state = extra, io_state
         check_tables(self._tables, self._order.tensors, able="snapshot")
         check_tensors(self._order.tensors, able="saved")
 
@@ -164,7 +193,8 @@ class Saver:
     def asave(self) -> Coroutine[Any, Any, SaveReport]:
         """Save, on the caller's event loop, which goes on serving meanwhile.
 
-        To be awaited. Tables are saved as they are now, when this is called.
+        To be awaited. Tables, `extra` and `io_state` are saved as they are now, when this is
+        called; tensors must stay as they are until it is done.
 
         Returns:
             A report of this rank's part; on rank 0 the checkpoint is committed then.
@@ -178,27 +208,34 @@ class Saver:
             ValueError: If names of tables and tensors cannot be told apart, or this is one of
                 several ranks and no `save_id` was given where torch.distributed could not help.
         """
-        snapshots: list[SavableSnapshot] | Exception
+        path = Path(self._order.path).absolute()
+        return self._asave(
+            self._now(), partial(LocalFolder, path), partial(LocalFolder, path.parent)
+        )
+
+    def _now(self) -> Moment | Exception:
+        """Return what is saved, as it is now; or an error, raised once rank 0 knows of it."""
+        order = self._order
         try:
             snapshots = [table.snapshot() for table in self._tables.values()]
-        except Exception as error:  # noqa: BLE001  # raised once rank 0 knows of it
-            snapshots = error
-        return self._asave(snapshots, partial(LocalFolder, self._order.path))
+            return Moment(snapshots, States(order.rank, order.ranks, self._extra, self._io_state))
+        except Exception as error:  # noqa: BLE001
+            return error
 
     async def _asave(
-        self, snapshots: list[SavableSnapshot] | Exception, open_folder: Callable[[], Folder]
+        self, moment: Moment | Exception, open_folder: Callable[[], Folder]
     ) -> SaveReport:
         with listening(self._progress, "saving") as listener:
 
-            def tell(moment: Progress) -> None:
+            def tell(progress: Progress) -> None:
                 try:
                     if listener is not None:
-                        listener(moment)
+                        listener(progress)
                 except OSError as error:  # or it would be taken for an error of the folder
                     raise RuntimeError(f"progress raised {error!r}") from error
 
             meter = Meter(0, None if listener is None else tell)
-            report = await save(self._order, snapshots, meter, open_folder)
+            report = await save(self._order, moment, meter, open_folder)
         _log.info("%s", report)
         return report
 
@@ -219,6 +256,33 @@ def _check_order(shard_index: object, shard_num: object) -> None:
             "RecIS's Saver takes the ranks first, so the first argument is no path: write "
             "Saver.to(path, hashtables, tensors), or Saver(path=path, hashtables=hashtables, "
             "tensors=tensors)"
+        )
+
+
+def _check_layout(
+    layout: object,
+    extra: object,
+    io_state: object,
+    max_keep: int | None,
+    path: str | os.PathLike[str],
+) -> None:
+    """Refuse what belongs to a run where there is none, and a folder that no list can name."""
+    if layout not in {"checkpoint", "run"}:
+        raise ValueError(f'layout is "checkpoint" or "run", got {layout!r}')
+    for value, name in ((extra, "extra"), (io_state, "io_state")):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} maps names to values, got {type(value).__name__}")
+    if max_keep is not None:
+        check_count(max_keep, "max_keep")
+    if layout == "checkpoint":
+        if (extra, io_state, max_keep) != (None, None, None):
+            raise ValueError('extra, io_state and max_keep are of a run: pass layout="run", too')
+        return
+    name = Path(path).absolute().name
+    if not name or name.startswith(".") or name == RUN_LIST or name != name.strip() or "\n" in name:
+        raise ValueError(
+            f"path is RUN/ID, and the id, {name!r}, becomes a line of the list RUN/{RUN_LIST}: it must "
+            f"not be {RUN_LIST!r}, begin with a dot, hold a line's end, or have spaces at its ends"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncloader import HashTable, Saver
@@ -13,7 +14,6 @@ from asyncloader._storage.folder import LocalFolder
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Executor
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -57,6 +57,8 @@ class WatchedFolder:
 
     give_up: Callable[[], None] = lambda: None
     calls: list[str] = field(default_factory=list)
+    label: str = ""
+    """Begins the name of each call."""
 
     @classmethod
     def at(cls, path: Path, fault: Callable[[int, str], str | None]) -> WatchedFolder:
@@ -69,11 +71,17 @@ class WatchedFolder:
     @contextlib.contextmanager
     def call(self, what: str) -> Iterator[str | None]:
         """Count a call, and let it fail if it shall."""
+        what = self.label + what
         self.calls.append(what)
         how = self.fault(len(self.calls) - 1, what)
         yield how
         if how == "after":
             self.give_up()
+
+    def above(self) -> WatchedFolder:
+        """Return the folder that this one is in; calls of both are counted together."""
+        above = LocalFolder(Path(self.location).parent)
+        return WatchedFolder(above, self.fault, self.give_up, self.calls, "run: ")
 
     def make(self, name: str, /) -> None:
         with self.call(f"make {name}"):
@@ -139,7 +147,7 @@ async def save_into(
 ) -> SaveReport:
     """Save into a folder of one's own, which `Saver` does not take."""
     saver = Saver(path=folder.location, hashtables=tables, tensors=tensors, **options)
-    return await saver._asave([table.snapshot() for table in tables.values()], lambda: folder)
+    return await saver._asave(saver._now(), lambda: folder)
 
 
 _KINDS = {

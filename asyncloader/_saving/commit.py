@@ -13,6 +13,7 @@ The commit, by rank 0, once every rank's part is there and synced:
 2. The other old files move away, the new ones into place. Only names change: no byte is copied or
    freed meanwhile, so it takes milliseconds, for any size.
 3. The new `index` moves into place.
+4. Of a run, the new list of its checkpoints, which was written before, moves into place.
 
 The folder is synced after each step. If one fails, all moves are undone, in reverse. A reader sees,
 at any moment and after a crash at any moment, the old checkpoint whole, or none, or the new one
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from asyncloader._storage.folder import Folder
 
     from .part import RankPart
+    from .run_list import RunList
 
 
 _READERS = 8
@@ -57,9 +59,16 @@ class Commit:
     save_id: str
     rank: int
     ranks: int
+    is_run: bool = False
+    run_list: RunList | None = None
     is_committed: bool = field(default=False, init=False)
     told: list[str] = field(default_factory=list, init=False)  # warnings
     _moved: list[tuple[str, str]] = field(default_factory=list, init=False)
+
+    @property
+    def evicted(self) -> tuple[str, ...]:
+        """Older checkpoints of the run that were removed."""
+        return self.run_list.evicted if self.run_list and self.is_committed else ()
 
     @property
     def staging(self) -> str:
@@ -71,7 +80,7 @@ class Commit:
         self.folder.make("")
         if self.rank == 0:
             recover(self.folder)
-        old_files(self.folder)
+        old_files(self.folder, whole=self.is_run)
         self.folder.make(self.staging)
         for name in (self._part_file(self.rank), self._failure_file(self.rank)):
             with contextlib.suppress(FileNotFoundError):
@@ -140,13 +149,18 @@ class Commit:
         self.folder.sync(self.staging)
         new = [name for part in parts for name in part.sizes]
         new += [name for name in texts if name != INDEX]
-        old = old_files(self.folder)
-        try:
-            self._swap(old, new)
-        except BaseException as error:
-            self._undo(error)
-            raise
-        self.is_committed = True
+        old = old_files(self.folder, whole=self.is_run)
+        with contextlib.nullcontext() if self.run_list is None else self.run_list.staged():
+            try:
+                self._swap(old, new)
+            except BaseException as error:
+                self._undo(error)
+                raise
+            self.is_committed = True
+            if self.run_list is not None:
+                self.run_list.publish()
+        if self.run_list is not None:
+            self.run_list.evict()
         remove_dead(self.folder, self.staging, self.told)
         remove_staging(self.folder, self.staging, self.told)
 
@@ -191,6 +205,8 @@ class Commit:
 
     def outcome(self) -> str:
         """Say in which state a failed save has left the folder."""
+        if self.is_committed:
+            return "the checkpoint is there, whole"
         if not self._moved:
             return "what was there before is as it was"
         return (

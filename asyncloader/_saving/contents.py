@@ -15,6 +15,7 @@ from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, SUB_SLICES, PartRows
 from asyncloader._loading.buffers import boxes, plain_bytes
 
 from .layout import WriteBlock
+from .recis import RESERVED_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,6 +79,7 @@ class _RowOrder:
     child: str
     pending: int = 0  # reads that are still to come; afterwards the order is let go
     offsets: tuple[int, ...] = ()  # known once the rows were sorted
+    reserved: tuple[int, ...] = ()  # ids that RecIS keeps for itself; known then, too
     _sorted: SortedRows | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -87,6 +89,8 @@ class _RowOrder:
             if self._sorted is None:
                 self._sorted = self.snapshot.sorted_rows(self.child, sub_slices=SUB_SLICES)
                 self.offsets = self._sorted.offsets
+                ids = self._sorted.ids
+                self.reserved = tuple(one for one in RESERVED_IDS if (ids == one).any())
             return self._sorted
 
     def done(self) -> None:
@@ -188,6 +192,23 @@ class Contents:
             else:
                 order = self._orders[block.table]
                 self.sources[block] = RowSource(order, block.slot, block.nbytes)
+
+    def tied(self, blocks: Sequence[WriteBlock]) -> dict[WriteBlock, WriteBlock]:
+        """Return which of these dense tensors have the very bytes of an earlier one."""
+        first: dict[object, WriteBlock] = {}
+        tied = {}
+        for block in blocks:
+            tensor = self._tensors[block.name]
+            place = tensor.device, tensor.data_ptr() or block.name, tensor.stride()
+            how = block.dtype, block.shape, tensor.is_conj(), tensor.is_neg()
+            other = first.setdefault((place, how), block)
+            if other is not block:
+                tied[block] = other
+        return tied
+
+    def reserved_ids(self) -> dict[str, tuple[int, ...]]:
+        """Return ids that RecIS keeps for itself, by child; after all rows were read."""
+        return {child: order.reserved for child, order in self._orders.items() if order.reserved}
 
     def changed(self) -> tuple[str, ...]:
         """Return the names of tensors and tables that were changed since."""

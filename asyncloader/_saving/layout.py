@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from asyncloader._checkpoint.archive_form import PickledTensor, archive_form
 from asyncloader._checkpoint.format import (
     MAX_HEADER,
+    MODEL,
     dense_key,
     describe_embedding,
     describe_slot,
@@ -20,12 +23,15 @@ from asyncloader._checkpoint.parts import ID
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from asyncloader._checkpoint.archive_form import ArchiveForm
     from asyncloader._checkpoint.dtypes import DType
     from asyncloader._checkpoint.slices import Slice
 
 
 _EMBEDDING = "embedding"
 _AT = "@"
+# `sparse_adamw_tf_beta1`, say, or `sparse_row_wise_adagrad_TABLE_step`.
+_SCALAR = re.compile(r"sparse_.+_(step|beta1|beta2)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,7 @@ class PlacedBlock(NamedTuple):
     block: WriteBlock
     key: str
     offset: int  # from the start of the file
+    gap: int = 0  # bytes before it, which hold its checksum
 
 
 class ShardLayout(NamedTuple):
@@ -78,11 +85,23 @@ class ShardLayout(NamedTuple):
     file: str
     head: bytes  # all that comes before the data
     blocks: tuple[PlacedBlock, ...]
+    tied: tuple[PlacedBlock, ...] = ()  # further names of bytes that are written once
+    archive: ArchiveForm | None = None  # of `model.pt`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(placed.block.nbytes for placed in self.blocks)
 
     @property
     def size(self) -> int:
         """The length of the file in bytes."""
-        return len(self.head) + sum(placed.block.nbytes for placed in self.blocks)
+        return self.archive.size if self.archive else len(self.head) + self.nbytes
+
+    @property
+    def names(self) -> bytes:
+        """What says which tensors these are; the sidecar has its digest."""
+        return self.archive.pickled if self.archive else self.head
 
     def describe(self, placed: PlacedBlock) -> dict[str, object]:
         """Return the entry of a block in the description."""
@@ -116,6 +135,11 @@ def checked_blocks(offered: Sequence[WriteBlock], chosen: object) -> list[WriteB
             )
     kept = set(chosen)
     return [block for block in offered if block in kept]
+
+
+def belongs_to_model(block: WriteBlock) -> bool:
+    """Tell the dense tensors that RecIS has in `model.pt` from the sparse optimizers' scalars."""
+    return block.table is None and _SCALAR.fullmatch(block.name) is None
 
 
 def lay_out(
@@ -159,6 +183,32 @@ def lay_out_shard(
         )
     placed = (PlacedBlock(block, key, len(head) + entries[key][2]) for key, block in blocks.items())
     return ShardLayout(file, head, tuple(placed))
+
+
+def lay_out_model(
+    blocks: Sequence[WriteBlock], tied: Mapping[WriteBlock, WriteBlock]
+) -> tuple[ShardLayout, ...]:
+    """Lay dense tensors out as `model.pt`; `tied` says which of them share whose bytes.
+
+    Without tensors there is no such file: a model may consist of tables.
+    """
+    if not blocks:
+        return ()
+    written = [block for block in blocks if block not in tied]
+    numbers = {block: number for number, block in enumerate(written)}
+    form = archive_form(
+        [
+            PickledTensor(block.name, block.dtype, block.shape, numbers[tied.get(block, block)])
+            for block in blocks
+        ],
+        [block.nbytes for block in written],
+    )
+    placed = [
+        PlacedBlock(block, block.name, begin, begin - header)
+        for block, (header, begin) in zip(written, form.offsets, strict=True)
+    ]
+    others = (PlacedBlock(a, a.name, placed[numbers[b]].offset) for a, b in tied.items())
+    return (ShardLayout(MODEL, form.head, tuple(placed), tuple(others), form),)
 
 
 def _key(block: WriteBlock, rank: int, ranks: int) -> str:

@@ -11,6 +11,8 @@ import orjson
 from asyncloader._checkpoint.format import DESCRIPTION, INDEX, SIDECAR, STAGING, TENSORKEY
 from asyncloader.errors import SaveError
 
+from .part import parse_part
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -27,11 +29,13 @@ _OURS = frozenset({INDEX, TENSORKEY, DESCRIPTION, SIDECAR})
 _SHARD = re.compile(r"model-\d{6,}-of-\d{6,}\.safetensors")
 # What an `index` may call a shard; nothing else is removed because one names it.
 _LISTED = re.compile(r"[^/\\\0]+\.safetensors")
+# What RecIS's trainer puts beside them; of a run, they are a checkpoint's own.
+_OF_RUN = re.compile(r"model\.(pt|pkl)|extra\.(pt|pkl)|io_state_\d+\.pt|io_state_count")
 # What an old checkpoint may have beside it. RecIS's trainer puts its own files there, before or
 # after. `.nfs…` is a file that was removed while it was open. File systems, desktops and job
 # runners leave the others.
 _BESIDE = re.compile(
-    r"model\.pt|extra\.pt|io_state_.*\.pt|\.nfs.*"
+    r"model\.(pt|pkl)|extra\.(pt|pkl)|io_state_.*\.pt|io_state_count|\.nfs.*"
     r"|lost\+found/|\.snapshots?/|\.zfs/|\.Trash(es|-\d+)?/|\.(fseventsd|Spotlight-V100)/"
     r"|\$RECYCLE\.BIN/|System Volume Information/|\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|_SUCCESS"
 )
@@ -43,13 +47,22 @@ def staging_of(ranks: int, save_id: str) -> str:
     return f"{STAGING}{ranks}-{save_id}"
 
 
-def old_files(folder: Folder) -> list[str]:
+def files_of(folder: Folder, at: str, *, whole: bool) -> list[str]:
+    """Return the files of the checkpoint in the folder `at`.
+
+    With `whole`, those that RecIS's trainer puts beside the tables are its own, too.
+    """
+    names = folder.names(at)
+    listed = _listed(folder, at) if INDEX in names else frozenset()
+    own = [name for name in names if name in _OURS | listed or _SHARD.fullmatch(name)]
+    if own == [INDEX] and not listed:
+        return []  # a file of that name, but none of ours
+    return own + [name for name in names if whole and _OF_RUN.fullmatch(name)]
+
+
+def old_files(folder: Folder, *, whole: bool = False) -> list[str]:
     """Return the files that a new checkpoint replaces; `SaveError` if there is anything else."""
-    names = folder.names("")
-    listed = _listed(folder) if INDEX in names else frozenset()
-    old = [name for name in names if name in _OURS | listed or _SHARD.fullmatch(name)]
-    if old == [INDEX] and not listed:
-        old = []  # a file of that name, but none of ours
+    names, old = folder.names(""), files_of(folder, "", whole=whole)
     others = [
         name
         for name in names
@@ -66,10 +79,10 @@ def old_files(folder: Folder) -> list[str]:
     return old
 
 
-def _listed(folder: Folder) -> frozenset[str]:
+def _listed(folder: Folder, at: str) -> frozenset[str]:
     """Return the shard files that the old `index` names, also those with names of their own."""
     try:
-        names = dict(orjson.loads(folder.read(INDEX))["file_index"])
+        names = dict(orjson.loads(folder.read(f"{at}/{INDEX}".lstrip("/")))["file_index"])
     except (ValueError, TypeError, KeyError):
         return frozenset()  # damaged: it is replaced all the same
     return frozenset(name for name in names if _LISTED.fullmatch(str(name)))
@@ -98,7 +111,8 @@ def _put_back(folder: Folder, staging: str) -> None:
     old = f"{staging}/{OLD}"
     aside = folder.names(old)
     if TENSORKEY in aside:  # it goes last, so all that is left is the dead save's own
-        for name in old_files(folder):
+        brought = _brought(folder, staging) & set(folder.names(""))
+        for name in sorted({*old_files(folder), *brought}):
             folder.move(name, f"{staging}/{name}")
     for name in aside:
         if name != INDEX:
@@ -106,6 +120,16 @@ def _put_back(folder: Folder, staging: str) -> None:
     folder.sync("")
     folder.move(f"{old}/{INDEX}", INDEX)
     folder.sync("")
+
+
+def _brought(folder: Folder, staging: str) -> set[str]:
+    """Return the files that the ranks of a dead save have staged, `model.pt` perhaps."""
+    names: set[str] = set()
+    for part in folder.names(staging):
+        if part.startswith("part-") and part.endswith(".json"):
+            with contextlib.suppress(ValueError):  # damaged
+                names |= parse_part(folder.read(f"{staging}/{part}")).sizes.keys()
+    return names
 
 
 def _remove_old(folder: Folder, staging: str) -> None:
@@ -130,7 +154,7 @@ def remove_dead(folder: Folder, mine: str, told: list[str]) -> None:
 
     The caller holds the folder's lock, so a save of one rank is dead if it is not the caller's.
     """
-    with _telling(told):
+    with telling(told, "left-overs could not be removed"):
         now = folder.changed_at(mine)
         for staging in _stagings(folder.names("")):
             alone = staging.startswith(f"{STAGING}1-")
@@ -145,7 +169,7 @@ def remove_staging(
 
     With `keep_old` it stays if it holds an old checkpoint.
     """
-    with _telling(told):
+    with telling(told, "left-overs could not be removed"):
         try:
             names = folder.names(staging)
         except FileNotFoundError:
@@ -163,7 +187,7 @@ def remove_staging(
 
 
 @contextlib.contextmanager
-def _telling(told: list[str]) -> Iterator[None]:
+def telling(told: list[str], what: str) -> Iterator[None]:
     """Keep a warning for the thread that saves.
 
     A handler of a signal may save while that thread writes a log line; no other thread can then.
@@ -171,4 +195,4 @@ def _telling(told: list[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        told.append(f"left-overs could not be removed: {error}")
+        told.append(f"{what}: {error}")

@@ -10,8 +10,10 @@ import orjson
 from asyncloader._checkpoint.format import (
     DESCRIPTION,
     INDEX,
+    IO_STATE,
     MAX_NAMES,
     MAX_SIDECAR,
+    MODEL,
     SIDECAR,
     TENSORKEY,
     render_index,
@@ -40,7 +42,7 @@ class RankPart:
     """One rank's share of a checkpoint.
 
     Attributes:
-        sizes: Shard file → its length in bytes.
+        sizes: File → its length in bytes.
         digests: Shard file → digests.
         names: Key → block name, of tables.
         description: Key → entry of the description.
@@ -48,6 +50,7 @@ class RankPart:
         slots: By table and slot, dtype and shape of one row.
         tensors: By name, dtype and shape of each dense tensor that this rank was given. Rank 0
             saves its own; those of the others are compared with them.
+        states: Files beside the shards → digest of each.
     """
 
     save_id: str
@@ -60,6 +63,7 @@ class RankPart:
     rows: Mapping[str, PartRows]
     slots: Mapping[str, Mapping[str, str]]
     tensors: Mapping[str, str]
+    states: Mapping[str, str]
 
     @classmethod
     def of(
@@ -68,6 +72,7 @@ class RankPart:
         digests: Mapping[str, ShardDigests],
         rows: Mapping[str, PartRows],
         tensors: Mapping[str, str],
+        states: Mapping[str, tuple[int, str]],
         *,
         save_id: str,
         rank: int,
@@ -78,7 +83,7 @@ class RankPart:
         description: dict[str, dict[str, object]] = {}
         slots: dict[str, dict[str, str]] = {}
         for layout in layouts:
-            for placed in layout.blocks:
+            for placed in (*layout.blocks, *layout.tied):
                 block, key = placed.block, placed.key
                 description[key] = layout.describe(placed)
                 if block.table is not None and block.slice is not None:
@@ -89,13 +94,15 @@ class RankPart:
             save_id=save_id,
             rank=rank,
             ranks=ranks,
-            sizes={layout.file: layout.size for layout in layouts},
+            sizes={layout.file: layout.size for layout in layouts}
+            | {file: size for file, (size, _) in states.items()},
             digests=digests,
             names=names,
             description=description,
             rows=rows,
             slots=slots,
             tensors=tensors,
+            states={file: digest for file, (_, digest) in states.items()},
         )
 
 
@@ -128,11 +135,15 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
     description: dict[str, Mapping[str, object]] = {}
     shards: dict[str, ShardDigests] = {}
     rows: dict[str, list[PartRows]] = {}
+    states: dict[str, str] = {}
     for part in parts:
         names |= part.names
         description |= part.description
         shards |= part.digests
+        states |= part.states
         for file, digests in part.digests.items():
+            if file == MODEL:  # RecIS knows it by its name
+                continue
             files[file] = int(file.removeprefix("model-").partition("-")[0])
             blocks |= dict.fromkeys(digests.blocks, files[file])
         for table, of_rank in part.rows.items():
@@ -141,6 +152,7 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
         _check_slices(table, of_table)
     _check_slots(parts)
     _check_tensors(parts)
+    _check_states(parts)
     if len({file.rpartition("-of-")[2] for file in files}) > 1:  # two would have the same number
         raise ValueError(
             "the ranks' shards are not counted alike: give every rank's Saver the same parallel"
@@ -148,7 +160,7 @@ def merge_parts(parts: Sequence[RankPart]) -> dict[str, bytes]:
     texts = {TENSORKEY: render_json(names), DESCRIPTION: render_json(description)}
     index = render_index(files, blocks)
     sidecar = render_sidecar(
-        files={name: digest_of(text) for name, text in {INDEX: index, **texts}.items()},
+        files=states | {name: digest_of(text) for name, text in {INDEX: index, **texts}.items()},
         shards=shards,
         parts=rows,
     )
@@ -213,6 +225,16 @@ def _check_tensors(parts: Sequence[RankPart]) -> None:
                     f"0's dense tensors are saved, and {other}; gather it on rank 0, or leave it "
                     f"out on rank {part.rank}"
                 )
+
+
+def _check_states(parts: Sequence[RankPart]) -> None:
+    """Refuse to resume some ranks from where they stood, and others from the start."""
+    without = [part.rank for part in parts if IO_STATE.format(rank=part.rank) not in part.states]
+    if without and len(without) < len(parts):
+        raise ValueError(
+            f"ranks {without} gave no io_state, and the others did: give it on every rank, an "
+            "empty dict will do"
+        )
 
 
 def _listed(slots: Mapping[str, str]) -> str:

@@ -7,24 +7,27 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import PurePath
+from typing import TYPE_CHECKING, NamedTuple
 
-from asyncloader._display import AsDict, listed, size_text
+from asyncloader._display import listed
 from asyncloader._threads.jobs import ByteBudget, run_jobs
 from asyncloader._threads.pool import Threads
 from asyncloader.errors import SaveError
 
 from .commit import Commit
 from .contents import CHUNK, Contents
-from .layout import checked_blocks, lay_out
+from .layout import belongs_to_model, checked_blocks, lay_out, lay_out_model
 from .part import RankPart
+from .recis import recis_problems, reserved_problems, state_problems
+from .report import SaveReport
+from .run_list import RunList
 from .save_id import agreed_save_id, fresh_save_id
 from .writing import Means, write_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from rich.console import RenderableType
     from torch import Tensor
 
     from asyncloader._loading.progress import Meter
@@ -32,77 +35,10 @@ if TYPE_CHECKING:
     from asyncloader._table.protocol import SavableSnapshot
 
     from .layout import ShardLayout, WriteBlock
+    from .states import States
 
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaveReport(AsDict):
-    """What a save did. `str` is one line; `rich.print` shows a table.
-
-    Attributes:
-        location: The folder.
-        save_id: Told this save from every other one into the folder.
-        shard_index: This rank.
-        shard_num: How many ranks saved.
-        committed: Whether the checkpoint is there: true on rank 0. The other ranks have written
-            their parts.
-        bytes_written: Bytes of the shard files that this rank wrote.
-        seconds: Until all of it was on the disk; on rank 0 until the commit, the other ranks waited
-            for.
-        shards: Names of the shard files that this rank wrote.
-        tables: Rows that this rank wrote, by the table's or child's name on disk.
-        tensors: Names of the dense tensors that this rank wrote.
-    """
-
-    location: str
-    save_id: str
-    shard_index: int
-    shard_num: int
-    committed: bool
-    bytes_written: int
-    seconds: float
-    shards: tuple[str, ...]
-    tables: Mapping[str, int]
-    tensors: tuple[str, ...]
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        """Bytes written, in 10⁹ a second."""
-        return self.bytes_written / max(self.seconds, 1e-9) / 1e9
-
-    def __str__(self) -> str:
-        rows = sum(self.tables.values())
-        rank = f" rank {self.shard_index} of {self.shard_num}:" if self.shard_num > 1 else ""
-        state = "" if self.committed else "; rank 0 commits"
-        return (
-            f"{self.location}:{rank} {size_text(self.bytes_written)} in {self.seconds:.2f} s "
-            f"({self.gigabytes_per_second:.2f} GB/s) to {len(self.shards)} "
-            f"shard{'s' * (len(self.shards) != 1)}, {len(self.tensors)} "
-            f"tensor{'s' * (len(self.tensors) != 1)}, {rows:,} rows of {len(self.tables)} "
-            f"table{'s' * (len(self.tables) != 1)}{state}"
-        )
-
-    def __rich__(self) -> RenderableType:
-        from rich.table import Table  # noqa: PLC0415  # needed where the report is shown
-        from rich.text import Text  # noqa: PLC0415
-
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim")
-        grid.add_row("checkpoint", Text(self.location))
-        if self.shard_num > 1:
-            grid.add_row("rank", f"{self.shard_index} of {self.shard_num}")
-        grid.add_row("written", f"{size_text(self.bytes_written)} to {len(self.shards)} shards")
-        rate = f"{self.gigabytes_per_second:.2f} GB/s"
-        grid.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
-        if self.tables:
-            rows = tuple(f"{name} ({count:,} rows)" for name, count in self.tables.items())
-            grid.add_row("tables", Text(listed(rows)))
-        if self.tensors:
-            grid.add_row("tensors", f"{len(self.tensors):,}")
-        grid.add_row("committed", "yes" if self.committed else "not yet: rank 0 does that")
-        return grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +54,21 @@ class Order:
     save_id: str | None
     timeout: float | None
     max_inflight_bytes: int
+    is_run: bool
+    max_keep: int | None
+    for_recis: bool
+
+
+class Moment(NamedTuple):
+    """What is saved, as it was when the save was asked for."""
+
+    snapshots: Sequence[SavableSnapshot]
+    states: States
 
 
 async def save(
     order: Order,
-    snapshots: Sequence[SavableSnapshot] | Exception,
+    moment: Moment | Exception,
     meter: Meter,
     open_folder: Callable[[], Folder],
 ) -> SaveReport:
@@ -132,7 +78,7 @@ async def save(
 
     Args:
         order: The arguments of `Saver`.
-        snapshots: Of the tables; or an error, which is raised once rank 0 knows of it.
+        moment: What is saved; or an error, which is raised once rank 0 knows of it.
         meter: Counts the bytes written.
         open_folder: Returns the folder; called on a thread.
     """
@@ -147,22 +93,29 @@ async def save(
                 order.path, order.rank, order.ranks, timeout=order.timeout, executor=threads.reads
             )
             save_id = await stack.enter_async_context(agreed)
-        return await _Save(order, save_id or fresh_save_id(), means).run(snapshots)
+        commit = Commit(folder, save_id or fresh_save_id(), order.rank, order.ranks, order.is_run)
+        if order.is_run:
+            name = PurePath(folder.location).name
+            commit.run_list = RunList(folder.above(), name, order.max_keep, commit.told)
+        return await _Save(order, means, commit).run(moment)
 
 
 class _Save:
     """A save under way: one rank's part and, on rank 0, the commit of all."""
 
-    def __init__(self, order: Order, save_id: str, means: Means) -> None:
+    def __init__(self, order: Order, means: Means, commit: Commit) -> None:
         self._order = order
         self._means = means
         self._location = means.folder.location
-        self._commit = Commit(means.folder, save_id, order.rank, order.ranks)
+        self._commit = commit
+        self._problems: list[str] = []  # of RecIS
 
-    async def run(self, snapshots: Sequence[SavableSnapshot] | Exception) -> SaveReport:
+    async def run(self, moment: Moment | Exception) -> SaveReport:
         threads, folder = self._means.threads.reads, self._means.folder
         try:
-            contents, layouts = await self._plan(snapshots)
+            if isinstance(moment, Exception):
+                raise moment  # noqa: TRY301  # rank 0 is told of this one, too
+            contents, layouts = await self._plan(moment)
         except BaseException as error:
             if self._order.rank:  # rank 0 is told, and need not wait for this rank
                 await run_jobs(threads, [partial(self._commit.refuse, _reason(error))])
@@ -181,7 +134,7 @@ class _Save:
 
         try:
             await run_jobs(threads, [hold])
-            await self._write_and_commit(contents, layouts)
+            await self._write_and_commit(contents, layouts, moment.states)
         except SaveError:
             raise
         except OSError as error:
@@ -190,6 +143,8 @@ class _Save:
             await run_jobs(threads, [held.close])
             for warning in self._commit.told:
                 _log.warning("%s: %s", self._location, warning)
+        for problem in self._problems:
+            _log.warning("%s: %s", self._location, problem)
         return SaveReport(
             location=self._location,
             save_id=self._commit.save_id,
@@ -201,27 +156,41 @@ class _Save:
             shards=tuple(layout.file for layout in layouts),
             tables={name: rows.rows for name, rows in contents.part_rows().items()},
             tensors=tuple(block.name for block in contents.blocks if block.table is None),
+            recis_problems=tuple(self._problems),
+            evicted=self._commit.evicted,
         )
 
-    async def _plan(
-        self, snapshots: Sequence[SavableSnapshot] | Exception
-    ) -> tuple[Contents, tuple[ShardLayout, ...]]:
-        if isinstance(snapshots, Exception):
-            raise snapshots
+    async def _plan(self, moment: Moment) -> tuple[Contents, tuple[ShardLayout, ...]]:
         order, threads = self._order, self._means.threads.kernels
 
         def decide() -> tuple[ShardLayout, ...]:
             contents.keep(checked_blocks(contents.blocks, chosen))
-            return lay_out(
-                contents.blocks, rank=order.rank, ranks=order.ranks, writers=order.parallel
-            )
+            apart = [one for one in contents.blocks if order.is_run and belongs_to_model(one)]
+            rest = [one for one in contents.blocks if one not in set(apart)]
+            shards = lay_out(rest, rank=order.rank, ranks=order.ranks, writers=order.parallel)
+            layouts = (*shards, *lay_out_model(apart, contents.tied(apart)))
+            moment.states.check()
+            self._judge([*recis_problems(layouts), *state_problems(moment.states.files)])
+            return layouts
 
-        gather = partial(Contents, snapshots, order.tensors, order.rank, order.ranks)
+        gather = partial(Contents, moment.snapshots, order.tensors, order.rank, order.ranks)
         [contents] = await run_jobs(threads, [gather])
         chosen = order.filter_func(list(contents.blocks))
         [layouts] = await run_jobs(threads, [decide])
-        self._means.meter.total = sum(layout.size - len(layout.head) for layout in layouts)
+        self._means.meter.total = sum(layout.nbytes for layout in layouts)
         return contents, layouts
+
+    def _judge(self, problems: Iterable[str]) -> None:
+        """Note what RecIS could not read.
+
+        Raises:
+            SaveError: If it shall be able to.
+        """
+        found = list(problems)
+        if found and self._order.for_recis:
+            problem = f"for_recis: {'; '.join(found)}; nothing was committed"
+            raise SaveError(self._location, problem)
+        self._problems += found
 
     def _explained(self, error: OSError) -> SaveError:
         """Say at which file of the folder a save failed, and what the folder holds now."""
@@ -232,11 +201,15 @@ class _Save:
         problem = f"could not be written: {what}; {self._commit.outcome()}"
         return SaveError(self._location, problem, file or None)
 
-    async def _write_and_commit(self, contents: Contents, layouts: tuple[ShardLayout, ...]) -> None:
+    async def _write_and_commit(
+        self, contents: Contents, layouts: tuple[ShardLayout, ...], states: States
+    ) -> None:
         threads, commit, means = self._means.threads.reads, self._commit, self._means
 
         def publish() -> None:
-            if changed := contents.changed():
+            self._judge(reserved_problems(contents.reserved_ids()))
+            changed = (*contents.changed(), *states.changed())
+            if changed:
                 problem = (
                     f"written to while they were saved: {listed(changed)}; nothing "
                     "was committed. Leave them alone until the save is done, or save copies"
@@ -251,6 +224,7 @@ class _Save:
                 digests,
                 contents.part_rows(),
                 tensors,
+                files,
                 save_id=commit.save_id,
                 rank=commit.rank,
                 ranks=commit.ranks,
@@ -260,6 +234,8 @@ class _Save:
         try:
             await run_jobs(threads, [commit.begin])
             digests = await write_shards(layouts, contents.sources, means, under=commit.staging)
+            write = partial(states.write, means.folder, commit.staging)
+            [files] = await run_jobs(threads, [write])
             means.meter.finish()
             await run_jobs(threads, [publish])
             if self._order.rank == 0:
@@ -267,8 +243,8 @@ class _Save:
                 await run_jobs(threads, [partial(commit.commit, texts)])
         except BaseException as error:
             if not commit.is_committed:
-                files = [layout.file for layout in layouts]
-                await run_jobs(threads, [partial(commit.abandon, files, _reason(error))])
+                staged = [*(layout.file for layout in layouts), *states.files]
+                await run_jobs(threads, [partial(commit.abandon, staged, _reason(error))])
             raise
 
 

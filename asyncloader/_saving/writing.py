@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from asyncloader._checkpoint.archive_form import joined_crc
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, ShardDigests, chunk_count, digest_of
 from asyncloader._loading.buffers import Arena, StagingPool
 from asyncloader._threads.jobs import for_each, run_jobs
@@ -67,7 +69,8 @@ def _cut_writes(layouts: Sequence[ShardLayout]) -> list[_Write]:
         pieces: list[_Piece] = []
         turn = length = 0
         for index, placed in enumerate(layout.blocks):
-            for begin in range(0, placed.block.nbytes, CHUNK):
+            # Even an empty tensor has a header in `model.pt`.
+            for begin in range(0, max(placed.block.nbytes, min(placed.gap, 1)), CHUNK):
                 piece = _Piece(placed, begin, min(begin + CHUNK, placed.block.nbytes))
                 size = piece.end - piece.begin
                 if pieces and (length + size > CHUNK or len(pieces) == _MOST_PIECES):
@@ -91,10 +94,33 @@ class _Shard:
     file: WritableFile
     left: int = 0  # writes that are still to come
     digests: dict[str, list[str]] = field(default_factory=dict)  # by key, of each chunk
+    crcs: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    """For an archive: by key, and by its first byte, the checksum and length of each piece."""
+
+    numbers: dict[str, int] = field(default_factory=dict)  # of blocks within the file, by key
 
     def summary(self) -> ShardDigests:
         blocks = {key: tuple(digests) for key, digests in self.digests.items()}
-        return ShardDigests(digest_of(self.layout.head), blocks)
+        keys = {placed.offset: placed.key for placed in self.layout.blocks}
+        blocks |= {other.key: blocks[keys[other.offset]] for other in self.layout.tied}
+        return ShardDigests(digest_of(self.layout.names), blocks)
+
+    def finish(self) -> None:
+        """Write what had to wait for checksums; sync."""
+        if archive := self.layout.archive:
+            sums = []
+            for number, placed in enumerate(self.layout.blocks):
+                first, *others = (crc for _, crc in sorted(self.crcs[placed.key].items()))
+                total = first[0]
+                for crc, length in others:
+                    total = joined_crc(total, crc, length)
+                sums.append(total)
+                if others:
+                    header = archive.header(number, total)
+                    self.file.write(placed.offset - placed.gap, [memoryview(header)])
+            tail = archive.tail(sums)
+            self.file.write(self.layout.size - len(tail), [memoryview(tail)])
+        self.file.sync()
 
 
 async def write_shards(
@@ -121,6 +147,8 @@ async def write_shards(
             shards.append(shard := _Shard(layout, file))
             for placed in layout.blocks:
                 shard.digests[placed.key] = [""] * chunk_count(placed.block.nbytes)
+                shard.crcs[placed.key] = {}
+                shard.numbers[placed.key] = len(shard.numbers)
         for write in writes:
             shards[write.shard].left += 1
         return shards
@@ -129,7 +157,7 @@ async def write_shards(
         [shards] = await run_jobs(means.threads.reads, [begin])
         for shard in shards:
             if not shard.left:
-                await run_jobs(means.threads.reads, [shard.file.sync])
+                await run_jobs(means.threads.reads, [shard.finish])
         await for_each(
             writes,
             partial(_write, shards, sources, means),
@@ -157,7 +185,8 @@ async def _write(
         arena = Arena(means.staging, room, len(used))
         gather = partial(_gather, shard, write, used, arena)
         [views] = await run_jobs(means.threads.kernels, [gather])
-        put = partial(shard.file.write, first.placed.offset + first.begin, views)
+        begin = first.placed.offset + first.begin - (0 if first.begin else first.placed.gap)
+        put = partial(shard.file.write, begin, views)
         await run_jobs(means.threads.reads, [put])
         del views, put, gather
         arena.close()
@@ -169,7 +198,7 @@ async def _write(
         read=write.length, wanted=write.length, current=write.pieces[-1].placed.block.name
     )
     if not shard.left:
-        await run_jobs(means.threads.reads, [shard.file.sync])
+        await run_jobs(means.threads.reads, [shard.finish])
 
 
 def _gather(
@@ -183,5 +212,10 @@ def _gather(
             number = (piece.begin + start) // DIGEST_CHUNK
             digests[number] = digest_of(view[start : start + DIGEST_CHUNK])
         assert view.nbytes == piece.end - piece.begin, "a source returns what it is asked for"
+        if archive := shard.layout.archive:
+            crc = zlib.crc32(view)
+            shard.crcs[piece.placed.key][piece.begin] = crc, view.nbytes
+            if not piece.begin:  # of a longer block the checksum is written later
+                views.append(memoryview(archive.header(shard.numbers[piece.placed.key], crc)))
         views.append(view)
-    return views
+    return [view for view in views if view.nbytes]

@@ -53,6 +53,10 @@ class Folder(Protocol):
         """What to call it in messages."""
         ...
 
+    def above(self) -> Folder:
+        """Return the folder that this one is in."""
+        ...
+
     def make(self, name: str, /) -> None:
         """Make a folder, and its parents; fine if it is there."""
         ...
@@ -146,6 +150,10 @@ class LocalFolder:
     def location(self) -> str:
         """The path."""
         return str(self._root)
+
+    def above(self) -> LocalFolder:
+        """Return the folder that this one is in."""
+        return LocalFolder(self._root.parent)
 
     def make(self, name: str, /) -> None:
         """Make a folder, and let each new name outlive a loss of power."""

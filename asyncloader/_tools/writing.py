@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
     from asyncloader._saving.layout import WriteBlock
-    from asyncloader._saving.save import SaveReport
+    from asyncloader._saving.report import SaveReport
     from asyncloader._storage.folder import WritableFile
 
     from .allocation import LoadedPart
