@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ._loading.report import LoadReport
     from ._planning.targets import LoadInfo
     from ._saving.layout import WriteBlock
-    from ._saving.save import SaveReport
+    from ._saving.report import SaveReport
     from .options import LoadKeywords
 
 __all__ = ["CheckpointReader", "Loader", "Saver"]

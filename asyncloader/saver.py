@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ._arguments import (
@@ -18,9 +17,9 @@ from ._arguments import (
     check_timeout,
     checked_path,
 )
-from ._checkpoint.format import RUN_LIST
 from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter, listening
+from ._saving.run_list import check_layout
 from ._saving.save import Moment, Order, save
 from ._saving.states import States
 from ._storage.folder import LocalFolder
@@ -139,7 +138,7 @@ class Saver:
         if not 0 <= shard_index < shard_num:
             raise ValueError(f"shard_index is 0 to shard_num - 1, got {shard_index} of {shard_num}")
         check_timeout(timeout)
-        _check_layout(layout, extra, io_state, max_keep, path)
+        check_layout(layout, extra, io_state, max_keep, path)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
         self._tables = adapted(as_dict(hashtables, "hashtables"))
@@ -208,10 +207,7 @@ class Saver:
             ValueError: If names of tables and tensors cannot be told apart, or this is one of
                 several ranks and no `save_id` was given where torch.distributed could not help.
         """
-        path = Path(self._order.path).absolute()
-        return self._asave(
-            self._now(), partial(LocalFolder, path), partial(LocalFolder, path.parent)
-        )
+        return self._asave(self._now(), partial(LocalFolder, self._order.path))
 
     def _now(self) -> Moment | Exception:
         """Return what is saved, as it is now; or an error, raised once rank 0 knows of it."""
@@ -256,33 +252,6 @@ def _check_order(shard_index: object, shard_num: object) -> None:
             "RecIS's Saver takes the ranks first, so the first argument is no path: write "
             "Saver.to(path, hashtables, tensors), or Saver(path=path, hashtables=hashtables, "
             "tensors=tensors)"
-        )
-
-
-def _check_layout(
-    layout: object,
-    extra: object,
-    io_state: object,
-    max_keep: int | None,
-    path: str | os.PathLike[str],
-) -> None:
-    """Refuse what belongs to a run where there is none, and a folder that no list can name."""
-    if layout not in {"checkpoint", "run"}:
-        raise ValueError(f'layout is "checkpoint" or "run", got {layout!r}')
-    for value, name in ((extra, "extra"), (io_state, "io_state")):
-        if value is not None and not isinstance(value, Mapping):
-            raise TypeError(f"{name} maps names to values, got {type(value).__name__}")
-    if max_keep is not None:
-        check_count(max_keep, "max_keep")
-    if layout == "checkpoint":
-        if (extra, io_state, max_keep) != (None, None, None):
-            raise ValueError('extra, io_state and max_keep are of a run: pass layout="run", too')
-        return
-    name = Path(path).absolute().name
-    if not name or name.startswith(".") or name == RUN_LIST or name != name.strip() or "\n" in name:
-        raise ValueError(
-            f"path is RUN/ID, and the id, {name!r}, becomes a line of the list RUN/{RUN_LIST}: it must "
-            f"not be {RUN_LIST!r}, begin with a dot, hold a line's end, or have spaces at its ends"
         )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from asyncloader._arguments import check_count
 from asyncloader._checkpoint.format import INDEX, RUN_LIST, SIDECAR, STAGING
 from asyncloader._checkpoint.index import is_file_name
 from asyncloader.errors import SaveError
@@ -138,3 +141,30 @@ class RunList:
                 for file in sorted(set(names) - {INDEX}):
                     self.folder.remove(f"{name}/{file}")
                 self.folder.remove_folder(name)
+
+
+def check_layout(
+    layout: object,
+    extra: object,
+    io_state: object,
+    max_keep: int | None,
+    path: str | os.PathLike[str],
+) -> None:
+    """Refuse what belongs to a run where there is none, and a folder that no list can name."""
+    if layout not in {"checkpoint", "run"}:
+        raise ValueError(f'layout is "checkpoint" or "run", got {layout!r}')
+    for value, name in ((extra, "extra"), (io_state, "io_state")):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name} maps names to values, got {type(value).__name__}")
+    if max_keep is not None:
+        check_count(max_keep, "max_keep")
+    if layout == "checkpoint":
+        if (extra, io_state, max_keep) != (None, None, None):
+            raise ValueError('extra, io_state and max_keep are of a run: pass layout="run", too')
+        return
+    name = Path(path).absolute().name
+    if not name or name.startswith(".") or name == RUN_LIST or name != name.strip() or "\n" in name:
+        raise ValueError(
+            f"path is RUN/ID, and the id, {name!r}, becomes a line of the list RUN/{RUN_LIST}: it "
+            f"must not be {RUN_LIST!r}, begin with a dot, hold a line's end, or end in spaces"
+        )

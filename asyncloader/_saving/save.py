@@ -165,8 +165,10 @@ class _Save:
 
         def decide() -> tuple[ShardLayout, ...]:
             contents.keep(checked_blocks(contents.blocks, chosen))
-            apart = [one for one in contents.blocks if order.is_run and belongs_to_model(one)]
-            rest = [one for one in contents.blocks if one not in set(apart)]
+            apart: list[WriteBlock] = []
+            rest: list[WriteBlock] = []
+            for block in contents.blocks:
+                (apart if order.is_run and belongs_to_model(block) else rest).append(block)
             shards = lay_out(rest, rank=order.rank, ranks=order.ranks, writers=order.parallel)
             layouts = (*shards, *lay_out_model(apart, contents.tied(apart)))
             moment.states.check()
