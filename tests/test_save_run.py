@@ -170,6 +170,7 @@ def test_torch_reads_every_kind_of_tensor_back_and_each_checksum_fits(tmp_path: 
     assert torch.equal(mapped["turned"], tensors["turned"])
 
 
+@pytest.mark.slow
 def test_tens_of_thousands_of_tensors_are_one_archive(tmp_path: Path) -> None:
     """More than 65,535 entries need the long form of a zip's end."""
     tensors = {f"w{number}": torch.tensor(number) for number in range(66_000)}
