@@ -51,6 +51,17 @@ def save(path: Path, version: int = 1, **options: Any) -> Any:  # noqa: ANN401  
     return Saver(path=path, layout="run", **(how | states | options)).save()
 
 
+def test_a_plain_save_over_it_leaves_no_tensor_of_it_behind(tmp_path: Path) -> None:
+    """But what another program has put there since stays, as it belongs to that."""
+    path = tmp_path / "run" / "ckpt_1"
+    save(path)
+    Saver(path=path, tensors={"w": torch.ones(1)}).save()
+    assert set(load_tensors(path)) == {"w"}
+    torch.save({"theirs": torch.ones(1)}, path / "model.pt")
+    Saver(path=path, tensors={"w": torch.ones(1)}).save()
+    assert set(load_tensors(path)) == {"w", "theirs"}
+
+
 def unpickled(path: Path) -> Any:  # noqa: ANN401  # any value
     return torch.load(path, weights_only=True)
 

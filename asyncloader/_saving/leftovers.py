@@ -50,14 +50,19 @@ def staging_of(ranks: int, save_id: str) -> str:
 def files_of(folder: Folder, at: str, *, whole: bool) -> list[str]:
     """Return the files of the checkpoint in the folder `at`.
 
-    With `whole`, those that RecIS's trainer puts beside the tables are its own, too.
+    With `whole`, those that RecIS's trainer puts beside the tables are its own, too; and always
+    those of them that the sidecar tells of, as a `Saver` wrote them with the rest.
     """
     names = folder.names(at)
     listed = _listed(folder, at) if INDEX in names else frozenset()
     own = [name for name in names if name in _OURS | listed or _SHARD.fullmatch(name)]
     if own == [INDEX] and not listed:
         return []  # a file of that name, but none of ours
-    return own + [name for name in names if whole and _OF_RUN.fullmatch(name)]
+    beside = [name for name in names if _OF_RUN.fullmatch(name)]
+    if beside and not whole:
+        told = _told(folder, at) if SIDECAR in names else frozenset()
+        beside = [name for name in beside if name in told]
+    return own + beside
 
 
 def old_files(folder: Folder, *, whole: bool = False) -> list[str]:
@@ -86,6 +91,15 @@ def _listed(folder: Folder, at: str) -> frozenset[str]:
     except (ValueError, TypeError, KeyError):
         return frozenset()  # damaged: it is replaced all the same
     return frozenset(name for name in names if _LISTED.fullmatch(str(name)))
+
+
+def _told(folder: Folder, at: str) -> frozenset[str]:
+    """Return the files that the old sidecar has digests of."""
+    try:
+        sidecar = dict(orjson.loads(folder.read(f"{at}/{SIDECAR}".lstrip("/"))))
+        return frozenset((*sidecar["shards"], *sidecar["files"]))
+    except (ValueError, TypeError, KeyError):
+        return frozenset()
 
 
 def recover(folder: Folder) -> None:
