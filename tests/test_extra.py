@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import io
+import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import warnings
@@ -23,12 +25,15 @@ from asyncloader import (
     CheckpointError,
     CheckpointNotFoundError,
     Loader,
+    RunSummary,
     aread_extra,
     aread_io_state,
+    inspect,
     read_extra,
     read_io_state,
 )
 from asyncloader._checkpoint.sidecar import digest_of
+from asyncloader.cli._app import run as run_here
 from tests.checkpoints import save
 from tests.genuine import NAMES, NEWEST, RUN, copy_of_run, truth
 from tests.oracle import edit_json
@@ -37,6 +42,8 @@ from tests.support import flat_tensors, raw
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from asyncloader._tools.beside import Beside
 
 
 @pytest.fixture
@@ -230,7 +237,7 @@ def test_a_bomb_that_denies_its_size_is_damaged(folder: Path) -> None:
 
 
 def test_a_second_list_of_files_does_not_count(folder: Path) -> None:
-    """Readers differ in which list they take; torch gets an archive with the one that was checked."""
+    """Readers differ in which list they take; torch gets an archive with the checked one only."""
     small, large = io.BytesIO(), io.BytesIO()
     torch.save({"x": torch.zeros(1)}, small)
     torch.save({"x": torch.ones(1 << 20)}, large)
@@ -322,3 +329,60 @@ def test_a_bank_opens_only_the_files_whose_values_it_wants(folder: Path) -> None
     assert report.extra == read_io_state(folder)
     with pytest.raises(CheckpointError, match=r"extra\.pt"):
         Loader.from_bank([{"path": folder, "load": ["global_step"]}]).load()
+
+
+def beside(folder: Path) -> Beside:
+    found = inspect(folder)
+    assert not isinstance(found, RunSummary)
+    assert found.beside.warnings == found.warnings
+    return found.beside
+
+
+def test_inspect_lists_the_files_and_the_step(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = beside(folder)
+    assert found.global_step == 30
+    assert {file.name: file.bytes for file in found.files} == {
+        name: (folder / name).stat().st_size for name in ("extra.pt", "io_state_0.pt")
+    }
+    for rank in range(1, 5):
+        shutil.copy(folder / "io_state_0.pt", folder / f"io_state_{rank}.pt")
+    assert run_here(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "io_state_….pt of 5 ranks" in shown
+    assert re.search(r"global step +30", shown)
+    assert run_here(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["beside"]["global_step"] == 30
+
+
+@pytest.mark.parametrize(
+    "step", [torch.tensor([7]), torch.tensor([0, 7])[1], torch.tensor([7, 7])[:1]]
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_inspect_finds_a_step_wherever_it_lies(
+    folder: Path, step: torch.Tensor, compressed: bool
+) -> None:
+    torch.save({"x": torch.ones(3), "global_step": step}, folder / "extra.pt")
+    if compressed:
+        pack(folder / "extra.pt")
+    assert beside(folder).global_step == 7
+
+
+@pytest.mark.parametrize(
+    "step", [torch.tensor([7, 8]), torch.tensor(7.0), torch.tensor(7).int(), 7]
+)
+def test_inspect_takes_nothing_else_for_a_step(folder: Path, step: object) -> None:
+    torch.save({"global_step": step}, folder / "extra.pt")
+    assert beside(folder).global_step is None
+
+
+def test_inspect_warns_of_what_cannot_be_read(folder: Path) -> None:
+    torch.save({"x": Called(eval, "1")}, folder / "extra.pt")
+    assert "eval" in beside(folder).warnings[0]
+    (folder / "extra.pt").write_bytes(b"PK")
+    assert beside(folder).warnings[0].startswith("extra.pt: is damaged")
+    (folder / "extra.pt").rename(folder / "extra.pkl")
+    found = beside(folder)
+    assert [file.name for file in found.files] == ["extra.pkl", "io_state_0.pt"]
+    assert found.global_step is None
