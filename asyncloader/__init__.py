@@ -51,6 +51,12 @@ if TYPE_CHECKING:
         SaveTimeoutError as SaveTimeoutError,
         TruncatedShardError as TruncatedShardError,
     )
+    from .extra import (
+        aread_extra as aread_extra,
+        aread_io_state as aread_io_state,
+        read_extra as read_extra,
+        read_io_state as read_io_state,
+    )
     from .live import Live as Live
     from .loader import Loader as Loader
     from .model import targets as targets
@@ -107,6 +113,7 @@ _MODULES = {
         "LoadTimeoutError PlanError ReadError ReadStalledError "
         "SaveError SaveTimeoutError TruncatedShardError"
     ),
+    "extra": "aread_extra aread_io_state read_extra read_io_state",
     "live": "Live",
     "loader": "Loader",
     "model": "targets",

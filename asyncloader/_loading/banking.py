@@ -16,7 +16,7 @@ from asyncloader._checkpoint.manifest import Manifest
 from asyncloader._planning.bank import resuming
 from asyncloader._planning.choice import choose
 from asyncloader._planning.names import ModelNames, SourceNames
-from asyncloader._planning.resolution import resolve, wants_words
+from asyncloader._planning.resolution import resolve, wanted_words
 from asyncloader._storage.joined import JoinedStorage
 from asyncloader._storage.small_files import Looks
 from asyncloader._storage.unpacking import UnpackingStorage
@@ -28,7 +28,8 @@ from .extras import read_words
 from .runtime import holding, open_files
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._planning.bank import Bank, Entry
@@ -114,14 +115,14 @@ async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | Non
             entries.append(resuming(bank.resume))
         for path in dict.fromkeys(entry.path for entry in entries if not entry.skip):
             try:
-                found[path] = await _checkpoint_of(looks, Path(path))
+                found[path] = await checkpoint_of(looks, Path(path))
             except CheckpointError as error:
                 failures[path] = error
     _raise_first(failures, failures)
     return [(entry, None if entry.skip else found[entry.path]) for entry in entries]
 
 
-async def _checkpoint_of(looks: Looks, path: Path) -> str:
+async def checkpoint_of(looks: Looks, path: Path) -> str:
     """Return the newest checkpoint of a run folder; other folders are checkpoints themselves."""
     if await looks(_is_run, path):
         path = await newest_version(looks, path, finished=True)
@@ -156,9 +157,8 @@ async def _plan(planner: Planner, opened: OpenBank) -> tuple[LoadPlan, Destinati
     [(into, targets)] = await run_jobs(kernels, [undisturbed(planner.describe)])
     with planner.tracer.span("plan", "names"):
         model = ModelNames.of_targets(targets)
-        wordy = partial(_wordy, opened, model)
-        [paths] = await run_jobs(kernels, [wordy])
-        known = await read_names(opened, words_of=paths)
+        [wanted] = await run_jobs(kernels, [partial(_words, opened, model)])
+        known = await read_names(opened, wanted)
         resolving = partial(_resolve, opened, known, model, targets)
         [(resolution, catalog, choice)] = await run_jobs(kernels, [undisturbed(resolving)])
     with planner.tracer.span("plan", "headers"):
@@ -176,13 +176,17 @@ async def _plan(planner: Planner, opened: OpenBank) -> tuple[LoadPlan, Destinati
     return replace(plan, bank=resolution, extra=extra), into
 
 
-def _wordy(opened: OpenBank, model: ModelNames) -> set[str]:
-    """Return the checkpoints whose plain values are wanted: an optimizer's state may be large."""
-    return {path for one, path in opened.entries if path is not None and wants_words(model, one)}
+def _words(opened: OpenBank, model: ModelNames) -> dict[str, set[str]]:
+    """Return the plain values that are wanted, by checkpoint: an optimizer's state may be large."""
+    words: dict[str, set[str]] = {}
+    for entry, path in opened.entries:
+        if path is not None:
+            words.setdefault(path, set()).update(wanted_words(model, entry))
+    return words
 
 
-async def read_names(opened: OpenBank, *, words_of: Collection[str]) -> dict[str, Known]:
-    """Return the names in each checkpoint, by path; plain values only of those of `words_of`.
+async def read_names(opened: OpenBank, words: Mapping[str, AbstractSet[str]]) -> dict[str, Known]:
+    """Return the names in each checkpoint, by path, and of its plain values those of `words`.
 
     Raises:
         CheckpointError: For the first checkpoint that cannot be read; the others are notes on it.
@@ -195,7 +199,10 @@ async def read_names(opened: OpenBank, *, words_of: Collection[str]) -> dict[str
         try:
             async with source.explaining():
                 catalog = await source.catalog()
-                values = await read_words(source, rank=opened.rank) if path in words_of else {}
+                digests = None if catalog.sidecar is None else catalog.sidecar.files
+                values = await read_words(
+                    source, rank=opened.rank, words=words[path], digests=digests
+                )
         except CheckpointError as error:
             failures[path] = error
             return

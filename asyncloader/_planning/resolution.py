@@ -52,12 +52,13 @@ def resolve(model: ModelNames, sources: Sequence[tuple[Entry, SourceNames | None
     )
 
 
-def wants_words(model: ModelNames, entry: Entry) -> bool:
-    """Say whether an entry may take plain values, so that they have to be read."""
+def wanted_words(model: ModelNames, entry: Entry) -> set[str]:
+    """Return the plain values that an entry may take, so that they have to be read."""
     wanted, excluded = _Work(model).selected(entry)
-    if any(map(model.is_word, wanted)):
-        return True
-    return OPTIMIZER not in excluded and any(name in model.tensors for name in wanted)
+    words = set(filter(model.is_word, wanted))
+    if OPTIMIZER not in excluded and any(name in model.tensors for name in wanted):
+        words.add(OPTIMIZER)
+    return words
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader._loading.banking import open_bank, read_names
 from asyncloader._loading.runtime import open_session
-from asyncloader._planning.names import ModelNames
+from asyncloader._planning.names import WORDS, ModelNames
 from asyncloader._planning.resolution import resolve
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import PlanError
@@ -30,7 +30,7 @@ async def resolve_bank(bank: Bank, *, like: str | None, options: ReadOptions) ->
         PlanError: With all that is wrong with the entries.
     """
     async with open_bank(bank, options, runtime=None) as opened:
-        known = await read_names(opened, words_of=opened.sources)
+        known = await read_names(opened, {path: set(WORDS) for path in opened.sources})
         catalogs = [one.names.catalog for one in known.values()]
         if like is not None:
             async with open_session(like, options) as session:

@@ -18,6 +18,7 @@ from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 from asyncloader.runs import finished_versions, is_run_folder, newest_version
 
+from .beside import Beside, look_beside
 from .content import read_headers, shards_of, stored_slot
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class CheckpointSummary:
         saving: Folders in it of saves that are under way, or were cut off.
         warnings: Oddities that do no harm.
         metadata: The free text of headers, `__metadata__`, by file; files without any are absent.
+        beside: What a trainer of RecIS saved beside the tensors.
     """
 
     location: str
@@ -100,6 +102,7 @@ class CheckpointSummary:
     saving: tuple[str, ...]
     warnings: tuple[str, ...]
     metadata: Mapping[str, Mapping[str, str]]
+    beside: Beside
     tables: tuple[TableSummary, ...]
     tensors: tuple[TensorSummary, ...]
 
@@ -151,12 +154,13 @@ async def look_into(path: str, options: ReadOptions) -> CheckpointSummary | RunS
                 return run
             raise
         saving = await session.on_disk(partial(_stagings, path))
-        sum_up = partial(_summarize, manifest, file=session.file, saving=saving)
+        beside = await look_beside(session) if manifest.catalog.recis else Beside()
+        sum_up = partial(_summarize, manifest, session.file, saving, beside)
         return (await run_jobs(session.threads.kernels, [sum_up]))[0]
 
 
 def _summarize(
-    manifest: Manifest, *, file: str | None, saving: tuple[str, ...]
+    manifest: Manifest, file: str | None, saving: tuple[str, ...], beside: Beside
 ) -> CheckpointSummary:
     """Sum up a checkpoint, which is the folder, or else `file` alone."""
     catalog = manifest.catalog
@@ -177,8 +181,9 @@ def _summarize(
         ids=sum(table.ids for table in tables),
         digests=digests,
         saving=saving,
-        warnings=(*manifest.warnings, *_oddities(tables), *ghosts),
+        warnings=(*manifest.warnings, *_oddities(tables), *ghosts, *beside.warnings),
         metadata=metadata_of(manifest, sorted(manifest.headers)),
+        beside=beside,
         tables=tables,
         tensors=tensors,
     )

@@ -13,8 +13,8 @@ from asyncloader._checkpoint.parts import ID
 from asyncloader._display import escaped, size_text
 from asyncloader._tools.inspecting import RunSummary
 
+from ._facts import beside_facts, metadata_facts
 from ._terminal import (
-    SHOWN,
     Name,
     Numbers,
     count,
@@ -32,7 +32,7 @@ from ._terminal import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from rich.console import RenderableType
 
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
     from ._terminal import Fact
 
-_LONGEST = 200
 _FEW = 8  # values of a row, where there are several rows
 _DIGESTS = {
     "present": Text("of all bytes, to verify them by", "green"),
@@ -79,6 +78,7 @@ def checkpoint_view(summary: CheckpointSummary, *, everything: bool) -> Renderab
         lines.insert(1, ("state", Text("committed", "green")))
     another = "another save, under way or cut off"
     lines += [odd_fact("saving", f"{name}: {another}") for name in summary.saving]
+    lines += beside_facts(summary.beside)
     lines += metadata_facts(summary.metadata)
     lines += [odd_fact("warning", warning) for warning in summary.warnings]
     return Group(
@@ -86,26 +86,6 @@ def checkpoint_view(summary: CheckpointSummary, *, everything: bool) -> Renderab
         *section(tables, _tables, "more tables", everything=everything),
         *section(tensors, _tensors, "more tensors", everything=everything),
     )
-
-
-def metadata_facts(metadata: Mapping[str, Mapping[str, str]]) -> list[Fact]:
-    """Show the free text of headers: once, where all files have the same."""
-    if not metadata:
-        return []
-    first, *others = metadata.items()
-    same = all(other == first[1] for _, other in others)
-    texts = [
-        f"{key}: {value}" if same else f"{file}: {key}: {value}"
-        for file, pairs in ([first] if same else metadata.items())
-        for key, value in pairs.items()
-    ]
-    rest = [f"and {count(len(texts) - SHOWN)} more; --json has them"] * (len(texts) > SHOWN)
-    cut = map(_cut, map(escaped, texts[:SHOWN] + rest))
-    return [("metadata", Text(one, overflow="fold")) for one in cut]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _tables(tables: Sequence[TableSummary]) -> RenderableType:
