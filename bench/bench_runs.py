@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from asyncloader import Live, Saver
 from bench._cache import warm
-from bench._cases import DenseCase, dense_shapes, poison, tensor_loader
+from bench._cases import TABLE, DenseCase, dense_shapes, poison, tensor_loader
 from bench._measure import Contender, interleave
-from bench._raw import STEP, THREADS, Read, carry_out, threads_text
+from bench._raw import STEP, THREADS, Read, carry_out, size_of, threads_text
 from bench._results import Goal, Results, Speed, against_peers, against_raw
-from bench._truth import windows
+from bench._truth import table_rows, windows
 from bench.bench_memory import peak
+from examples.made_up import empty_table
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from asyncloader._serving.model import Built
+    from bench._measure import Role
     from bench._scale import Scale
 
 
@@ -119,3 +123,54 @@ def test_m1_a_file_of_torch_save(folder: Path, results: Results, scale: Scale) -
     memory = peak(results, folder, "P1", "while P1 loads")
 
     assert memory.above <= memory.allowed
+
+
+def run_of(folder: Path, scale: Scale) -> tuple[Path, Path, Callable[[], Built], int]:
+    """Return a checkpoint of a run and the same in safetensors alone, and what takes it."""
+    data = table_rows(scale.ids // 3, scale.width)
+    dense = windows(dict(list(dense_shapes(scale).items())[: scale.tensors // 4]))
+    run, plain = folder / "run-pt" / "ckpt_1", folder / "run-plain" / "ckpt_1"
+    if not (plain / "index").exists():
+        table = empty_table(TABLE, data, None)
+        table.insert(data.ids, data.slots["embedding"])
+        for path, options in (
+            (run, {"layout": "run", "extra": {"global_step": torch.tensor(1)}}),
+            (plain, {}),
+        ):
+            Saver(path=path, hashtables={TABLE: table}, tensors=dense, **options).save()  # type: ignore[arg-type]
+    files = [[one for one in path.iterdir() if one.is_file()] for path in (run, plain)]
+    for found in files:
+        warm(found)
+
+    def build() -> Built:
+        tensors = {name: torch.empty(tensor.shape) for name, tensor in dense.items()}
+        return {TABLE: empty_table(TABLE, data, None)}, tensors
+
+    return run, plain, build, size_of(files[1])
+
+
+def test_r1_a_run_in_live(
+    folder: Path, runner: asyncio.Runner, results: Results, scale: Scale
+) -> None:
+    run, plain, build, nbytes = run_of(folder, scale)
+
+    async def served(path: Path) -> None:
+        async with Live(path.parent, build):
+            pass
+
+    def contender(name: str, path: Path, role: Role) -> Contender:
+        return Contender(name=name, role=role, run=lambda _: runner.run(served(path)), fresh=nbytes)
+
+    times = interleave(
+        [
+            contender("a run, with model.pt", run, "ours"),
+            contender("safetensors alone", plain, "variant"),
+        ],
+        rounds=scale.rounds(7),
+    )
+    what = f"{nbytes >> 20:,} MiB of a table and tensors, from files to serving in Live"
+    results.speeds.append(Speed(case="R1", what=what, nbytes=nbytes, times=times, skipped=[]))
+    ratio = times[0].median / times[1].median
+    results.figure(
+        "R1", "beside the same bytes in safetensors alone", ratio, "of its time", Goal("≤", 1.15)
+    )
