@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import struct
+import threading
 import zipfile
+import zlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from asyncloader import (
     CheckpointReader,
     Loader,
     PlanError,
+    Runtime,
     convert,
     diff,
     inspect,
@@ -27,13 +31,16 @@ from asyncloader import (
     verify,
 )
 from tests.genuine import NAMES, RUN, truth
+from tests.storages import Through
 from tests.support import flat_tensors, raw
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
+
+    from asyncloader._storage.protocol import ReadInto
 
 DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
@@ -289,7 +296,7 @@ def test_tensors_of_other_kinds_keep_no_plain_one_from_being_read(tmp_path: Path
     odd = {"sparse": torch.ones(3).to_sparse(), "complex": torch.ones(2, dtype=torch.complex128)}
     torch.save({**odd, "w": torch.ones(2)}, path)
     assert torch.equal(load_tensors(path, ["w"])["w"], torch.ones(2))
-    with pytest.raises(CheckpointError, match=r"'sparse'.*sparse tensor, not read"):
+    with pytest.raises(CheckpointError, match=r"'sparse'.*sparse tensor, which is not read"):
         load_tensors(path)
     with pytest.raises(PlanError, match="sparse tensor"):
         Loader(path, tensors={"sparse": torch.ones(3)}).load()
@@ -379,7 +386,7 @@ def test_a_pickle_that_is_a_bomb_is_refused(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     _listed(b"/data.pkl", 24, struct.pack("<I", 99))(content)  # less than there is
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"'data\.pkl' does not hold the 99 bytes"):
+    with pytest.raises(CheckpointError, match=r"'data\.pkl'.* 99 bytes"):
         load_tensors(path)
 
 
@@ -424,3 +431,94 @@ def test_an_older_file_says_how_to_convert_it(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"pickle.*torch\.load"):
         load_tensors(path)
+
+
+def test_a_file_without_tensors_is_shown(tmp_path: Path) -> None:
+    torch.save({"step": 1}, tmp_path / "x.pt")
+    found = inspect(tmp_path / "x.pt")
+    assert (found.kind, found.tensors) == ("file of torch.save", ())  # type: ignore[union-attr]
+    assert load_tensors(tmp_path / "x.pt") == {}
+
+
+def test_what_is_not_read_is_neither_converted_nor_called_equal(tmp_path: Path) -> None:
+    for name, value in {"a": 1.0, "b": 2.0}.items():
+        torch.save({"s": torch.full((3,), value).to_sparse(), "w": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="'s' is a sparse tensor, which is not read"):
+        convert(tmp_path / "a", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+    with pytest.raises(CheckpointError, match="'s' is a sparse tensor, which is not read"):
+        diff(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("at_end", [b"", b"x" * 1000])
+def test_verify_finds_what_stands_behind_compressed_bytes(tmp_path: Path, at_end: bytes) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.arange(9000.0)}, path)
+
+    def how(archive: zipfile.ZipFile, one: zipfile.ZipInfo, content: bytes) -> None:
+        if not one.filename.endswith("data/0"):
+            archive.writestr(one.filename, content)
+            return
+        packed = zlib.compressobj(wbits=-15)
+        text = packed.compress(content) + packed.flush() + at_end
+        entry = zipfile.ZipInfo(one.filename)
+        archive.writestr(entry, text)  # stored; the list calls it compressed afterwards
+        entry.compress_type, entry.file_size = zipfile.ZIP_DEFLATED, len(content)
+        entry.CRC = zlib.crc32(content)
+
+    rewritten(path, how)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"/data/0")
+    begin = content.rindex(b"PK\x03\x04", 0, at)
+    content[begin + 8 : begin + 10] = b"\x08\x00"
+    path.write_bytes(content)
+    assert torch.equal(load_tensors(path)["w"], torch.arange(9000.0))
+    found = [one.text for one in verify(path).problems]
+    assert len(found) == bool(at_end)
+    assert all("1,000 bytes stand behind" in text for text in found)
+
+
+def test_a_tensor_that_is_cancelled_while_it_is_gathered_ends_soon(tmp_path: Path) -> None:
+    """Millions of single reads on one thread, of which the first ones block the storage."""
+    task: asyncio.Task[Any]
+    loop: asyncio.AbstractEventLoop
+    tensor = torch.zeros(1 << 17, 300)[:, 0]
+    torch.save({"w": tensor}, tmp_path / "x.pt")
+    reads = 0
+
+    class Counting(Through):
+        async def on_thread(self, name: str, job: Callable[[ReadInto], Any], /) -> Any:  # noqa: ANN401
+            def counted(read: ReadInto) -> Any:  # noqa: ANN401
+                def one(offset: int, views: Sequence[memoryview]) -> int:
+                    nonlocal reads
+                    reads += 1
+                    if reads == 1000:
+                        loop.call_soon_threadsafe(task.cancel)
+                        cancelled.wait()
+                    return read(offset, views)
+
+                return job(one)
+
+            return await self.inner.on_thread(name, counted)
+
+    cancelled = threading.Event()
+
+    async def main() -> None:
+        nonlocal task, loop
+        loop = asyncio.get_running_loop()
+        async with Runtime(wrap_storage=Counting) as runtime:
+            loader = Loader(tmp_path / "x.pt", tensors={"w": torch.ones(1 << 17)}, runtime=runtime)
+            task = asyncio.create_task(loader.aload())
+            task.add_done_callback(lambda _: None)
+            loop.call_later(0, watch)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    def watch() -> None:
+        if task.cancelling():
+            cancelled.set()
+        else:
+            loop.call_soon(watch)
+
+    asyncio.run(main())
+    assert reads < 5000

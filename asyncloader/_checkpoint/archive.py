@@ -24,7 +24,7 @@ SIGNATURE = b"PK\x03\x04"
 
 HEADER = 30  # bytes of a local header before its names
 TAIL = 64 << 10  # bytes of an archive's end that nearly always hold its list
-MAX_LIST = 256 << 20  # bytes of an archive's end that are read at most: two million files
+MAX_LIST = 64 << 20  # bytes of an archive's end that are read at most: half a million files
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _ENCRYPTED = 0x1
@@ -157,6 +157,10 @@ def _entry(name: str, listed: zipfile.ZipInfo) -> Entry:
         raise ArchiveError(f"{name!r} is compressed by method {listed.compress_type}, no deflate")
     if is_stored and listed.file_size != listed.compress_size:
         raise ArchiveError(f"{name!r} has two sizes, {listed.file_size} and {listed.compress_size}")
+    if not is_stored and listed.compress_size > listed.file_size + listed.file_size // 1000 + 64:
+        raise ArchiveError(
+            f"{name!r}: {listed.file_size} bytes do not take {listed.compress_size} compressed"
+        )
     # No deflated text is shorter: its longest code, 258 bytes, takes two bits.
     if listed.file_size > 1032 * (listed.compress_size + 16):
         raise ArchiveError(f"{name!r}: {listed.compress_size} bytes cannot be {listed.file_size}")

@@ -39,8 +39,14 @@ class DType:
     @property
     def lack(self) -> str:
         """What it is, in words, if torch has no such type."""
-        is_named = _NAME.fullmatch(self.name) is not None  # by the header of a safetensors file
-        return f"{self.name}, which torch does not have" if is_named else f"a {self.name}, not read"
+        if self.is_refused:
+            return f"a {self.name}, which is not read: ask for other tensors only"
+        return f"{self.name}, which torch does not have"
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether this is no dtype, but the kind of a tensor that is not read at all."""
+        return self.itemsize is None and _NAME.fullmatch(self.name) is None
 
     @property
     def is_number(self) -> bool:

@@ -95,7 +95,7 @@ def _shards(mark: Path) -> set[str]:
         catalog = parse_weight_map(problems, _written(mark), mark.name)
     else:
         return {mark.name}
-    return set(catalog.tensors.shards.values())  # without TENSORKEY, tables are tensors, too
+    return set(catalog.files)
 
 
 def _check_names(tensorkey: Path) -> None:
@@ -107,6 +107,9 @@ def _check_names(tensorkey: Path) -> None:
 
 def _written(names: Path) -> bytes:
     """Return the text of a JSON file, unless it is cut short: it ends where its braces do."""
+    size = _size(names)
+    if size is None or size > MAX_NAMES:
+        raise OSError(f"{names.name!r} is no file that is read")  # a load tells
     text = names.read_bytes()
     if not text.strip(b"\0") or text.count(b"{") > text.count(b"}"):
         raise _unwritten(names.name)

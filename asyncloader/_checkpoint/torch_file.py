@@ -49,11 +49,14 @@ if TYPE_CHECKING:
 
 
 _PICKLE, _ORDER, _DATA = "data.pkl", "byteorder", "data/"
-_MOST_PICKLE = 256 << 20  # bytes: a million names take a hundred
+_MOST_PICKLE = 128 << 20  # bytes: a million names take a hundred
+_MOST_DEFLATED = 16 << 20
 # Where packed tensors seem to lie: so far behind the end that no read takes both along.
 _BEHIND = 1 << 20
 # An expanded tensor takes more memory than its file has bytes, and a hostile one takes all.
 _MOST_EXPANDED = 64 << 20
+_MOST_AXES = 32  # of an array, in older releases of NumPy
+_MOST_OFFSET = 1 << 62
 
 
 async def read_archive(
@@ -109,8 +112,9 @@ def _content(
 ) -> bytes:
     """Return the content of a small file of the archive."""
     entry = entries[name]
-    if entry.size > _MOST_PICKLE:
-        raise ArchiveError(f"{name!r} takes {entry.size:,} bytes, and {_MOST_PICKLE:,} are read")
+    most = _MOST_PICKLE if entry.is_stored else _MOST_DEFLATED
+    if entry.size > most:
+        raise ArchiveError(f"{name!r} takes {entry.size:,} bytes, and {most:,} are read")
     content = bytearray(entry.packed)
     fill(read, shard, begins[name], memoryview(content))
     if entry.is_stored:
@@ -194,6 +198,7 @@ class _Layout:
     names: dict[str, tuple[DType, tuple[int, ...], int, int]] = field(default_factory=dict)
     packed: list[PackedTensor] = field(default_factory=list)
     deflated: dict[str, Deflated] = field(default_factory=dict)
+    expanded: int = 0  # bytes that tensors take beyond those that the file has of them
 
     def add(self, name: str, tensor: Tensor | Refused) -> None:
         """Take a tensor, or tell why it does not fit its storage."""
@@ -205,7 +210,9 @@ class _Layout:
             with self.problems.about(self.archive.shard, name):
                 self.names[name] = self._placed(tensor)
 
-    def _placed(self, tensor: Tensor) -> tuple[DType, tuple[int, ...], int, int]:
+    def _placed(  # noqa: C901  # one branch for each thing that can be wrong
+        self, tensor: Tensor
+    ) -> tuple[DType, tuple[int, ...], int, int]:
         """Return dtype, shape, offset and bytes; raise a `ValueError` if they cannot be right."""
         dtype, count = BY_TORCH.get(tensor.dtype), math.prod(tensor.shape)
         if dtype is None or dtype.itemsize is None:
@@ -218,28 +225,34 @@ class _Layout:
         is_contiguous, nbytes = tensor.is_contiguous, count * itemsize
         last = count - 1
         if not is_contiguous:
-            last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
+            pairs = zip(tensor.shape, tensor.stride, strict=True)
+            last = sum((n - 1) * step for n, step in pairs)
         if count and (tensor.offset + last + 1) * itemsize > entry.size:
             raise ValueError(
                 f"its element {tensor.offset + last} is beyond the {entry.size} bytes of its "
                 f"storage {key!r}"
             )
-        if nbytes > max(entry.size, _MOST_EXPANDED):
+        self.expanded += max(nbytes - entry.size, 0)
+        if nbytes > entry.size and self.expanded > _MOST_EXPANDED:
             kind = f"tensor that is expanded, from {entry.size:,} bytes to {nbytes:,}"
             return DType(kind, kind, None), (), 0, 0
+        shape = tuple(n for n in tensor.shape if n != 1)
+        stride = tuple(s for n, s in zip(tensor.shape, tensor.stride, strict=True) if n != 1)
+        if len(shape) > _MOST_AXES and not is_contiguous:
+            raise ValueError(f"it has {len(shape)} dimensions and lies in pieces")
         begin = self.archive.begins[key]
         if not count or (is_contiguous and entry.is_stored):
             return dtype, tensor.shape, begin + (tensor.offset * itemsize if count else 0), nbytes
         storage: Deflated | int = begin
         if not entry.is_stored:
-            deflated = Deflated(key, begin, begin + entry.packed)
+            deflated = Deflated(key, begin, begin + entry.packed, entry.size)
             storage = self.deflated.setdefault(key, deflated)
         end = self.packed[-1].offset + self.packed[-1].nbytes if self.packed else 0
         offset = max(end, self.archive.size + _BEHIND)
+        if offset + nbytes > _MOST_OFFSET:
+            raise ValueError("the tensors that lie in pieces are too large together")
         self.packed.append(
-            PackedTensor(
-                offset, nbytes, storage, itemsize, tensor.offset, tensor.shape, tensor.stride
-            )
+            PackedTensor(offset, nbytes, storage, itemsize, tensor.offset, shape, stride)
         )
         return dtype, tensor.shape, offset, nbytes
 

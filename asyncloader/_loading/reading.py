@@ -194,8 +194,9 @@ def torch_dtype(location: str, stored: Stored) -> torch.dtype:
     found = getattr(torch, stored.dtype.torch, None)
     if isinstance(found, torch.dtype):
         return found
-    known = f"torch here is {torch.__version__}; update it, or ask for other tensors only"
-    problem = f"is {stored.dtype.lack}: {known}"
+    problem = f"is {stored.dtype.lack}"
+    if not stored.dtype.is_refused:
+        problem += f": torch is {torch.__version__}; update it, or ask for other tensors only"
     raise _bad(location, stored, problem)
 
 

@@ -143,7 +143,10 @@ class LocalStorage:
 
         def read(offset: int, views: Sequence[memoryview]) -> int:
             reading.begin(offset, views)
-            return self._read(file, reading)
+            count = self._read(file, reading)
+            if reading.is_lost:  # what the job would do with the bytes is no longer wanted
+                raise OSError(errno.ECANCELED, "the read was given up")
+            return count
 
         async with self._using(name) as file:
             file.start = b""

@@ -8,6 +8,7 @@ here their bytes are gathered. That is slower, and takes a few MiB a thread, how
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import math
 import threading
@@ -18,6 +19,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+
+from asyncloader._threads.jobs import settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -32,8 +35,9 @@ T = TypeVar("T")
 _SPAN = 1 << 20  # bytes gathered from at once
 # Of a span of more bytes than this, so many times as many as are wanted, a half is read by itself.
 _SMALL, _THIN = 16 << 10, 8
-_INPUT = 256 << 10  # compressed bytes read at once
-_MARK = 8 << 20  # bytes from one place where decompressing can begin to the next
+_INPUT = 16 << 10  # compressed bytes read at once: a mark keeps as many
+_MARK = 8 << 20  # bytes from one place where decompressing can begin to the next, at least
+_MARKS = 256  # of which each takes 60 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +48,13 @@ class Deflated:
         name: For messages.
         begin: The first compressed byte in the file.
         end: One past the last.
+        size: Bytes that they are, not compressed.
     """
 
     name: str
     begin: int
     end: int
+    size: int
     # Positions in ascending order: where the input goes on there, and the state of zlib.
     _marks: list[tuple[int, int, Any]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -78,7 +84,7 @@ class Deflated:
                 if low < high:
                     view[low - position : high - position] = some[low - done : high - done]
                 done += len(some)
-                if done >= marks[-1][0] + _MARK:
+                if done >= marks[-1][0] + max(_MARK, self.size // _MARKS):
                     marks.append((done, offset - len(left), machine.copy()))
         self._marks[:] = marks
 
@@ -111,6 +117,9 @@ class PackedTensor:
     def fill(self, read: ReadInto, position: int, view: memoryview) -> None:
         """Fill a view with the bytes from `position` on; raise `OSError` if that fails."""
         wide = self.itemsize
+        if not isinstance(self.storage, int) and self._is_contiguous:
+            self.storage.fill(read, self.first * wide + position, view)
+            return
         end = position + view.nbytes
         low, high = -(-position // wide), end // wide  # the elements that are wanted whole
         if low > high or low * wide > position or high * wide < end:
@@ -123,6 +132,11 @@ class PackedTensor:
                 view[at - position : until - position] = part[at - one * wide : until - one * wide]
         if low < high:
             self._elements(read, low, high, view[low * wide - position : high * wide - position])
+
+    @property
+    def _is_contiguous(self) -> bool:
+        steps = (*(math.prod(self.shape[axis:]) for axis in range(1, len(self.shape))), 1)
+        return self.stride == steps[: len(self.shape)]
 
     def _elements(self, read: ReadInto, low: int, high: int, view: memoryview) -> None:
         """Fill a view with the elements `[low, high)`, in row-major order."""
@@ -224,14 +238,29 @@ class UnpackingStorage:
         packed = self._packed.get(name)
         if packed is None or offset < packed[0].offset:
             return self._inner.readinto(name, offset, views)
-        return self._inner.on_thread(name, lambda read: _fill_views(packed, read, offset, views))
+        return self._gather(name, lambda read: _fill_views(packed, read, offset, views))
 
     def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> Coroutine[Any, Any, T]:
         """Run `job` on a thread; see `ThreadedStorage`."""
         packed = self._packed.get(name)
         if packed is None:
             return self._inner.on_thread(name, job)
-        return self._inner.on_thread(name, lambda read: job(partial(_read, packed, read)))
+        return self._gather(name, lambda read: job(partial(_read, packed, read)))
+
+    async def _gather(self, name: str, job: Callable[[ReadInto], T]) -> T:
+        """Run a job that may read a million times; it ends soon after it is cancelled."""
+        given_up = threading.Event()
+
+        def reading(read: ReadInto) -> T:
+            def unless_given_up(offset: int, views: Sequence[memoryview]) -> int:
+                if given_up.is_set():
+                    raise OSError(errno.ECANCELED, "the read was given up")
+                return read(offset, views)
+
+            return job(unless_given_up)
+
+        work = asyncio.ensure_future(self._inner.on_thread(name, reading))
+        return await settled(work, withdraw=given_up.set)
 
 
 def _read(

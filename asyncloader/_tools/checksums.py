@@ -33,17 +33,19 @@ async def check_sums(session: Session, archive: Archive, problems: AllProblems) 
     await for_each(wanted, check, workers=session.options.parallel, name="asyncloader-sum")
 
 
-async def _damage(session: Session, shard: str, entry: Entry, begin: int) -> str:
+async def _damage(  # one branch for each thing that can be wrong
+    session: Session, shard: str, entry: Entry, begin: int
+) -> str:
     """Say what is wrong with the bytes of an entry, if anything is."""
     machine = None if entry.is_stored else zlib.decompressobj(-zlib.MAX_WBITS)
-    step, found, size = session.options.read_bytes, 0, 0
+    step, found, size, read = session.options.read_bytes, 0, 0, entry.packed
 
     def take(view: memoryview) -> None:
         nonlocal found, size
         left: bytes | memoryview = view
         while left:
             some = left if machine is None else machine.decompress(left, step)
-            left = b"" if machine is None else machine.unconsumed_tail
+            left = b"" if machine is None or machine.eof else machine.unconsumed_tail
             found, size = zlib.crc32(some, found), size + len(some)
 
     for offset in range(0, entry.packed, step):
@@ -55,11 +57,14 @@ async def _damage(session: Session, shard: str, entry: Entry, begin: int) -> str
                 await run_jobs(session.threads.kernels, [partial(take, view)])
             except zlib.error as error:
                 return f"its compressed bytes are damaged: {error}"
-            if size > entry.size:
+            if size > entry.size or (machine is not None and machine.eof):
+                read = offset + length
                 break
     if machine is not None:
         rest = machine.flush()
         found, size = zlib.crc32(rest, found), size + len(rest)
+        if behind := entry.packed - read + len(machine.unused_data):
+            return f"{behind:,} bytes stand behind its compressed bytes"
     if size != entry.size:
         return f"it holds {size} bytes, the archive's list says {entry.size}"
     if found != entry.crc:

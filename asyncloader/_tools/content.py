@@ -96,6 +96,15 @@ def check_tables(manifest: Manifest) -> None:
         Problems(manifest.location).take(table_problems(name, slots, blocks))
 
 
+def check_readable(content: Content) -> None:
+    """Raise `CheckpointError` if there are tensors of a kind that is not read."""
+    for name, tensor in content.tensors.items():
+        if tensor.dtype.is_refused:
+            block = tensor.blocks[0]
+            problem = f"{name!r} is a {tensor.dtype}, which is not read: save it as a plain tensor"
+            raise CheckpointError(content.session.location, problem, block.shard, block.key)
+
+
 def _table(manifest: Manifest, name: str) -> StoredTable:
     parts = manifest.catalog.tables[name]
     if ID not in parts:

@@ -19,7 +19,7 @@ from asyncloader._loading.runtime import open_session
 from asyncloader._threads.jobs import for_each, run_jobs
 
 from .allocation import load_part, row_bytes
-from .content import check_rows, read_content
+from .content import check_readable, check_rows, read_content
 from .difference import (
     Change,
     Difference,
@@ -70,6 +70,8 @@ async def adiff(
     clock = Meter(0)
     async with open_session(a, options) as first, open_session(b, options) as second:
         one, other = await read_content(first), await read_content(second)
+        check_readable(one)
+        check_readable(other)
         sizes, others = one.sizes, other.sizes
         common = sum(sizes[name] + others[name] for name in sizes.keys() & others.keys())
         stages = Stages(common, progress)

@@ -168,7 +168,7 @@ def _summarize(
     tensors, ghosts = _tensors(manifest)
     kind: Kind = "RecIS checkpoint" if catalog.recis else "Hugging Face folder"
     if file is not None and file == catalog.source and file in catalog.headers:
-        is_torch = manifest.headers[file].archive is not None
+        is_torch = catalog.headers[file].archive is not None
         kind = "file of torch.save" if is_torch else "safetensors file"
     is_odd = any(odd.file == SIDECAR for odd in catalog.oddities)
     digests: Digests = "present" if catalog.sidecar else "ignored" if is_odd else "absent"

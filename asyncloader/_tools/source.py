@@ -28,7 +28,15 @@ from asyncloader._saving.layout import WriteBlock, lay_out_shard
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
 
-from .content import EMBEDDING, check_room, check_tables, describe, free_memory, read_headers
+from .content import (
+    EMBEDDING,
+    check_readable,
+    check_room,
+    check_tables,
+    describe,
+    free_memory,
+    read_headers,
+)
 from .scanning import count_duplicates
 
 if TYPE_CHECKING:
@@ -74,7 +82,9 @@ async def read_source(
         known = manifest if recis else _recognized(manifest, rows)
         chosen = _with_slots(known, slots)
         check_tables(chosen)
-        return describe(session, chosen)
+        content = describe(session, chosen)
+        check_readable(content)
+        return content
 
     [content] = await run_jobs(session.threads.kernels, [decide])
     return content
