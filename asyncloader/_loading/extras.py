@@ -176,24 +176,23 @@ def _values(
 
 
 def _remade(archive: Archive, content: bytearray) -> BytesIO:
-    """Return the archive as torch writes it: nothing compressed, and nothing else in it."""
+    """Return the archive as torch writes it; raise if it does not hold what its list says."""
     remade = BytesIO()
     with zipfile.ZipFile(remade, "w") as made, memoryview(content) as view:
         for name, entry in archive.entries.items():
             begin = archive.begins[name]
-            made.writestr(f"archive/{name}", _unpacked(entry, view[begin : begin + entry.packed]))
+            unpacked = _unpacked(entry, view[begin : begin + entry.packed])
+            made.writestr(f"archive/{name}", unpacked)
+            if len(unpacked) != entry.size or entry.crc not in {0, made.infolist()[-1].CRC}:
+                raise ValueError(f"{name!r} in it is damaged")
     remade.seek(0)
     return remade
 
 
 def _unpacked(entry: Entry, packed: memoryview) -> memoryview | bytes:
-    """Return the content of a file of an archive; raise if it is not what the list says."""
-    content: memoryview | bytes = packed
-    if not entry.is_stored:
-        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, entry.size + 1)
-    if len(content) != entry.size or entry.crc not in {0, zlib.crc32(content)}:
-        raise ValueError(f"{entry.name!r} in it is damaged")
-    return content
+    if entry.is_stored:
+        return packed
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, entry.size + 1)
 
 
 def _refusal(message: str) -> str:
