@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import functools
 import io
@@ -26,17 +27,15 @@ from asyncloader import (
     CheckpointNotFoundError,
     Loader,
     RunSummary,
+    Saver,
     aread_extra,
     aread_io_state,
     inspect,
     read_extra,
     read_io_state,
 )
-from asyncloader._checkpoint.sidecar import digest_of
 from asyncloader.cli._app import run as run_here
-from tests.checkpoints import save
 from tests.genuine import NAMES, NEWEST, RUN, copy_of_run, truth
-from tests.oracle import edit_json
 from tests.support import flat_tensors, raw
 
 if TYPE_CHECKING:
@@ -72,6 +71,16 @@ def test_a_genuine_checkpoint_gives_what_the_trainer_had(name: str) -> None:
         assert any(torch.equal(one, value) for _, one in flat_tensors(found)), key
     assert same(found, torch.load(RUN / name / "extra.pt", weights_only=True))
     assert same(read_io_state(RUN / name), torch.load(RUN / name / "io_state_0.pt"))
+
+
+def test_the_dense_optimizer_goes_on_from_it() -> None:
+    extra = read_extra(RUN)
+    states = extra["dense_optimizer"]["state"]
+    parameters = [nn.Parameter(torch.zeros_like(one["exp_avg"])) for one in states.values()]
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.load_state_dict(extra["dense_optimizer"])
+    assert all(raw(optimizer.state[one]["step"]) == raw(torch.tensor(30.0)) for one in parameters)
+    assert raw(optimizer.state[parameters[0]]["exp_avg"]) == raw(states[0]["exp_avg"])
 
 
 def test_of_a_run_folder_the_newest_finished_checkpoint_is_read(tmp_path: Path) -> None:
@@ -210,6 +219,39 @@ def test_a_damaged_file_is_an_error_that_names_it(
         read_extra(folder)
 
 
+@settings(max_examples=150)
+@given(st.data())
+def test_a_spoilt_pickle_is_values_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("x")
+    shutil.copytree(RUN / NEWEST, folder, dirs_exist_ok=True)
+    with zipfile.ZipFile(folder / "extra.pt") as archive:
+        files = {one: archive.read(one) for one in archive.namelist()}
+    name = next(one for one in files if one.endswith("data.pkl"))
+    text = bytearray(files[name])
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        text[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    with zipfile.ZipFile(folder / "extra.pt", "w") as archive:
+        for one, content in (files | {name: bytes(text)}).items():
+            archive.writestr(one, content)
+    with contextlib.suppress(CheckpointError):
+        assert isinstance(read_extra(folder), dict)
+
+
+def test_a_long_name_does_not_fill_the_message(folder: Path) -> None:
+    torch.save({"x": Called(eval, "1")}, folder / "extra.pt")
+    with zipfile.ZipFile(folder / "extra.pt") as archive:
+        files = {one: archive.read(one) for one in archive.namelist()}
+    with zipfile.ZipFile(folder / "extra.pt", "w") as archive:
+        for one, content in files.items():
+            archive.writestr(one, content.replace(b"\neval\n", b"\n" + b"e" * 9999 + b"\n"))
+    with pytest.raises(CheckpointError, match=r"asks for '\w+\.?e+'") as refused:
+        read_extra(folder)
+    assert len(str(refused.value)) < 1000
+
+
 def test_a_file_larger_than_the_limit_is_not_read(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"extra\.pt: holds 7,335 bytes.*limit="):
         read_extra(folder, limit=7334)
@@ -295,13 +337,19 @@ def test_paths_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def digested(tmp_path: Path) -> Path:
-    """Return a checkpoint whose sidecar has the digest of its `extra.pt`."""
-    save(tmp_path / "c", tensors={"w": torch.ones(2)})
-    torch.save({"global_step": torch.tensor(7)}, tmp_path / "c" / "extra.pt")
-    digest = digest_of((tmp_path / "c" / "extra.pt").read_bytes())
-    edit_json(tmp_path / "c" / "asyncloader.json", lambda of: of["files"].update(
-        {"extra.pt": digest}))  # fmt: skip
-    return tmp_path / "c"
+    """Return a checkpoint of a run that `Saver` wrote."""
+    extra, io_state = {"global_step": torch.tensor(7)}, {"train_io": {0: b"x"}}
+    tensors = {"w": torch.ones(2)}
+    Saver(
+        path=tmp_path / "run" / "c", tensors=tensors, layout="run", extra=extra, io_state=io_state
+    ).save()
+    return tmp_path / "run" / "c"
+
+
+def test_what_a_saver_wrote_is_read_and_verified(digested: Path) -> None:
+    assert read_extra(digested.parent, verify="require") == {"global_step": torch.tensor(7)}
+    assert read_io_state(digested, verify="require") == {"train_io": {0: b"x"}}
+    assert beside(digested).global_step == 7
 
 
 def test_a_file_with_a_digest_is_compared(digested: Path) -> None:
@@ -315,10 +363,10 @@ def test_a_file_with_a_digest_is_compared(digested: Path) -> None:
 
 
 def test_without_a_digest_required_verification_is_an_error(digested: Path) -> None:
-    torch.save({}, digested / "io_state_0.pt")
-    assert read_io_state(digested) == {}
-    with pytest.raises(CheckpointError, match=r"io_state_0\.pt: asyncloader\.json has no digest"):
-        read_io_state(digested, verify="require")
+    torch.save({}, digested / "io_state_1.pt")
+    assert read_io_state(digested, 1) == {}
+    with pytest.raises(CheckpointError, match=r"io_state_1\.pt: asyncloader\.json has no digest"):
+        read_io_state(digested, 1, verify="require")
     with pytest.raises(CheckpointError, match="no digests"):
         read_extra(RUN, verify="require")
 

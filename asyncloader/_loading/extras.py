@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import struct
 import zipfile
 import zlib
 from functools import partial
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 
 LIMIT = 4 << 30  # bytes: the state of a dense optimizer takes twice its model's
+_LONGEST = 200  # letters of what a file or torch says
 _OLD_OPTIMIZER = "dense_optimizer"  # RecIS 1.0.0's name
 # How torch's messages name what a pickle asks for, and may not.
 _GLOBAL = re.compile(r"(?:GLOBAL|function|add_safe_globals`,? but got) (<[^>]+>|\S+)")
@@ -162,7 +164,7 @@ def _values(
         raise CheckpointError(location, problem, file)
     try:
         remade = _remade(archive, content.pop())
-    except (zlib.error, ValueError) as error:
+    except (zlib.error, struct.error, ValueError) as error:
         raise CheckpointError(location, f"{error}; copy it again", file) from error
     try:
         values = torch.load(remade, map_location="cpu", weights_only=True)
@@ -174,38 +176,38 @@ def _values(
 
 
 def _remade(archive: Archive, content: bytearray) -> BytesIO:
-    """Return the archive as torch writes it: nothing compressed, and nothing else in it."""
+    """Return the archive as torch writes it; raise if it does not hold what its list says."""
     remade = BytesIO()
     with zipfile.ZipFile(remade, "w") as made, memoryview(content) as view:
         for name, entry in archive.entries.items():
             begin = archive.begins[name]
-            made.writestr(f"archive/{name}", _unpacked(entry, view[begin : begin + entry.packed]))
+            unpacked = _unpacked(entry, view[begin : begin + entry.packed])
+            made.writestr(f"archive/{name}", unpacked)
+            if len(unpacked) != entry.size or entry.crc not in {0, made.infolist()[-1].CRC}:
+                raise ValueError(f"{name!r} in it is damaged")
     remade.seek(0)
     return remade
 
 
 def _unpacked(entry: Entry, packed: memoryview) -> memoryview | bytes:
-    """Return the content of a file of an archive; raise if it is not what the list says."""
-    content: memoryview | bytes = packed
-    if not entry.is_stored:
-        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, entry.size + 1)
-    if len(content) != entry.size or entry.crc not in {0, zlib.crc32(content)}:
-        raise ValueError(f"{entry.name!r} in it is damaged")
-    return content
+    if entry.is_stored:
+        return packed
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, entry.size + 1)
 
 
 def _refusal(message: str) -> str:
     """Say why torch refused a file, given torch's message."""
     if (found := _GLOBAL.search(message)) is not None:
         return (
-            f"asks for {found[1]!r}, which is more than plain values need, so nothing of it was "
-            "called; where you trust its author, torch.serialization.add_safe_globals allows it, "
-            "or read the file with torch.load(weights_only=False), and save plain values instead"
+            f"asks for {found[1][:_LONGEST]!r}, which is more than plain values need, so nothing "
+            "of it was called; where you trust its author, torch.serialization.add_safe_globals "
+            "allows it, or read the file with torch.load(weights_only=False), and save plain "
+            "values instead"
         )
     reason = _REASON.search(message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     told = reason[1].strip() if reason is not None else (lines or ["no reason given"])[0]
     return (
-        f"cannot be read as plain values: {told}; save it anew, a dict of tensors, numbers and "
-        "text, with torch.save"
+        f"cannot be read as plain values: {told[:_LONGEST]}; save it anew, a dict of tensors, "
+        "numbers and text, with torch.save"
     )
