@@ -472,7 +472,7 @@ def test_the_error_names_what_was_taken_out_and_what_was_overwritten(tmp_path: P
 def test_a_thread_that_comes_back_late_writes_nothing() -> None:
     theirs = stand_in([2], children=["t"])
     update = RecISTable(theirs).begin(most=3, expected=3)
-    places = update.place(torch.tensor([1, 2, 3]).numpy(), ["embedding"]).places
+    places = update.place(torch.tensor([1, 2, 3]).numpy(), ["embedding"], fills=False).places
     left = update.abort()
 
     with pytest.raises(RuntimeError, match="given up"):
@@ -521,3 +521,36 @@ def test_children_are_saved_each_under_its_name(tmp_path: Path) -> None:
     again = table_for(tables["a"], name="x", children=["a", "b"])
     Loader(tmp_path / "to", {"x": again}).load()
     assert held(again) == held(ours) == theirs.held()
+
+
+# Banks.
+
+
+@pytest.mark.parametrize("clear", [True, False])
+@pytest.mark.parametrize("load", [["t"], ["t@id", "t@embedding"], ["t@m"]])
+def test_a_bank_leaves_what_it_leaves_in_our_own_table(
+    tmp_path: Path, load: list[str], *, clear: bool
+) -> None:
+    first, second = data([1, 2, 3], m=1), data([2, 3, 4, 5], m=1)
+    write_checkpoint(tmp_path / "a", {"t": first}, {})
+    write_checkpoint(tmp_path / "b", {"t": second}, {})
+    ours, theirs = pair(first)
+    bank = [{"path": str(tmp_path / "b"), "load": load, "hashtable_clear": clear}]
+    reports = []
+    for table in (ours, theirs):
+        Loader(tmp_path / "a", {"t": table}).load()
+        reports.append(Loader.from_bank(bank, {"t": table}).load())
+    assert theirs.held() == held(ours)
+    assert reports[1].tables == reports[0].tables
+
+
+def test_a_bank_that_fails_leaves_the_ids_that_were_to_be_cleared(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {"t": data([1, 2, 3], m=1)}, {})
+    _, theirs = pair(data([1], m=1))
+    Loader(tmp_path, {"t": theirs}).load()
+    update = RecISTable(theirs).begin(most=2, expected=2)
+    update.clear(["t"])
+    update.place(torch.tensor([3, 4]).numpy(), ["embedding"], fills=False)
+    update.finish()
+    update.abort()
+    assert sorted(theirs.ids().tolist()) == [1, 2, 3]

@@ -144,6 +144,7 @@ class Load:
         """Make the new rows ready for `commit`. Everything has been read."""
         for name, update in self._updates.items():
             if isinstance(update, PlacingUpdate):
+                await run_jobs(self.threads.kernels, [update.finish])
                 continue
             with self.tracer.span("index", f"{name}: join"):
                 for jobs in update.finish(threads=self.threads.kernel_count):
@@ -239,13 +240,13 @@ class Load:
         """Reserve rows for the blocks that are wanted whole; yield pieces of the others."""
         update = self._tables[table.name].begin(most=table.most, expected=table.expected)
         self._updates[table.name] = update
+        if table.cleared:
+            update.clear(table.cleared)
         if isinstance(update, PlacingUpdate):
             turns = Turns()
             for part in table.parts:
                 yield from self._row_pieces(table, part, update, turns)
             return
-        if table.cleared:
-            update.clear(table.cleared)
         for number, slots in enumerate(table.layers):
             expected = sum(part.expected for part in table.parts if part.layer == number)
             update.layer(slots, expected)

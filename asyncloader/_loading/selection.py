@@ -97,7 +97,7 @@ async def _place_piece(
         if not len(rows):
             return
         with load.tracer.span("index", part.child, ids.nbytes):
-            place = partial(update.place, ids, part.slots)
+            place = partial(update.place, ids, part.slots, fills=part.layer in piece.table.fills)
             [placed] = await run_jobs(load.threads.kernels, [place])
         before = [*turns.under_way] if placed.again else []
         done = asyncio.Event()

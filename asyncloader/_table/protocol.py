@@ -170,9 +170,14 @@ class PlacingUpdate(Protocol):
         """Pick the ids of a block, as `TableUpdate.select` does."""
         ...
 
-    def place(self, ids: Longs, slots: Collection[str]) -> Placed:
+    def clear(self, children: Sequence[str]) -> None:
+        """Let `commit` take out the ids of these children that no `place` brings again."""
+        ...
+
+    def place(self, ids: Longs, slots: Collection[str], *, fills: bool) -> Placed:
         """Let ids in, encoded, `[n]`, and return the places of their rows in `slots`.
 
+        With `fills` none comes in: rows of ids that are not there are dropped, and counted.
         One call at a time. Of rows of one id the later stays. It may copy `COPIED_BYTES` besides.
         """
         ...
@@ -189,6 +194,10 @@ class PlacingUpdate(Protocol):
 
     def dropped(self, count: int) -> None:
         """Note that `count` rows were refused."""
+        ...
+
+    def finish(self) -> None:
+        """Look for the ids that `commit` takes out. May take long."""
         ...
 
     def commit(self) -> UpdateCounts:

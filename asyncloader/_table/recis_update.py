@@ -14,15 +14,17 @@ from .protocol import COPIED_BYTES, Placed, UpdateCounts
 from .recis_object import device_of, ids_and_places, look_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from asyncloader._checkpoint.slices import Slice
 
     from .schema import Encoding, Longs
 
-# Flags of a place: its id was there before; its row is one of this load.
+# Flags of a place: its id was there before; its row is one of this load; its id is taken out at the
+# commit unless this load brings it.
 _HELD = 1
 _FILLED = 2
+_CLEARED = 4
 
 # Bytes of rows that are converted at a time: no budget counts them.
 _CONVERTED = 256 << 10
@@ -51,6 +53,7 @@ class RecISUpdate:
         self._writers = 0
         self._changed = threading.Condition()  # guards the two above
         self._left = ""
+        self._gone: list[torch.Tensor] = []  # ids and places that the commit takes out
         _, held = ids_and_places(table)
         self._flags = np.zeros(int(held.max(initial=-1)) + 1, np.uint8)  # by place
         self._flags[held] = _HELD
@@ -64,13 +67,20 @@ class RecISUpdate:
     ) -> tuple[Longs, Longs, int]:
         return self._encoding.select(ids, child, claimed, wanted)
 
-    def place(self, ids: Longs, slots: Collection[str]) -> Placed:
+    def clear(self, children: Sequence[str]) -> None:
+        ids, places = ids_and_places(self._table)
+        self._flags[places[self._encoding.are_of_any(ids, children)]] |= _CLEARED
+
+    def place(self, ids: Longs, slots: Collection[str], *, fills: bool) -> Placed:
         self._rows += len(ids)
         ordered, rows = np.sort(ids), None
         if (ordered[1:] == ordered[:-1]).any():  # of rows of one id the last one stays
             _, behind = np.unique(ids[::-1], return_index=True)
             rows = np.sort(len(ids) - 1 - behind)
             ids = ids[rows]
+        if fills:
+            return self._place_known(ids, slots, rows)
+        self._reset(ids, slots)
         places = np.empty(len(ids), np.int64)
         again = False
         for low in range(0, len(ids), self._at_once):
@@ -86,6 +96,50 @@ class RecISUpdate:
         self._take_blocks(slots, int(places.max(initial=-1)))
         return Placed(rows, places, again)
 
+    def _place_known(self, ids: Longs, slots: Collection[str], rows: Longs | None) -> Placed:
+        """Return the places of ids that are there and stay; count the others as dropped."""
+        places = self._find(ids)
+        known = places >= 0
+        known[known] = (self._flags[places[known]] & (_FILLED | _CLEARED)) != _CLEARED
+        places = places[known]
+        unknown = len(ids) - len(places)
+        self._dropped += unknown
+        self._rows -= unknown + int(np.count_nonzero(self._flags[places] & _FILLED))
+        rows = np.flatnonzero(known) if rows is None else rows[known]
+        again = self._note(places)
+        self._take_blocks(slots, int(places.max(initial=-1)))
+        return Placed(rows, places, again)
+
+    def _reset(self, ids: Longs, slots: Collection[str]) -> None:
+        """Give ids that are cleared and come again RecIS's initial rows where slots are lacking."""
+        every = {slot.name() for slot in self._table.slot_group().slots()}
+        if not (self._flags & _CLEARED).any() or every <= set(slots):
+            return
+        places = self._find(ids)
+        known = places >= 0
+        known[known] = (self._flags[places[known]] & (_FILLED | _CLEARED)) == _CLEARED
+        ids, places = ids[known], places[known]
+        if len(ids):
+            self._written |= every
+            self._delete(ids, places)
+            # The places are free again, so that this needs no memory but for its copy of rows.
+            self._flags[places] = 0
+            for low in range(0, len(ids), self._at_once):
+                found = look_up(self._table, ids[low : low + self._at_once])
+                self._note(found)
+                self._flags[found] = _HELD | _CLEARED
+
+    def _find(self, ids: Longs) -> Longs:
+        parts = [
+            look_up(self._table, ids[low : low + self._at_once], readonly=True)
+            for low in range(0, len(ids), self._at_once)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def _delete(self, ids: Longs, places: Longs) -> None:
+        device = device_of(self._table)
+        self._table.delete(*(torch.tensor(some, device=device) for some in (ids, places)), "")
+
     def write(self, slot: str, places: Longs, rows: torch.Tensor) -> None:
         with self._writing(slot):
             blocks = self._blocks[slot]
@@ -100,11 +154,24 @@ class RecISUpdate:
     def dropped(self, count: int) -> None:
         self._dropped += count
 
+    def finish(self) -> None:
+        if not (self._flags & _CLEARED).any():
+            return
+        ids, places = ids_and_places(self._table)
+        gone = (self._flags[places] & (_FILLED | _CLEARED)) == _CLEARED
+        if gone.any():
+            device = device_of(self._table)
+            self._gone = [torch.tensor(some[gone], device=device) for some in (ids, places)]
+
     def commit(self) -> UpdateCounts:
         self._close()
-        self._end()
-        filled = self._flags[self._flags >= _FILLED]
-        replaced = int(np.count_nonzero(filled & _HELD))
+        try:
+            if self._gone:
+                self._table.delete(*self._gone, "")
+        finally:
+            self._end()
+        filled = self._flags[(self._flags & _FILLED) != 0]
+        replaced = int(np.count_nonzero((filled & (_HELD | _CLEARED)) == _HELD))
         new = len(filled) - replaced
         return UpdateCounts(
             rows=self._rows,
@@ -112,6 +179,7 @@ class RecISUpdate:
             replaced=replaced,
             duplicates=self._rows - new - replaced,
             dropped=self._dropped,
+            cleared=int(np.count_nonzero(self._flags & _CLEARED)),
         )
 
     def abort(self) -> str:
@@ -132,7 +200,7 @@ class RecISUpdate:
         if end > len(self._flags):
             more = np.zeros(end + end // 2 - len(self._flags), np.uint8)
             self._flags = np.concatenate([self._flags, more])
-        again = bool((self._flags[places] >= _FILLED).any())
+        again = bool((self._flags[places] & _FILLED).any())
         self._flags[places] |= _FILLED
         return again
 
@@ -176,11 +244,10 @@ class RecISUpdate:
         known = places < len(self._flags)
         ids, places = ids[known], places[known]
         flags = self._flags[places]
-        new, replaced = flags == _FILLED, ids[flags == _FILLED | _HELD]
+        new = flags == _FILLED
+        replaced = ids[(flags & (_FILLED | _HELD)) == _FILLED | _HELD]
         if new.any():
-            device = device_of(self._table)
-            gone = [torch.tensor(numbers[new], device=device) for numbers in (ids, places)]
-            self._table.delete(*gone, "")
+            self._delete(ids[new], places[new])
         left = f"table {self._name!r}: {np.count_nonzero(new):,} ids that came in were taken out"
         if self._written and len(replaced):
             shown = ", ".join(map(str, self._encoding.decode(replaced[:_NAMED]).tolist()))
