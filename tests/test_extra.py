@@ -272,7 +272,7 @@ def test_a_bomb_that_denies_its_size_is_damaged(folder: Path) -> None:
     content = bytearray((folder / "extra.pt").read_bytes())
     at = content.rindex(b"data/0") - 46
     at = content.rindex(b"PK\x01\x02", 0, at + 46)
-    content[at + 24 : at + 28] = struct.pack("<I", 99)
+    content[at + 24 : at + 28] = struct.pack("<I", 4090)
     (folder / "extra.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"'data/0' in it is damaged"):
         read_extra(folder, limit=1 << 22)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._planning.reads import plan_reads
@@ -13,6 +13,7 @@ from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import AsyncLoaderError
 
 from .buffers import StagingPool, bump_versions
+from .pieces import ROW_COST, Arrival, RowPiece, Turns, is_believed
 from .progress import Tracer
 from .sinks import GAP_BYTES, Sink, Sinks
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from asyncloader._checkpoint.blocks import Block
-    from asyncloader._checkpoint.slices import Slice
     from asyncloader._planning.plan import LoadPlan, PartLoad, TableLoad
     from asyncloader._planning.reads import Read
     from asyncloader._table.protocol import LoadableTable, LoadableUpdate, UpdateCounts
@@ -33,53 +33,10 @@ if TYPE_CHECKING:
 
 _NAMED = 20
 
-# All ids, the wanted ones, the encoded ones, their positions, their groups: five int64 a row.
 _ID_BYTES = 8
 _PLACED = 1 << 17
-ROW_COST = 5 * _ID_BYTES
 # So many bytes are still in the cache when a thread picks rows from them.
 _STEP = 4 << 20
-
-
-class RowPiece(NamedTuple):
-    """Rows `[start, start + rows)` of a part of which only some are wanted."""
-
-    table: TableLoad
-    part: PartLoad
-    update: LoadableUpdate | PlacingUpdate
-    turns: Turns | None  # of the table, if it places rows itself
-    start: int
-    rows: int
-
-
-class Turns:
-    """Lets the pieces of a table that places rows itself take turns.
-
-    Attributes:
-        under_way: Set by each piece when its rows are written: an id that comes again waits for
-            them, so that the later row stays.
-    """
-
-    def __init__(self) -> None:
-        self.under_way: set[asyncio.Event] = set()
-        self._last = asyncio.Event()
-        self._last.set()
-
-    def ticket(self) -> tuple[asyncio.Event, asyncio.Event]:
-        """Return what is set once the piece before has let its ids in, and what this one sets."""
-        before, self._last = self._last, asyncio.Event()
-        return before, self._last
-
-
-class Arrival(NamedTuple):
-    """Rows `[first, first + rows)` of an update, whose ids are there and not in the index yet."""
-
-    update: LoadableUpdate
-    layer: int
-    child: str
-    first: int
-    rows: int
-    claimed: Slice | None  # the slice to check the ids against; `None` where that is done
 
 
 class Load:
@@ -157,7 +114,9 @@ class Load:
 
         Nothing is awaited, so no cancellation can come between one table and the next.
         """
-        return {name: update.commit() for name, update in self._updates.items()}
+        # RecIS's own tables first: should one fail, no other table has changed.
+        order = sorted(self._updates.items(), key=lambda one: one[0] not in self._placing)
+        return {name: update.commit() for name, update in order}
 
     async def take_back(self) -> None:
         """Take out of tables what shows already, after a failure: on a thread, as it takes long."""
@@ -298,8 +257,3 @@ class Load:
             end = min((start // step + 1) * step, stop)
             yield RowPiece(table, part, update, turns, start, end - start)
             start = end
-
-
-def is_believed(part: PartLoad) -> bool:
-    """Say whether rows are left out because the sidecar says that they are not wanted."""
-    return len(part.reach) < part.rows

@@ -26,7 +26,7 @@ from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, ReadError
 
 from .filling import Filling
-from .load import ROW_COST, Arrival, RowPiece, is_believed
+from .pieces import ROW_COST, Arrival, RowPiece, is_believed
 from .scattering import Scattering
 from .sinks import GAP_BYTES
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from asyncloader._storage.protocol import ReadInto
 
     from .filling import Batch
-    from .load import Load, Turns
+    from .load import Load
+    from .pieces import Turns
     from .session import Verifier
 
 

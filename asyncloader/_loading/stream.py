@@ -17,7 +17,7 @@ from asyncloader._threads.jobs import raising_first, run_jobs
 from asyncloader.errors import ReadError
 
 from .buffers import Arena
-from .load import RowPiece
+from .pieces import RowPiece
 from .selection import load_piece
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from asyncloader._planning.reads import Piece, Read
 
-    from .load import Arrival, Load
+    from .load import Load
+    from .pieces import Arrival
 
 _INDEXERS = 2
 
