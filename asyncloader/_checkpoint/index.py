@@ -7,8 +7,8 @@ In RecIS's format, these are the texts of `index` and `tensorkey.json`:
 | dense tensor `w` | `w^ ` (a caret and a space) | the same |
 | slot `s` of table `t`, rank r of R | `t.s/part_r_R` | `t@s^begin@end@size` |
 
-Names are looked up exactly. A block name is split at its last `^`, a sparse name at its last `@`,
-so that names may hold dots, slashes, spaces and `@` themselves.
+Names are looked up exactly. A block name is split at its last `^`, a sparse name at its last `@`
+before which a table with ids stands; so names may hold dots, slashes, spaces and `@` themselves.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from asyncloader.errors import CheckpointError
 
 from .format import DENSE_SUFFIX, INDEX, MODEL, SIDECAR, TENSORKEY
+from .long_slots import split_name, with_long_slots
 from .problems import Problem
 from .sidecar import check_files, parse_sidecar
 from .slices import Slice
@@ -113,7 +114,7 @@ class Catalog:
         """
         if (place := self.tensors.get(name)) is not None:
             return (place,)
-        table, _, slot = name.rpartition("@")
+        table, slot = split_name(self.tables, name)
         return tuple(part.place for part in self.tables.get(table, {}).get(slot, ()))
 
 
@@ -199,7 +200,7 @@ def parse_catalog(problems: Problems, index: Text, tensorkey: Text) -> Catalog:
         _dense(problems, shards, dense),
         {
             table: {slot: tuple(sorted(parts, key=in_order)) for slot, parts in slots.items()}
-            for table, slots in tables.items()
+            for table, slots in with_long_slots(tables).items()
         },
         files=tuple(sorted(shards.values())),
         recis=True,

@@ -11,6 +11,7 @@ import numpy as np
 
 from asyncloader._checkpoint.blocks import numbered
 from asyncloader._checkpoint.dtypes import TensorType
+from asyncloader._checkpoint.format import MODEL
 from asyncloader._checkpoint.parts import ID, count_problems, id_problems, spread_problems
 from asyncloader._checkpoint.problems import Problems
 from asyncloader.errors import PlanError
@@ -43,10 +44,17 @@ def plan_load(
         CheckpointError: If a header lacks a block that `index` says it has.
     """
     problems = list(dict.fromkeys(choice.problems))
-    targets = choice.targets.tensors
-    tensors, casts = _match_tensors(manifest, choice.tensors, targets, problems, casting)
-    # Not loaded, and wrong all the same if they do not fit.
-    again, _ = _match_tensors(manifest, choice.shared, targets, problems, casting)
+    warnings = [*manifest.warnings, *choice.warnings]
+    match = partial(
+        _match_tensors,
+        manifest,
+        targets=choice.targets.tensors,
+        casting=casting,
+        problems=problems,
+        warnings=warnings,
+    )
+    tensors, casts = match(choice.tensors)
+    again, _ = match(choice.shared)  # not loaded, and wrong all the same if they do not fit
     tables: dict[str, _TableBuilder] = {}
     for part in choice.parts:
         builder = tables.setdefault(part.target.name, _TableBuilder(part.target, casting))
@@ -74,7 +82,7 @@ def plan_load(
         tables=tuple(builder.build() for builder in tables.values()),
         missing=missing,
         unexpected=choice.unexpected,
-        warnings=(*manifest.warnings, *choice.warnings),
+        warnings=tuple(warnings),
         casts=tuple(casts),
     )
 
@@ -82,9 +90,11 @@ def plan_load(
 def _match_tensors(
     manifest: Manifest,
     chosen: Mapping[str, str],
+    *,
     targets: TensorTargets,
-    problems: list[str],
     casting: Casting | None,
+    problems: list[str],
+    warnings: list[str],
 ) -> tuple[TensorLoads, list[Cast]]:
     """Find the blocks of chosen tensors (destination → source), and compare dtypes and shapes.
 
@@ -115,7 +125,8 @@ def _match_tensors(
         digested=np.array([one.digests is not None for one in of_shards], np.bool_)[shard],
         block=partial(_block, of_shards, shard, number),
     )
-    casts = _casts(loads, of_shards, at, targets, problems=problems, casting=casting)
+    differing = _differing(loads, of_shards, at, targets)
+    casts = _casts(loads, differing, targets, casting=casting, problems=problems, warnings=warnings)
     return loads, casts
 
 
@@ -129,16 +140,10 @@ def _joined(columns: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *columns])
 
 
-def _casts(
-    loads: TensorLoads,
-    of_shards: Sequence[Blocks],
-    at: NDArray[np.int64],
-    targets: TensorTargets,
-    *,
-    problems: list[str],
-    casting: Casting | None,
-) -> list[Cast]:
-    """Return the conversions; `problems` receives the blocks that fit in no way."""
+def _differing(
+    loads: TensorLoads, of_shards: Sequence[Blocks], at: NDArray[np.int64], targets: TensorTargets
+) -> list[int]:
+    """Return the numbers of the blocks whose dtype or shape is not that of their destination."""
     known: dict[TensorType, int] = {}
 
     def common(columns: Blocks | TensorTargets) -> NDArray[np.int64]:
@@ -146,20 +151,41 @@ def _casts(
         return np.array(numbers, np.int64)[columns.kinds]
 
     wanted = common(targets)[targets.numbers(loads.names)]
-    differ = wanted != _joined([common(blocks) for blocks in of_shards])[at]
+    found: list[int] = np.flatnonzero(wanted != _joined([*map(common, of_shards)])[at]).tolist()
+    return found
+
+
+def _casts(
+    loads: TensorLoads,
+    differing: Sequence[int],
+    targets: TensorTargets,
+    *,
+    casting: Casting | None,
+    problems: list[str],
+    warnings: list[str],
+) -> list[Cast]:
+    """Return the conversions; `problems` receives the blocks that fit in no way.
+
+    `warnings` receives those whose shape is taken for another.
+    """
     casts = []
-    for number in np.flatnonzero(differ).tolist():
+    for number in differing:
         name, block = loads.names[number], loads.block(number)
         want, have = targets[name], TensorType(block.dtype, block.shape)
-        hint = misfit(have, want, casting)
-        if hint is None:
-            loads.cast[number] = True
-            casts.append(Cast(name=name, source=have.dtype.torch, target=want.dtype.torch))
-        else:
+        # As `load_state_dict` does. RecIS's own loader of shards does not.
+        is_scalar = block.shard == MODEL and (have.shape, want.shape) == ((1,), ())
+        hint = misfit(TensorType(have.dtype, ()) if is_scalar else have, want, casting)
+        if hint is not None:
             problems.append(
                 f"tensor {name!r} is {want}, the checkpoint has {have} "
                 f"({block.shard}, key {block.key!r}){hint}"
             )
+            continue
+        if is_scalar:
+            warnings.append(f"tensor {name!r} is {want}, {MODEL} has {have}: its value is taken")
+        if have.dtype != want.dtype:
+            loads.cast[number] = True
+            casts.append(Cast(name=name, source=have.dtype.torch, target=want.dtype.torch))
     return casts
 
 

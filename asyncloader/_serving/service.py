@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from asyncloader._storage.small_files import Looks
 from asyncloader._threads.jobs import settled
 from asyncloader._threads.pool import WorkerPool
-from asyncloader.errors import CheckpointChangedError, CheckpointError
+from asyncloader.errors import CheckpointChangedError, CheckpointError, PlanError, ReadError
 
 from .events import LiveState, LiveVersion, Teller
 from .following import Follower
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from .model import Settings
+    from .shelf import Held
     from .sought import Sought
     from .source import Candidate
 
@@ -90,12 +91,31 @@ class Service:
         self._switch.open()
         async with self._switch.turn:  # or commands would load beside it
             try:
-                first = await self._rest.reached(lambda: self._sought.newest(self._looks))
-                self._switch.swap(await self._switch.load_once(first))
+                self._switch.swap(await self._first())
             except BaseException:
                 await settled(asyncio.ensure_future(self._wind_up()))
                 raise
         self._following = self._loop.create_task(self._follower.run(), name="asyncloader-live")
+
+    async def _first(self) -> Held:
+        """Load the newest version; a newer one, if that fails and one has come meanwhile.
+
+        A trainer removes the older versions: maybe the one that is being loaded.
+        """
+        while True:
+            newest = await self._rest.reached(lambda: self._sought.newest(self._looks))
+            try:
+                return await self._switch.load_once(newest)
+            except (CheckpointError, PlanError, ReadError):  # an event has said so
+                if not await self._has_newer(newest):
+                    raise
+            _log.info("%s: a newer version than %s has come", self._source, newest.name)
+
+    async def _has_newer(self, tried: Candidate) -> bool:
+        """Say whether the newest version is another one by now."""
+        with contextlib.suppress(CheckpointError):
+            return await self._sought.newest(self._looks) != tried
+        return False
 
     async def close(self) -> None:
         """End all that is under way, and let all versions go."""

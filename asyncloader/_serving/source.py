@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
-from asyncloader._checkpoint.format import INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.format import INDEX, MODEL, SIDECAR, TENSORKEY
 from asyncloader.errors import CheckpointNotFoundError
 from asyncloader.runs import listed, name_order, newest_version
 
@@ -82,7 +82,7 @@ class Candidate:
         return self.path != before.path or any(
             before.files.get(name) != identity
             for name, identity in self.files.items()
-            if _SAFETENSORS not in name or name.endswith((_SAFETENSORS, _WEIGHT_MAP))
+            if not _has_tensors(name) or name.endswith((_SAFETENSORS, _WEIGHT_MAP, MODEL))
         )
 
     async def is_older_than(
@@ -159,14 +159,15 @@ def _at(
 
 def _files_of(path: Path, tick: Callable[[], object]) -> Files:
     is_file = os.path.isfile(path)  # noqa: PTH113  # Path's own raises for odd names
-    if is_file and not path.name.endswith(_WEIGHT_MAP):
+    is_alone = is_file and not path.name.endswith(_WEIGHT_MAP)
+    if is_alone:
         files = [path]
     else:
         folder = path.parent if is_file else path  # the shards are beside a weight map
         try:
             # Shards under way, by other names, count: rsync's `.NAME.Xy12z9`, others' `NAME.part`.
             files = [
-                one for one in folder.iterdir() if one.name in _NAMES or _SAFETENSORS in one.name
+                one for one in folder.iterdir() if one.name in _NAMES or _has_tensors(one.name)
             ]
         except OSError:
             return {}
@@ -178,7 +179,14 @@ def _files_of(path: Path, tick: Callable[[], object]) -> Files:
             if stat.S_ISREG(status.st_mode):
                 device, inode = status.st_dev, status.st_ino
                 found[file.name] = device, inode, status.st_size, status.st_mtime_ns
-    return found
+    if INDEX in found or is_alone:
+        return found
+    return {name: identity for name, identity in found.items() if MODEL not in name}
+
+
+def _has_tensors(name: str) -> bool:
+    """Say whether a file is a shard or RecIS's `model.pt`, also one that is still under way."""
+    return _SAFETENSORS in name or MODEL in name
 
 
 class Rest:

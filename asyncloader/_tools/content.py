@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.index import Places
+from asyncloader._checkpoint.long_slots import split_name
 from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID, table_problems
 from asyncloader._checkpoint.problems import Problems
@@ -133,8 +134,8 @@ def stored_slot(manifest: Manifest, table: str, slot: str) -> Stored:
 
 def find_table(location: str, catalog: Catalog, name: str) -> tuple[str, str | None]:
     """Return the table, and the slot, of a name, or raise `KeyError`; a table alone has no slot."""
-    table, at, slot = name.rpartition("@")
-    if at and slot in catalog.tables.get(table, {}):
+    table, slot = split_name(catalog.tables, name)
+    if slot in catalog.tables.get(table, {}):
         return table, slot
     if name in catalog.tables:
         return name, None

@@ -229,7 +229,7 @@ def _rows(tensor: ShownTensor) -> RenderableType:
 
 def table_view(table: ShownTable) -> RenderableType:
     """Show a table's slots, a line each."""
-    slots = {slot.name.rpartition("@")[2]: slot for slot in table.slots}
+    slots = {slot.name.removeprefix(f"{table.name}@"): slot for slot in table.slots}
     ids = slots.pop(ID, None)
     lines: list[Fact] = [
         path_fact(table.location),

@@ -50,6 +50,13 @@ def read_parts(path: Path) -> tuple[dict[str, list[Part]], dict[str, Tensor]]:
         table, _, slot = slot_name.rpartition("@")
         begin, end, size = map(int, bounds.split("@"))
         tables.setdefault(table, {}).setdefault(Slice(begin, end, size), {})[slot] = tensor
+    for table in [name for name, held in tables.items() if "id" not in next(iter(held.values()))]:
+        words = table.split("@")  # its slots' names hold `@`
+        heads = ["@".join(words[:at]) for at in range(1, len(words))]
+        owner = max((head for head in heads if head in tables), key=len)
+        for claim, slots in tables.pop(table).items():
+            middle = table.removeprefix(f"{owner}@")
+            tables[owner][claim] |= {f"{middle}@{slot}": held for slot, held in slots.items()}
     parts = {
         table: [
             Part(claim=claim, ids=slots["id"], slots={s: slots[s] for s in slots if s != "id"})

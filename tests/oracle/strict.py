@@ -244,7 +244,24 @@ def strict_index(
             name = key.removesuffix("^ ")
             _need(name not in tensors, "a tensor twice")
             tensors[name] = key, numbers[number]
-    return tensors, tables
+    return tensors, _regrouped(tables)
+
+
+def _regrouped(
+    tables: dict[str, dict[str, list[StrictPart]]],
+) -> dict[str, dict[str, list[StrictPart]]]:
+    """Give each slot to the table with ids that is the longest beginning of its name."""
+    result: dict[str, dict[str, list[StrictPart]]] = {}
+    for table, slots in tables.items():
+        for slot, parts in slots.items():
+            words = [*table.split("@"), slot]
+            ends = [
+                at for at in range(1, len(words)) if "id" in tables.get("@".join(words[:at]), {})
+            ]
+            end = max(ends, default=len(words) - 1)
+            name, rest = "@".join(words[:end]), "@".join(words[end:])
+            result.setdefault(name, {})[rest] = parts
+    return result
 
 
 def _sparse(name: Any) -> tuple[str, str, tuple[int, int, int]]:  # noqa: ANN401  # JSON
