@@ -135,7 +135,7 @@ async def _read(
         if session.file is not None:
             problem = f"is a file: give the folder of a checkpoint, which {file!r} is in"
             raise CheckpointError(location, problem)
-        catalog = await session.catalog()
+        catalog = await session.catalog(whole=False)
         names = await folder_names(session)
         if file not in names:
             check_no_pickle(location, file, names)

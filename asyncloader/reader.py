@@ -92,7 +92,7 @@ class CheckpointReader:
         """
         async with self._contents.use() as session:
             catalog = await self._contents.catalog(session)
-            [names] = await run_jobs(session.threads.kernels, [catalog.names])
+            [names] = await run_jobs(session.threads.kernels, [catalog.whole().names])
         return list(names)
 
     async def atensor_shape(self, name: str) -> torch.Size:
@@ -190,7 +190,7 @@ async def aload_tensors(
     contents = Contents(path, ReadOptions.of(options, read))
     async with contents.use() as session:
         if wanted is None:
-            wanted = tuple((await contents.catalog(session)).tensors)
+            wanted = tuple((await contents.catalog(session)).whole().tensors)
         return await read_stored(session, await contents.find(session, wanted))
 
 

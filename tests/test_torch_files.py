@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import shutil
 import struct
 import threading
 import zipfile
@@ -199,6 +200,34 @@ def test_a_name_in_both_is_reported_and_the_shards_is_taken(tmp_path: Path) -> N
     assert any("no digests of it" in one for one in report.warnings)
     with pytest.raises(CheckpointError, match=r"model\.pt: asyncloader\.json has no digests"):
         load_tensors(path, verify="require")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", pickle.dumps({"w": 1})])
+def test_a_model_that_cannot_be_read_bars_those_alone_who_want_its_tensors(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = shutil.copytree(RUN / "ckpt_30", tmp_path / "c")
+    (path / "model.pt").write_bytes(content)
+    held = truth("ckpt_30")
+    tables, tensors = held.destinations()
+    scalars = {name: tensors[name] for name in held.scalars}
+    report = Loader(path, tables, scalars, strict=True).load()
+    assert report.tables["user"].rows == 111
+    assert any("model.pt" in one and "cannot be loaded" in one for one in report.warnings)
+    ids = CheckpointReader(path).read_tensor("user@id")
+    assert len(ids) == 111
+    before = tensors["tower.0.bias"].clone()
+    for read in (
+        lambda: Loader(path, tables, tensors).load(),
+        lambda: load_tensors(path),
+        lambda: CheckpointReader(path).tensor_names(),
+        lambda: inspect(path),
+        lambda: diff(path, RUN / "ckpt_30"),
+    ):
+        with pytest.raises(CheckpointError, match=r"model\.pt"):
+            read()
+    assert torch.equal(tensors["tower.0.bias"], before)
+    assert [one for one in verify(path).problems if one.file == "model.pt"]
 
 
 # What is refused.

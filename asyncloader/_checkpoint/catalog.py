@@ -13,8 +13,9 @@ from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 
 from .format import INDEX, MAX_NAMES, MAX_SIDECAR, MODEL, SIDECAR, STAGING, TENSORKEY
-from .index import Catalog, Places, catalog_of_file, parse_recis, parse_weight_map
+from .index import Catalog, Places, catalog_of_file, parse_weight_map
 from .manifest import check_unchanged, read_header
+from .model_file import parse_checkpoint
 from .problems import Problems
 from .torch_file import read_archive
 
@@ -97,7 +98,7 @@ async def read_catalog(
 
 def _digested(parse: Callable[[], Catalog], location: str) -> Catalog:
     """Return a catalog, if it has digests."""
-    catalog = parse()
+    catalog = parse().whole()
     if catalog.sidecar is None:
         problem = (
             f"has no digests that belong to it ({SIDECAR}), and verify='require' asks for them; "
@@ -241,11 +242,8 @@ async def read_texts(
         if digests and await _absence(storage, SIDECAR) is None:
             with problems.caught():
                 sidecar = await read_file(storage, SIDECAR, MAX_SIDECAR)
-        model = None
-        if await _absence(storage, MODEL) is None:
-            with problems.caught():
-                model = await _read_model(storage, executor)
-        return partial(parse_recis, problems, files, sidecar, model)
+        model = await _read_model(storage, executor)
+        return partial(parse_checkpoint, problems, files, sidecar, model)
     if is_weight_map(source):
         text = await read_file(storage, source, MAX_NAMES)
         return partial(parse_weight_map, problems, text, source)
@@ -256,12 +254,21 @@ async def read_texts(
     return partial(catalog_of_file, header)
 
 
-async def _read_model(storage: ThreadedStorage, executor: Executor) -> Archive:
+async def _read_model(
+    storage: ThreadedStorage, executor: Executor
+) -> Archive | CheckpointError | None:
+    """Return what `model.pt` holds, or why it cannot be read; `None` if there is none."""
+    if await _absence(storage, MODEL) is not None:
+        return None
     try:
         size = await storage.size(MODEL)
+        return await read_archive(storage, MODEL, size, executor=executor)
+    except ReadStalledError:  # an OSError, too
+        raise
+    except CheckpointError as error:
+        return error
     except OSError as error:
         raise opening_error(storage.location, MODEL, error) from error
-    return await read_archive(storage, MODEL, size, executor=executor)
 
 
 async def read_file(storage: Storage, name: str, limit: int) -> bytearray:

@@ -21,18 +21,16 @@ from typing import TYPE_CHECKING
 
 from asyncloader.errors import CheckpointError
 
-from .format import DENSE_SUFFIX, INDEX, MODEL, SIDECAR, TENSORKEY
+from .format import DENSE_SUFFIX, INDEX, SIDECAR, TENSORKEY
 from .long_slots import split_name, with_long_slots
 from .problems import Problem
 from .sidecar import check_files, parse_sidecar
 from .slices import Slice
 from .strict_json import members_of_objects, object_in
-from .torch_file import parse_archive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .archive import Archive
     from .header import ShardHeader
     from .problems import Problems
     from .sidecar import Sidecar
@@ -90,6 +88,7 @@ class Catalog:
         sidecar: Digests of all that it names, if there are any and they are wanted.
         oddities: Oddities that do no harm.
         headers: Those that are known already, by shard.
+        broken: Why `model.pt` cannot be read; its tensors are not among the names then.
         recis: Whether the checkpoint is in RecIS's format.
     """
 
@@ -100,12 +99,19 @@ class Catalog:
     sidecar: Sidecar | None = None
     oddities: tuple[Problem, ...] = ()
     headers: Mapping[str, ShardHeader] = field(default_factory=dict)
+    broken: CheckpointError | None = None
     recis: bool = False
 
     def names(self) -> tuple[str, ...]:
         """Return all names: of dense tensors, and `table@slot` of tables; ids are `table@id`."""
         slots = (f"{table}@{slot}" for table, held in self.tables.items() for slot in held)
         return tuple(dict.fromkeys((*self.tensors, *slots)))
+
+    def whole(self) -> Catalog:
+        """Return it; raise `CheckpointError` if some of its names could not be read."""
+        if self.broken is not None:
+            raise self.broken
+        return self
 
     def places(self, name: str) -> tuple[Place, ...]:
         """Return the places of a name's blocks, in the order of their slices; perhaps none.
@@ -118,14 +124,11 @@ class Catalog:
         return tuple(part.place for part in self.tables.get(table, {}).get(slot, ()))
 
 
-def parse_recis(
-    problems: Problems, files: Mapping[str, Text], text: Text | None, model: Archive | None = None
-) -> Catalog:
+def parse_recis(problems: Problems, files: Mapping[str, Text], text: Text | None) -> Catalog:
     """Parse all files of names together.
 
     `files` has `index`, and `tensorkey.json` unless that could not be read; `text` is the sidecar,
-    if there is one and it is wanted; `model` is `model.pt`, if there is one. `problems` receives
-    wrong entries and contradictions.
+    if there is one and it is wanted. `problems` receives wrong entries and contradictions.
 
     Raises:
         CheckpointError: If `index` is damaged.
@@ -141,35 +144,7 @@ def parse_recis(
                 odd = f"belongs to another save than {INDEX}, so nothing is verified"
     catalog = parse_catalog(problems, files[INDEX], files.get(TENSORKEY, b"{}"))
     oddities = (Problem(SIDECAR, None, odd),) if odd else ()
-    catalog = replace(catalog, sidecar=sidecar, oddities=oddities)
-    if model is not None:
-        with problems.caught():
-            return _with_model(problems, catalog, model)
-    elif sidecar is not None and MODEL in sidecar.shards:
-        problems.add(f"is missing, but {SIDECAR} has digests of it; copy it", MODEL)
-    return catalog
-
-
-def _with_model(problems: Problems, catalog: Catalog, model: Archive) -> Catalog:
-    """Add the tensors of `model.pt`. A name that is known already stays what it is."""
-    digests = None if catalog.sidecar is None else catalog.sidecar.shards.get(MODEL)
-    header, known = parse_archive(problems, model, digests), catalog.tensors
-    new = {name: name for name in header.blocks if name not in known.block_keys}
-    oddities = [
-        Problem(MODEL, name, f"stands in {known.shards[name]!r}, too, which is taken")
-        for name in header.blocks
-        if name in known.block_keys
-    ]
-    if catalog.sidecar is not None and digests is None:
-        odd = f"{SIDECAR} has no digests of it, so its tensors are not verified"
-        oddities.append(Problem(MODEL, None, odd))
-    return replace(
-        catalog,
-        tensors=Places({**known.block_keys, **new}, {**known.shards, **dict.fromkeys(new, MODEL)}),
-        files=(*catalog.files, MODEL),
-        oddities=(*catalog.oddities, *oddities),
-        headers={MODEL: header},
-    )
+    return replace(catalog, sidecar=sidecar, oddities=oddities)
 
 
 def parse_catalog(problems: Problems, index: Text, tensorkey: Text) -> Catalog:

@@ -45,6 +45,8 @@ class Problem:
 class Problems:
     """Raises the first problem. `location` is the checkpoint, for messages."""
 
+    keeps = False  # whether a rule goes on after a problem
+
     def __init__(self, location: str) -> None:
         self.location = location
 
@@ -89,6 +91,8 @@ class AllProblems(Problems):
         found: The problems, each once.
         notes: Oddities that do no harm.
     """
+
+    keeps = True
 
     def __init__(self, location: str) -> None:
         super().__init__(location)

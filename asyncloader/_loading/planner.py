@@ -114,6 +114,8 @@ class Planner:
         into, targets = described or self.describe()
         catalog = parse()
         choice = choose(catalog, info, targets)
+        if choice.lacking:
+            catalog.whole()
         return into, catalog, choice, choice.shards()
 
     def _problems(self, choice: Choice) -> list[str]:

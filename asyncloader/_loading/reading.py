@@ -95,7 +95,7 @@ class Contents:
         """Return the names; raises what `Session.with_names` does."""
         async with session.lock:  # or many calls at once would all read it
             if self._catalog is None:
-                catalog = await session.catalog()
+                catalog = await session.catalog(whole=False)
                 if catalog.sidecar is not None:  # `parts` may be large, and is for tables only
                     catalog = replace(catalog, sidecar=replace(catalog.sidecar, parts=None))
                 self._catalog = catalog
@@ -139,6 +139,7 @@ def _places(
         places[name] = catalog.places(name)
     unknown = [name for name, found in places.items() if not found]
     if unknown:
+        catalog.whole()
         raise KeyError(_complaint(location, catalog, unknown))
     return places
 

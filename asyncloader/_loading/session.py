@@ -160,8 +160,9 @@ class Session:
         """Have a thread do a job that looks at files, but reads none."""
         return await on_disk(self.disk, job, self.location)
 
-    async def catalog(self) -> Catalog:
-        return await self.with_names(lambda parse: parse())
+    async def catalog(self, *, whole: bool = True) -> Catalog:
+        """Return the names; raise what `with_names` does, and with `whole` if some are lacking."""
+        return await self.with_names(lambda parse: parse().whole() if whole else parse())
 
     async def with_names(self, job: Callable[[Callable[[], Catalog]], T]) -> T:
         """Read the names, and return the result of a job that a thread does with their parser.
