@@ -20,7 +20,7 @@ from asyncloader import (
     verify,
 )
 from tests.genuine import NEWEST, copy_of_run
-from tests.oracle import read_checkpoint, write_checkpoint
+from tests.oracle import edit_header, read_checkpoint, shard_holding, write_checkpoint
 from tests.support import data, rows_in, rows_on_disk
 
 if TYPE_CHECKING:
@@ -91,6 +91,15 @@ def test_a_description_may_be_merged_with_that_of_the_model(tmp_path: Path) -> N
     description.write_text(json.dumps(held))
     assert verify(path).ok
     assert load_tensors(path).keys() >= {"tower.0.weight"}
+
+
+def test_a_gap_among_the_blocks_of_a_table_says_what_may_have_left_it(tmp_path: Path) -> None:
+    """RecIS keeps two slots of one name, and its header can hold one of them."""
+    write_checkpoint(tmp_path, {"t": data([1, 2, 3], s=2)}, {})
+    shard = shard_holding(tmp_path, "t.s/part_0_1")
+    edit_header(shard, lambda entries: entries.pop("t.id/part_0_1"))
+    [problem] = [str(one) for one in verify(tmp_path).problems if "back to back" in str(one)]
+    assert "two slots of one name" in problem
 
 
 # --- one value, with a dimension or without

@@ -154,6 +154,9 @@ class Blocks(Columns[Block]):
         )
 
 
+_OF_TABLE = "/part_"  # in the keys of RecIS's tables
+
+
 def lay_out(
     problems: Problems, blocks: Blocks, start: int, size: int, *, whole: bool
 ) -> tuple[Blocks, int]:
@@ -178,6 +181,8 @@ def lay_out(
             f"begins at byte {block.offset} of the file, but what is before it ends at "
             f"{before[gaps[0]]}: blocks stand back to back"
         )
+        if _OF_TABLE in block.key:
+            problem += "; a table of RecIS with two slots of one name can leave such a gap"
         problems.add(problem, block.shard, block.key)
     return blocks, int(ends[-1]) if len(ends) else start
 
