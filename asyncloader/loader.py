@@ -20,7 +20,7 @@ from ._loading.planner import Planner, identity
 from ._loading.progress import Meter, Tracer, listening
 from ._loading.report import LoadReport, report_of
 from ._loading.runtime import checked_runtime, open_session
-from ._loading.transaction import run
+from ._loading.transaction import or_take_back, run
 from ._planning.bank import Bank
 from ._planning.targets import checked_cast
 from ._table.protocol import UpdateCounts
@@ -269,7 +269,8 @@ class Loader:
                 unless_committed.callback(load.abort)
                 await run(load)
                 tell = partial(report_of, load, tensors=self._tensors, retries=session.retries)
-                [report] = await run_jobs(session.threads.kernels, [undisturbed(tell)])
+                telling = run_jobs(session.threads.kernels, [undisturbed(tell)])
+                [report] = await or_take_back(load, telling)
             # No await from here on: a load that is cancelled leaves the tables as they were.
             start = time.perf_counter()
             counts = load.commit()
@@ -278,9 +279,8 @@ class Loader:
         for warning in load.warnings:
             _log.warning("%s: %s", plan.location, warning)
         lag = None if session.watch is None else session.watch.lag
-        tables = {name: counts.get(name, _NOTHING) for name in self._tables}
-        report = replace(report, tables=tables, lag=lag)
-        _log.info("%s", report)
+        done = {name: counts.get(name, _NOTHING) for name in self._tables}
+        _log.info("%s", report := replace(report, tables=done, lag=lag))
         return report
 
     @contextlib.asynccontextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -14,11 +14,15 @@ from .buffers import boxes, torch_dtype
 from .stream import stream
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from asyncloader._checkpoint.blocks import Block
     from asyncloader._planning.plan import TensorLoad
     from asyncloader._table.protocol import UpdateCounts
 
     from .load import Load
+
+T = TypeVar("T")
 
 _STEP = 1 << 16
 """Elements that are converted at a time."""
@@ -30,12 +34,21 @@ async def run(load: Load) -> None:
     Afterwards, or after a failure, call `load.commit()` or `load.abort()`: no thread writes any
     more then.
     """
+    await or_take_back(load, _run(load))
+
+
+async def _run(load: Load) -> None:
+    await load.prepare()
+    await stream(load)
+    load.warnings = await _compare_tied(load)
+    await load.session.check_unchanged(load.plan.shards)
+    await load.finish()
+
+
+async def or_take_back(load: Load, work: Awaitable[T]) -> T:
+    """Await something before the commit; if that fails, take out of tables what shows already."""
     try:
-        await load.prepare()
-        await stream(load)
-        load.warnings = await _compare_tied(load)
-        await load.session.check_unchanged(load.plan.shards)
-        await load.finish()
+        return await work
     except BaseException:
         await load.take_back()
         raise

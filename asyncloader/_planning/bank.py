@@ -94,6 +94,8 @@ class Bank:
             ValueError: With all that is wrong in any of them.
         """
         if isinstance(entries, Bank):
+            if load_conf is not None or resume is not None or rank:
+                raise TypeError("load_conf, resume and rank are those of the Bank: leave them out")
             return entries
         if isinstance(entries, str | os.PathLike):
             entries = [entries]

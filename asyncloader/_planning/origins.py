@@ -77,10 +77,11 @@ class Resolution:
                 if (origin := self.origins.get(f"{child}@{slot}")) is not None:
                     table = label(origin.path, origin.name.removesuffix(f"@{slot}"))
                     info.setdefault(child, {}).setdefault(table, []).append(slot)
+        missing = set(self.missing)
         for name in model.tensors:
             if name in self.origins:
                 info[name] = {str(self.origins[name]): []}
-            elif name in self.missing:
+            elif name in missing:
                 info[name] = {name: []}
         return info
 

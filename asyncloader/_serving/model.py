@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from torch import nn
 
+from asyncloader._table.recis import RecISTable, is_of_recis
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.model import targets
 
@@ -201,6 +202,12 @@ def _model_of(path: Path, built: object) -> Model:
         return Model(path, *targets(built), built)
     if isinstance(built, tuple) and len(built) == 2:  # noqa: PLR2004  # tables, tensors
         tables, tensors = built
+        for name, table in (tables or {}).items():
+            if is_of_recis(table) or isinstance(table, RecISTable):
+                raise TypeError(
+                    f"build() made {name!r}, a table of RecIS, whose rows show as they come, so "
+                    "that a version could serve by halves: make a HashTable"
+                )
         return Model(path, tables or {}, tensors or {}, None)
     raise TypeError(
         f"build() returns (hashtables, tensors) or a torch.nn.Module, got {type(built).__name__}"

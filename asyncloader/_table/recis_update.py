@@ -53,7 +53,10 @@ class RecISUpdate:
         self._writers = 0
         self._changed = threading.Condition()  # guards the two above
         self._left = ""
+        self._clears = False
         self._gone: list[torch.Tensor] = []  # ids and places that the commit takes out
+        self._uncertain: Longs = np.empty(0, np.int64)
+        self._counts: UpdateCounts | None = None
         _, held = ids_and_places(table)
         self._flags = np.zeros(int(held.max(initial=-1)) + 1, np.uint8)  # by place
         self._flags[held] = _HELD
@@ -68,6 +71,7 @@ class RecISUpdate:
         return self._encoding.select(ids, child, claimed, wanted)
 
     def clear(self, children: Sequence[str]) -> None:
+        self._clears = True
         ids, places = ids_and_places(self._table)
         self._flags[places[self._encoding.are_of_any(ids, children)]] |= _CLEARED
 
@@ -88,8 +92,7 @@ class RecISUpdate:
             try:
                 found = look_up(self._table, some)
             except BaseException:
-                found = look_up(self._table, some, readonly=True)  # some may have come in
-                self._note(found[found >= 0])
+                self._uncertain = some  # which of them have come in, nobody knows
                 raise
             again |= self._note(found)
             places[low : low + len(found)] = found
@@ -112,8 +115,10 @@ class RecISUpdate:
 
     def _reset(self, ids: Longs, slots: Collection[str]) -> None:
         """Give ids that are cleared and come again RecIS's initial rows where slots are lacking."""
+        if not self._clears:
+            return
         every = {slot.name() for slot in self._table.slot_group().slots()}
-        if not (self._flags & _CLEARED).any() or every <= set(slots):
+        if every <= set(slots):
             return
         places = self._find(ids)
         known = places >= 0
@@ -155,7 +160,18 @@ class RecISUpdate:
         self._dropped += count
 
     def finish(self) -> None:
-        if not (self._flags & _CLEARED).any():
+        filled = self._flags[(self._flags & _FILLED) != 0]
+        replaced = int(np.count_nonzero((filled & (_HELD | _CLEARED)) == _HELD))
+        new = len(filled) - replaced
+        self._counts = UpdateCounts(
+            rows=self._rows,
+            new=new,
+            replaced=replaced,
+            duplicates=self._rows - new - replaced,
+            dropped=self._dropped,
+            cleared=int(np.count_nonzero(self._flags & _CLEARED)),
+        )
+        if not self._clears:
             return
         ids, places = ids_and_places(self._table)
         gone = (self._flags[places] & (_FILLED | _CLEARED)) == _CLEARED
@@ -164,29 +180,22 @@ class RecISUpdate:
             self._gone = [torch.tensor(some[gone], device=device) for some in (ids, places)]
 
     def commit(self) -> UpdateCounts:
+        if self._counts is None:
+            self.finish()
+        assert self._counts is not None
         self._close()
         try:
             if self._gone:
                 self._table.delete(*self._gone, "")
         finally:
             self._end()
-        filled = self._flags[(self._flags & _FILLED) != 0]
-        replaced = int(np.count_nonzero((filled & (_HELD | _CLEARED)) == _HELD))
-        new = len(filled) - replaced
-        return UpdateCounts(
-            rows=self._rows,
-            new=new,
-            replaced=replaced,
-            duplicates=self._rows - new - replaced,
-            dropped=self._dropped,
-            cleared=int(np.count_nonzero(self._flags & _CLEARED)),
-        )
+        return self._counts
 
     def abort(self) -> str:
         if self._is_open:
             self._close()
             try:
-                self._left = self._take_out() if self._rows else ""
+                self._left = self._take_out() if self._rows or self._clears else ""
             except Exception as error:  # noqa: BLE001  # the failure before it is what counts
                 self._left = (
                     f"table {self._name!r}: ids that came in could not be taken out ({error!r})"
@@ -241,10 +250,11 @@ class RecISUpdate:
     def _take_out(self) -> str:
         """Take out the ids that were new, and say what is left of the load."""
         ids, places = ids_and_places(self._table)
-        known = places < len(self._flags)
-        ids, places = ids[known], places[known]
-        flags = self._flags[places]
-        new = flags == _FILLED
+        behind = places >= len(self._flags)  # not noted: of a lookup that failed, or not ours
+        flags = np.zeros(len(places), np.uint8)
+        flags[~behind] = self._flags[places[~behind]]
+        came = np.isin(ids, self._uncertain) & ((flags & _HELD) == 0)
+        new = (flags == _FILLED) | came
         replaced = ids[(flags & (_FILLED | _HELD)) == _FILLED | _HELD]
         if new.any():
             self._delete(ids[new], places[new])
