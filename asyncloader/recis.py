@@ -82,7 +82,9 @@ class Loader:
         slice: Slice | None = None,  # noqa: A002  # RecIS's name
         **read: Unpack[LoadKeywords],
     ) -> None:
-        tables = _with_slice(hashtables, gen_slice(*_rank()) if slice is None else slice)
+        if slice is None and any(map(is_of_recis, (hashtables or {}).values())):
+            slice = gen_slice(*_rank())  # noqa: A001  # RecIS's name
+        tables = _with_slice(hashtables, slice)
         self._loader = loader.Loader(
             checkpoint_path, tables, tensors, parallel, filter_func, **read
         )
@@ -176,7 +178,7 @@ class Saver:
         self.report = await self._saver.asave()
 
 
-def _with_slice(tables: Mapping[str, Any] | None, part: Slice) -> dict[str, Any] | None:
+def _with_slice(tables: Mapping[str, Any] | None, part: Slice | None) -> dict[str, Any] | None:
     """Return tables by name, those of RecIS with their slice."""
     if tables is None:
         return None
@@ -192,4 +194,9 @@ def _rank() -> tuple[int, int]:
 
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and ranks.isdecimal() and int(rank) < int(ranks)):
+        raise ValueError(
+            f"the environment says RANK={rank!r} and WORLD_SIZE={ranks!r}: set both, or give slice="
+        )
+    return int(rank), int(ranks)

@@ -83,6 +83,16 @@ def test_by_default_a_table_of_recis_has_the_slice_of_its_rank(
     assert found["default"] == {one for one in ids.tolist() if mine.begin <= one < mine.end}
 
 
+def test_a_rank_without_a_number_of_ranks_is_an_error_where_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    Loader(tmp_path, {"t": HashTable([4], name="t")})
+    with pytest.raises(ValueError, match="RANK='3' and WORLD_SIZE='1'"):
+        Loader(tmp_path, {"t": StandIn([4], torch.float32, children=["t"])})
+
+
 def test_a_filter_renames_and_tables_of_ours_are_taken_too(tmp_path: Path) -> None:
     Saver(path=tmp_path / "c", hashtables={"t": filled(torch.tensor([1, 2]))}).save()
     table = HashTable([4], name="other")
