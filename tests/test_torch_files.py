@@ -327,6 +327,8 @@ def test_tensors_of_other_kinds_keep_no_plain_one_from_being_read(tmp_path: Path
     assert torch.equal(load_tensors(path, ["w"])["w"], torch.ones(2))
     with pytest.raises(CheckpointError, match=r"'sparse'.*sparse tensor, which is not read"):
         load_tensors(path)
+    with pytest.raises(CheckpointError, match=r"'complex'.*complex128, which is not read"):
+        load_tensors(path, ["complex"])
     with pytest.raises(PlanError, match="sparse tensor"):
         Loader(path, tensors={"sparse": torch.ones(3)}).load()
     assert [one.text for one in verify(path).notes if one.name == "complex"]

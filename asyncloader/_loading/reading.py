@@ -193,7 +193,7 @@ def torch_dtype(location: str, stored: Stored) -> torch.dtype:
         CheckpointError: If this version of torch does not have it.
     """
     found = getattr(torch, stored.dtype.torch, None)
-    if isinstance(found, torch.dtype):
+    if isinstance(found, torch.dtype) and not stored.dtype.is_refused:
         return found
     problem = f"is {stored.dtype.lack}"
     if not stored.dtype.is_refused:
