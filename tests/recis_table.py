@@ -198,6 +198,9 @@ class StandIn:
     before_lookup: Callable[[int], None] = lambda _: None
     """Gets the number of the call, and may raise."""
 
+    after_lookup: Callable[[int], None] = lambda _: None
+    """The same, once ids have come in."""
+
     room: int = 16
     """Ids that the map takes before it grows."""
 
@@ -247,6 +250,7 @@ class StandIn:
                 new = index < 0
                 index[new] = self._new(int(new.sum()))
                 self._map.add(wanted[new], index[new])
+                self.after_lookup(self._lookups)
             rows = self._group.items["embedding"].pick(index)
             width = self.shape[0] if len(self.shape) > 1 else rows[:1].numel()
             ids.fill_(0)  # the caller has given them away

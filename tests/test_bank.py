@@ -168,6 +168,17 @@ def test_an_extra_file_that_no_entry_wants_is_not_read(tmp_path: Path) -> None:
         Loader.from_bank([run], tables).load()
 
 
+def test_an_extra_file_of_which_later_entries_have_all_is_not_read(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    (run / NAMES[0] / "extra.pt").write_bytes(b"damaged")
+    tables, tensors = NEW.destinations()
+    words = {"path": run / NAMES[0], "load": ["global_step", "tower*"]}
+    report = Loader.from_bank([words, run / NAMES[1]], tables, tensors).load()
+    assert {"global_step", "recis.dense.optim."} <= report.extra.keys()
+    with pytest.raises(CheckpointError, match=r"ckpt_20: extra\.pt"):
+        Loader.from_bank([words, {"path": run, "load": ["tower*"]}], tables).load()
+
+
 def test_every_run_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     for name in "ab":
         publish_half(tmp_path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from asyncloader._checkpoint.index import Catalog, Place, Places
 from asyncloader._planning.bank import Bank
 from asyncloader._planning.names import WORDS, ModelNames, SourceNames
-from asyncloader._planning.resolution import resolve
+from asyncloader._planning.resolution import Resolving
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from asyncloader._planning.bank import Entry
     from asyncloader._planning.origins import Resolution
 
 FIELDS = st.sampled_from(["path", "load", "exclude", "oname", "skip", "ignore_error", "user"])
@@ -28,17 +30,24 @@ SCALARS = ["sparse_adamw_beta1", "sparse_adamw_step"]
 MODEL = ModelNames.of(TABLES, dict.fromkeys([*SCALARS, *TOWER]).keys())
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source(SourceNames):
+    """A checkpoint, with the plain values that it has."""
+
+    words: Collection[str]
+
+
 def source(
     path: str,
     tables: Mapping[str, Sequence[str]] = TABLES,
     tensors: Collection[str] = (*SCALARS, *TOWER),
     words: Collection[str] = ("global_step", OPTIM),
-) -> SourceNames:
+) -> Source:
     """Return the names of a checkpoint whose dotted tensors stand in `model.pt`."""
     places = {name: Place(name, "model.pt" if "." in name else "shard") for name in tensors}
     held = {table: dict.fromkeys(slots, ()) for table, slots in tables.items()}
     catalog = Catalog(Places.of(places), held)
-    return SourceNames(path=path, catalog=catalog, words=frozenset(words))
+    return Source(path=path, catalog=catalog, words=frozenset(words))
 
 
 FULL = {path: source(path) for path in ("c20", "c30")}
@@ -46,12 +55,21 @@ FULL = {path: source(path) for path in ("c20", "c30")}
 
 def found(
     entries: Sequence[Mapping[str, Any] | str],
-    sources: Mapping[str, SourceNames] = FULL,
+    sources: Mapping[str, Source] = FULL,
     model: ModelNames = MODEL,
     **bank: Any,  # noqa: ANN401  # of `Bank.of`
 ) -> Resolution:
     known = Bank.of(entries, **bank).entries
     return resolve(model, [(one, None if one.skip else sources[one.path]) for one in known])
+
+
+def resolve(model: ModelNames, sources: Sequence[tuple[Entry, Source | None]]) -> Resolution:
+    resolving = Resolving(model, sources)
+    for entry, names in reversed(sources):
+        if names is not None:
+            words = resolving.words_of(entry)
+            resolving.take_words(entry, names, words, names.words)
+    return resolving.result()
 
 
 def origins(resolution: Resolution) -> dict[str, str]:
@@ -312,6 +330,24 @@ def test_a_bank_that_is_no_list_is_refused() -> None:
         Bank.of({"path": "c"})
 
 
+def test_a_bank_comes_with_all_that_goes_with_it() -> None:
+    bank = Bank.of(["c"], resume="run", rank=2)
+    assert Bank.of(bank) is bank
+    more: list[dict[str, Any]] = [{"resume": "run"}, {"rank": 1}, {"load_conf": {}}]
+    for arguments in more:
+        with pytest.raises(TypeError, match="leave them out"):
+            Bank.of(bank, **arguments)
+
+
+def test_names_that_all_lack_a_prefix_get_one_hint_each() -> None:
+    model = ModelNames.of({}, {f"w.{n}": 0 for n in range(2000)}.keys())
+    sources = {"c": source("c", {}, [f"net.w.{n}" for n in range(2000)])}
+    problems = found([load("c", *model.tensors)], sources, model).problems
+    assert len(problems) == 2000
+    assert "(it is there as 'net.w.1999', as others are with 'net.'" in problems[1999]
+    assert "rename them with oname" in problems[1999]
+
+
 def test_the_text_shows_a_line_for_names_that_come_from_one_place() -> None:
     sources = FULL | {"c20": source("c20", words=["global_step"])}
     entries = [load("c20", "*"), load("c30", "user@id", "shop@*", oname={"shop": "item"})]
@@ -341,7 +377,7 @@ RENAMES = st.sampled_from([{"a": "ab"}, {"ab": "a"}, {"a*": "a*"}, {"w.a": "b.v"
 
 
 @st.composite
-def banks(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, SourceNames]]:
+def banks(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Source]]:
     entries: list[dict[str, Any]] = []
     sources = {}
     for number in range(draw(st.integers(0, 4))):
@@ -385,7 +421,7 @@ def source_name(name: str, pairs: Sequence[Mapping[str, str]]) -> str:
     return name
 
 
-def holds(known: SourceNames, name: str) -> bool:
+def holds(known: Source, name: str) -> bool:
     table, at, slot = name.partition("@")
     if at:
         return slot in known.catalog.tables.get(table, {})
@@ -394,7 +430,7 @@ def holds(known: SourceNames, name: str) -> bool:
 
 @given(banks())
 def test_names_go_where_a_plain_model_of_the_rules_sends_them(
-    bank: tuple[list[dict[str, Any]], dict[str, SourceNames]],
+    bank: tuple[list[dict[str, Any]], dict[str, Source]],
 ) -> None:
     entries, sources = bank
     expected: dict[str, tuple[str, str]] = {}

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from asyncloader import Live, LoadFailed, Swapped
+from tests.genuine import NEWEST, copy_of_run, truth
 from tests.live import IDS, TABLES, Events, build, damage, publish
+from tests.recis_table import StandIn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +49,28 @@ async def test_a_new_version_of_a_dynamic_entry_brings_the_whole_bank_in(tmp_pat
             assert model.report.sources["user@id"].path == str(tmp_path / "users" / "v2")
         await it.rollback()
         assert serving(it) == {"user": 1, "item": 1, "w": 1}
+
+
+async def test_what_only_training_needs_is_not_held_for_each_version(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    bank = [{"path": str(run), "is_dynamic": True}]
+    async with Live(bank=bank, build=truth(NEWEST).destinations) as it:
+        with it.use() as model:
+            assert model.report.extra.keys() == {"global_step"}
+            assert "recis.dense.optim." not in model.report.sources
+
+
+async def test_rows_of_a_version_in_a_table_of_recis_would_show_before_it_serves(
+    tmp_path: Path,
+) -> None:
+    publish(tmp_path, 1)
+
+    def built() -> tuple[Any, None]:
+        return {"user": StandIn([2], children=["user"])}, None
+
+    with pytest.raises(TypeError, match="'user', a table of RecIS"):
+        async with Live(tmp_path, built):
+            pass
 
 
 async def test_the_runs_of_several_dynamic_entries_are_one_version(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from tests.support import MemoryStorage, Run, data, debug_off, table_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from asyncloader import LoadPlan
     from asyncloader._planning.targets import LoadInfo
     from asyncloader._storage.protocol import ReadInto
 
@@ -433,15 +434,16 @@ async def test_whenever_a_load_is_cancelled_no_new_id_stays(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_ids_of_a_lookup_that_fails_are_taken_out(tmp_path: Path, at: int) -> None:
+@pytest.mark.parametrize("when", ["before_lookup", "after_lookup"])
+def test_ids_of_a_lookup_that_fails_are_taken_out(tmp_path: Path, at: int, when: str) -> None:
+    """Also those that came in before it failed, with places that nobody was told of."""
     write_checkpoint(tmp_path, {"t": data(range(300))}, {}, ranks=3)
-    theirs = stand_in([2], children=["t"])
 
     def fail(number: int) -> None:
         if number == at:
             raise MemoryError("of RecIS")
 
-    theirs.before_lookup = fail
+    theirs = stand_in([2], children=["t"], **{when: fail})
     with pytest.raises(MemoryError, match="of RecIS"):
         Loader(tmp_path, {"t": theirs}, chunk_bytes=4096).load()
     assert theirs.held() == {}
@@ -491,6 +493,20 @@ def test_of_two_loads_into_one_table_the_second_is_refused() -> None:
         RecISTable(theirs).begin(most=1, expected=1)
     update.abort()
     RecISTable(theirs).begin(most=1, expected=1).commit()
+
+
+def test_of_two_loads_at_a_time_the_one_that_came_second_is_refused(tmp_path: Path) -> None:
+    """Also where the other one has ended by then, and each has a wrapper of its own."""
+    write_checkpoint(tmp_path / "a", {"t": data([1, 2])}, {})
+    write_checkpoint(tmp_path / "b", {"t": data([3])}, {})
+    theirs = stand_in([2], children=["t"])
+
+    def meanwhile(_: LoadPlan) -> None:
+        Loader(tmp_path / "b", {"t": theirs}).load()
+
+    with pytest.raises(RuntimeError, match="table 't' is being filled by another load"):
+        Loader(tmp_path / "a", {"t": theirs}, on_plan=meanwhile).load()
+    assert theirs.ids().tolist() == [3]
 
 
 # Saving.

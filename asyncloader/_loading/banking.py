@@ -15,8 +15,8 @@ from asyncloader._checkpoint.joined import Used, join_catalogs, join_headers, sp
 from asyncloader._checkpoint.manifest import Manifest
 from asyncloader._planning.bank import resuming
 from asyncloader._planning.choice import choose
-from asyncloader._planning.names import ModelNames, SourceNames
-from asyncloader._planning.resolution import resolve, wanted_words
+from asyncloader._planning.names import WORDS, ModelNames, SourceNames
+from asyncloader._planning.resolution import Resolving
 from asyncloader._storage.joined import JoinedStorage
 from asyncloader._storage.small_files import Looks
 from asyncloader._storage.unpacking import UnpackingStorage
@@ -29,7 +29,6 @@ from .runtime import holding, open_files
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-    from collections.abc import Set as AbstractSet
 
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._planning.bank import Bank, Entry
@@ -54,25 +53,13 @@ class OpenBank:
         sources: One for each path.
         entries: Each entry that is used or checked, and the path of its checkpoint; the run that is
             resumed last.
-        rank: Whose position in the data counts.
+        bank: The bank itself.
     """
 
     session: Session
     sources: Mapping[str, Session]
     entries: Sequence[tuple[Entry, str | None]]
-    rank: int
-
-    def sources_of(self, known: Mapping[str, Known]) -> list[tuple[Entry, SourceNames | None]]:
-        """Return each entry with the names in its checkpoint, as `resolve` takes them."""
-        return [(one, None if path is None else known[path].names) for one, path in self.entries]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """The names in one checkpoint, and its plain values."""
-
-    names: SourceNames
-    values: Mapping[str, Any]
+    bank: Bank
 
 
 @contextlib.asynccontextmanager
@@ -102,7 +89,7 @@ async def open_bank(
             file=None,
             storage=UnpackingStorage(JoinedStorage(storages, bank.location)),
         )
-        yield OpenBank(session=session, sources=sources, entries=entries, rank=bank.rank)
+        yield OpenBank(session=session, sources=sources, entries=entries, bank=bank)
 
 
 async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | None]]:
@@ -157,62 +144,69 @@ async def _plan(planner: Planner, opened: OpenBank) -> tuple[LoadPlan, Destinati
     [(into, targets)] = await run_jobs(kernels, [undisturbed(planner.describe)])
     with planner.tracer.span("plan", "names"):
         model = ModelNames.of_targets(targets)
-        [wanted] = await run_jobs(kernels, [partial(_words, opened, model)])
-        known = await read_names(opened, wanted)
-        resolving = partial(_resolve, opened, known, model, targets)
-        [(resolution, catalog, choice)] = await run_jobs(kernels, [undisturbed(resolving)])
+        known = await read_names(opened)
+        resolution, extra = await resolve(opened, known, model)
+        choosing = partial(_choose, resolution, known, model, targets)
+        [(catalog, choice)] = await run_jobs(kernels, [undisturbed(choosing)])
     with planner.tracer.span("plan", "headers"):
         manifest = await _read_headers(opened, known, catalog, choice)
     with planner.tracer.span("plan", "plan"):
         deciding = partial(planner.decide, manifest, choice, into)
         [(plan, warnings)] = await run_jobs(kernels, [undisturbed(deciding)])
     planner.warn(session.location, warnings)
-    words = {n: o for n, o in resolution.origins.items() if n not in targets.tensors}
-    extra = {
-        name: known[origin.path].values[name]
-        for name, origin in words.items()
-        if name in known[origin.path].values
-    }
     return replace(plan, bank=resolution, extra=extra), into
 
 
-def _words(opened: OpenBank, model: ModelNames) -> dict[str, set[str]]:
-    """Return the plain values that are wanted, by checkpoint: an optimizer's state may be large."""
-    words: dict[str, set[str]] = {}
-    for entry, path in opened.entries:
-        if path is not None:
-            words.setdefault(path, set()).update(wanted_words(model, entry))
-    return words
-
-
-async def read_names(opened: OpenBank, words: Mapping[str, AbstractSet[str]]) -> dict[str, Known]:
-    """Return the names in each checkpoint, by path, and of its plain values those of `words`.
+async def read_names(opened: OpenBank) -> dict[str, SourceNames]:
+    """Return the names of the tables and tensors in each checkpoint, by its path.
 
     Raises:
         CheckpointError: For the first checkpoint that cannot be read; the others are notes on it.
     """
-    found: dict[str, Known] = {}
+    found: dict[str, SourceNames] = {}
     failures: dict[str, CheckpointError] = {}
 
     async def read(path: str) -> None:
         source = opened.sources[path]
         try:
             async with source.explaining():
-                catalog = await source.catalog()
-                digests = None if catalog.sidecar is None else catalog.sidecar.files
-                values = await read_words(
-                    source, rank=opened.rank, words=words[path], digests=digests
-                )
+                found[path] = SourceNames(path=path, catalog=await source.catalog())
         except CheckpointError as error:
             failures[path] = error
-            return
-        names = SourceNames(path=path, catalog=catalog, words=values.keys())
-        found[path] = Known(names=names, values=values)
 
     workers = opened.session.options.parallel
     await for_each(opened.sources, read, workers=workers, name="asyncloader-names")
     _raise_first(opened.sources, failures)
-    return found
+    return {path: found[path] for path in opened.sources}
+
+
+async def resolve(
+    opened: OpenBank, known: Mapping[str, SourceNames], model: ModelNames
+) -> tuple[Resolution, dict[str, Any]]:
+    """Say where each name comes from; return the plain values, too.
+
+    These are read where an entry takes them, one file at a time: an optimizer's state may be large.
+
+    Raises:
+        CheckpointError: If a file of plain values cannot be read.
+    """
+    kernels = opened.session.threads.kernels
+    sources = [(one, None if path is None else known[path]) for one, path in opened.entries]
+    beginning = undisturbed(partial(Resolving, model, sources))
+    [resolving] = await run_jobs(kernels, [beginning])
+    extra: dict[str, Any] = {}
+    for entry, names in reversed(sources):
+        if names is None or not (words := resolving.words_of(entry) & opened.bank.words):
+            continue
+        source = opened.sources[names.path]
+        sidecar = names.catalog.sidecar
+        digests = None if sidecar is None else sidecar.files
+        async with source.explaining():
+            values = await read_words(source, rank=opened.bank.rank, words=words, digests=digests)
+        resolving.take_words(entry, names, words, values)
+        extra |= values
+    [resolution] = await run_jobs(kernels, [undisturbed(resolving.result)])
+    return resolution, {word: extra[word] for word in WORDS if word in extra}
 
 
 def _raise_first(paths: Iterable[str], failures: Mapping[str, CheckpointError]) -> None:
@@ -224,11 +218,10 @@ def _raise_first(paths: Iterable[str], failures: Mapping[str, CheckpointError]) 
         raise errors[0]
 
 
-def _resolve(
-    opened: OpenBank, known: Mapping[str, Known], model: ModelNames, targets: Targets
-) -> tuple[Resolution, Catalog, Choice]:
-    """Say where each name comes from, and choose the blocks to load."""
-    resolution = resolve(model, opened.sources_of(known))
+def _choose(
+    resolution: Resolution, known: Mapping[str, SourceNames], model: ModelNames, targets: Targets
+) -> tuple[Catalog, Choice]:
+    """Choose the blocks to load."""
     catalog = join_catalogs(_used(resolution, model, known))
     choice = choose(catalog, resolution.load_info(model), targets, fills=True)
     choice.missing += [name for name in resolution.missing if name not in model.tensors]
@@ -236,12 +229,14 @@ def _resolve(
     choice.problems[:0] = resolution.problems
     choice.warnings += resolution.warnings
     choice.warnings += [
-        f"{path}: {odd}" for path, one in known.items() for odd in one.names.catalog.oddities
+        f"{path}: {odd}" for path, one in known.items() for odd in one.catalog.oddities
     ]
-    return resolution, catalog, choice
+    return catalog, choice
 
 
-def _used(resolution: Resolution, model: ModelNames, known: Mapping[str, Known]) -> dict[str, Used]:
+def _used(
+    resolution: Resolution, model: ModelNames, known: Mapping[str, SourceNames]
+) -> dict[str, Used]:
     tensors: dict[str, list[str]] = {path: [] for path in known}
     tables: dict[str, dict[str, None]] = {path: {} for path in known}
     for name, origin in resolution.origins.items():
@@ -251,13 +246,13 @@ def _used(resolution: Resolution, model: ModelNames, known: Mapping[str, Known])
         elif not model.is_word(name):
             tensors[origin.path].append(origin.name)
     return {
-        path: Used(catalog=one.names.catalog, tensors=tensors[path], tables=tables[path])
+        path: Used(catalog=one.catalog, tensors=tensors[path], tables=tables[path])
         for path, one in known.items()
     }
 
 
 async def _read_headers(
-    opened: OpenBank, known: Mapping[str, Known], catalog: Catalog, choice: Choice
+    opened: OpenBank, known: Mapping[str, SourceNames], catalog: Catalog, choice: Choice
 ) -> Manifest:
     """Read the headers of the chosen shards, a checkpoint after the other."""
     wanted: dict[str, list[str]] = {}
@@ -270,7 +265,7 @@ async def _read_headers(
         source = opened.sources[path]
         try:
             async with source.explaining():
-                manifests[path] = await source.manifest(known[path].names.catalog, files)
+                manifests[path] = await source.manifest(known[path].catalog, files)
         except CheckpointError as error:
             failures[path] = error
     _raise_first(wanted, failures)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
+from asyncloader._table.recis import identity
+
 from .destinations import share
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class _Taken(NamedTuple):
     location: str
     into: Destinations
     numbers: NDArray[np.int64]  # of the tensors, as they lie in memory, `[n]`
-    tables: Mapping[int, str]  # their names, by `id`
+    tables: Mapping[int, str]  # their names, by `identity`
 
     def check(self, other: _Taken) -> None:
         for table in self.tables.keys() & other.tables.keys():
@@ -93,7 +95,7 @@ class Claim:
         """
         for unsafe in into.unsafe(names):
             raise RuntimeError(unsafe)
-        by_id = {id(table): name for name, table in tables.items()}
+        by_id = {identity(table): name for name, table in tables.items()}
         mine = _Taken(location, into, into.filled(names), by_id)
         # Compared outside of the lock, for which event loops wait: a later load sees this one.
         with _lock:

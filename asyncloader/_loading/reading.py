@@ -14,7 +14,7 @@ import torch
 
 from asyncloader._checkpoint.manifest import Manifest, stored_tensor
 from asyncloader._memory.allocation import zeros
-from asyncloader._planning.hints import hint_for
+from asyncloader._planning.hints import did_you_mean
 from asyncloader._planning.plan import LoadPlan, TensorLoad, TensorLoads
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
@@ -151,7 +151,7 @@ def _complaint(location: str, catalog: Catalog, unknown: Sequence[str]) -> str:
         if name in catalog.tables:
             slots = ", ".join(repr(f"{name}@{slot}") for slot in catalog.tables[name])
             return f" (a table: read {slots})"
-        return hint_for(name, names)
+        return did_you_mean([name], names)[name]
 
     listed = [
         f"{name!r}{hint(name) if number < _GUESSED else ''}"

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from asyncloader._arguments import checked_path
 
 from .hints import did_you_mean
+from .names import WORDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from collections.abc import Set as AbstractSet
 
 
 Entries = Sequence[Any] | str | os.PathLike[str]
@@ -72,11 +74,13 @@ class Bank:
         entries: Later ones come before earlier ones.
         resume: The run folder that comes before all of them, if its list names a checkpoint.
         rank: Whose `io_state_<rank>.pt` counts.
+        words: The plain values that are of use, so that they are read where entries want them.
     """
 
     entries: tuple[Entry, ...]
     resume: str | None = None
     rank: int = 0
+    words: AbstractSet[str] = frozenset(WORDS)
 
     @classmethod
     def of(

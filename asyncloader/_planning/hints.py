@@ -6,6 +6,7 @@ import difflib
 import heapq
 import os
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,25 +16,21 @@ if TYPE_CHECKING:
 # Comparing took 40 µs a pair of common lengths, and grows with their product: where there is much
 # to compare, no reader gets that far.
 _NAMES, _CANDIDATES, _LENGTH = 5, 200, 200
+_LOOKED_AT = 100_000
 _PREFIXES = 3
 
 
-def hint_for(name: str, names: Sequence[str]) -> str:
-    """Return in brackets which of `names` was meant by another name, or nothing."""
+def did_you_mean(
+    names: Sequence[str], candidates: Sequence[str], *, rename: str = "filter_func"
+) -> Mapping[str, str]:
+    """Return for each absent name a hint in brackets, or nothing, from names not asked for.
 
-    def in_common(other: str) -> int:
-        return len(os.path.commonprefix((name, other)))  # noqa: RUF071  # any text, not only paths
-
-    likely = heapq.nlargest(_CANDIDATES, names, in_common)
-    return did_you_mean([name], likely)[name]
-
-
-def did_you_mean(names: Sequence[str], candidates: Sequence[str]) -> Mapping[str, str]:
-    """Return for each absent name a hint in brackets, or nothing, from names not asked for."""
+    Of several names with one prefix more, or less, it says that `rename` renames them.
+    """
     found, how = _other_prefix(names, candidates)
     if len(found) > 1:
         hints = {
-            name: f" (it is there as {other!r}, {how}: rename them with filter_func)"
+            name: f" (it is there as {other!r}, {how}: rename them with {rename})"
             for name, other in found.items()
         }
     else:
@@ -65,7 +62,14 @@ def _prefixes(names: Sequence[str], candidates: Sequence[str]) -> Iterator[tuple
 
 
 def _close_ones(names: Sequence[str], candidates: Sequence[str]) -> dict[str, str]:
-    short = [name for name in candidates[:_CANDIDATES] if len(name) <= _LENGTH]
-    asked = [name for name in names[:_NAMES] if len(name) <= _LENGTH]
-    found = {name: difflib.get_close_matches(name, short, n=1) for name in asked}
+    short = [name for name in candidates[:_LOOKED_AT] if len(name) <= _LENGTH]
+    found = {}
+    for name in names[:_NAMES]:
+        if len(name) <= _LENGTH:
+            likely = heapq.nlargest(_CANDIDATES, short, partial(_in_common, name))
+            found[name] = difflib.get_close_matches(name, likely, n=1)
     return {name: close[0] for name, close in found.items() if close}
+
+
+def _in_common(one: str, other: str) -> int:
+    return len(os.path.commonprefix((one, other)))  # noqa: RUF071  # any text, not only paths

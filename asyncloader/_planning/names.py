@@ -28,6 +28,8 @@ WORDS = (
     "global_step", "train_epoch", *IO_WORDS, "train_window_io", "eval_window_io", OPTIMIZER,
 )  # fmt: skip
 """The names of a model that are no tensors: plain values of `extra.pt` and `io_state_<rank>.pt`."""
+SERVED_WORDS = frozenset({"global_step", "train_epoch"})
+"""Those of use to a model that is not trained."""
 
 _IO_STATE = ("train_epoch", *IO_WORDS, "train_window_io", "eval_window_io")
 _OF_OPTIMIZERS = "sparse_"  # begins the names of their slots and scalars
@@ -112,20 +114,18 @@ class SourceNames:
     Attributes:
         path: Its folder.
         catalog: Its tables and tensors.
-        words: Which of the words it has.
     """
 
     path: str
     catalog: Catalog
-    words: AbstractSet[str] = frozenset()
 
     def has(self, name: str, model: ModelNames, own: str) -> bool:
-        """Say whether the checkpoint's `name` is of the kind of the model's name `own`."""
+        """Say whether it has `name`, a slot or tensor as the model's name `own` is."""
         if own in model.slots:
             slot = model.slots[own][1]
             table = name.removesuffix(f"@{slot}")
             return table != name and slot in self.catalog.tables.get(table, {})
-        return name in (self.words if model.is_word(own) else self.catalog.tensors)
+        return name in self.catalog.tensors
 
     def is_of_model(self, name: str) -> bool:
         """Say whether a tensor stands in `model.pt`: parameters and buffers, no scalars."""

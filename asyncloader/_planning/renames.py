@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from .hints import hint_for
+from .hints import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,7 @@ def renamed(
     A `*` stands for any text, all else for itself. The first pair that fits counts.
     """
     found: dict[str, str] = {}
+    absent = []
     for ours, theirs in entry.renames:
         bare = ours in model.tables
         left, right = (f"{ours}@*", f"{theirs}@*") if bare else (ours, theirs)
@@ -34,9 +35,10 @@ def renamed(
         if ours in model or bare:
             warnings.append(f"{entry}: oname {ours!r} is not loaded from this entry")
         else:
-            into = warnings if entry.ignore_error else problems
-            hint = hint_for(ours, list(model))
-            into.append(f"{entry}: the model has no {ours!r}, which oname renames{hint}")
+            absent.append(ours)
+    hints = did_you_mean(absent, list(model) if absent else [])
+    into = warnings if entry.ignore_error else problems
+    into += [f"{entry}: the model has no {n!r}, which oname renames{hints[n]}" for n in absent]
     problems += [f"{entry}: {problem}" for problem in _complete(free, model, found)]
     return found
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncloader._arguments import checked_path
 from asyncloader._planning.bank import Bank
+from asyncloader._planning.names import SERVED_WORDS
 from asyncloader.loader import Loader
 
 from .source import Candidate, candidate, newest
@@ -49,7 +50,7 @@ class Sought:
             )
         if source is not None:
             return cls(paths=(checked_path(source, "source"),))
-        bank = Bank.of(entries)
+        bank = replace(Bank.of(entries), words=SERVED_WORDS)
         followed = [one.path for one in bank.entries if one.is_dynamic and not one.skip]
         if not followed:
             raise ValueError(

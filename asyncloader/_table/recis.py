@@ -150,3 +150,8 @@ def adapted(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_of_recis(table: object) -> bool:
     return hasattr(table, _MARK)
+
+
+def identity(table: object) -> int:
+    """Return a number that tells a table from others; of RecIS's, the same for all its wrappers."""
+    return id(table._table if isinstance(table, RecISTable) else table)  # noqa: SLF001  # ours

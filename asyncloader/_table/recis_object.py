@@ -26,19 +26,23 @@ def ids_and_places(
 def look_up(
     table: Any,  # noqa: ANN401  # RecIS's
     ids: Longs,
+    device: torch.device,
     *,
     readonly: bool = False,
 ) -> Longs:
-    """Return the places of ids, encoded, int64 `[n]`; unknown ids come in, or have -1."""
+    """Return the places of ids, encoded, int64 `[n]`; unknown ids come in, or have -1.
+
+    The device is the table's.
+    """
     # It may keep or change the ids that it gets: a copy. And it copies all rows out.
-    index, _ = table.embedding_lookup(torch.tensor(ids, device=device_of(table)), readonly)
+    index, _ = table.embedding_lookup(torch.tensor(ids, device=device), readonly)
     return _host(index)
 
 
 def device_of(
     table: Any,  # noqa: ANN401  # RecIS's
 ) -> torch.device:
-    """Return the device of a table's rows."""
+    """Return the device of a table's rows; it lists all blocks."""
     return _sample(table.slot_group().slot_by_name("embedding")).device
 
 

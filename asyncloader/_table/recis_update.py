@@ -46,6 +46,7 @@ class RecISUpdate:
         self._table = table
         self._encoding = encoding
         self._end = end
+        self._device = device_of(table)
         self._blocks: dict[str, list[torch.Tensor]] = {}
         self._rows = self._dropped = 0
         self._written = set[str]()
@@ -90,7 +91,7 @@ class RecISUpdate:
         for low in range(0, len(ids), self._at_once):
             some = ids[low : low + self._at_once]
             try:
-                found = look_up(self._table, some)
+                found = look_up(self._table, some, self._device)
             except BaseException:
                 self._uncertain = some  # which of them have come in, nobody knows
                 raise
@@ -130,20 +131,21 @@ class RecISUpdate:
             # The places are free again, so that this needs no memory but for its copy of rows.
             self._flags[places] = 0
             for low in range(0, len(ids), self._at_once):
-                found = look_up(self._table, ids[low : low + self._at_once])
+                some = ids[low : low + self._at_once]
+                found = look_up(self._table, some, self._device)
                 self._note(found)
                 self._flags[found] = _HELD | _CLEARED
 
     def _find(self, ids: Longs) -> Longs:
         parts = [
-            look_up(self._table, ids[low : low + self._at_once], readonly=True)
+            look_up(self._table, ids[low : low + self._at_once], self._device, readonly=True)
             for low in range(0, len(ids), self._at_once)
         ]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def _delete(self, ids: Longs, places: Longs) -> None:
-        device = device_of(self._table)
-        self._table.delete(*(torch.tensor(some, device=device) for some in (ids, places)), "")
+        given = (torch.tensor(some, device=self._device) for some in (ids, places))
+        self._table.delete(*given, "")
 
     def write(self, slot: str, places: Longs, rows: torch.Tensor) -> None:
         with self._writing(slot):
@@ -176,8 +178,7 @@ class RecISUpdate:
         ids, places = ids_and_places(self._table)
         gone = (self._flags[places] & (_FILLED | _CLEARED)) == _CLEARED
         if gone.any():
-            device = device_of(self._table)
-            self._gone = [torch.tensor(some[gone], device=device) for some in (ids, places)]
+            self._gone = [torch.tensor(some[gone], device=self._device) for some in (ids, places)]
 
     def commit(self) -> UpdateCounts:
         if self._counts is None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncloader._loading.banking import open_bank, read_names
+from asyncloader._loading.banking import open_bank, read_names, resolve
 from asyncloader._loading.runtime import open_session
-from asyncloader._planning.names import WORDS, ModelNames
-from asyncloader._planning.resolution import resolve
+from asyncloader._planning.names import ModelNames
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import PlanError
 
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from asyncloader._checkpoint.index import Catalog
-    from asyncloader._planning.bank import Bank, Entry
-    from asyncloader._planning.names import SourceNames
+    from asyncloader._planning.bank import Bank
     from asyncloader._planning.origins import Resolution
     from asyncloader.options import ReadOptions
 
@@ -30,26 +28,23 @@ async def resolve_bank(bank: Bank, *, like: str | None, options: ReadOptions) ->
         PlanError: With all that is wrong with the entries.
     """
     async with open_bank(bank, options, runtime=None) as opened:
-        known = await read_names(opened, {path: set(WORDS) for path in opened.sources})
-        catalogs = [one.names.catalog for one in known.values()]
+        known = await read_names(opened)
+        catalogs = [one.catalog for one in known.values()]
         if like is not None:
             async with open_session(like, options) as session:
                 catalogs = [await session.catalog()]
-        deciding = partial(_decide, catalogs, opened.sources_of(known))
-        [found] = await run_jobs(opened.session.threads.kernels, [deciding])
+        [model] = await run_jobs(opened.session.threads.kernels, [partial(_names_of, catalogs)])
+        found, _ = await resolve(opened, known, model)
     if found.problems:
         raise PlanError(bank.location, found.problems)
     return found
 
 
-def _decide(
-    catalogs: Iterable[Catalog], sources: list[tuple[Entry, SourceNames | None]]
-) -> Resolution:
+def _names_of(catalogs: Iterable[Catalog]) -> ModelNames:
     tables: dict[str, dict[str, None]] = {}
     tensors: dict[str, None] = {}
     for catalog in catalogs:
         tensors |= dict.fromkeys(catalog.tensors)
         for table, slots in catalog.tables.items():
             tables.setdefault(table, {}).update(dict.fromkeys(slots))
-    model = ModelNames.of({t: tuple(slots) for t, slots in tables.items()}, tensors.keys())
-    return resolve(model, sources)
+    return ModelNames.of({t: tuple(slots) for t, slots in tables.items()}, tensors.keys())

@@ -12,7 +12,7 @@ from asyncloader._checkpoint.parts import ID, table_problems
 from asyncloader._checkpoint.problems import Problems
 from asyncloader._display import size_text
 from asyncloader._memory import allowance
-from asyncloader._planning.hints import hint_for
+from asyncloader._planning.hints import did_you_mean
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
 
@@ -141,7 +141,7 @@ def find_table(location: str, catalog: Catalog, name: str) -> tuple[str, str | N
         return name, None
     if name in catalog.tensors:
         raise KeyError(f"{location}: {name!r} is a dense tensor, it has no ids; a table has")
-    hint = hint_for(name, [*catalog.tables, *catalog.names()])
+    hint = did_you_mean([name], [*catalog.tables, *catalog.names()])[name]
     raise KeyError(
         f"{location}: nothing in it is called {name!r}{hint}; `asyncloader inspect --all` lists "
         "what there is"
