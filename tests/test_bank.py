@@ -135,10 +135,13 @@ def test_a_run_is_resumed_before_all_entries_and_the_callers_list_stays_as_it_is
     assert {origin.entry for origin in report.sources.values()} == {-1}
 
 
-def test_a_run_without_a_list_is_nothing_to_resume(tmp_path: Path) -> None:
+def test_a_run_without_a_list_is_nothing_to_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tables, tensors = NEW.destinations()
     report = Loader.from_bank([FROM_OLD], tables, tensors, resume=tmp_path / "none").load()
     assert {origin.path for origin in report.sources.values()} == {FROM_OLD}
+    assert "none: no checkpoint is listed there, so nothing is resumed" in caplog.text
 
 
 def test_an_empty_bank_loads_nothing() -> None:

@@ -34,6 +34,7 @@ from asyncloader.cli._app import run as command
 from asyncloader.tools import averify
 from tests.checkpoints import GENUINE, LIMITS, TABLES, TENSORS, everything, flip, run, save
 from tests.forks import Forked
+from tests.genuine import NEWEST, RUN
 from tests.oracle import Block as RawBlock
 from tests.oracle import (
     TableData,
@@ -717,3 +718,15 @@ def test_a_process_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     process.communicate()
     assert process.returncode == 130
     assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
+
+
+async def test_files_beside_the_tensors_are_left_out_and_named(tmp_path: Path) -> None:
+    for target in ("folder", "file.safetensors"):
+        done = await aconvert(RUN / NEWEST, tmp_path / target)
+        assert done.left_out == ("extra.pt", "io_state_0.pt")
+
+
+def test_files_that_are_left_out_are_shown(tmp_path: Path) -> None:
+    code, out, _ = run("convert", RUN / NEWEST, tmp_path / "again")
+    assert code == 0
+    assert "extra.pt, io_state_0.pt: copy what you need" in out

@@ -307,8 +307,9 @@ class OfTheirOwn:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"extra": {"step": OfTheirOwn()}}, r"extra\.pt would hold a [\w.]*OfTheirOwn"),
-        ({"io_state": {"x": [Path("a")]}}, r"io_state_0\.pt would hold a pathlib"),
+        ({"extra": {"step": OfTheirOwn()}}, r"extra\.pt would hold an object of [\w.]*OfTheirOwn"),
+        ({"extra": {"step": object()}}, r"extra\.pt would hold an object of object"),
+        ({"io_state": {"x": [Path("a")]}}, r"io_state_0\.pt would hold an object of pathlib"),
         ({"extra": {"f": lambda: 0}}, r"extra\.pt: torch cannot save"),
     ],
 )

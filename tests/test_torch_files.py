@@ -221,13 +221,15 @@ def test_a_model_that_cannot_be_read_bars_those_alone_who_want_its_tensors(
         lambda: Loader(path, tables, tensors).load(),
         lambda: load_tensors(path),
         lambda: CheckpointReader(path).tensor_names(),
-        lambda: inspect(path),
         lambda: diff(path, RUN / "ckpt_30"),
     ):
         with pytest.raises(CheckpointError, match=r"model\.pt"):
             read()
     assert torch.equal(tensors["tower.0.bias"], before)
     assert [one for one in verify(path).problems if one.file == "model.pt"]
+    summary = inspect(path)
+    assert summary.ids == 311  # type: ignore[union-attr]
+    assert any("model.pt" in one for one in summary.warnings)  # type: ignore[union-attr]
 
 
 # What is refused.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from .planner import Planner
     from .runtime import Runtime
     from .session import Session
+
+_log = logging.getLogger("asyncloader")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +103,8 @@ async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | Non
     with Looks(bank.location, stall_timeout=options.stall_timeout) as looks:
         if bank.resume is not None and await listed(looks, Path(bank.resume)):
             entries.append(resuming(bank.resume))
+        elif bank.resume is not None:
+            _log.warning("%s: no checkpoint is listed there, so nothing is resumed", bank.resume)
         for path in dict.fromkeys(entry.path for entry in entries if not entry.skip):
             try:
                 found[path] = await checkpoint_of(looks, Path(path))

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 _BUFFER = 1 << 20
-_GLOBAL = re.compile(r"(?:GLOBAL|global|class|function|Type) (?:<class \')?([\w.]+\.[\w.]+)")
+_GLOBAL = re.compile(
+    r"GLOBAL ([\w.]+)|(?:global|class|function|Type) (?:<class \')?([\w.]+\.[\w.]+)"
+)
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -131,7 +133,7 @@ def _check(file: str, value: object) -> None:
         torch.load(content, weights_only=True, map_location="cpu")
     except Exception as error:
         found = _GLOBAL.search(str(error))
-        what = f"a {found[1]}" if found else "something"
+        what = f"an object of {found[1] or found[2]}" if found else "something"
         raise ValueError(
             f"{file} would hold {what}, which torch.load(weights_only=True) does not read: pass "
             "tensors, numbers, text, bytes, and lists, tuples and dicts of those"

@@ -60,9 +60,12 @@ class Content:
         return {one.name: one.nbytes for one in (*slots, *self.tensors.values())}
 
 
-async def read_headers(session: Session) -> Manifest:
-    """Read all names and headers; raise `CheckpointError` or `ReadError` if that fails."""
-    catalog = await session.catalog()
+async def read_headers(session: Session, *, whole: bool = True) -> Manifest:
+    """Read all names and headers; raise `CheckpointError` or `ReadError` if that fails.
+
+    Without `whole`, a `model.pt` that cannot be read is an oddity of the rest.
+    """
+    catalog = await session.catalog(whole=whole)
     return await session.manifest(catalog, shards_of(catalog))
 
 

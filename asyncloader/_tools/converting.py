@@ -14,6 +14,7 @@ from asyncloader._loading.runtime import open_session
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import AsyncLoaderError, SaveError
 
+from .beside import look_beside
 from .source import read_source
 from .writing import write_file, write_folder
 
@@ -58,6 +59,7 @@ class Conversion:
         files: The files that hold the data.
         bytes_written: To these files.
         bytes_verified: Bytes that were read and compared with digests.
+        left_out: Files beside the source's tensors, such as `extra.pt`: they are no tensors.
     """
 
     source: str
@@ -69,6 +71,7 @@ class Conversion:
     tensors: tuple[str, ...]
     bytes_written: int
     bytes_verified: int
+    left_out: tuple[str, ...]
     seconds: float
 
 
@@ -101,6 +104,8 @@ async def aconvert(
         if is_file and shards is not None:
             raise SaveError(destination, "is one file: --shards is for folders")
         content = await read_source(session, slots, tables, to_file=is_file)
+        is_recis = content.manifest.catalog.recis
+        beside = (await look_beside(session)).files if is_recis else ()
         async with _making(session, target.parent if is_file else target, destination):
             if is_file:
                 written = await write_file(
@@ -120,6 +125,7 @@ async def aconvert(
         tensors=tuple(content.tensors),
         bytes_written=written.nbytes,
         bytes_verified=written.verified,
+        left_out=tuple(file.name for file in beside),
         seconds=time.perf_counter() - start,
     )
 

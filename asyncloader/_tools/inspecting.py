@@ -147,7 +147,7 @@ async def look_into(path: str, options: ReadOptions) -> CheckpointSummary | RunS
     """Sum up a checkpoint, or a run folder; see `asyncloader.tools.inspect`."""
     async with open_session(path, options) as session:
         try:
-            manifest = await read_headers(session)
+            manifest = await read_headers(session, whole=False)
         except CheckpointNotFoundError:
             run = await _run_folder(path, options.stall_timeout)
             if run is not None:

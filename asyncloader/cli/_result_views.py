@@ -194,6 +194,10 @@ def conversion_view(done: Conversion) -> RenderableType:
     verified = Text("compared", "green") if done.bytes_verified else Text("none to compare", "dim")
     lines += [("digests", verified), ("time", f"{done.seconds:.2f} s")]
     lines += [("left out", text) for table in done.tables for text in _left_out(table)]
+    if done.left_out:
+        files = ", ".join(map(shown, done.left_out[:_NAMED]))
+        more = f" and {count(len(done.left_out) - _NAMED)} more" if done.left_out[_NAMED:] else ""
+        lines.append(("left out", Text(f"{files}{more}: copy what you need", "yellow")))
     return facts(done.kind, lines)
 
 
