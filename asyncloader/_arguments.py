@@ -8,14 +8,12 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-T = TypeVar("T")
+from ._addresses import address_of, is_url, local_path
 
-# Two letters at least: one is a drive. `Path("s3://bucket")` is `s3:/bucket`.
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+T = TypeVar("T")
 
 
 def checked_path(path: str | os.PathLike[str], name: str) -> str:
@@ -31,14 +29,24 @@ def checked_path(path: str | os.PathLike[str], name: str) -> str:
     return text
 
 
+def checked_source(path: str | os.PathLike[str], name: str) -> str:
+    """Return a path, or the URL of an object store, as text; of a `file://` URL, its path."""
+    if isinstance(path, str) and is_url(path):
+        path = local_path(path, name)
+        if is_url(path):
+            address_of(path, name)
+            return path
+    return checked_path(path, name)
+
+
 def check_no_url(path: str | bytes, name: str) -> None:
     """Refuse an address on the network; the local file system would take it for a folder."""
-    found = _URL.match(os.fsdecode(path))
-    if found is not None:
+    text = os.fsdecode(path)
+    if is_url(text):
         raise ValueError(
-            f"{name} is a URL ({found[1]}://…), and only local files can be read and written: "
-            "mount or copy what it leads to. (Of a local folder with such a name, give the "
-            "absolute path.)"
+            f"{name} is a URL ({text.partition(':')[0]}://…), and here only local paths are taken: "
+            "Loader, CheckpointReader, load_tensors and the tools read a checkpoint from a URL, "
+            "given as text. (Of a local folder with such a name, give the absolute path.)"
         )
 
 

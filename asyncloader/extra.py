@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ._arguments import check_count, checked_path
+from ._addresses import is_url
+from ._arguments import check_count, checked_source
 from ._checkpoint.catalog import read_file
 from ._checkpoint.format import EXTRA, IO_COUNT, IO_STATE
 from ._loading.banking import checkpoint_of
-from ._loading.extras import LIMIT, check_no_pickle, folder_names, read_values
+from ._loading.extras import LIMIT, check_no_pickle, read_values
 from ._loading.runtime import open_session
 from ._storage.small_files import Looks
 from ._threads.blocking import run_blocking
@@ -128,15 +129,16 @@ async def _read(
     path: str | os.PathLike[str], file: str, limit: int, options: ReadOptions
 ) -> dict[str, Any]:
     check_count(limit, "limit")
-    location = checked_path(path, "path")
-    with Looks(location, stall_timeout=options.stall_timeout) as looks:
-        location = await checkpoint_of(looks, Path(location))
+    location = checked_source(path, "path")
+    if not is_url(location):  # whose run folders are not known yet
+        with Looks(location, stall_timeout=options.stall_timeout) as looks:
+            location = await checkpoint_of(looks, Path(location))
     async with open_session(location, options) as session:
         if session.file is not None:
             problem = f"is a file: give the folder of a checkpoint, which {file!r} is in"
             raise CheckpointError(location, problem)
         catalog = await session.catalog(whole=False)
-        names = await folder_names(session)
+        names = await session.listed()
         if file not in names:
             check_no_pickle(location, file, names)
             raise await _missing(session, file, names)

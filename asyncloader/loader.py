@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from ._arguments import as_dict, check_callable, check_progress, checked_path
+from ._arguments import as_dict, check_callable, check_progress, checked_source
 from ._loading.banking import planned_bank
 from ._loading.checks import check_tables
 from ._loading.claims import Claim
@@ -129,7 +129,7 @@ class Loader:
             check_callable(trace, "trace")
         if on_plan is not None:
             check_callable(on_plan, "on_plan", awaited=True)
-        self._path = checked_path(checkpoint_path, "checkpoint_path")
+        self._path = checked_source(checkpoint_path, "checkpoint_path")
         self._tensors = as_dict(tensors, "tensors")
         self._tables = adapted(as_dict(hashtables, "hashtables"))
         self._progress = progress

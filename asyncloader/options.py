@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, get_args
 
 from ._arguments import check_callable, check_count, check_switch, check_timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 __all__ = ["LoadKeywords", "ReadKeywords", "ReadOptions", "Verify"]
 
@@ -52,6 +53,10 @@ class ReadOptions:
         follow_symlinks: Whether a file of the checkpoint may be a symbolic link that leads out of
             its folder, as in the cache of Hugging Face. Then the author of the checkpoint chooses
             which files of this machine are read. (The path that you give may be a link anyway.)
+        storage_options: Of a URL: how its store is reached, in obstore's own names (`endpoint`,
+            `region`, `access_key_id`, …), with `client_options`, `retry_config` and
+            `credential_provider`. What is not given comes from the environment, as each cloud's own
+            tools take it. In no message and no `repr`.
         max_loop_lag: Seconds by which the reading may make the caller's event loop late. A timer on
             that loop is watched; while it is late, fewer threads read and index, with pauses.
             Chunks are at most 4 MiB then. `None` is full speed. The report's `lag` says how late
@@ -73,6 +78,7 @@ class ReadOptions:
     stall_timeout: float | None = 120.0
     direct_io: bool = False
     follow_symlinks: bool = False
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     max_loop_lag: float | None = None
     pressure: Callable[[], float] | None = None
 
@@ -86,6 +92,8 @@ class ReadOptions:
             check_timeout(getattr(self, name), name)
         for name in ("direct_io", "follow_symlinks"):
             check_switch(getattr(self, name), name)
+        if not isinstance(self.storage_options, Mapping | None):
+            raise TypeError("storage_options is a dict of obstore's options, or None")
         if self.pressure is not None:
             check_callable(self.pressure, "pressure")
 
@@ -135,6 +143,7 @@ class LoadKeywords(TypedDict, total=False):
     stall_timeout: float | None
     direct_io: bool
     follow_symlinks: bool
+    storage_options: Mapping[str, Any] | None
     max_loop_lag: float | None
     pressure: Callable[[], float] | None
 

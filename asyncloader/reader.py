@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 import torch
 
-from ._arguments import checked_path
+from ._arguments import checked_source
 from ._loading.reading import Contents, read_stored, torch_dtype
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs
@@ -64,7 +64,7 @@ class CheckpointReader:
         options: ReadOptions | None = None,
         **read: Unpack[ReadKeywords],
     ) -> None:
-        self._path = checked_path(checkpoint_path, "checkpoint_path")
+        self._path = checked_source(checkpoint_path, "checkpoint_path")
         self._contents = Contents(self._path, ReadOptions.of(options, read))
 
     def __repr__(self) -> str:
@@ -183,7 +183,7 @@ async def aload_tensors(
         CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
         ReadError: If the storage failed.
     """
-    path = checked_path(checkpoint_path, "checkpoint_path")
+    path = checked_source(checkpoint_path, "checkpoint_path")
     if isinstance(names, str):
         raise TypeError(f"names are several, got one text; write [{names!r}]")
     wanted = None if names is None else tuple(names)

@@ -10,7 +10,7 @@ import functools
 from inspect import signature
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from ._arguments import check_names, check_progress, checked_path
+from ._arguments import check_names, check_progress, checked_path, checked_source
 from ._loading.progress import listening
 from .options import ReadOptions
 
@@ -81,7 +81,7 @@ async def ainspect(
     """
     from ._tools.inspecting import look_into
 
-    return await look_into(checked_path(path, "path"), ReadOptions.of(options, {}))
+    return await look_into(checked_source(path, "path"), ReadOptions.of(options, {}))
 
 
 async def averify(
@@ -115,7 +115,7 @@ async def averify(
     check_progress(progress)
     how = ReadOptions.of(options, {})
     with listening(progress, "verifying") as listener:
-        return await run(checked_path(path, "path"), progress=listener, options=how)
+        return await run(checked_source(path, "path"), progress=listener, options=how)
 
 
 async def adiff(
@@ -150,7 +150,7 @@ async def adiff(
     from ._tools.diffing import adiff as run
 
     check_progress(progress)
-    paths = checked_path(a, "a"), checked_path(b, "b")
+    paths = checked_source(a, "a"), checked_source(b, "b")
     how = ReadOptions.of(options, {})
     with listening(progress, "comparing") as listener:
         return await run(*paths, budget=budget, progress=listener, options=how)
@@ -203,7 +203,7 @@ async def aconvert(
     check_progress(progress)
     check_names(slots, "slots")
     check_names(tables, "tables")
-    paths = checked_path(source, "source"), checked_path(destination, "destination")
+    paths = checked_source(source, "source"), checked_path(destination, "destination")
     how = ReadOptions.of(options, {})
     with listening(progress, "converting") as listener:
         return await run(
@@ -246,7 +246,7 @@ async def aempty_like(
     """
     from ._tools.allocation import allocate
 
-    made = await allocate(checked_path(path, "path"), ReadOptions.of(options, {}))
+    made = await allocate(checked_source(path, "path"), ReadOptions.of(options, {}))
     return made.tables, made.tensors
 
 

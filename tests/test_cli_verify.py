@@ -683,6 +683,9 @@ async def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> Non
 
 
 async def verify_from(storage: MemoryStorage) -> Verification:
+    async def entries() -> dict[str, int | None]:
+        return {name: len(content) for name, content in storage.files.items()}
+
     async with Threads(reads=2) as threads:
         session = Session(
             location=storage.location,
@@ -692,6 +695,7 @@ async def verify_from(storage: MemoryStorage) -> Verification:
             disk=Disk(threads.reads),
             options=replace(LIMITS, verify="off"),
             budget=ByteBudget(LIMITS.max_inflight_bytes),
+            entries=entries,
         )
         return await verify_session(session, Meter(0))
 

@@ -1,14 +1,18 @@
-"""A URL is refused wherever a path is taken: the local file system would take it for a folder."""
+"""URLs: what they name, and where they are refused, as the file system would make folders."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 import torch
 
 from asyncloader import CheckpointReader, Live, Loader, Saver, latest, load_tensors
+from asyncloader._addresses import address_of
 from asyncloader.cli import run
 
 if TYPE_CHECKING:
@@ -16,40 +20,107 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 URLS = ["s3://bucket/model", "gs://b/m", "https://user:secret@host/m", "file:///tmp/m", "hf://a/b"]
-TAKERS: dict[str, Callable[[str | os.PathLike[str]], object]] = {
-    "Loader": Loader,
+LOCAL: dict[str, Callable[[str | os.PathLike[str]], object]] = {
     "Saver": lambda path: Saver(path=path, tensors={"w": torch.ones(1)}),
-    "CheckpointReader": CheckpointReader,
-    "load_tensors": load_tensors,
     "Live": lambda path: Live(path, lambda: ({}, {})),
     "latest": latest,
+}
+READERS: dict[str, Callable[[str | os.PathLike[str]], object]] = {
+    "Loader": Loader,
+    "CheckpointReader": CheckpointReader,
+    "load_tensors": load_tensors,
 }
 
 
 @pytest.mark.parametrize("url", URLS)
-@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize("taker", LOCAL)
 def test_a_url_is_no_path(taker: str, url: str) -> None:
     for given in (url, Path(url)):  # pathlib takes one of the slashes
         with pytest.raises(ValueError, match="is a URL") as caught:
-            TAKERS[taker](given)
+            LOCAL[taker](given)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("taker", READERS)
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("hf://a/b", "of an unknown kind, hf://; known are s3://, "),
+        ("s3:///model", "names no bucket: write s3://bucket/"),
+        ("https://user:secret@host/m", "a query, a fragment or a password"),
+        ("https://host/m?signature=secret", "a query, a fragment or a password"),
+        ("s3://bucket/a/../b", "keys of objects have no parents"),
+        ("s3:/bucket/a", "whose second slash is gone"),
+        ("file://server/m", "names no local file"),
+        (Path("s3://bucket/model"), "given as text"),
+    ],
+)
+def test_a_url_that_names_no_object_is_refused_at_once(
+    taker: str, url: str | Path, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        READERS[taker](url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "store", "root", "key", "account"),
+    [
+        ("s3://models", "S3", "models", "", ""),
+        ("s3://models/ctr/ckpt_1/", "S3", "models", "ctr/ckpt_1", ""),
+        ("S3://models//ctr", "S3", "models", "ctr", ""),
+        ("gs://b/a b%20c", "Google Cloud Storage", "b", "a b%20c", ""),
+        ("az://box/m", "Azure", "box", "m", ""),
+        ("abfss://box@acc.dfs.core.windows.net/m", "Azure", "box", "m", "acc"),
+        ("https://host:8080/a%20b/c", "HTTP", "https://host:8080", "a b/c", ""),
+    ],
+)
+def test_the_parts_of_a_url(url: str, store: str, root: str, key: str, account: str) -> None:
+    found = address_of(url, "path")
+    assert (found.store, found.root, found.key, found.account) == (store, root, key, account)
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "a b"
+    Saver(path=path, tensors={"w": torch.ones(1)}).save()
+    assert load_tensors(f"file://{quote(str(path))}")["w"].tolist() == [1.0]
+
+
+def test_without_the_extra_the_error_says_what_to_install() -> None:
+    code = "import sys; sys.modules['obstore'] = None; from asyncloader.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", "s3://bucket/model"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    line = "s3://bucket/model: lies in an object store, for which pip install 'asyncloader[cloud]'"
+    assert done.stderr == f"asyncloader: {line}\n"
+
+
+def test_options_of_a_store_are_in_no_repr() -> None:
+    loader = Loader("s3://bucket/m", storage_options={"secret_access_key": "secret"})
+    assert "secret" not in repr(loader) + repr(loader.options)
+    with pytest.raises(TypeError, match="storage_options is a dict"):
+        Loader("s3://bucket/m", storage_options="secret")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        ["inspect", "URL"],
-        ["show", "URL", "w"],
-        ["load", "URL"],
-        ["verify", "URL"],
-        ["diff", "HERE", "URL"],
-        ["diff", "URL", "HERE"],
-        ["convert", "URL", "HERE.safetensors"],
+        ["inspect", "BAD"],
+        ["show", "BAD", "w"],
+        ["load", "BAD"],
+        ["verify", "BAD"],
+        ["diff", "HERE", "BAD"],
+        ["diff", "BAD", "HERE"],
+        ["convert", "BAD", "HERE.safetensors"],
         ["convert", "HERE", "URL"],
         ["convert", "HERE", "URL.safetensors"],
     ],
 )
-def test_no_command_takes_one(
+def test_no_command_takes_one_that_names_nothing_or_writes_to_one(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -60,7 +131,10 @@ def test_no_command_takes_one(
     Saver(path=here, tensors={"w": torch.ones(1)}).save()
     before = sorted(tmp_path.rglob("*"))
 
-    code = run([part.replace("URL", URLS[0]).replace("HERE", str(here)) for part in command])
+    names = {"URL": URLS[0], "BAD": URLS[4], "HERE": str(here)}
+    for name, path in names.items():
+        command = [part.replace(name, path) for part in command]
+    code = run(command)
 
     assert code == 2
     assert "is a URL" in capsys.readouterr().err

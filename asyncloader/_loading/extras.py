@@ -7,8 +7,6 @@ a hostile archive counts.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import struct
 import zipfile
@@ -53,7 +51,7 @@ async def read_words(
         CheckpointError: If a file cannot be read as plain values.
         ReadError: If the storage failed.
     """
-    names = await folder_names(session)
+    names = await session.listed()
     io_state = IO_STATE.format(rank=rank)
     values: dict[str, Any] = {}
     for file, held in ((EXTRA, set(WORDS).difference(IO_WORDS)), (io_state, IO_WORDS)):
@@ -66,17 +64,6 @@ async def read_words(
                 read.setdefault(OPTIMIZER, read[_OLD_OPTIMIZER])
             values |= {word: read[word] for word in held if word in read}
     return {word: values[word] for word in WORDS if word in values and word in words}
-
-
-async def folder_names(session: Session) -> set[str]:
-    """Return the names in the checkpoint's folder; none if it cannot be listed."""
-
-    def listed() -> set[str]:
-        with contextlib.suppress(OSError):
-            return set(os.listdir(session.storage.location))  # noqa: PTH208  # names
-        return set()
-
-    return await session.on_disk(listed)
 
 
 def check_no_pickle(location: str, file: str, names: Collection[str]) -> None:

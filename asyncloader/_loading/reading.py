@@ -59,7 +59,7 @@ class Contents:
     def __init__(self, path: str, options: ReadOptions) -> None:
         self._path = path
         self._options = options
-        self._seen: dict[str, tuple[int, ...]] = {}
+        self._seen: dict[str, tuple[object, ...]] = {}
         self._held = Hold(
             partial(open_session, path, replace(options, timeout=None), seen=self._seen)
         )

@@ -11,12 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from asyncloader._addresses import address_of, is_url
 from asyncloader._arguments import check_callable
 from asyncloader._checkpoint.catalog import is_weight_map
 from asyncloader._storage.descriptors import Descriptors
 from asyncloader._storage.local import LocalStorage
+from asyncloader._storage.objects import ObjectStorage
 from asyncloader._storage.protocol import ThreadedStorage
+from asyncloader._storage.ranges import RangeReader
 from asyncloader._storage.retrying import ThreadedRetryingStorage
+from asyncloader._storage.stores import open_store
 from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.gate import Gate
@@ -30,6 +34,10 @@ from .session import Session, in_time, on_disk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+
+# What cannot be looked up is told by its name: in a store, all is a file.
+_FILES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
 
 
 def _as_it_is(storage: ThreadedStorage) -> ThreadedStorage:
@@ -175,7 +183,7 @@ async def open_session(
     path: str,
     options: ReadOptions,
     *,
-    seen: dict[str, tuple[int, ...]] | None = None,
+    seen: dict[str, tuple[object, ...]] | None = None,
     runtime: Runtime | None = None,
 ) -> AsyncIterator[Session]:
     """Hold descriptors and threads for the length of the block, and keep to `options.timeout`.
@@ -212,32 +220,39 @@ async def open_files(
     resources: Resources,
     watched: list[Disk],
     *,
-    seen: dict[str, tuple[int, ...]] | None = None,
+    seen: dict[str, tuple[object, ...]] | None = None,
 ) -> AsyncIterator[Session]:
     """Hold the files of one checkpoint open; errors are explained by `Session.explaining`."""
     disk = Disk(resources.threads.reads, seconds=options.stall_timeout)
-    root, file = await on_disk(disk, partial(_root_and_file, path), path)
-    # Of a weight map's files, the map chooses which.
-    trusted = file is not None and not is_weight_map(file)
-    files = LocalStorage(
-        root,
-        disk=disk,
-        descriptors=resources.descriptors,
-        seen=seen,
-        direct_io=options.direct_io,
-        # A file that the user has named may be a link to anywhere: the user chose it.
-        follow_symlinks=options.follow_symlinks or trusted,
-    )
+    files: LocalStorage | ObjectStorage
+    if is_url(path):
+        files, file = _objects(path, options, disk, seen)
+    else:
+        root, file = await on_disk(disk, partial(_root_and_file, path), path)
+        # Of a weight map's files, the map chooses which.
+        trusted = file is not None and not is_weight_map(file)
+        files = LocalStorage(
+            root,
+            disk=disk,
+            descriptors=resources.descriptors,
+            seen=seen,
+            direct_io=options.direct_io,
+            # A file that the user has named may be a link to anywhere: the user chose it.
+            follow_symlinks=options.follow_symlinks or trusted,
+        )
     async with files:
         storage, shared = resources.wrap(files), resources.options
         if not isinstance(storage, ThreadedStorage):
             raise TypeError(f"wrap_storage returned {storage!r}, which is no ThreadedStorage")
         watched.append(disk)
         yield Session(
-            location=str(Path(path)),
+            location=path if is_url(path) else str(Path(path)),
             file=file,
+            entries=files.entries,
             # A wrapper need not count lost reads: the files do.
-            storage=UnpackingStorage(ThreadedRetryingStorage(storage, lost=lambda: files.lost)),
+            storage=UnpackingStorage(
+                ThreadedRetryingStorage(storage, lost=lambda: files.lost, attempts=files.attempts)
+            ),
             threads=resources.threads,
             disk=disk,
             options=replace(
@@ -249,6 +264,26 @@ async def open_files(
             budget=resources.budget,
             watch=resources.watch,
         )
+
+
+def _objects(
+    url: str, options: ReadOptions, disk: Disk, seen: dict[str, tuple[object, ...]] | None
+) -> tuple[ObjectStorage, str | None]:
+    """Return the objects to look into, and the name of the one if it is a file's."""
+    address = address_of(url, "path")
+    store = open_store(address, options.storage_options, read_bytes=options.read_bytes)
+    folder, _, name = address.key.rpartition("/")
+    is_file = name.endswith(_FILES)
+    storage = ObjectStorage(
+        store,
+        folder if is_file else address.key,
+        address.url.rpartition("/")[0] if is_file else address.url,
+        disk=disk,
+        ranges=RangeReader((options.storage_options or {}).get("client_options")),
+        stall_timeout=options.stall_timeout,
+        seen=seen,
+    )
+    return storage, name if is_file else None
 
 
 def _root_and_file(path: str) -> tuple[Path, str | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
+from asyncloader._storage.opening import FileChangedError
 from asyncloader._storage.protocol import read_error
 from asyncloader._threads.call import StalledError
 from asyncloader.errors import (
@@ -24,7 +24,7 @@ from asyncloader.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -107,6 +107,10 @@ class Verifier:
         return range(chunks.start * DIGEST_CHUNK, min(chunks.stop * DIGEST_CHUNK, block.nbytes))
 
 
+async def _none() -> Mapping[str, int | None]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """A checkpoint that is open for reading, on one event loop."""
@@ -119,6 +123,8 @@ class Session:
     options: ReadOptions
     budget: ByteBudget
     watch: LagWatch | None = None  # keeps the loop's lag within a bound, if there is one
+    # The names beside each other, and how long the files are.
+    entries: Callable[[], Awaitable[Mapping[str, int | None]]] = _none
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # tasks take turns to read names
 
     @property
@@ -140,6 +146,8 @@ class Session:
             raise
         except ReadError as error:
             error.location = self.location
+            if isinstance(error.__cause__, FileChangedError):
+                raise CheckpointChangedError(self.location, _CHANGED, error.shard) from error
             with contextlib.suppress(OSError):
                 if error.shard in await self.storage.changed([error.shard]):
                     raise CheckpointChangedError(self.location, _CHANGED, error.shard) from error
@@ -160,6 +168,15 @@ class Session:
         """Have a thread do a job that looks at files, but reads none."""
         return await on_disk(self.disk, job, self.location)
 
+    async def listed(self) -> Mapping[str, int | None]:
+        """Return `entries`; none if the folder is not there, or cannot be listed."""
+        with contextlib.suppress(OSError):
+            return await self.entries()
+        return {}
+
+    async def _names(self) -> Sequence[str]:
+        return list(await self.listed())
+
     async def catalog(self, *, whole: bool = True) -> Catalog:
         """Return the names; raise what `with_names` does, and with `whole` if some are lacking."""
         return await self.with_names(lambda parse: parse().whole() if whole else parse())
@@ -172,12 +189,6 @@ class Session:
             CheckpointError: If a file of names cannot be read, or its text is no good.
             ReadError: If the storage failed.
         """
-
-        def listed() -> Sequence[str]:
-            with contextlib.suppress(OSError):
-                return os.listdir(self.storage.location)  # noqa: PTH208  # names
-            return ()
-
         try:
             return await read_catalog(
                 self.storage,
@@ -185,7 +196,7 @@ class Session:
                 executor=self.threads.kernels,
                 file=self.file,
                 verify=self.options.verify,
-                names=partial(self.on_disk, listed),
+                names=self._names,
             )
         except CheckpointNotFoundError as error:
             from asyncloader.runs import is_run_folder  # noqa: PLC0415  # seldom

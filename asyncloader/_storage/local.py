@@ -8,7 +8,7 @@ import errno
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.jobs import for_each, settled
@@ -60,13 +60,15 @@ class LocalStorage:
         preadv: Reads; `None` asks the system to.
     """
 
+    attempts: Final = 5
+
     def __init__(
         self,
         root: str | os.PathLike[str],
         *,
         disk: Disk,
         descriptors: Descriptors | None = None,
-        seen: dict[str, tuple[int, ...]] | None = None,
+        seen: dict[str, tuple[object, ...]] | None = None,
         direct_io: bool = False,
         follow_symlinks: bool = False,
         preadv: PReadV | None = None,
@@ -108,6 +110,19 @@ class LocalStorage:
         else:
             await settled(asyncio.ensure_future(self._descriptors.close(self)))
         self._disk.close()
+
+    async def entries(self) -> dict[str, int | None]:
+        """Return the names in the folder, and the lengths of files; `None` of all else.
+
+        Raises:
+            OSError: If it is not there, or cannot be listed.
+        """
+
+        def listed() -> dict[str, int | None]:
+            with os.scandir(self._root) as found:
+                return {one.name: _length(one) for one in found}
+
+        return await self._disk.call(listed, label=self.location)
 
     async def size(self, name: str, /) -> int:
         """Return the length of a file in bytes."""
@@ -238,3 +253,9 @@ class LocalStorage:
         dangling = "symbolic link" in (error.strerror or "")
         problem = error.strerror if dangling else "No such file in the folder"
         return FileNotFoundError(errno.ENOENT, problem, str(error.filename))
+
+
+def _length(entry: os.DirEntry[str]) -> int | None:
+    with contextlib.suppress(OSError):  # removed meanwhile
+        return entry.stat().st_size if entry.is_file() else None
+    return None

@@ -25,7 +25,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _TRANSIENT = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN, errno.EINTR}
-_ATTEMPTS = 5
 _FIRST_PAUSE = 0.1
 """Seconds, at most; each pause may be twice as long as the one before."""
 
@@ -43,17 +42,15 @@ def is_transient(error: BaseException) -> bool:
 class RetryingStorage:
     """A storage that tries again, a few times and with growing pauses, what may pass.
 
-    Each call is tried five times at most, with pauses of up to 0.1, 0.2, 0.4 and 0.8 s, random
-    ones, so that many readers do not come back at the same moment.
+    Between the attempts are pauses of up to 0.1, 0.2, 0.4 s and so on, random ones, so that many
+    readers do not come back at the same moment.
 
     Args:
         inner: The storage.
         lost: Knows how many reads were given up, if `inner` may not say so.
         sleep: Pauses on the event loop.
         rest: Pauses on a thread.
-
-    Attributes:
-        retries: How often it tried again.
+        attempts: How often a call is tried, at most.
     """
 
     def __init__(
@@ -63,15 +60,23 @@ class RetryingStorage:
         lost: Callable[[], int] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         rest: Callable[[float], None] = time.sleep,
+        attempts: int = 5,
     ) -> None:
         self._inner = inner
         self._lost = lost
         self._sleep = sleep
         self._rest = rest
-        self.retries = 0
+        self._attempts = attempts
+        self._retries = 0
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._inner!r}: {self.retries} retries>"
+
+    @property
+    def retries(self) -> int:
+        """How often it tried again, or the storage itself did."""
+        resumed: int = getattr(self._inner, "resumed", 0)
+        return self._retries + resumed
 
     @property
     def location(self) -> str:
@@ -125,14 +130,14 @@ class RetryingStorage:
         """Return how long to wait before the next attempt; `None` if there is none."""
         if not is_transient(error):
             return None
-        if attempt == _ATTEMPTS:
-            error.add_note(f"{_ATTEMPTS} times in a row; look at the disk or the network")
+        if attempt == self._attempts:
+            error.add_note(f"{self._attempts} times in a row; look at the disk or the network")
             return None
-        self.retries += 1
+        self._retries += 1
         # The first one is news; the report will count the others.
-        level = logging.WARNING if self.retries == 1 else logging.DEBUG
+        level = logging.WARNING if self._retries == 1 else logging.DEBUG
         where = f"{self.location}: {name}"
-        text = f"{where}: {error}; trying again, {attempt} of {_ATTEMPTS - 1}"
+        text = f"{where}: {error}; trying again, {attempt} of {self._attempts - 1}"
         if told is None:
             _log.log(level, "%s", text)
         else:

@@ -57,6 +57,8 @@ class Reading:
             look.
         unsure: Whether the system could not say that; then its thread's time tells.
         begun: Reads that were begun; each is waited for by itself.
+        interrupt: Ends the wait of its thread, on the event loop's thread; `None` where that cannot
+            be.
         is_lost: Whether its caller was let go: other loads may have the memory by now.
     """
 
@@ -68,6 +70,7 @@ class Reading:
     waited: bool = field(init=False)
     unsure: bool = False
     begun: int = 0
+    interrupt: Callable[[], object] | None = None
     is_lost: bool = False
 
     def __post_init__(self) -> None:
@@ -138,6 +141,8 @@ class Call(Generic[T]):
         if self.future.cancel():
             self.job = self.reading = None
             self.label = ""  # which may be the reading
+        elif self.reading is not None and self.reading.interrupt is not None:
+            self.reading.interrupt()
 
     def passed(self, seconds: float) -> float:
         """Note that time has passed; return for how long the storage has given no answer."""
@@ -160,6 +165,8 @@ class Call(Generic[T]):
             _lost.add(self)
             if self.is_over:  # the thread notes its own part before it looks at ours
                 _lost.discard(self)
+            elif self.reading.interrupt is not None:
+                self.reading.interrupt()
         return True
 
     def succeed(self, result: T) -> None:

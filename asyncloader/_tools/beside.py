@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,8 @@ from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from asyncloader._loading.session import Session
 
 
@@ -48,7 +49,7 @@ class Beside:
 
 async def look_beside(session: Session) -> Beside:
     """Look for the files, and read the step; raise `ReadError` if the storage failed."""
-    files = await session.on_disk(partial(_found, session.storage.location))
+    files = _found(await session.listed())
     if all(file.name != EXTRA for file in files):
         return Beside(files=files)
     try:
@@ -57,16 +58,12 @@ async def look_beside(session: Session) -> Beside:
         return Beside(files=files, warnings=(f"{EXTRA}: {error.problem}",))
 
 
-def _found(folder: str) -> tuple[FileSummary, ...]:
-    try:
-        with os.scandir(folder) as entries:
-            found = [
-                FileSummary(name=entry.name, bytes=entry.stat().st_size)
-                for entry in entries
-                if _BESIDE.fullmatch(entry.name) and entry.is_file()
-            ]
-    except OSError:
-        return ()
+def _found(entries: Mapping[str, int | None]) -> tuple[FileSummary, ...]:
+    found = [
+        FileSummary(name=name, bytes=size)
+        for name, size in entries.items()
+        if size is not None and _BESIDE.fullmatch(name)
+    ]
     return tuple(sorted(found, key=lambda file: (len(file.name), file.name)))
 
 

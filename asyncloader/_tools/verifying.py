@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import errno
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +12,7 @@ import numpy as np
 from asyncloader._checkpoint.problems import AllProblems, Problem
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.runtime import open_session
+from asyncloader._threads.call import StalledError
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError
 
@@ -137,12 +138,14 @@ async def _listed(session: Session) -> frozenset[str]:
     if session.file is not None:
         return frozenset([session.file])
     try:
-        return frozenset(await session.on_disk(partial(os.listdir, session.storage.location)))
-    except ReadStalledError:  # an OSError, too
-        raise
+        return frozenset(await session.entries())
+    except StalledError as error:
+        raise ReadStalledError(session.location, 0, 0, str(error)) from error
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
     except OSError as error:
+        if error.errno == errno.ENOTSUP:  # over HTTP
+            return frozenset()
         problem = f"cannot be listed: {error.strerror}"
         raise CheckpointError(session.location, problem) from error
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 
-from asyncloader._arguments import check_no_url
+from asyncloader._arguments import checked_source
 from asyncloader.errors import AsyncLoaderError, CheckpointNotFoundError
 
 if TYPE_CHECKING:
@@ -35,10 +35,9 @@ def _given(path: str) -> str:
     if not path:
         raise typer.BadParameter("it is empty")
     try:
-        check_no_url(path, "it")
+        return checked_source(path, "it")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    return path
 
 
 PathArgument = Annotated[

@@ -1,0 +1,269 @@
+"""A checkpoint in an object store, by obstore: S3, Google Cloud Storage, Azure, HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import math
+import re
+import time
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Final, Self, TypeVar
+from urllib.parse import quote
+
+from asyncloader._threads.call import Reading, StalledError
+from asyncloader._threads.jobs import for_each
+
+from .opening import FileChangedError
+from .protocol import scatter
+from .ranges import Flight, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+    from obstore import ObjectMeta
+    from obstore.store import ObjectStore
+
+    from asyncloader._threads.disk import Disk
+
+    from .protocol import ReadInto
+    from .ranges import RangeReader
+
+
+T = TypeVar("T")
+
+# In one request with what an object is: most headers, and all of `index`, need no other then.
+_START = 256 << 10
+_STARTS = 32  # kept at a time
+_LOOKERS = 8
+_SIGNED = timedelta(hours=1)
+_CLIENTS = re.compile(r"status code: 4(?!08|25|29)\d\d")  # errors that stay
+# Of messages: what follows a URL's `?` may be a signature.
+_QUERY = re.compile(r"\?[^\s)\"']*")
+_LONGEST = 300
+
+
+class ObjectStorage:
+    """The objects under one prefix, read by ranges.
+
+    A read is one request, of exactly the object that was found first under its name: another one
+    is an error. Its bytes go straight to their place, on a thread. Cancelling ends a request at
+    once. Belongs to one event loop.
+
+    Args:
+        store: A client of obstore.
+        prefix: What the keys of all files begin with, before a slash; may be empty.
+        location: What to call the checkpoint in messages.
+        disk: Has threads read.
+        ranges: Reads.
+        stall_timeout: Seconds that one request may take; `None` leaves it to the client.
+        seen: The identities of objects when they were first found.
+    """
+
+    attempts: Final = 9  # 12 s in the mean: a store that throttles wants that
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        prefix: str,
+        location: str,
+        *,
+        disk: Disk,
+        ranges: RangeReader,
+        stall_timeout: float | None = None,
+        seen: dict[str, tuple[object, ...]] | None = None,
+    ) -> None:
+        self._store = store
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._location = location
+        self._disk = disk
+        self._stall_timeout = stall_timeout
+        self._seen = {} if seen is None else seen
+        self._ranges = ranges
+        self._targets: dict[str, Target] = {}
+        self._starts: dict[str, bytes] = {}  # the first bytes of objects that were found last
+        self._finding: dict[str, asyncio.Lock] = {}
+        self.requests = 0
+
+    def __repr__(self) -> str:
+        return f"<ObjectStorage {self._location!r}: {self.requests} requests>"
+
+    @property
+    def location(self) -> str:
+        """The URL."""
+        return self._location
+
+    @property
+    def lost(self) -> int:
+        """Copies that were given up: their memory may be written to at any time."""
+        return self._disk.lost
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._ranges.close()
+        self._disk.close()
+
+    @property
+    def resumed(self) -> int:
+        """How often a read went on at the last byte, after a connection had broken."""
+        return self._ranges.resumed
+
+    async def entries(self) -> dict[str, int | None]:
+        """Return the names directly under the prefix, and their lengths; `None` of a folder.
+
+        Raises:
+            OSError: If the store does not list them: servers of HTTP do not.
+        """
+        import obstore  # noqa: PLC0415  # an extra
+
+        if isinstance(self._store, obstore.store.HTTPStore):  # few know WebDAV
+            raise OSError(errno.ENOTSUP, "a server of HTTP lists no names")
+        with _explained(self._location):
+            found = await self._ask(
+                obstore.list_with_delimiter_async(self._store, self._prefix.rstrip("/") or None)
+            )
+        folders = dict.fromkeys(found["common_prefixes"])
+        files = {one["path"]: one["size"] for one in found["objects"]}
+        all_ = {**folders, **files}
+        return {key.removeprefix(self._prefix).rstrip("/"): size for key, size in all_.items()}
+
+    async def size(self, name: str, /) -> int:
+        """Return the length of an object in bytes."""
+        return (await self._find(name)).size
+
+    async def changed(self, names: Sequence[str], /) -> list[str]:
+        """Say which objects are gone, or others than when they were first found; see `Storage`."""
+        import obstore  # noqa: PLC0415  # an extra
+
+        found: list[str] = []
+
+        async def look(name: str) -> None:
+            try:
+                with _explained(name):
+                    meta = await self._ask(obstore.head_async(self._store, self._prefix + name))
+            except FileNotFoundError:
+                found.append(name)
+            else:
+                if self._seen.get(name, _identity(meta)) != _identity(meta):
+                    found.append(name)
+
+        await for_each(names, look, workers=_LOOKERS, name="asyncloader-look")
+        return sorted(found)
+
+    async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
+        """Fill `views` from `offset` on; see `Storage`."""
+        target = await self._find(name)
+        reading, flight = Reading(name, offset, views), Flight()
+        start = self._starts.get(name, b"")
+        if offset + reading.length <= len(start):
+            scatter(start[offset : offset + reading.length], views)
+            return reading.length
+        reading.interrupt = flight.interrupt
+        job = partial(self._ranges.read, target, offset, views, reading, flight)
+        return await self._disk.call(job, reading=reading)
+
+    async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
+        """Run `job` on one of the disk's threads; see `ThreadedStorage`."""
+        target = await self._find(name)
+        flight = Flight()
+        reading = Reading(name, interrupt=flight.interrupt)
+
+        def read(offset: int, views: Sequence[memoryview]) -> int:
+            reading.begin(offset, views)
+            return self._ranges.read(target, offset, views, reading, flight)
+
+        return await self._disk.call(partial(job, read), reading=reading)
+
+    async def _find(self, name: str) -> Target:
+        # Kept for good: a second lock for one name would let it be found twice.
+        async with self._finding.setdefault(name, asyncio.Lock()):
+            found = self._targets.get(name)
+            if found is None:
+                found = self._targets[name] = await self._first_look(name)
+            elif time.monotonic() > found.until:
+                url, until = await self._url_of(self._prefix + name)
+                found = self._targets[name] = replace(found, url=url, until=until)
+            return found
+
+    async def _first_look(self, name: str) -> Target:
+        """Find an object, and read its first bytes, in one request."""
+        import obstore  # noqa: PLC0415  # an extra
+
+        key = self._prefix + name
+        with _explained(f"{self._location}/{name}"):
+            try:
+                result = await self._ask(
+                    obstore.get_async(self._store, key, options={"range": (0, _START)})
+                )
+                start = bytes(await self._ask(result.bytes_async()))
+                meta = result.meta
+            except obstore.exceptions.GenericError:
+                meta, start = await self._ask(obstore.head_async(self._store, key)), b""
+                if meta["size"]:  # else no range of it can be asked for
+                    raise
+            url, until = await self._url_of(key)
+        if self._seen.setdefault(name, _identity(meta)) != _identity(meta):
+            raise FileChangedError(name)
+        if len(self._starts) >= _STARTS:
+            del self._starts[next(iter(self._starts))]
+        self._starts[name] = start
+        tag = meta["e_tag"]
+        strong = None if tag is None or tag.startswith("W/") else tag
+        return Target(name, url, until, meta["size"], strong)
+
+    async def _url_of(self, key: str) -> tuple[str, float]:
+        """Return the URL of an object, signed where the store wants that, and until when it is."""
+        from obstore import sign_async  # noqa: PLC0415  # an extra
+        from obstore.store import HTTPStore, LocalStore, MemoryStore  # noqa: PLC0415
+
+        if isinstance(self._store, HTTPStore):
+            return f"{self._store.url.rstrip('/')}/{quote(key)}", math.inf
+        assert not isinstance(self._store, LocalStore | MemoryStore), "a server is asked"
+        until = time.monotonic() + _SIGNED.total_seconds() / 2
+        return await sign_async(self._store, "GET", key, _SIGNED), until
+
+    async def _ask(self, request: Awaitable[T]) -> T:
+        """Await a request, for no longer than was agreed."""
+        self.requests += 1
+        try:
+            async with asyncio.timeout(self._stall_timeout):
+                return await request
+        except TimeoutError as error:
+            raise StalledError(self._stall_timeout or 0.0) from error
+
+
+def _identity(meta: ObjectMeta) -> tuple[object, ...]:
+    """Return what changes when another object takes a key."""
+    tag = meta["e_tag"]
+    return meta["size"], tag, None if tag else meta["last_modified"]
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raise an `OSError` in place of what obstore raises; no secret of a URL is in it."""
+    import obstore.exceptions as errors  # noqa: PLC0415  # an extra
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, "no such object", what) from error
+    except errors.PreconditionError as error:
+        raise FileChangedError(what.rpartition("/")[2]) from error
+    except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
+        problem = f"refused; do the credentials allow reading it? ({_in_words(error)})"
+        raise PermissionError(errno.EACCES, problem, what) from error
+    except errors.NotSupportedError as error:
+        raise OSError(errno.ENOTSUP, _in_words(error), what) from error
+    except errors.BaseError as error:
+        stays = _CLIENTS.search(str(error)) is not None
+        raise OSError(errno.EREMOTEIO if stays else errno.EIO, _in_words(error), what) from error
+
+
+def _in_words(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return _QUERY.sub("?…", lines[0])[:_LONGEST]

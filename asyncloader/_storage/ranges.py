@@ -1,0 +1,287 @@
+"""Reads ranges of objects over HTTP, straight into memory, on threads.
+
+A client as obstore makes a copy of its own first. `recv_into` needs none: from a server on the same
+machine that was 1.5 times as fast, at half of the processor time (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import socket
+import ssl
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from .opening import FileChangedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from asyncloader._threads.call import Reading
+
+_SILENCE = 20.0  # seconds without a byte
+_SLOWEST = 256 << 10  # bytes a second: a request that gets fewer is given up, and goes on anew
+_LEAST = 30.0  # seconds that every request may take
+_STEP = 1 << 20
+# What came before a connection broke counts, if it is as much: a server that sends a few bytes a
+# connection would have us come back for ever.
+_WORTH = 16 << 10
+_REDIRECTS = 5
+_ELSEWHERE = {301, 302, 303, 307, 308}
+_PASSING = {
+    HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An object, as it was first found.
+
+    Attributes:
+        name: For messages.
+        url: It may hold a signature: in no message.
+        until: When the signature wants to be made anew, by the monotonic clock.
+        size: In bytes.
+        tag: What the server calls this very content; `None` if it does not.
+    """
+
+    name: str
+    url: str
+    until: float
+    size: int
+    tag: str | None
+
+
+class Flight:
+    """A thread's request under way, which the event loop may end."""
+
+    def __init__(self) -> None:
+        self._connection: http.client.HTTPConnection | None = None
+        self._is_over = False
+
+    def interrupt(self) -> None:
+        """Have the thread come back with an error, at once."""
+        self._is_over = True
+        if self._connection is not None and self._connection.sock is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def check(self, connection: http.client.HTTPConnection | None) -> None:
+        """Note the connection that is waited for, if any; raise if the request was given up."""
+        self._connection = connection
+        if self._is_over:  # noted first, looked at second; `interrupt` does it the other way
+            raise OSError(errno.ECANCELED, "the read was given up")
+
+
+class RangeReader:
+    """Connections to servers, kept open from one request to the next. Thread-safe.
+
+    Args:
+        options: obstore's `client_options`. Of them count `default_headers`, `proxy_url`,
+            `root_certificate` and `allow_invalid_certificates`.
+
+    Attributes:
+        resumed: How often a request went on at the last byte, after a connection had broken.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        self.resumed = 0
+        self._options = dict(options or {})
+        self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._context: ssl.SSLContext | None = None  # made for the first server that wants it
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        with self._lock:
+            idle, self._idle = self._idle, defaultdict(list)
+        for connection in (one for some in idle.values() for one in some):
+            connection.close()
+
+    def read(
+        self,
+        target: Target,
+        offset: int,
+        views: Sequence[memoryview],
+        reading: Reading,
+        flight: Flight,
+    ) -> int:
+        """Fill views from `offset` on, as far as one request goes; return the bytes read.
+
+        Raises:
+            FileChangedError: If it is another object by now.
+            OSError: If that failed.
+        """
+        end = min(offset + reading.length, target.size)
+        if end <= offset:
+            return 0
+        reading.unsure = True  # the gate goes by the thread's time
+        done = 0
+        try:
+            for piece in self._pieces(target, offset, end, views, flight):
+                done += piece
+                reading.begun += 1  # whoever waits for it waits for the next piece
+        except (OSError, http.client.HTTPException) as error:
+            flight.check(None)
+            if done < _WORTH:
+                raise _in_words(error) from error
+            self.resumed += 1
+        return done
+
+    def _pieces(
+        self, target: Target, offset: int, end: int, views: Sequence[memoryview], flight: Flight
+    ) -> Iterator[int]:
+        """Fill views; yield after each piece how long it was."""
+        connection, response = self._answer(target, offset, end, flight)
+        until = time.monotonic() + _LEAST + (end - offset) / _SLOWEST
+        left = end - offset
+        try:
+            for view in views:
+                for at in range(0, min(view.nbytes, left), _STEP):
+                    piece = view[at : min(at + _STEP, left)]
+                    _fill(response, piece)
+                    flight.check(connection)
+                    yield piece.nbytes
+                    _check_time(until)
+                left -= min(view.nbytes, left)
+        except BaseException:
+            connection.close()
+            raise
+        if response.will_close or not response.isclosed():
+            connection.close()
+        else:
+            self._keep(target.url, connection)
+
+    def _answer(
+        self, target: Target, offset: int, end: int, flight: Flight
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """Return the answer to a request, checked, and its connection."""
+        url = target.url
+        headers = {"Range": f"bytes={offset}-{end - 1}", **self._options.get("default_headers", {})}
+        if target.tag is not None:
+            headers["If-Match"] = target.tag
+        for _ in range(_REDIRECTS):
+            connection, response = self._asked(url, headers, flight)
+            where = response.headers.get("Location")
+            if response.status not in _ELSEWHERE or where is None:
+                break
+            connection.close()
+            headers.pop("Authorization", None)  # it is for the first server
+            url = urljoin(url, where)
+        try:
+            _check(target, offset, end, response)
+        except BaseException:
+            connection.close()
+            raise
+        return connection, response
+
+    def _asked(
+        self, url: str, headers: dict[str, str], flight: Flight
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        parts = urlsplit(url)
+        path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+        while True:
+            connection, is_fresh = self._take(parts.scheme, parts.netloc)
+            try:
+                if connection.sock is None:
+                    connection.connect()
+                flight.check(connection)
+                connection.request("GET", path, headers=headers)
+                return connection, connection.getresponse()
+            except (ConnectionError, http.client.RemoteDisconnected):
+                connection.close()
+                if is_fresh:
+                    raise
+                # The server has closed it since it was last used.
+            except BaseException:
+                connection.close()
+                raise
+
+    def _take(self, scheme: str, host: str) -> tuple[http.client.HTTPConnection, bool]:
+        """Return a connection, and whether it is a new one."""
+        with self._lock:
+            if idle := self._idle[scheme, host]:
+                return idle.pop(), False
+            if scheme == "https" and self._context is None:
+                self._context = self._trusting()
+        proxy = self._options.get("proxy_url")
+        if proxy is None and not proxy_bypass(host):
+            proxy = getproxies().get(scheme)
+        to = host if proxy is None else urlsplit(proxy).netloc
+        connection = (
+            http.client.HTTPSConnection(to, timeout=_SILENCE, context=self._context)
+            if scheme == "https"
+            else http.client.HTTPConnection(to, timeout=_SILENCE)
+        )
+        if proxy is not None:
+            connection.set_tunnel(host)
+        return connection, True
+
+    def _trusting(self) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        if (certificate := self._options.get("root_certificate")) is not None:
+            text = certificate if isinstance(certificate, str) else certificate.decode()
+            context.load_verify_locations(cadata=text)
+        if self._options.get("allow_invalid_certificates"):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context
+
+    def _keep(self, url: str, connection: http.client.HTTPConnection) -> None:
+        parts = urlsplit(url)
+        with self._lock:
+            self._idle[parts.scheme, parts.netloc].append(connection)
+
+
+def _fill(response: http.client.HTTPResponse, view: memoryview) -> None:
+    while view:
+        if not (count := response.readinto(view)):
+            raise OSError(errno.EIO, "the server closed the connection early")
+        view = view[count:]
+
+
+def _check_time(until: float) -> None:
+    if time.monotonic() > until:
+        raise OSError(errno.ETIMEDOUT, "the server is too slow")
+
+
+def _check(target: Target, offset: int, end: int, response: http.client.HTTPResponse) -> None:
+    """Raise unless an answer is the wanted range of the object that was found first."""
+    status, reason = response.status, f"{response.status} {response.reason}"
+    if status == HTTPStatus.PRECONDITION_FAILED:
+        raise FileChangedError(target.name)
+    if status == HTTPStatus.NOT_FOUND:
+        raise FileNotFoundError(errno.ENOENT, "no such object", target.name)
+    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        raise PermissionError(errno.EACCES, f"the server refuses: {reason}", target.name)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _PASSING:
+        raise OSError(errno.EIO, f"the server answers {reason}")
+    if status == HTTPStatus.OK:
+        raise OSError(errno.EPROTO, "the server ignores ranges: it answers 200, with all of it")
+    if status != HTTPStatus.PARTIAL_CONTENT:
+        raise OSError(errno.EPROTO, f"the server answers {reason}")
+    tag = response.headers.get("ETag")
+    found = response.headers.get("Content-Range", "")
+    if (target.tag is not None and tag != target.tag) or not found.endswith(f"/{target.size}"):
+        raise FileChangedError(target.name)
+    if found != f"bytes {offset}-{end - 1}/{target.size}":
+        raise OSError(errno.EPROTO, f"the server answers with the range {found!r}")
+
+
+def _in_words(error: OSError | http.client.HTTPException) -> OSError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return OSError(errno.EPROTO, f"its certificate is not trusted: {error.verify_message}")
+    if isinstance(error, TimeoutError):
+        return OSError(errno.EIO, f"no byte for {_SILENCE:g} seconds")
+    if isinstance(error, FileChangedError | FileNotFoundError | PermissionError):
+        return error
+    if isinstance(error, ConnectionError | http.client.HTTPException):
+        return OSError(errno.EIO, f"the connection broke: {error!r}")
+    return error

@@ -1,0 +1,226 @@
+"""Checkpoints read over HTTP, by ranges, from a server that cuts, lies, and changes its mind."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from asyncloader import (
+    CheckpointChangedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointReader,
+    Loader,
+    ReadError,
+    load_tensors,
+    read_extra,
+)
+from asyncloader.tools import ainspect, averify
+from tests.genuine import NEWEST, RUN, truth
+from tests.servers.liar import Answer, Asked, liar
+from tests.support import rows_in, rows_on_disk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.servers.liar import Liar
+
+pytestmark = pytest.mark.both_loops
+
+pytest.importorskip("obstore")
+
+FILE = "model.safetensors"
+# More than comes along with the first look.
+TENSORS = {name: torch.arange(200_000.0) + at for at, name in enumerate("ab")}
+
+
+@pytest.fixture
+def server() -> Iterator[Liar]:
+    files = {f"run/{path.name}": path.read_bytes() for path in (RUN / NEWEST).iterdir()}
+    files[FILE] = save(TENSORS)
+    with liar(files) as running:
+        yield running
+
+
+async def load(server: Liar, **options: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401  # of Loader
+    into = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    await Loader(f"{server.url}/{FILE}", tensors=into, **options).aload()
+    return into
+
+
+def check(into: dict[str, torch.Tensor]) -> None:
+    for name, tensor in TENSORS.items():
+        assert torch.equal(into[name], tensor), name
+
+
+async def test_a_genuine_checkpoint_comes_whole_by_every_door(server: Liar) -> None:
+    url, held = f"{server.url}/run", truth(NEWEST)
+    tables, tensors = held.destinations()
+    report = await Loader(url, tables, tensors, strict=True).aload()
+    assert report.missing == ()
+    for name, table in tables.items():
+        assert rows_in(table) == rows_on_disk(held.tables[name])
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, held.tensors[name])
+    assert (await ainspect(url)).location == url
+    found = await averify(url)
+    assert (found.problems, found.ids) == ((), sum(map(len, tables.values())))
+
+
+def test_scripts_read_it_too(server: Liar) -> None:
+    url, held = f"{server.url}/run/", truth(NEWEST)
+    for name, tensor in load_tensors(url).items():
+        assert torch.equal(tensor, held.tensors[name])
+    assert len(CheckpointReader(url).read_tensor("user@id")) == 111
+    dense = load_tensors(f"{server.url}/run/model.pt")
+    assert dense.keys() == held.dense.keys()
+
+
+async def test_a_header_takes_one_request_and_so_does_a_chunk(server: Liar) -> None:
+    check(await load(server, chunk_bytes=400_000))
+    size = len(server.files[FILE])
+    assert sum(one.end - one.begin for one in server.asked) <= size + (256 << 10)
+    assert len(server.asked) == 1 + 1_600_000 // 400_000
+
+
+@pytest.mark.parametrize("part", range(16))
+async def test_a_read_that_is_cut_goes_on_at_the_last_byte(server: Liar, part: int) -> None:
+    cut: list[Asked] = []
+
+    def script(asked: Asked) -> Answer:
+        if asked.begin and not cut:
+            cut.append(asked)
+            return Answer(cut=(asked.end - asked.begin) * part // 16)
+        return Answer()
+
+    server.script = script
+    into = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    report = await Loader(f"{server.url}/{FILE}", tensors=into).aload()
+    check(into)
+    assert report.retries == 1
+    [again] = [one for one in server.asked[cut[0].number + 1 :] if one.end == cut[0].end]
+    came = (cut[0].end - cut[0].begin) * part // 16
+    # Pieces of 1 MiB that were filled are not read again, nor is less than that of the last one.
+    assert cut[0].begin <= again.begin <= cut[0].begin + came
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+async def test_what_may_pass_is_tried_again(server: Liar, status: int) -> None:
+    server.script = lambda asked: Answer(status=status if asked.number == 1 else 0)
+    check(await load(server))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (Answer(whole=True), ReadError, "ignores ranges"),
+        (Answer(headers={"ETag": '"another"'}), CheckpointChangedError, "replaced"),
+        (Answer(headers={"Content-Range": "bytes 0-9/1600144"}), ReadError, "answers with the ra"),
+        (Answer(headers={"Content-Range": "bytes 0-9/7"}), CheckpointChangedError, "replaced"),
+        (Answer(status=403), ReadError, "refuses: 403"),
+        (Answer(status=410), ReadError, "answers 410"),
+        (Answer(status=307), ReadError, "answers 307"),
+    ],
+)
+async def test_a_wrong_answer_is_an_error_that_names_file_and_range(
+    server: Liar, answer: Answer, error: type[Exception], words: str
+) -> None:
+    size = len(server.files[FILE])
+    headers = {name: text.replace("1600144", str(size)) for name, text in answer.headers.items()}
+    wrong = Answer(status=answer.status, headers=headers, whole=answer.whole)
+    server.script = lambda asked: wrong if asked.begin else Answer()
+    with pytest.raises(error, match=words) as caught:
+        await load(server)
+    assert FILE in str(caught.value)
+    if error is ReadError:
+        assert "bytes [" in str(caught.value)
+
+
+async def test_an_object_that_is_replaced_is_never_mixed(server: Liar) -> None:
+    def script(asked: Asked) -> Answer:
+        if asked.begin:
+            server.files[FILE] = save({name: tensor + 1 for name, tensor in TENSORS.items()})
+        return Answer()
+
+    server.script = script
+    with pytest.raises(CheckpointChangedError):
+        await load(server, chunk_bytes=300_000, parallel=1)
+
+
+async def test_an_object_that_is_replaced_during_its_last_read_is_noticed(server: Liar) -> None:
+    def script(asked: Asked) -> Answer:  # the answer is still of the object before
+        if asked.begin:
+            server.files[FILE] = save({name: tensor + 1 for name, tensor in TENSORS.items()})
+        return Answer()
+
+    server.script = script
+    with pytest.raises(CheckpointChangedError):
+        await load(server)
+
+
+async def test_cancelling_ends_a_request_at_once(server: Liar) -> None:
+    waits, came = threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def script(asked: Asked) -> Answer:
+        if not asked.begin:
+            return Answer()
+        loop.call_soon_threadsafe(came.set)
+        return Answer(waits=waits)
+
+    server.script = script
+    try:
+        task = asyncio.create_task(load(server))
+        await came.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not waits.is_set()
+    finally:
+        waits.set()
+
+
+async def test_a_server_that_is_silent_is_given_up(server: Liar) -> None:
+    waits = threading.Event()
+    server.script = lambda asked: Answer(waits=waits if asked.begin else None)
+    try:
+        with pytest.raises(ReadError, match="stall_timeout"):
+            await load(server, stall_timeout=0.2)
+    finally:
+        waits.set()
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nothing/here", "no such object; looked for 'index'"),
+        ("nothing.safetensors", "no such object"),
+    ],
+)
+async def test_what_is_not_there_is_said(server: Liar, path: str, words: str) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=words):
+        await Loader(f"{server.url}/{path}").aload()
+
+
+async def test_an_empty_file_is_no_checkpoint(server: Liar) -> None:
+    server.files["empty/index"] = b""
+    server.files["empty/tensorkey.json"] = b"{}"
+    with pytest.raises(CheckpointError, match="index"):
+        await Loader(f"{server.url}/empty").aload()
+
+
+def test_names_of_objects_are_any_text(server: Liar) -> None:
+    name = "a b%20ü/model.safetensors"
+    server.files[quote(name)] = server.files[FILE]
+    assert load_tensors(f"{server.url}/{quote(name)}").keys() == TENSORS.keys()
+
+
+def test_plain_values_are_read_where_files_can_be_listed(server: Liar) -> None:
+    with pytest.raises(CheckpointError, match=r"extra\.pt"):
+        read_extra(f"{server.url}/run")
