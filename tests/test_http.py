@@ -123,6 +123,7 @@ async def test_what_may_pass_is_tried_again(server: Liar, status: int) -> None:
         (Answer(headers={"ETag": '"another"'}), CheckpointChangedError, "replaced"),
         (Answer(headers={"Content-Range": "bytes 0-9/1600144"}), ReadError, "answers with the ra"),
         (Answer(headers={"Content-Range": "bytes 0-9/7"}), CheckpointChangedError, "replaced"),
+        (Answer(headers={"Content-Range": ""}), ReadError, "answers with the range ''"),
         (Answer(status=403), ReadError, "refuses: 403"),
         (Answer(status=410), ReadError, "answers 410"),
         (Answer(status=307), ReadError, "answers 307"),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
 
+_LEAST_REQUEST = 1 << 20
 # What cannot be looked up is told by its name: in a store, all is a file.
 _FILES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
 
@@ -194,6 +195,9 @@ async def open_session(
         seen: Which files there were when they were first opened; see `LocalStorage`.
         runtime: Its threads, bytes and promises are used, in place of such of its own.
     """
+    if is_url(path):  # one request waits for its bytes: many at a time, or the link is idle
+        most = max(options.max_inflight_bytes // options.parallel, _LEAST_REQUEST)
+        options = replace(options, chunk_bytes=min(options.chunk_bytes, most))
     async with holding(path, options, runtime) as (resources, watched):
         opening = open_files(path, options, resources, watched, seen=seen)
         async with opening as session, session.explaining():

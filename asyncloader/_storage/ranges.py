@@ -97,11 +97,13 @@ class RangeReader:
         self._options = dict(options or {})
         self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = defaultdict(list)
         self._lock = threading.Lock()
+        self._is_closed = False
         self._context: ssl.SSLContext | None = None  # made for the first server that wants it
 
     def close(self) -> None:
         """Close all idle connections."""
         with self._lock:
+            self._is_closed = True  # a thread that was given up may come back yet
             idle, self._idle = self._idle, defaultdict(list)
         for connection in (one for some in idle.values() for one in some):
             connection.close()
@@ -155,10 +157,12 @@ class RangeReader:
         except BaseException:
             connection.close()
             raise
-        if response.will_close or not response.isclosed():
+        try:
+            flight.check(None)  # or an interrupt might end what the connection is used for next
+        except BaseException:
             connection.close()
-        else:
-            self._keep(target.url, connection)
+            raise
+        self._keep(target.url, connection, usable=response.isclosed() and not response.will_close)
 
     def _answer(
         self, target: Target, offset: int, end: int, flight: Flight
@@ -234,10 +238,13 @@ class RangeReader:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
 
-    def _keep(self, url: str, connection: http.client.HTTPConnection) -> None:
+    def _keep(self, url: str, connection: http.client.HTTPConnection, *, usable: bool) -> None:
         parts = urlsplit(url)
         with self._lock:
-            self._idle[parts.scheme, parts.netloc].append(connection)
+            if usable and not self._is_closed:
+                self._idle[parts.scheme, parts.netloc].append(connection)
+                return
+        connection.close()
 
 
 def _fill(response: http.client.HTTPResponse, view: memoryview) -> None:
@@ -268,11 +275,11 @@ def _check(target: Target, offset: int, end: int, response: http.client.HTTPResp
     if status != HTTPStatus.PARTIAL_CONTENT:
         raise OSError(errno.EPROTO, f"the server answers {reason}")
     tag = response.headers.get("ETag")
-    found = response.headers.get("Content-Range", "")
-    if (target.tag is not None and tag != target.tag) or not found.endswith(f"/{target.size}"):
+    where, _, size = response.headers.get("Content-Range", "").partition("/")
+    if (target.tag is not None and tag != target.tag) or size not in {"", "*", str(target.size)}:
         raise FileChangedError(target.name)
-    if found != f"bytes {offset}-{end - 1}/{target.size}":
-        raise OSError(errno.EPROTO, f"the server answers with the range {found!r}")
+    if where != f"bytes {offset}-{end - 1}":
+        raise OSError(errno.EPROTO, f"the server answers with the range {where!r}")
 
 
 def _in_words(error: OSError | http.client.HTTPException) -> OSError:
