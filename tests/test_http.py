@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
+import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -28,6 +30,7 @@ from tests.support import rows_in, rows_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.servers.liar import Liar
 
@@ -225,3 +228,26 @@ def test_names_of_objects_are_any_text(server: Liar) -> None:
 def test_plain_values_are_read_where_files_can_be_listed(server: Liar) -> None:
     with pytest.raises(CheckpointError, match=r"extra\.pt"):
         read_extra(f"{server.url}/run")
+
+
+def test_over_tls_a_certificate_has_to_be_trusted(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate", tmp_path / "key"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 "
+        "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 "
+        "-addext basicConstraints=critical,CA:FALSE "
+        f"-out {certificate} -keyout {key}"
+    )
+    try:
+        subprocess.run(command.split(), check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no openssl to make a certificate")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with liar({FILE: save(TENSORS)}, tls=context) as server:
+        with pytest.raises(CheckpointError, match="certificate is not trusted"):
+            load_tensors(f"{server.url}/{FILE}")
+        trusted: dict[str, Any] = {"root_certificate": certificate.read_text()}
+        check(load_tensors(f"{server.url}/{FILE}", storage_options={"client_options": trusted}))
+        blind: dict[str, Any] = {"allow_invalid_certificates": True}
+        check(load_tensors(f"{server.url}/{FILE}", storage_options={"client_options": blind}))

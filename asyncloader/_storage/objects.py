@@ -41,6 +41,7 @@ _STARTS = 32  # kept at a time
 _LOOKERS = 8
 _SIGNED = timedelta(hours=1)
 _CLIENTS = re.compile(r"status code: 4(?!08|25|29)\d\d")  # errors that stay
+_UNTRUSTED = re.compile(r"InvalidCertificate\(\s*(\w+)")
 # Of messages: what follows a URL's `?` may be a signature.
 _QUERY = re.compile(r"\?[^\s)\"']*")
 _LONGEST = 300
@@ -260,6 +261,9 @@ def _explained(what: str) -> Iterator[None]:
     except errors.NotSupportedError as error:
         raise OSError(errno.ENOTSUP, _in_words(error), what) from error
     except errors.BaseError as error:
+        if (why := _UNTRUSTED.search(str(error))) is not None:
+            problem = f"the server's certificate is not trusted: {why[1]}"
+            raise OSError(errno.EPROTO, problem, what) from error
         stays = _CLIENTS.search(str(error)) is not None
         raise OSError(errno.EREMOTEIO if stays else errno.EIO, _in_words(error), what) from error
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable, Iterator
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
@@ -70,15 +71,18 @@ class Liar:
 
 
 @contextlib.contextmanager
-def liar(files: dict[str, bytes]) -> Iterator[Liar]:
-    """Run a server until the block is left."""
+def liar(files: dict[str, bytes], *, tls: ssl.SSLContext | None = None) -> Iterator[Liar]:
+    """Run a server until the block is left; with `tls`, one of HTTPS."""
     held = Liar(files)
 
     class Handler(_Handler):
         liar = held
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        held.url = f"http://127.0.0.1:{server.server_port}"
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        scheme = "http" if tls is None else "https"
+        held.url = f"{scheme}://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
