@@ -10,7 +10,7 @@ PATIENT := --timeout=0 --override-ini faulthandler_timeout=0
 PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-lowest servers soak fuzz check cover bench bench-serving format dist clean
+.PHONY: help demo serve test test-lowest soak fuzz check cover bench bench-serving format dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -26,9 +26,6 @@ test: .venv/installed ## run the tests, three at a time: some of them wait
 
 test-lowest: .venv-lowest/installed ## run some of the tests on the lowest releases that are declared
 	.venv-lowest/bin/python -m pytest -p no:cacheprovider $(LOWEST) $(ARGS)
-
-servers: .venv/installed ## install the servers of object stores that tests want; without, these are skipped
-	@$(RUN) tests.servers.swift
 
 check: .venv/installed ## formatting, lint, types, and who may import whom
 	$(RUN) ruff format --check

@@ -1,1 +1,1 @@
-"""Real servers of object stores, for tests: each in processes of its own, on loopback."""
+"""Real servers of object stores and of HTTP on loopback, and servers that misbehave as told."""

@@ -1,0 +1,171 @@
+"""Checkpoints read from servers of object stores and of HTTP, real ones, on loopback."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import obstore
+import pytest
+import torch
+from obstore.store import AzureStore, S3Store
+
+from asyncloader import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointReader,
+    Loader,
+    ReadOptions,
+    load_tensors,
+    read_extra,
+    read_io_state,
+)
+from asyncloader.cli import run
+from asyncloader.tools import convert, diff, inspect, verify
+from tests.genuine import NEWEST, RUN, truth
+from tests.servers.azurite import ACCOUNT, KEY, azurite
+from tests.servers.child import or_skip
+from tests.servers.nginx import nginx
+from tests.servers.swift import swift
+from tests.support import rows_in, rows_on_disk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the genuine run is, and how it is reached."""
+
+    run: str
+    options: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        return f"{self.run}/{NEWEST}"
+
+
+def upload(store: S3Store | AzureStore) -> None:
+    for path in RUN.rglob("*"):
+        if path.is_file():
+            obstore.put(store, f"ctr/{path.relative_to(RUN)}", path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with or_skip(swift(tmp_path_factory.mktemp("swift"))) as server:
+        server.make_bucket("models")
+        upload(server.store("models"))
+        options = {
+            "endpoint": server.endpoint,
+            "access_key_id": server.access_key,
+            "secret_access_key": server.secret_key,
+            "region": server.region,
+        }
+        yield Place(run="s3://models/ctr", options=options)
+
+
+@pytest.fixture(scope="module")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with or_skip(azurite(tmp_path_factory.mktemp("azurite"))) as server:
+        server.make_container("models")
+        upload(server.store("models"))
+        options = {"endpoint": server.endpoint, "account_name": ACCOUNT, "account_key": KEY}
+        yield Place(run="az://models/ctr", options=options)
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with or_skip(nginx(tmp_path_factory.mktemp("nginx"), RUN.absolute())) as url:
+        yield Place(run=url.rstrip("/"), options={})
+
+
+@pytest.fixture(params=["s3", "azure", "http"])
+def place(request: pytest.FixtureRequest) -> Place:
+    found: Place = request.getfixturevalue(request.param)
+    return found
+
+
+def test_a_genuine_checkpoint_comes_whole(place: Place) -> None:
+    held = truth(NEWEST)
+    tables, tensors = held.destinations()
+    loader = Loader(place.url, tables, tensors, strict=True, storage_options=place.options)
+    report = loader.load()
+    assert (report.location, report.missing) == (place.url, ())
+    for name, table in tables.items():
+        assert rows_in(table) == rows_on_disk(held.tables[name])
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, held.tensors[name])
+
+
+def test_every_other_door_reads_it_too(place: Place, tmp_path: Path) -> None:
+    held, options = truth(NEWEST), ReadOptions(storage_options=place.options)
+    for name, tensor in load_tensors(place.url, options=options).items():
+        assert torch.equal(tensor, held.tensors[name])
+    assert len(CheckpointReader(place.url, options=options).read_tensor("user@id")) == 111
+    assert inspect(place.url, options=options).location == place.url
+    assert verify(place.url, options=options).problems == ()
+    assert diff(place.url, RUN / NEWEST, options=options).equal
+    convert(place.url, tmp_path / "here", options=options)
+    assert diff(place.url, tmp_path / "here", options=options).equal
+
+
+@pytest.mark.parametrize("kind", ["s3", "azure"])
+def test_files_beside_the_tensors_are_found_where_names_are_listed(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    place: Place = request.getfixturevalue(kind)
+    options = ReadOptions(storage_options=place.options)
+    assert int(read_extra(place.url, options=options)["global_step"]) == 30
+    assert "train_io" in read_io_state(place.url, 0, options=options)
+    assert inspect(place.url, options=options).beside.global_step == 30  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("url", "more", "error", "words"),
+    [
+        ("s3://models/ctr/ckpt_99", {}, CheckpointNotFoundError, "no such object; looked for"),
+        ("s3://no-such-bucket/ctr", {}, CheckpointNotFoundError, "no such object; looked for"),
+        (None, {"secret_access_key": "wrong"}, CheckpointError, "refused; do the credentials"),
+        (None, {"access_key_id": "nobody"}, CheckpointError, "refused; do the credentials"),
+        (None, {"acces_key": "x"}, ValueError, "'acces_key' is not valid for store 'S3'"),
+    ],
+)
+def test_what_cannot_be_read_is_one_clear_line(
+    s3: Place, url: str | None, more: dict[str, str], error: type[Exception], words: str
+) -> None:
+    url = s3.url if url is None else url
+    with pytest.raises(error, match=words) as caught:
+        Loader(url, storage_options=s3.options | more).load()
+    assert url in str(caught.value)
+    assert "Signature" not in str(caught.value)
+    assert str(s3.options["secret_access_key"]) not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["s3", "azure"])
+def test_keys_are_any_text_and_a_folder_is_listed(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    place: Place = request.getfixturevalue(kind)
+    bucket: dict[str, Any] = {"client_options": {"allow_http": True}, **place.options}
+    store = S3Store("models", **bucket) if kind == "s3" else AzureStore("models", **bucket)
+    from_here = (RUN / NEWEST / "model-000001-of-000004.safetensors").read_bytes()
+    obstore.put(store, "odd/a b%20ü+/model.fp16.safetensors", from_here)
+    root = place.run.removesuffix("ctr")
+    assert load_tensors(f"{root}odd/a b%20ü+", storage_options=place.options)
+
+
+def test_the_command_line_takes_the_environment(
+    s3: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("endpoint", "access_key_id", "secret_access_key", "region"):
+        monkeypatch.setenv(f"AWS_{name.upper()}", str(s3.options[name]))
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    for command in ("inspect", "verify", "load"):
+        assert run([command, s3.url, "--json"]) == 0, capsys.readouterr().err
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    assert run(["load", s3.url]) == 2
+    assert "refused" in capsys.readouterr().err
+    assert os.environ["AWS_REGION"]
