@@ -10,6 +10,7 @@ import obstore
 import pytest
 import torch
 from obstore.store import AzureStore, S3Store
+from safetensors.torch import save
 
 from asyncloader import (
     CheckpointError,
@@ -26,6 +27,7 @@ from asyncloader.tools import convert, diff, inspect, verify
 from tests.genuine import NEWEST, RUN, truth
 from tests.servers.azurite import ACCOUNT, KEY, azurite
 from tests.servers.child import or_skip
+from tests.servers.faults import Fault, faulty_proxy
 from tests.servers.nginx import nginx
 from tests.servers.swift import swift
 from tests.support import rows_in, rows_on_disk
@@ -169,3 +171,22 @@ def test_the_command_line_takes_the_environment(
     assert run(["load", s3.url]) == 2
     assert "refused" in capsys.readouterr().err
     assert os.environ["AWS_REGION"]
+
+
+@pytest.mark.parametrize("part", range(16))
+async def test_a_connection_that_is_cut_anywhere_costs_no_byte(s3: Place, part: int) -> None:
+    """All but the first, which finds objects: obstore's client has that one."""
+    tensors = {name: torch.arange(400_000.0) + at for at, name in enumerate("ab")}
+    content = save(tensors)
+    options: dict[str, Any] = {"client_options": {"allow_http": True}, **s3.options}
+    await obstore.put_async(S3Store("models", **options), "cut/model.safetensors", content)
+    script = {number: Fault(reset_at=len(content) * part // 16) for number in range(1, 3)}
+    port = int(s3.options["endpoint"].rpartition(":")[2])
+    async with faulty_proxy(port, lambda number: script.get(number, Fault())) as proxy:
+        through = s3.options | {"endpoint": proxy.endpoint}
+        into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        loader = Loader("s3://models/cut", tensors=into, storage_options=through)
+        report = await loader.aload()
+    assert report.retries >= 1
+    for name, tensor in tensors.items():
+        assert torch.equal(into[name], tensor)
