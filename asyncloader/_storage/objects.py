@@ -257,15 +257,15 @@ def _explained(what: str) -> Iterator[None]:
         raise FileChangedError(what.rpartition("/")[2]) from error
     except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
         problem = f"refused; do the credentials allow reading it? ({_in_words(error)})"
-        raise PermissionError(errno.EACCES, problem, what) from error
+        raise PermissionError(errno.EACCES, problem) from error
     except errors.NotSupportedError as error:
-        raise OSError(errno.ENOTSUP, _in_words(error), what) from error
+        raise OSError(errno.ENOTSUP, _in_words(error)) from error
     except errors.BaseError as error:
         if (why := _UNTRUSTED.search(str(error))) is not None:
             problem = f"the server's certificate is not trusted: {why[1]}"
-            raise OSError(errno.EPROTO, problem, what) from error
+            raise OSError(errno.EPROTO, problem) from error
         stays = _CLIENTS.search(str(error)) is not None
-        raise OSError(errno.EREMOTEIO if stays else errno.EIO, _in_words(error), what) from error
+        raise OSError(errno.EREMOTEIO if stays else errno.EIO, _in_words(error)) from error
 
 
 def _in_words(error: BaseException) -> str:

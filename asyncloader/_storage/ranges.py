@@ -265,9 +265,9 @@ def _check(target: Target, offset: int, end: int, response: http.client.HTTPResp
     if status == HTTPStatus.PRECONDITION_FAILED:
         raise FileChangedError(target.name)
     if status == HTTPStatus.NOT_FOUND:
-        raise FileNotFoundError(errno.ENOENT, "no such object", target.name)
+        raise FileNotFoundError(errno.ENOENT, "no such object")
     if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-        raise PermissionError(errno.EACCES, f"the server refuses: {reason}", target.name)
+        raise PermissionError(errno.EACCES, f"the server refuses: {reason}")
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _PASSING:
         raise OSError(errno.EIO, f"the server answers {reason}")
     if status == HTTPStatus.OK:
