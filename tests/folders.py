@@ -83,6 +83,11 @@ class WatchedFolder:
         above = LocalFolder(Path(self.location).parent)
         return WatchedFolder(above, self.fault, self.give_up, self.calls, "run: ")
 
+    def inside(self, name: str, /) -> WatchedFolder:
+        """Return a folder in this one; calls of both are counted together."""
+        real = self.real.inside(name)
+        return WatchedFolder(real, self.fault, self.give_up, self.calls, f"{self.label}{name}: ")
+
     def make(self, name: str, /) -> None:
         with self.call(f"make {name}"):
             self.real.make(name)

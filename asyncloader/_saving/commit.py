@@ -33,7 +33,16 @@ from asyncloader._checkpoint.format import INDEX, TENSORKEY
 from asyncloader._threads.jobs import for_each, run_jobs
 from asyncloader.errors import SaveError, SaveTimeoutError
 
-from .leftovers import OLD, old_files, recover, remove_dead, remove_staging, staging_of
+from .leftovers import (
+    OLD,
+    moved_away,
+    old_files,
+    put_back,
+    remove_dead,
+    remove_staging,
+    staging_of,
+    telling,
+)
 from .part import merge_parts, parse_part, render_part
 
 if TYPE_CHECKING:
@@ -64,6 +73,7 @@ class Commit:
     is_committed: bool = field(default=False, init=False)
     told: list[str] = field(default_factory=list, init=False)  # warnings
     _moved: list[tuple[str, str]] = field(default_factory=list, init=False)
+    _is_recovering: bool = field(default=False, init=False)
 
     @property
     def evicted(self) -> tuple[str, ...]:
@@ -78,8 +88,10 @@ class Commit:
     def begin(self) -> None:
         """Make room for this rank; raise `SaveError` if the folder holds anything else."""
         self.folder.make("")
-        if self.rank == 0:
-            recover(self.folder)
+        if self.rank == 0 and (away := moved_away(self.folder)) is not None:
+            self._is_recovering = True
+            put_back(self.folder, away)
+            self._is_recovering = False
         old_files(self.folder, whole=self.is_run)
         self.folder.make(self.staging)
         for name in (self._part_file(self.rank), self._failure_file(self.rank)):
@@ -161,7 +173,9 @@ class Commit:
                 self.run_list.publish()
         if self.run_list is not None:
             self.run_list.evict()
-        remove_dead(self.folder, self.staging, self.told)
+        with telling(self.told, "left-overs could not be removed"):
+            now = self.folder.changed_at(self.staging)
+            remove_dead(self.folder, self.staging, self.told, now=now)
         remove_staging(self.folder, self.staging, self.told)
 
     def _swap(self, old: list[str], new: list[str]) -> None:
@@ -207,6 +221,11 @@ class Commit:
         """Say in which state a failed save has left the folder."""
         if self.is_committed:
             return "the checkpoint is there, whole"
+        if self._is_recovering:
+            return (
+                "what a save that was cut off had moved away is not all back yet; the next save "
+                "into the folder goes on with that"
+            )
         if not self._moved:
             return "what was there before is as it was"
         return (

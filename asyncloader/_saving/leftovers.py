@@ -102,34 +102,40 @@ def _told(folder: Folder, at: str) -> frozenset[str]:
         return frozenset()
 
 
-def recover(folder: Folder) -> None:
-    """Clear up after saves that were cut off in their commit, or just after it.
+def moved_away(folder: Folder) -> str | None:
+    """Return the staging folder of a save that was cut off while the old checkpoint was in it.
 
-    Where there is no `index`, the files that they had moved away are put back; where there is one,
-    those files are out of date. So there is never more than one old checkpoint moved away.
+    Its files are to be put back. Where there is an `index`, what others had moved away is out of
+    date, and is removed. So there is never more than one old checkpoint moved away.
     """
     names = folder.names("")
     dead = [staging for staging in _stagings(names) if f"{OLD}/" in folder.names(staging)]
     if INDEX in names:
         for staging in dead:
             _remove_old(folder, staging)
-        return
+        return None
     for staging in dead:
         if INDEX in folder.names(f"{staging}/{OLD}"):
-            _put_back(folder, staging)
-            return
+            return staging
+    return None
 
 
-def _put_back(folder: Folder, staging: str) -> None:
-    """Make a checkpoint again of the files that a dead save had moved away."""
+def put_back(folder: Folder, staging: str) -> None:
+    """Make a checkpoint again of the files that a dead save had moved away.
+
+    `tensorkey.json` went last, and comes back first: while it is away, and only then, what is in
+    place is the dead save's own. So this may be cut off at any point, and begin anew.
+    """
     old = f"{staging}/{OLD}"
     aside = folder.names(old)
-    if TENSORKEY in aside:  # it goes last, so all that is left is the dead save's own
+    if TENSORKEY in aside:
         brought = _brought(folder, staging) & set(folder.names(""))
         for name in sorted({*old_files(folder), *brought}):
             folder.move(name, f"{staging}/{name}")
+        folder.move(f"{old}/{TENSORKEY}", TENSORKEY)
+        folder.sync("")
     for name in aside:
-        if name != INDEX:
+        if name not in {INDEX, TENSORKEY}:
             folder.move(f"{old}/{name}", name)
     folder.sync("")
     folder.move(f"{old}/{INDEX}", INDEX)
@@ -163,13 +169,13 @@ def _stagings(names: Iterable[str]) -> list[str]:
     return [name[:-1] for name in names if name.startswith(STAGING) and name.endswith("/")]
 
 
-def remove_dead(folder: Folder, mine: str, told: list[str]) -> None:
+def remove_dead(folder: Folder, mine: str | None, told: list[str], *, now: float) -> None:
     """Remove staging folders of dead saves, all but `mine`; tell what went wrong.
 
     The caller holds the folder's lock, so a save of one rank is dead if it is not the caller's.
+    `now` is the time by the folder's clock.
     """
     with telling(told, "left-overs could not be removed"):
-        now = folder.changed_at(mine)
         for staging in _stagings(folder.names("")):
             alone = staging.startswith(f"{STAGING}1-")
             if staging != mine and (alone or now - folder.changed_at(staging) > _DEAD_AFTER):

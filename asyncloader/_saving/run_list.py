@@ -15,7 +15,7 @@ from asyncloader._checkpoint.format import INDEX, RUN_LIST, SIDECAR, STAGING
 from asyncloader._checkpoint.index import is_file_name
 from asyncloader.errors import SaveError
 
-from .leftovers import files_of, telling
+from .leftovers import files_of, remove_dead, telling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _STAGED = f"{STAGING}{RUN_LIST}"
 # Another save holds the list for milliseconds.
 _PATIENCE, _PAUSE = 30.0, 0.02
+_LONGEST = 16 << 20  # bytes
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class RunList:
         name: The id of the checkpoint that is being saved.
         max_keep: How many checkpoints stay; `None`: all.
         told: Receives warnings.
-        evicted: Ids of checkpoints that were, or are to be, removed.
+        evicted: Ids of checkpoints that were removed.
     """
 
     folder: Folder
@@ -54,7 +55,7 @@ class RunList:
         """
         with self._alone():
             try:
-                self._write(self._lines())
+                self._write([*(one for one in self._lines() if one != self.name), self.name])
                 yield
             finally:
                 with contextlib.suppress(OSError):  # moved, most likely
@@ -74,39 +75,22 @@ class RunList:
             time.sleep(_PAUSE)
 
     def _lines(self) -> list[str]:
-        """Return the new list; sets `evicted`."""
+        """Return the lines of the list as it is.
+
+        Raises:
+            SaveError: If it is none.
+        """
         try:
+            if self.folder.size(RUN_LIST) > _LONGEST:
+                problem = f"longer than {_LONGEST:,} bytes, so no list of checkpoints"
+                raise SaveError(self.folder.location, problem, RUN_LIST)
             text = self.folder.read(RUN_LIST)
         except FileNotFoundError:
-            text = b""
-        old = [os.fsdecode(line.strip()) for line in text.split(b"\n")]  # as names are: never fails
-        lines = [line for line in old if line and line != self.name]
-        self.evicted = tuple(self._surplus(lines))
-        return [*(line for line in lines if line not in self.evicted), self.name]
-
-    def _surplus(self, lines: list[str]) -> Iterator[str]:
-        """Yield the ids to remove: what a `Saver` wrote, and is not among the newest.
-
-        Nothing else is removed: not what RecIS wrote, nor a folder that holds other files, nor one
-        that is saved into right now.
-        """
-        if self.max_keep is None:
-            return
-        kept, there = 1, set(self.folder.names(""))
-        for line in dict.fromkeys(reversed(lines)):
-            if not is_file_name(line) or line.startswith(".") or f"{line}/" not in there:
-                continue  # a link, too, is none of ours
-            names = set(self.folder.names(line))
-            if INDEX not in names:
-                continue
-            kept += 1
-            if kept > self.max_keep and SIDECAR in names:
-                others = sorted(names - set(files_of(self.folder, line, whole=True)))
-                if not others:
-                    yield line
-                else:
-                    which = ", ".join(map(repr, others[:3]))
-                    self.told.append(f"{line!r} is kept, though old: it also holds {which}")
+            return []
+        lines = (
+            os.fsdecode(line.strip()) for line in text.split(b"\n")
+        )  # as names are: never fails
+        return [line for line in lines if line]
 
     def _write(self, lines: list[str]) -> None:
         text = b"".join(os.fsencode(line) + b"\n" for line in lines)
@@ -131,16 +115,75 @@ class RunList:
             raise SaveError(self.folder.location, problem, RUN_LIST) from error
 
     def evict(self) -> None:
-        """Remove what is no longer in the list; tell what went wrong."""
-        for name in self.evicted:
+        """Remove checkpoints that are not among the newest, then their lines; tell what went wrong.
+
+        Looked up anew, as others may have saved since. In this order, so that what a crash leaves
+        is removed after the next save.
+        """
+        if self.max_keep is None:
+            return
+        with telling(self.told, "older checkpoints could not be removed"):
+            try:
+                with self._alone():
+                    self._evict()
+            except SaveError as error:  # the new one is there, and listed
+                self.told.append(f"older checkpoints could not be removed: {error}")
+
+    def _evict(self) -> None:
+        lines, there = self._lines(), set(self.folder.names(""))
+        for name in self._older(lines, there):
             with telling(self.told, f"{name!r}, which is old, could not be removed"):
-                names = self.folder.names(name)
-                # First, or a reader might take the rest for whole.
-                self.folder.remove(f"{name}/{INDEX}")
-                self.folder.sync(name)
-                for file in sorted(set(names) - {INDEX}):
-                    self.folder.remove(f"{name}/{file}")
-                self.folder.remove_folder(name)
+                if self._remove(name):
+                    self.evicted += (name,)
+        left = [
+            line
+            for line in lines
+            if line not in self.evicted and not {line, f"{line}/"}.isdisjoint(there)
+        ]
+        if len(left) < len(lines):
+            self._write(left)
+            self.folder.move(_STAGED, RUN_LIST)
+            self.folder.sync("")
+
+    def _older(self, lines: list[str], there: set[str]) -> Iterator[str]:
+        """Yield the ids of checkpoints that are not among the newest."""
+        kept = 0
+        for line in dict.fromkeys(reversed(lines)):
+            if line == self.name:
+                kept += 1
+                continue
+            if not is_file_name(line) or line.startswith(".") or f"{line}/" not in there:
+                continue  # a link, too, is none of ours
+            with telling(self.told, f"{line!r}, which is old, cannot be looked at"):
+                if INDEX in self.folder.names(line):
+                    kept += 1
+                    if kept > (self.max_keep or 0):
+                        yield line
+
+    def _remove(self, name: str) -> bool:
+        """Remove a checkpoint, if a `Saver` wrote it and nothing else is in it; say whether it did.
+
+        Not one that is saved into right now.
+        """
+        inside = self.folder.inside(name)
+        with inside.hold() as alone:
+            names = set(inside.names(""))
+            if not alone or SIDECAR not in names:
+                return False
+            remove_dead(inside, None, self.told, now=self.folder.changed_at(""))
+            names = set(inside.names(""))
+            others = sorted(names - set(files_of(inside, "", whole=True)))
+            if others:
+                which = ", ".join(map(repr, others[:3]))
+                self.told.append(f"{name!r} is kept, though old: it also holds {which}")
+                return False
+            # First, or a reader might take the rest for whole.
+            inside.remove(INDEX)
+            inside.sync("")
+            for file in sorted(names - {INDEX}):
+                inside.remove(file)
+        self.folder.remove_folder(name)
+        return True
 
 
 def check_layout(
@@ -163,7 +206,8 @@ def check_layout(
             raise ValueError('extra, io_state and max_keep are of a run: pass layout="run", too')
         return
     name = Path(path).absolute().name
-    if not name or name.startswith(".") or name == RUN_LIST or name != name.strip() or "\n" in name:
+    is_line = name == name.strip() and not {*"\r\n"} & {*name}
+    if not name or name.startswith(".") or name == RUN_LIST or not is_line:
         raise ValueError(
             f"path is RUN/ID, and the id, {name!r}, becomes a line of the list RUN/{RUN_LIST}: it "
             f"must not be {RUN_LIST!r}, begin with a dot, hold a line's end, or end in spaces"

@@ -197,7 +197,7 @@ class _Save:
     def _explained(self, error: OSError) -> SaveError:
         """Say at which file of the folder a save failed, and what the folder holds now."""
         named = error.filename if isinstance(error.filename, str) else ""
-        is_inside = named.startswith(self._location)
+        is_inside = named.startswith(f"{self._location}{os.sep}")
         file = named.removeprefix(self._location).lstrip(os.sep) if is_inside else ""
         what = error.strerror if file else error
         problem = f"could not be written: {what}; {self._commit.outcome()}"

@@ -113,7 +113,7 @@ def _copied(value: Any, each: Callable[[torch.Tensor], torch.Tensor]) -> Any:  #
         return made
     if type(value) in {list, tuple}:
         return type(value)([_copied(one, each) for one in value])
-    return value
+    return copy.copy(value) if type(value) in {set, bytearray} else value
 
 
 def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,13 +150,18 @@ class _Bytes(io.RawIOBase):
         self._file = file
         self.length = 0
         self.digest = xxhash.xxh3_128()
+        self.error: OSError | None = None  # torch hides it behind one of its own
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any, /) -> int:  # noqa: ANN401  # anything that has bytes
         view = memoryview(data).cast("B")
-        self._file.write(self.length, [view])
+        try:
+            self._file.write(self.length, [view])
+        except OSError as error:
+            self.error = error
+            raise
         self.digest.update(view)
         self.length += view.nbytes
         return view.nbytes
@@ -169,8 +174,13 @@ def _write(folder: Folder, name: str, value: object) -> tuple[int, str]:
         if isinstance(value, str):
             out.write(value.encode())
         else:
-            with io.BufferedWriter(out, _BUFFER) as buffered:
-                torch.save(value, buffered)
+            try:
+                with io.BufferedWriter(out, _BUFFER) as buffered:
+                    torch.save(value, buffered)
+            except Exception as error:
+                if out.error is not None:
+                    raise out.error from error
+                raise
         file.sync()
     finally:
         file.close()

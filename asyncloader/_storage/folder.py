@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .open_files import OpenFiles, naming
+from .opening import open_regular
 from .protocol import views_after
 from .small_files import read_file
 
@@ -55,6 +56,10 @@ class Folder(Protocol):
 
     def above(self) -> Folder:
         """Return the folder that this one is in."""
+        ...
+
+    def inside(self, name: str, /) -> Folder:
+        """Return a folder in this one."""
         ...
 
     def make(self, name: str, /) -> None:
@@ -155,6 +160,10 @@ class LocalFolder:
         """Return the folder that this one is in."""
         return LocalFolder(self._root.parent)
 
+    def inside(self, name: str, /) -> LocalFolder:
+        """Return a folder in this one."""
+        return LocalFolder(self._root / name)
+
     def make(self, name: str, /) -> None:
         """Make a folder, and let each new name outlive a loss of power."""
         path = self._root / name
@@ -180,7 +189,9 @@ class LocalFolder:
 
     def read(self, name: str, /) -> bytes:
         """Return a whole file."""
-        return (self._root / name).read_bytes()
+        fd, _ = open_regular(self._root / name, os.O_RDONLY, follow=True)  # no FIFO: it would hang
+        with open(fd, "rb") as file:  # noqa: PTH123  # a descriptor
+            return file.read()
 
     async def aread(self, name: str, executor: Executor, /) -> bytes:
         """Return a whole file."""
