@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import os
@@ -337,10 +338,15 @@ def load_with(path: str, room: int) -> str:
     return f"{failure}, {stayed} threads stayed"
 
 
+_ARENA_MAX = -8  # M_ARENA_MAX of the C library
+
+
 def with_little_memory(base: str) -> dict[str, Any]:
     """Load under the prediction, then with less and less, then with no room for stacks either."""
     path = f"{base}/large"
     write_large(Path(path))
+    # Or a thread that happens to find the heap busy takes 64 MiB of addresses for one of its own.
+    ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
     HashTable([1]).insert(torch.tensor([1]), torch.ones(1, 1))  # imports and compiles
     threading.stack_size(STACK)
     enough = predicted(path) * 11 // 10
