@@ -1,7 +1,8 @@
 """Reads ranges of objects over HTTP, straight into memory, on threads.
 
-A client as obstore makes a copy of its own first. `recv_into` needs none: from a server on the same
-machine that was 1.5 times as fast, at half of the processor time (docs/performance.md).
+A client as obstore makes a copy of its own first. `recv_into` needs none: a load from a server on
+the same machine was 1.2 times as fast, at a little more than half of the processor time
+(docs/performance.md). And a read that breaks has kept what came.
 """
 
 from __future__ import annotations
