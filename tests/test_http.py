@@ -200,6 +200,21 @@ async def test_a_server_that_is_silent_is_given_up(server: Liar) -> None:
         waits.set()
 
 
+def test_headers_of_a_user_go_to_no_other_server(server: Liar) -> None:
+    with liar(server.files) as other:
+        told = {"Location": f"{other.url}/{FILE}"}
+        server.script = lambda asked: Answer(status=302, headers=told) if asked.begin else Answer()
+        secret: dict[str, Any] = {"default_headers": {"X-Key": "secret"}}
+        check(load_tensors(f"{server.url}/{FILE}", storage_options={"client_options": secret}))
+        assert {one.key for one in server.asked} == {"secret"}
+        assert {one.key for one in other.asked} == {None}
+
+
+def test_options_that_http_does_not_have_are_refused(server: Liar) -> None:
+    with pytest.raises(ValueError, match="client_options alone"):
+        load_tensors(f"{server.url}/{FILE}", storage_options={"region": "x"})
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -280,21 +280,19 @@ def test_the_same_id_twice_never_removes_what_was_just_written(tmp_path: Path) -
 def test_nothing_is_removed_that_no_saver_wrote(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("of_recis", "with_notes", "no_checkpoint", "plain"):
+    for name in ("of_recis", "with_notes", "half_gone", "plain"):
         save(tmp_path / name)
     (tmp_path / "of_recis" / "asyncloader.json").unlink()
     (tmp_path / "with_notes" / "notes.txt").touch()
-    (tmp_path / "no_checkpoint" / "index").unlink()
+    (tmp_path / "half_gone" / "index").unlink()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("plain")
     with (tmp_path / "checkpoint").open("a") as names:
         names.write("link\n../plain\n.\n\n")
     report = save(tmp_path / "new", max_keep=1)
-    assert report.evicted == ("plain",)
+    assert report.evicted == ("plain", "half_gone")
     there = {entry.name for entry in tmp_path.iterdir()}
-    assert there == {
-        "of_recis", "with_notes", "no_checkpoint", "elsewhere", "link", "new", "checkpoint"
-    }  # fmt: skip
+    assert there == {"of_recis", "with_notes", "elsewhere", "link", "new", "checkpoint"}
     assert "'with_notes' is kept" in caplog.text
     assert "notes.txt" in caplog.text
 
@@ -687,6 +685,34 @@ def test_what_a_crash_has_not_evicted_goes_after_the_next_save(tmp_path: Path) -
     assert set(report.evicted) == {"a", "b"}
     assert lines(tmp_path) == ["c"]
     assert {path.name for path in tmp_path.iterdir()} == {"c", "checkpoint"}
+
+
+@pytest.mark.parametrize(
+    "what", ["remove a: index", "remove a: model", "remove a: asyncloader.json"]
+)
+def test_an_eviction_that_dies_at_any_step_is_carried_on_by_the_next_save(
+    tmp_path: Path, what: str
+) -> None:
+    for name in "ab":
+        save(tmp_path / name)
+    before, dead = content(tmp_path / "a"), False
+
+    def die(_: int, call: str) -> None:
+        nonlocal dead
+        step = call.removeprefix("run: ")
+        dead = dead or step.replace("a: remove ", "remove a: ").startswith(what)
+        if dead:
+            broken()
+
+    folder = WatchedFolder.at(tmp_path / "c", die)
+    report = asyncio.run(save_into(folder, {"t": table(1)}, {}, layout="run", max_keep=2))
+    assert dead
+    assert report.evicted == ()
+    assert lines(tmp_path) == ["a", "b", "c"]
+    assert content(tmp_path / "a").keys() <= before.keys()
+    assert save(tmp_path / "c", max_keep=2).evicted == ("a",)
+    assert lines(tmp_path) == ["b", "c"]
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_checkpoint_that_another_saves_anew_meanwhile_is_not_evicted(tmp_path: Path) -> None:

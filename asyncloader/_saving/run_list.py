@@ -87,10 +87,8 @@ class RunList:
             text = self.folder.read(RUN_LIST)
         except FileNotFoundError:
             return []
-        lines = (
-            os.fsdecode(line.strip()) for line in text.split(b"\n")
-        )  # as names are: never fails
-        return [line for line in lines if line]
+        stripped = (line.strip() for line in text.split(b"\n"))
+        return [os.fsdecode(line) for line in stripped if line]  # as names are: never fails
 
     def _write(self, lines: list[str]) -> None:
         text = b"".join(os.fsencode(line) + b"\n" for line in lines)
@@ -135,7 +133,7 @@ class RunList:
             with telling(self.told, f"{name!r}, which is old, could not be removed"):
                 if self._remove(name):
                     self.evicted += (name,)
-        left = [
+        left = [  # nor of what is gone: a save may have died just before it wrote the list
             line
             for line in lines
             if line not in self.evicted and not {line, f"{line}/"}.isdisjoint(there)
@@ -155,10 +153,10 @@ class RunList:
             if not is_file_name(line) or line.startswith(".") or f"{line}/" not in there:
                 continue  # a link, too, is none of ours
             with telling(self.told, f"{line!r}, which is old, cannot be looked at"):
-                if INDEX in self.folder.names(line):
-                    kept += 1
-                    if kept > (self.max_keep or 0):
-                        yield line
+                names = set(self.folder.names(line))
+                kept += INDEX in names
+                if kept > (self.max_keep or 0) or (kept == self.max_keep and _is_half_gone(names)):
+                    yield line
 
     def _remove(self, name: str) -> bool:
         """Remove a checkpoint, if a `Saver` wrote it and nothing else is in it; say whether it did.
@@ -170,7 +168,8 @@ class RunList:
             names = set(inside.names(""))
             if not alone or SIDECAR not in names:
                 return False
-            remove_dead(inside, None, self.told, now=self.folder.changed_at(""))
+            if INDEX in names:  # else a dead save may hold the checkpoint
+                remove_dead(inside, None, self.told, now=self.folder.changed_at(""))
             names = set(inside.names(""))
             others = sorted(names - set(files_of(inside, "", whole=True)))
             if others:
@@ -178,12 +177,19 @@ class RunList:
                 self.told.append(f"{name!r} is kept, though old: it also holds {which}")
                 return False
             # First, or a reader might take the rest for whole.
-            inside.remove(INDEX)
-            inside.sync("")
-            for file in sorted(names - {INDEX}):
+            if INDEX in names:
+                inside.remove(INDEX)
+                inside.sync("")
+            for file in sorted(names - {INDEX}, key=lambda file: (file == SIDECAR, file)):
                 inside.remove(file)
         self.folder.remove_folder(name)
         return True
+
+
+def _is_half_gone(names: set[str]) -> bool:
+    """Say whether a save died while it removed a checkpoint of which these are left."""
+    is_ours = SIDECAR in names  # which goes last
+    return is_ours and INDEX not in names and not any(one.startswith(STAGING) for one in names)
 
 
 def check_layout(

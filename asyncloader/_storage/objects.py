@@ -99,7 +99,7 @@ class ObjectStorage:
 
     @property
     def lost(self) -> int:
-        """Copies that were given up: their memory may be written to at any time."""
+        """Reads that were given up: their memory may be written to at any time."""
         return self._disk.lost
 
     async def __aenter__(self) -> Self:

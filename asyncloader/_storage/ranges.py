@@ -170,17 +170,19 @@ class RangeReader:
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """Return the answer to a request, checked, and its connection."""
         url = target.url
-        headers = {"Range": f"bytes={offset}-{end - 1}", **self._options.get("default_headers", {})}
+        headers = {"Range": f"bytes={offset}-{end - 1}"}
         if target.tag is not None:
             headers["If-Match"] = target.tag
+        own = self._options.get("default_headers", {})  # for the first server alone: secrets, maybe
         for _ in range(_REDIRECTS):
-            connection, response = self._asked(url, headers, flight)
+            connection, response = self._asked(url, headers | own, flight)
             where = response.headers.get("Location")
             if response.status not in _ELSEWHERE or where is None:
                 break
             connection.close()
-            headers.pop("Authorization", None)  # it is for the first server
-            url = urljoin(url, where)
+            before, url = url, urljoin(url, where)
+            if urlsplit(before).netloc != urlsplit(url).netloc:
+                own = {}
         try:
             _check(target, offset, end, response)
         except BaseException:

@@ -62,7 +62,8 @@ def open_store(
             if address.account:
                 config.setdefault("account_name", address.account)
             return stores.AzureStore(address.root, config=config, **given)
-        given.pop("credential_provider", None)
+        if config or "credential_provider" in given:
+            raise ValueError(f"{address.url}: storage_options of HTTP are client_options alone")
         return stores.HTTPStore.from_url(address.root, **given)
     except BaseError as error:
         raise ValueError(f"{address.url}: {str(error).splitlines()[0]}") from None

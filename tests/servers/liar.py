@@ -26,12 +26,14 @@ class Asked:
         path: Without the slash that it begins with.
         begin: The first byte.
         end: One past the last.
+        key: The header `X-Key`.
     """
 
     number: int
     path: str
     begin: int
     end: int
+    key: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if (wanted := _RANGE.fullmatch(self.headers.get("Range", ""))) is not None:
             begin, end = int(wanted[1]), min(int(wanted[2]) + 1, end)
         with self.liar.lock:
-            asked = Asked(len(self.liar.asked), path, begin, end)
+            asked = Asked(len(self.liar.asked), path, begin, end, self.headers.get("X-Key"))
             self.liar.asked.append(asked)
         answer = self.liar.script(asked)
         if answer.waits is not None:
