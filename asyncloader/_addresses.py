@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 # Two letters at least: one is a drive.
@@ -40,6 +41,11 @@ class Address:
 def is_url(path: str) -> bool:
     """Say whether a path is an address in an object store."""
     return _URL.match(path) is not None
+
+
+def as_path(location: str) -> Path | str:
+    """Return a path as users take it; a URL stays text, or one of its slashes would be lost."""
+    return location if is_url(location) else Path(location)
 
 
 def local_path(text: str, name: str) -> str:

@@ -44,9 +44,9 @@ def check_no_url(path: str | bytes, name: str) -> None:
     text = os.fsdecode(path)
     if is_url(text):
         raise ValueError(
-            f"{name} is a URL ({text.partition(':')[0]}://…), and here only local paths are taken: "
-            "Loader, CheckpointReader, load_tensors and the tools read a checkpoint from a URL, "
-            "given as text. (Of a local folder with such a name, give the absolute path.)"
+            f"{name} is a URL ({text.partition(':')[0]}://…), and here only local paths are taken; "
+            "what reads a checkpoint takes a URL, given as text. (Of a local folder with such a "
+            "name, give the absolute path.)"
         )
 
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ._addresses import is_url
 from ._arguments import check_count, checked_source
 from ._checkpoint.catalog import read_file
 from ._checkpoint.format import EXTRA, IO_COUNT, IO_STATE
 from ._loading.banking import checkpoint_of
 from ._loading.extras import LIMIT, check_no_pickle, read_values
 from ._loading.runtime import open_session
-from ._storage.small_files import Looks
+from ._storage.looks import Looks
 from ._threads.blocking import run_blocking
 from .errors import CheckpointError
 from .options import ReadOptions
@@ -130,9 +128,10 @@ async def _read(
 ) -> dict[str, Any]:
     check_count(limit, "limit")
     location = checked_source(path, "path")
-    if not is_url(location):  # whose run folders are not known yet
-        with Looks(location, stall_timeout=options.stall_timeout) as looks:
-            location = await checkpoint_of(looks, Path(location))
+    with Looks(
+        location, stall_timeout=options.stall_timeout, storage_options=options.storage_options
+    ) as looks:
+        location = await checkpoint_of(looks, location)
     async with open_session(location, options) as session:
         if session.file is not None:
             problem = f"is a file: give the folder of a checkpoint, which {file!r} is in"

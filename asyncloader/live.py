@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
-from ._arguments import as_dict, check_callable, check_count, checked_path
+from ._arguments import as_dict, check_callable, check_count, checked_source
 from ._serving.model import Settings
 from ._serving.service import Service
 from ._serving.sought import Sought
@@ -211,7 +211,7 @@ class Live:
                 refused it, or raised, which is the cause then.
             Exception: The error of its load. Nothing has changed in any of these cases.
         """
-        return await self._service.load(checked_path(version, "version"))
+        return await self._service.load(checked_source(version, "version"))
 
     async def resume(self) -> None:
         """Follow the newest version again, also one that was given up. Does not wait for it."""

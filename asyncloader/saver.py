@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ._arguments import (
@@ -22,7 +23,7 @@ from ._loading.progress import Meter, listening
 from ._saving.run_list import check_layout
 from ._saving.save import Moment, Order, save
 from ._saving.states import States
-from ._storage.folder import LocalFolder
+from ._storage.local_folder import LocalFolder
 from ._table.recis import adapted
 from ._threads.blocking import run_blocking
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from ._loading.progress import Progress
     from ._saving.layout import WriteBlock
     from ._saving.report import SaveReport
-    from ._storage.folder import Folder
+    from ._storage.folder import WritableFolder
     from ._table.protocol import SavableTable
 
 __all__ = ["Saver", "every_block"]
@@ -207,7 +208,7 @@ class Saver:
             ValueError: If names of tables and tensors cannot be told apart, or this is one of
                 several ranks and no `save_id` was given where torch.distributed could not help.
         """
-        return self._asave(self._now(), partial(LocalFolder, self._order.path))
+        return self._asave(self._now(), partial(_opened, self._order.path))
 
     def _now(self) -> Moment | Exception:
         """Return what is saved, as it is now; or an error, raised once rank 0 knows of it."""
@@ -219,7 +220,7 @@ class Saver:
             return error
 
     async def _asave(
-        self, moment: Moment | Exception, open_folder: Callable[[], Folder]
+        self, moment: Moment | Exception, open_folder: Callable[[], WritableFolder]
     ) -> SaveReport:
         with listening(self._progress, "saving") as listener:
 
@@ -243,6 +244,10 @@ class Saver:
         steps of that loop; an error that one of them raises ends the call, and is raised.
         """
         return run_blocking(self.asave)
+
+
+def _opened(path: str) -> LocalFolder:
+    return LocalFolder(Path(path).absolute())  # or a chdir within a save would tear it apart
 
 
 def _check_order(shard_index: object, shard_num: object) -> None:

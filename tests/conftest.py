@@ -53,7 +53,7 @@ def no_blocking_calls_on_the_loop() -> Iterator[None]:
         # The last threads of a load are idle when they are joined; somebody has to.
         allowed.can_block_in("asyncloader/_threads/pool.py", {"_close"})
         allowed.can_block_in("asyncloader/_serving/service.py", {"_wind_up"})
-        allowed.can_block_in("asyncloader/_storage/small_files.py", {"close"})
+        allowed.can_block_in("asyncloader/_storage/looks.py", {"close"})
         allowed.can_block_in("coverage/collector.py", {"lock_data"})
         yield
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncloader import HashTable, Saver
-from asyncloader._storage.folder import LocalFolder
+from asyncloader._storage.local_folder import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader import SaveReport
-    from asyncloader._storage.folder import WritableFile
+    from asyncloader._storage.folder import Entry, Folder, WritableFile
 
 
 @dataclass
@@ -51,6 +51,8 @@ class WatchedFolder:
     """`LocalFolder`, and what was asked of it."""
 
     real: LocalFolder
+    shows_whole = False
+    dates_folders = True
     fault: Callable[[int, str], str | None] = lambda _number, _what: None
     """Gets the number of the call and what it is. Raises to fail it before it takes effect; returns
     `after` to `give_up` when it has, `half` when half of a write has, `None` to let it be."""
@@ -104,13 +106,32 @@ class WatchedFolder:
             unless_it_works.pop_all()
         return WatchedFile(self, name, file)
 
-    def read(self, name: str, /) -> bytes:
-        with self.call(f"read {name}"):
-            return self.real.read(name)
+    def resolved(self) -> Folder:
+        return self.real.resolved()
 
-    async def aread(self, name: str, executor: Executor, /) -> bytes:
+    def stat(self, name: str, /) -> Entry | None:
+        with self.call(f"stat {name}"):
+            return self.real.stat(name)
+
+    def files(self, name: str, /) -> dict[str, Entry]:
+        with self.call(f"files {name}"):
+            return self.real.files(name)
+
+    def folders(self, name: str, /) -> list[str]:
+        with self.call(f"folders {name}"):
+            return self.real.folders(name)
+
+    def total(self, name: str, /) -> int:
+        with self.call(f"total {name}"):
+            return self.real.total(name)
+
+    def read(self, name: str, /, *, first: int | None = None, last: int | None = None) -> bytes:
         with self.call(f"read {name}"):
-            return await self.real.aread(name, executor)
+            return self.real.read(name, first=first, last=last)
+
+    async def aread(self, name: str, executor: Executor, /, *, last: int = -1) -> bytes:
+        with self.call(f"read {name}"):
+            return await self.real.aread(name, executor, last=last)
 
     def size(self, name: str, /) -> int:
         with self.call(f"size {name}"):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from asyncloader import CheckpointError, Live, LoadStarted, Saver, Swapped
 from asyncloader._serving.source import Rest, candidate
-from asyncloader._storage.small_files import Looks
+from asyncloader._storage.looks import Looks
 from tests.live import Events, build, live, looked, publish, serving, state
 from tests.support import nothing_left_behind
 
@@ -207,10 +207,10 @@ async def test_it_is_the_process_s_own_clock_that_says_for_how_long_files_were_a
             os.utime(path / "index", (2, 2))
         if looks > 5:
             now = 1.0
-        return await candidate(disk, path)
+        return await candidate(disk, str(path))
 
     rest = Rest(0.001, note=lambda *_: None, clock=lambda: now)
-    assert (await rest.reached(look)).path == path
+    assert (await rest.reached(look)).location == str(path)
     assert looks > 5
     seen, looks = looks, 10
     await rest.reached(look)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
@@ -18,14 +18,17 @@ from asyncloader import (
     inspect,
     latest,
 )
-from asyncloader._storage.small_files import Looks
+from asyncloader._checkpoint.run_folder import newest_version
+from asyncloader._storage.looks import Looks
 from asyncloader.cli._content_views import run_view
-from asyncloader.runs import newest_version, versions
+from asyncloader.runs import versions
 from tests.genuine import NAMES, NEWEST, RUN, copy_of_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from asyncloader._storage.folder import Folder
 
 OLDER = NAMES[0]
 
@@ -185,8 +188,8 @@ class Meanwhile(Looks):
         self._change = change
         self.reads = 0
 
-    async def read(self, path: Path, **how: Any) -> bytes:  # noqa: ANN401  # of its base
-        found = await super().read(path, **how)
+    async def read(self, folder: Folder, name: str, *, last: int) -> bytes:
+        found = await super().read(folder, name, last=last)
         self.reads += 1
         if self.reads == 1:
             await asyncio.to_thread(self._change)
@@ -206,7 +209,7 @@ async def test_a_checkpoint_that_is_removed_meanwhile_gives_way_to_the_newer_one
         (run / "checkpoint").write_text(f"{NEWEST}\n")
 
     with Meanwhile(run, save) as looks:
-        assert await newest_version(looks, run, finished=True) == run / NEWEST
+        assert await newest_version(looks, looks.folder(str(run)), finished=True) == NEWEST
     assert looks.reads == 3
     assert "'checkpoint' was written to meanwhile, looking again" in caplog.text
 
@@ -222,7 +225,7 @@ async def test_a_list_that_is_empty_for_a_moment_is_looked_at_again(run: Path) -
         (run / "checkpoint").write_text(whole)
 
     with Meanwhile(run, write) as looks:
-        assert await newest_version(looks, run, finished=True) == run / NEWEST
+        assert await newest_version(looks, looks.folder(str(run)), finished=True) == NEWEST
 
 
 async def test_a_run_whose_checkpoints_are_all_gone_says_so(run: Path) -> None:
@@ -234,4 +237,4 @@ async def test_a_run_whose_checkpoints_are_all_gone_says_so(run: Path) -> None:
         Meanwhile(run, evict) as looks,
         pytest.raises(CheckpointNotFoundError, match="no committed checkpoint here"),
     ):
-        await newest_version(looks, run, finished=True)
+        await newest_version(looks, looks.folder(str(run)), finished=True)

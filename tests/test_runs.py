@@ -59,7 +59,7 @@ async def test_the_newest_can_be_awaited(run: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no run folder"):
         await alatest(run / "elsewhere")
     with pytest.raises(TypeError, match="run_folder must be a path"):
-        await alatest(3)  # type: ignore[arg-type]  # the very thing
+        await alatest(3)  # type: ignore[call-overload]  # the very thing
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from asyncloader import (
     load_tensors,
 )
 from asyncloader._saving.part import check_sizes
-from asyncloader._storage.folder import LocalFolder
+from asyncloader._storage.local_folder import LocalFolder
 from tests.folders import WatchedFolder, content, save_into
 from tests.oracle import (
     TableData,

@@ -7,7 +7,6 @@ import gc
 import signal
 import threading
 from concurrent.futures import Executor, Future
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from asyncloader._serving.model import Model
 from asyncloader._serving.shelf import Freeing, Held, Shelf
 from asyncloader._serving.source import Candidate
+from asyncloader._storage.folder import Entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -206,8 +206,9 @@ async def test_what_loses_its_last_user_while_another_is_freed_is_freed_afterwar
 
 
 def model(name: str) -> Held:
-    candidate = Candidate(path=Path(name), identity=((1,),), files={name: (1,)})
-    return Held(Model(Path(name), {}, {}, None), candidate, 8, 0.0)
+    entry = Entry(8, (1,), 1.0)
+    candidate = Candidate(location=name, name=name, identity=(entry,), files={name: entry})
+    return Held(Model(candidate, {}, {}, None), candidate, 8, 0.0)
 
 
 @pytest.mark.parametrize("closing", [False, True])

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 
 from asyncloader import CheckpointError
-from asyncloader._storage.small_files import Looks, read_file
+from asyncloader._storage.looks import Looks
+from asyncloader._storage.small_files import read_file
 from asyncloader._threads.disk import Disk
 from tests.hanging_disk import NotMountableError, hanging_disk
 from tests.support import nothing_left_behind, open_files, running_pool
@@ -129,11 +130,11 @@ async def test_a_disk_that_gives_no_answer_is_given_up(
     (folder / "checkpoint").write_bytes(b"ckpt_1\n")
     try:
         with hanging_disk(folder, at) as disk, Looks("a run", stall_timeout=0.2) as looks:
-            assert await looks.read(at / "checkpoint", last=100) == b"ckpt_1\n"
+            assert await looks.read(looks.folder(str(at)), "checkpoint", last=100) == b"ckpt_1\n"
             (folder / "list").write_bytes(b"ckpt_1\n")
             disk.hang("list", on=step)
             with pytest.raises(CheckpointError, match="a run: cannot be looked at: no answer"):
-                await looks.read(at / "list", last=100)
+                await looks.read(looks.folder(str(at)), "list", last=100)
     except NotMountableError as error:
         pytest.skip(str(error))
 
@@ -150,4 +151,4 @@ async def test_looks_that_are_over_say_so(file: Path) -> None:
     with Looks("a run", stall_timeout=60) as looks:
         assert await looks(file.stat) == file.stat()
     with pytest.raises(RuntimeError, match="a run': left"):
-        await looks.read(file, last=1)
+        await looks.read(looks.folder(str(file.parent)), file.name, last=1)

@@ -6,14 +6,16 @@ looked at only as far as that says how long it should be: a load tells the rest.
 
 from __future__ import annotations
 
-import os
-import stat
+import errno
+import io
+import posixpath
 import zipfile
 from typing import TYPE_CHECKING
 
+from asyncloader._storage.folder import is_unclear
 from asyncloader.errors import CheckpointError, TruncatedShardError
 
-from .catalog import is_weight_map, model_in
+from .catalog import SHARDED, SINGLE, is_weight_map, model_in
 from .format import EXTRA, INDEX, MAX_NAMES, MODEL, PREFIX, TENSORKEY
 from .header import FIRST, header_length, parse_header
 from .index import parse_catalog, parse_weight_map
@@ -21,48 +23,72 @@ from .problems import Problems
 from .strict_json import BadJsonError, parse_object
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from io import BufferedReader
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
+
+    from asyncloader._storage.folder import Folder
 
 
 _SAFETENSORS = ".safetensors"
 _ARCHIVE = b"PK"  # begins an archive of `torch.save`, which lists its files at its end
+_ENDING = 1 << 17  # bytes: the end of that list is among the last ones
 
 
 class _UnfinishedError(Exception):
     """A file has its name, maybe its length, and not yet its content."""
 
 
-def mark_of(path: Path) -> Path | None:
-    """Return the file that makes a folder a checkpoint: `index`, or the one that names a model."""
-    if os.path.isfile(path / INDEX):  # noqa: PTH113  # Path's own raises for odd names
-        return path / INDEX
+def mark_of(folder: Folder) -> str | None:
+    """Return the file that makes a folder a checkpoint: `index`, or the one that names a model.
+
+    Raises:
+        OSError: If a disk or a server gave no answer.
+    """
     try:
-        name = model_in(str(path), [entry.name for entry in path.iterdir()])
-    except (OSError, CheckpointError):  # no folder; or several models
+        if has_file(folder, INDEX):
+            return INDEX
+        return model_in(folder.location, _names(folder))
+    except CheckpointError:  # several models
         return None
-    return None if name is None else path / name
+    except OSError as error:  # no folder
+        if is_unclear(error):
+            raise
+        return None
 
 
-def lack_of(path: Path, tick: Callable[[], object]) -> str:
+def has_file(folder: Folder, name: str) -> bool:
+    """Say whether there is a file of that name."""
+    entry = folder.stat(name)
+    return entry is not None and entry.size is not None
+
+
+def _names(folder: Folder) -> Iterable[str]:
+    try:
+        return folder.files("")
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        # It does not tell: these are asked for.
+        return [name for name in (SHARDED, SINGLE) if has_file(folder, name)]
+
+
+def lack_of(folder: Folder, tick: Callable[[], object]) -> str:
     """Say which file of a checkpoint, if any, is missing, short, or no text yet.
 
     `tick` is called before each file that is looked at.
     """
-    mark = mark_of(path)
-    if mark is None:
-        return "it was removed"
     try:
-        _check(mark, tick)
+        mark = mark_of(folder)
+        if mark is None:
+            return "it was removed"
+        _check(folder, mark, tick)
     except FileNotFoundError as error:
-        return f"{os.path.basename(error.filename)!r} is missing"  # noqa: PTH119  # text
+        return f"{posixpath.basename(error.filename)!r} is missing"
     except (TruncatedShardError, _UnfinishedError) as error:
-        return str(error).removeprefix(f"{path}: ")
+        return str(error).removeprefix(f"{folder.location}: ")
     except CheckpointError as error:
         # A text that has no form is taken for half a text.
         return f"{error.shard!r} {error.problem}" if _is_no_json(error) else ""
-    except OSError:
+    except OSError:  # a load tells
         pass
     return ""
 
@@ -71,48 +97,65 @@ def _is_no_json(error: CheckpointError) -> bool:
     return isinstance(error.__cause__, BadJsonError) and error.shard is not None
 
 
-def _check(mark: Path, tick: Callable[[], object]) -> None:
-    folder, recis = mark.parent, mark.name == INDEX
-    if mark.stat().st_size > MAX_NAMES and not mark.name.endswith(_SAFETENSORS):
+def _check(folder: Folder, mark: str, tick: Callable[[], object]) -> None:
+    recis = mark == INDEX
+    if (_size(folder, mark) or 0) > MAX_NAMES and not mark.endswith(_SAFETENSORS):
         return
-    for shard in sorted(_shards(mark)):
-        tick()
-        _check_length(folder, shard, recis=recis)
+    shards = _shards(folder, mark)
+    if folder.shows_whole:
+        _check_names_of(folder, shards)
+    else:
+        for shard in sorted(shards):
+            tick()
+            _check_length(folder, shard, recis=recis)
     if recis:
         tick()
-        _check_names(folder / TENSORKEY)
+        _check_names(folder)
+    if recis and not folder.shows_whole:
         for name in (MODEL, EXTRA):
             tick()
-            _check_archive(folder / name)
+            _check_archive(folder, name)
 
 
-def _shards(mark: Path) -> set[str]:
+def _shards(folder: Folder, mark: str) -> set[str]:
     """Return the names of a checkpoint's shards."""
-    problems = Problems(str(mark.parent))
-    if mark.name == INDEX:
-        catalog = parse_catalog(problems, _written(mark), b"{}")
-    elif is_weight_map(mark.name):
-        catalog = parse_weight_map(problems, _written(mark), mark.name)
+    problems = Problems(folder.location)
+    if mark == INDEX:
+        catalog = parse_catalog(problems, _written(folder, mark), b"{}")
+    elif is_weight_map(mark):
+        catalog = parse_weight_map(problems, _written(folder, mark), mark)
     else:
-        return {mark.name}
+        return {mark}
     return set(catalog.files)
 
 
-def _check_names(tensorkey: Path) -> None:
+def _check_names_of(folder: Folder, shards: set[str]) -> None:
+    """Raise if a shard is not there, by one look at all names."""
     try:
-        parse_object(_written(tensorkey), len)
+        there = folder.files("")
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:  # a load tells
+            return
+        raise
+    if missing := sorted(shards.difference(there)):
+        raise FileNotFoundError(errno.ENOENT, "no such file", f"{folder.location}/{missing[0]}")
+
+
+def _check_names(folder: Folder) -> None:
+    try:
+        parse_object(_written(folder, TENSORKEY), len)
     except BadJsonError as error:
         raise _UnfinishedError(f"{TENSORKEY!r} {error}") from error
 
 
-def _written(names: Path) -> bytes:
+def _written(folder: Folder, name: str) -> bytes:
     """Return the text of a JSON file, unless it is cut short: it ends where its braces do."""
-    size = _size(names)
+    size = _size(folder, name)
     if size is None or size > MAX_NAMES:
-        raise OSError(f"{names.name!r} is no file that is read")  # a load tells
-    text = names.read_bytes()
+        raise OSError(f"{name!r} is no file that is read")  # a load tells
+    text = folder.read(name)
     if not text.strip(b"\0") or text.count(b"{") > text.count(b"}"):
-        raise _unwritten(names.name)
+        raise _unwritten(name)
     return text
 
 
@@ -120,40 +163,42 @@ def _unwritten(name: str) -> _UnfinishedError:
     return _UnfinishedError(f"{name!r} is not written to its end")
 
 
-def _check_length(folder: Path, shard: str, *, recis: bool) -> None:
+def _check_length(folder: Folder, shard: str, *, recis: bool) -> None:
     """Raise if a shard is not as long as its header says."""
-    size = _size(folder / shard)
+    size = _size(folder, shard)
     if size is None:
         return
-    with (folder / shard).open("rb") as file:
-        start = file.read(FIRST)
-        if len(start) >= PREFIX and not any(start[:PREFIX]):  # its room was taken first
-            raise _unwritten(shard)
-        length = header_length(str(folder), shard, start, size)
-        file.seek(PREFIX)
-        parse_header(Problems(str(folder)), shard, file.read(length), size, recis=recis)
+    start = folder.read(shard, first=FIRST)
+    if len(start) >= PREFIX and not any(start[:PREFIX]):  # its room was taken first
+        raise _unwritten(shard)
+    length = header_length(folder.location, shard, start, size)
+    if PREFIX + length > len(start):
+        start = folder.read(shard, first=PREFIX + length)
+    header = start[PREFIX : PREFIX + length]
+    parse_header(Problems(folder.location), shard, header, size, recis=recis)
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(folder: Folder, name: str) -> None:
     """Raise if an archive has no end; it need not be there."""
-    try:
-        if _size(path) is None:
-            return
-        with path.open("rb") as file:
-            if _is_unwritten(file):
-                raise _unwritten(path.name)
-    except FileNotFoundError:
-        pass
+    entry = folder.stat(name)
+    if entry is not None and entry.size is not None and _is_unwritten(folder, name):
+        raise _unwritten(name)
 
 
-def _is_unwritten(file: BufferedReader) -> bool:
-    start = file.read(PREFIX)
+def _is_unwritten(folder: Folder, name: str) -> bool:
+    start = folder.read(name, first=PREFIX)
     if start.startswith(_ARCHIVE):
-        return not zipfile.is_zipfile(file)
+        return not zipfile.is_zipfile(io.BytesIO(folder.read(name, last=_ENDING)))
     return not any(start)  # another file was written by an old torch, which a load refuses
 
 
-def _size(path: Path) -> int | None:
-    """Return the length of a regular file; `None` of another: opening a FIFO would hang."""
-    found = path.stat()
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+def _size(folder: Folder, name: str) -> int | None:
+    """Return the length of a regular file; `None` of another: opening a FIFO would hang.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+    """
+    entry = folder.stat(name)
+    if entry is None:
+        raise FileNotFoundError(errno.ENOENT, "no such file", f"{folder.location}/{name}")
+    return entry.size

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncloader._checkpoint.catalog import SHARDED, SINGLE
+from asyncloader._checkpoint.finished import has_file
 from asyncloader._checkpoint.format import INDEX
 from asyncloader._checkpoint.joined import Used, join_catalogs, join_headers, split_shard
 from asyncloader._checkpoint.manifest import Manifest
+from asyncloader._checkpoint.run_folder import is_run_folder, listed, newest_version, sub_folder
 from asyncloader._planning.bank import resuming
 from asyncloader._planning.choice import choose
 from asyncloader._planning.names import WORDS, ModelNames, SourceNames
 from asyncloader._planning.resolution import Resolving
 from asyncloader._storage.joined import JoinedStorage
-from asyncloader._storage.small_files import Looks
+from asyncloader._storage.looks import Looks
 from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
-from asyncloader.runs import is_run_folder, listed, newest_version
 
 from .extras import read_words
 from .runtime import holding, open_files
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from asyncloader._planning.origins import Resolution
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._planning.targets import Targets
+    from asyncloader._storage.folder import Folder
     from asyncloader.options import ReadOptions
 
     from .destinations import Destinations
@@ -100,31 +100,39 @@ async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | Non
     found: dict[str, str] = {}
     entries = list(bank.entries)
     failures: dict[str, CheckpointError] = {}
-    with Looks(bank.location, stall_timeout=options.stall_timeout) as looks:
-        if bank.resume is not None and await listed(looks, Path(bank.resume)):
+    with Looks(
+        bank.location,
+        stall_timeout=options.stall_timeout,
+        storage_options=options.storage_options,
+    ) as looks:
+        if bank.resume is not None and await listed(looks, looks.folder(bank.resume)):
             entries.append(resuming(bank.resume))
         elif bank.resume is not None:
             _log.warning("%s: no checkpoint is listed there, so nothing is resumed", bank.resume)
         for path in dict.fromkeys(entry.path for entry in entries if not entry.skip):
             try:
-                found[path] = await checkpoint_of(looks, Path(path))
+                found[path] = await checkpoint_of(looks, path)
             except CheckpointError as error:
                 failures[path] = error
     _raise_first(failures, failures)
     return [(entry, None if entry.skip else found[entry.path]) for entry in entries]
 
 
-async def checkpoint_of(looks: Looks, path: Path) -> str:
+async def checkpoint_of(looks: Looks, location: str) -> str:
     """Return the newest checkpoint of a run folder; other folders are checkpoints themselves."""
-    if await looks(_is_run, path):
-        path = await newest_version(looks, path, finished=True)
-    return str(path)
+    folder = looks.folder(location)
+    try:
+        is_run = await looks(_is_run, folder)
+    except OSError as error:
+        raise CheckpointError(location, f"cannot be looked at: {error}") from error
+    if not is_run:
+        return location
+    return sub_folder(location, await newest_version(looks, folder, finished=True))
 
 
-def _is_run(path: Path) -> bool:
-    names = (INDEX, SHARDED, SINGLE)
-    itself = any(os.path.isfile(path / name) for name in names)  # noqa: PTH113  # odd names
-    return not itself and is_run_folder(path)
+def _is_run(folder: Folder) -> bool:
+    itself = any(has_file(folder, name) for name in (INDEX, SHARDED, SINGLE))
+    return not itself and is_run_folder(folder)
 
 
 @contextlib.asynccontextmanager

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
+from asyncloader._checkpoint.run_folder import is_run_folder
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
+from asyncloader._storage.folders import Folders
 from asyncloader._storage.opening import FileChangedError
 from asyncloader._storage.protocol import read_error
 from asyncloader._threads.call import StalledError
@@ -199,10 +201,8 @@ class Session:
                 names=self._names,
             )
         except CheckpointNotFoundError as error:
-            from asyncloader.runs import is_run_folder  # noqa: PLC0415  # seldom
-
-            is_run = await self.on_disk(partial(is_run_folder, self.location))
-            if not is_run:
+            folder = Folders(self.options.storage_options).at(self.location)
+            if not await self.on_disk(partial(is_run_folder, folder)):
                 raise
             problem = f"{error.problem}. It holds checkpoints: take asyncloader.latest() of it"
             raise CheckpointNotFoundError(error.location, problem) from error.__cause__

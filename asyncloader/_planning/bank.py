@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from asyncloader._arguments import checked_path
+from asyncloader._arguments import checked_source
 
 from .hints import did_you_mean
 from .names import WORDS
@@ -116,7 +116,7 @@ class Bank:
             raise ValueError(f"{count} problem{'s' * (count != 1)} in the bank:{lines}")
         return cls(
             entries=tuple(entry for entry in found if entry is not None),
-            resume=None if resume is None else checked_path(resume, "resume"),
+            resume=None if resume is None else checked_source(resume, "resume"),
             rank=rank,
         )
 
@@ -160,7 +160,7 @@ def _read_entry(
 
 def _path(path: object, problems: list[str]) -> str:
     try:
-        text = checked_path(path, "path")  # type: ignore[arg-type]  # it says what is wrong
+        text = checked_source(path, "path")  # type: ignore[arg-type]  # it says what is wrong
     except (TypeError, ValueError) as error:
         problems.append(str(error))
         return ""

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Executor
 
-    from asyncloader._storage.folder import Folder
+    from asyncloader._storage.folder import WritableFolder
 
     from .part import RankPart
     from .run_list import RunList
@@ -64,7 +64,7 @@ _FIRST_LOOK, _LAST_LOOK = 0.01, 1.0
 class Commit:
     """One rank's view of a save. Methods that are no coroutine functions belong on a thread."""
 
-    folder: Folder
+    folder: WritableFolder
     save_id: str
     rank: int
     ranks: int

@@ -16,7 +16,7 @@ from .part import parse_part
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from asyncloader._storage.folder import Folder
+    from asyncloader._storage.folder import WritableFolder
 
 
 OLD = "old"
@@ -47,7 +47,7 @@ def staging_of(ranks: int, save_id: str) -> str:
     return f"{STAGING}{ranks}-{save_id}"
 
 
-def files_of(folder: Folder, at: str, *, whole: bool) -> list[str]:
+def files_of(folder: WritableFolder, at: str, *, whole: bool) -> list[str]:
     """Return the files of the checkpoint in the folder `at`.
 
     With `whole`, those that RecIS's trainer puts beside the tables are its own, too; and always
@@ -65,7 +65,7 @@ def files_of(folder: Folder, at: str, *, whole: bool) -> list[str]:
     return own + beside
 
 
-def old_files(folder: Folder, *, whole: bool = False) -> list[str]:
+def old_files(folder: WritableFolder, *, whole: bool = False) -> list[str]:
     """Return the files that a new checkpoint replaces; `SaveError` if there is anything else."""
     names, old = folder.names(""), files_of(folder, "", whole=whole)
     others = [
@@ -84,7 +84,7 @@ def old_files(folder: Folder, *, whole: bool = False) -> list[str]:
     return old
 
 
-def _listed(folder: Folder, at: str) -> frozenset[str]:
+def _listed(folder: WritableFolder, at: str) -> frozenset[str]:
     """Return the shard files that the old `index` names, also those with names of their own."""
     try:
         names = dict(orjson.loads(folder.read(f"{at}/{INDEX}".lstrip("/")))["file_index"])
@@ -93,7 +93,7 @@ def _listed(folder: Folder, at: str) -> frozenset[str]:
     return frozenset(name for name in names if _LISTED.fullmatch(str(name)))
 
 
-def _told(folder: Folder, at: str) -> frozenset[str]:
+def _told(folder: WritableFolder, at: str) -> frozenset[str]:
     """Return the files that the old sidecar has digests of."""
     try:
         sidecar = dict(orjson.loads(folder.read(f"{at}/{SIDECAR}".lstrip("/"))))
@@ -102,7 +102,7 @@ def _told(folder: Folder, at: str) -> frozenset[str]:
         return frozenset()
 
 
-def moved_away(folder: Folder) -> str | None:
+def moved_away(folder: WritableFolder) -> str | None:
     """Return the staging folder of a save that was cut off while the old checkpoint was in it.
 
     Its files are to be put back. Where there is an `index`, what others had moved away is out of
@@ -120,7 +120,7 @@ def moved_away(folder: Folder) -> str | None:
     return None
 
 
-def put_back(folder: Folder, staging: str) -> None:
+def put_back(folder: WritableFolder, staging: str) -> None:
     """Make a checkpoint again of the files that a dead save had moved away.
 
     `tensorkey.json` went last, and comes back first: while it is away, and only then, what is in
@@ -142,7 +142,7 @@ def put_back(folder: Folder, staging: str) -> None:
     folder.sync("")
 
 
-def _brought(folder: Folder, staging: str) -> set[str]:
+def _brought(folder: WritableFolder, staging: str) -> set[str]:
     """Return the files that the ranks of a dead save have staged, `model.pt` perhaps."""
     names: set[str] = set()
     for part in folder.names(staging):
@@ -152,7 +152,7 @@ def _brought(folder: Folder, staging: str) -> set[str]:
     return names
 
 
-def _remove_old(folder: Folder, staging: str) -> None:
+def _remove_old(folder: WritableFolder, staging: str) -> None:
     """Remove the old checkpoint; `index` first, or a reader might take the rest for whole."""
     old = f"{staging}/{OLD}"
     names = folder.names(old)
@@ -169,7 +169,7 @@ def _stagings(names: Iterable[str]) -> list[str]:
     return [name[:-1] for name in names if name.startswith(STAGING) and name.endswith("/")]
 
 
-def remove_dead(folder: Folder, mine: str | None, told: list[str], *, now: float) -> None:
+def remove_dead(folder: WritableFolder, mine: str | None, told: list[str], *, now: float) -> None:
     """Remove staging folders of dead saves, all but `mine`; tell what went wrong.
 
     The caller holds the folder's lock, so a save of one rank is dead if it is not the caller's.
@@ -183,7 +183,7 @@ def remove_dead(folder: Folder, mine: str | None, told: list[str], *, now: float
 
 
 def remove_staging(
-    folder: Folder, staging: str, told: list[str], *, keep_old: bool = False
+    folder: WritableFolder, staging: str, told: list[str], *, keep_old: bool = False
 ) -> None:
     """Remove a staging folder, and tell what went wrong.
 

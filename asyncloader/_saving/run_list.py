@@ -20,7 +20,7 @@ from .leftovers import files_of, remove_dead, telling
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from asyncloader._storage.folder import Folder
+    from asyncloader._storage.folder import WritableFolder
 
 
 _STAGED = f"{STAGING}{RUN_LIST}"
@@ -41,7 +41,7 @@ class RunList:
         evicted: Ids of checkpoints that were removed.
     """
 
-    folder: Folder
+    folder: WritableFolder
     name: str
     max_keep: int | None
     told: list[str]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader._loading.progress import Meter
-    from asyncloader._storage.folder import Folder
+    from asyncloader._storage.folder import WritableFolder
     from asyncloader._table.protocol import SavableSnapshot
 
     from .layout import ShardLayout, WriteBlock
@@ -70,7 +70,7 @@ async def save(
     order: Order,
     moment: Moment | Exception,
     meter: Meter,
-    open_folder: Callable[[], Folder],
+    open_folder: Callable[[], WritableFolder],
 ) -> SaveReport:
     """Write, wait for the other ranks, commit; raises the errors of `Saver.asave`.
 

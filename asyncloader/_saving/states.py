@@ -15,7 +15,7 @@ from asyncloader._checkpoint.format import EXTRA, IO_COUNT, IO_STATE
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from asyncloader._storage.folder import Folder, WritableFile
+    from asyncloader._storage.folder import WritableFile, WritableFolder
 
 
 _BUFFER = 1 << 20
@@ -84,7 +84,7 @@ class States:
         is_so = any(_version_of(tensor) != version for tensor, version in self._tensors)
         return [file for file in self.files if is_so and file != IO_COUNT]
 
-    def write(self, folder: Folder, under: str) -> dict[str, tuple[int, str]]:
+    def write(self, folder: WritableFolder, under: str) -> dict[str, tuple[int, str]]:
         """Write the files, sync them, and return the length and the digest of each."""
         return {
             file: _write(folder, f"{under}/{file}", value)
@@ -167,7 +167,7 @@ class _Bytes(io.RawIOBase):
         return view.nbytes
 
 
-def _write(folder: Folder, name: str, value: object) -> tuple[int, str]:
+def _write(folder: WritableFolder, name: str, value: object) -> tuple[int, str]:
     file = folder.create(name)
     try:
         out = _Bytes(file)

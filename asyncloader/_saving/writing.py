@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from asyncloader._loading.progress import Meter
-    from asyncloader._storage.folder import Folder, WritableFile
+    from asyncloader._storage.folder import WritableFile, WritableFolder
     from asyncloader._threads.jobs import ByteBudget
     from asyncloader._threads.pool import Threads
 
@@ -34,7 +34,7 @@ _MOST_PIECES = 256
 class Means:
     """The folder to write to, and the threads and memory that writing may use."""
 
-    folder: Folder
+    folder: WritableFolder
     threads: Threads
     budget: ByteBudget
     meter: Meter

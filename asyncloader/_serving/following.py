@@ -27,9 +27,8 @@ from .switch import cancel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-    from asyncloader._storage.small_files import Looks
+    from asyncloader._storage.looks import Looks
 
     from .model import Settings
     from .shelf import Held
@@ -78,8 +77,8 @@ class Follower:
         self._on.set()
         self._poke = asyncio.Event()
         self._catching_up: set[asyncio.Task[Any]] = set()
-        self._given_up: deque[tuple[Path, Files]] = deque(maxlen=_REMEMBERED)
-        self._too_large: tuple[Path, Files, int] | None = None
+        self._given_up: deque[tuple[str, Files]] = deque(maxlen=_REMEMBERED)
+        self._too_large: tuple[str, Files, int] | None = None
 
     @property
     def is_on(self) -> bool:
@@ -152,15 +151,15 @@ class Follower:
             return None
         is_older = await found.is_older_than(serving, self._shelf.served, self._looks)
         older = (
-            f"{found.path}: is the newest version that is there, and older than {serving.name!r}, "
-            "which goes on serving; load(version) takes it"
+            f"{found.location}: is the newest version that is there, and older than "
+            f"{serving.name!r}, which goes on serving; load(version) takes it"
         )
         self._note("older", older if is_older else "")
         # A version that was too large is looked at again once there is more room.
-        if is_older or self._too_large == (found.path, found.files, self._shelf.needed):
+        if is_older or self._too_large == (found.location, found.files, self._shelf.needed):
             return None
         # A version that was given up is looked at again once its files have changed.
-        return None if (found.path, found.files) in self._given_up else found
+        return None if (found.location, found.files) in self._given_up else found
 
     async def _still_newest(self, tried: Candidate) -> Candidate | None:
         """Return the version that is tried as it is now; `None` where a look does not tell.
@@ -191,15 +190,15 @@ class Follower:
                     return await self._switch.load(new, number)
             except RefusedError as refused:
                 if refused.beside is None:
-                    self._given_up.append((new.path, new.files))
+                    self._given_up.append((new.location, new.files))
                 else:
-                    self._too_large = new.path, new.files, refused.beside
+                    self._too_large = new.location, new.files, refused.beside
                 break
             except _SupersededError:
                 raise
             except Exception as error:  # noqa: BLE001  # build() may raise anything
                 if not copying.may_pass(error):
-                    self._given_up.append((new.path, new.files))
+                    self._given_up.append((new.location, new.files))
                     self._switch.failed(new, error, number, None)
                     break
                 seconds = _pause_after(number, self._retry_pause)

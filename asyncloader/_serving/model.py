@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from torch import nn
 
+from asyncloader._addresses import as_path
 from asyncloader._table.recis import RecISTable, is_of_recis
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.model import targets
@@ -19,7 +20,6 @@ from asyncloader.model import targets
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from concurrent.futures import Executor
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from asyncloader.options import ReadOptions
 
     from .events import Event
+    from .source import Candidate
 
 
 # The id itself, and two words of the index, which begins half full.
@@ -63,22 +64,24 @@ class Model:
     raise `RuntimeError`: the caller has kept the model beyond the `with` block that pinned it.
 
     Attributes:
-        path: Its checkpoint.
+        path: Its checkpoint; of an object store, its URL.
+        version: The name of its folder.
         report: The report of its load.
     """
 
-    __slots__ = ("_contents", "path", "report")
+    __slots__ = ("_contents", "path", "report", "version")
 
     report: LoadReport
 
     def __init__(
         self,
-        path: Path,
+        version: Candidate,
         tables: Mapping[str, HashTable],
         tensors: Mapping[str, Tensor],
         module: nn.Module | None,
     ) -> None:
-        self.path: Final = path
+        self.path: Final = as_path(version.location)
+        self.version: Final = version.name
         self._contents: _Contents | None = (
             MappingProxyType(dict(tables)),
             MappingProxyType(dict(tensors)),
@@ -90,11 +93,6 @@ class Model:
             return f"<Model {self.version!r}: its memory was given back>"
         tables, tensors, _ = self._contents
         return f"<Model {self.version!r}: {len(tables)} tables, {len(tensors)} tensors>"
-
-    @property
-    def version(self) -> str:
-        """The name of its folder."""
-        return self.path.name
 
     @property
     def tables(self) -> Mapping[str, HashTable]:
@@ -182,7 +180,7 @@ class RefusedError(Exception):
         self.error = error
 
 
-async def built_model(settings: Settings, path: Path, executor: Executor) -> Model:
+async def built_model(settings: Settings, version: Candidate, executor: Executor) -> Model:
     """Return a model that a user's `build` has made for a version, still empty."""
     try:
         built = await _called(executor, settings.build)
@@ -193,13 +191,13 @@ async def built_model(settings: Settings, path: Path, executor: Executor) -> Mod
     except Exception as error:
         error.add_note("raised by build()")
         raise
-    [model] = await run_jobs(executor, [partial(_model_of, path, built)])
+    [model] = await run_jobs(executor, [partial(_model_of, version, built)])
     return model
 
 
-def _model_of(path: Path, built: object) -> Model:
+def _model_of(version: Candidate, built: object) -> Model:
     if isinstance(built, nn.Module):
-        return Model(path, *targets(built), built)
+        return Model(version, *targets(built), built)
     if isinstance(built, tuple) and len(built) == 2:  # noqa: PLR2004  # tables, tensors
         tables, tensors = built
         for name, table in (tables or {}).items():
@@ -208,7 +206,7 @@ def _model_of(path: Path, built: object) -> Model:
                     f"build() made {name!r}, a table of RecIS, whose rows show as they come, so "
                     "that a version could serve by halves: make a HashTable"
                 )
-        return Model(path, tables or {}, tensors or {}, None)
+        return Model(version, tables or {}, tensors or {}, None)
     raise TypeError(
         f"build() returns (hashtables, tensors) or a torch.nn.Module, got {type(built).__name__}"
     )

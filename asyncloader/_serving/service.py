@@ -7,7 +7,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from asyncloader._storage.small_files import Looks
+from asyncloader._storage.looks import Looks
 from asyncloader._threads.jobs import settled
 from asyncloader._threads.pool import WorkerPool
 from asyncloader.errors import CheckpointChangedError, CheckpointError, PlanError, ReadError
@@ -49,7 +49,11 @@ class Service:
         self._sought = sought
         self._source = sought.location
         self._pool = WorkerPool(_THREADS, name="asyncloader-live")
-        self._looks = Looks(str(self._source), stall_timeout=settings.read.stall_timeout)
+        self._looks = Looks(
+            self._source,
+            stall_timeout=settings.read.stall_timeout,
+            storage_options=settings.read.storage_options,
+        )
         self._teller = Teller(settings.on_event)
         self._rest = Rest(min(settings.poll, _LOOK), note=self._teller.note)
         self._switch = Switch(settings, sought, self._pool, self._looks, self._teller)
@@ -65,7 +69,7 @@ class Service:
 
     def __repr__(self) -> str:
         state = "left" if self._closing else "open" if self._opened else "not entered"
-        return f"{str(self._source)!r}: {state}"
+        return f"{self._source!r}: {state}"
 
     @property
     def state(self) -> LiveState:
@@ -157,7 +161,7 @@ class Service:
         if len(self._sought.paths) > 1:
             raise ValueError(f"a version is one of each run of {self._source}: it has no one path")
         self._must_be_open()
-        path = await self._looks(named, self._source, version)
+        path = await named(self._looks, self._source, version)
         found = await candidate(self._looks, path)  # before a load is given up for nothing
         self._must_be_open()
         order = self._order()
@@ -167,7 +171,7 @@ class Service:
             wanted = await self._switch.attempted(at_rest, self._waiting)
         self._must_be_open()
         if wanted is None or order != self._orders:
-            raise CheckpointError(str(path), _OVERTAKEN)
+            raise CheckpointError(path, _OVERTAKEN)
         async with self._on_purpose():
             return await self._bring(wanted)
 
@@ -227,7 +231,7 @@ class Service:
         found = await again(self._looks, wanted)
         if found.brings_news_to(wanted):
             raise CheckpointChangedError(
-                str(wanted.path),
+                wanted.location,
                 "another checkpoint has taken the place of the one that served before; "
                 "load(version) takes what is there now",
             )

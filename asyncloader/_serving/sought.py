@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asyncloader._arguments import checked_path
+from asyncloader._arguments import checked_source
 from asyncloader._planning.bank import Bank
 from asyncloader._planning.names import SERVED_WORDS
 from asyncloader.loader import Loader
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from asyncloader._planning.bank import Entries
-    from asyncloader._storage.small_files import Looks
+    from asyncloader._storage.looks import Looks
     from asyncloader.options import ReadOptions
 
     from .model import Model
@@ -49,7 +48,7 @@ class Sought:
                 "source must be a path, unless there is a bank: Live follows one of them"
             )
         if source is not None:
-            return cls(paths=(checked_path(source, "source"),))
+            return cls(paths=(checked_source(source, "source"),))
         bank = replace(Bank.of(entries), words=SERVED_WORDS)
         followed = [one.path for one in bank.entries if one.is_dynamic and not one.skip]
         if not followed:
@@ -60,13 +59,13 @@ class Sought:
         return cls(paths=tuple(dict.fromkeys(followed)), bank=bank)
 
     @property
-    def location(self) -> Path:
+    def location(self) -> str:
         """What to call it in messages; of one path, the path."""
-        return Path(" + ".join(self.paths))
+        return " + ".join(self.paths)
 
     async def newest(self, looks: Looks) -> Candidate:
         """Return the newest version; raises what `source.newest` does."""
-        return _joined([await newest(looks, Path(path)) for path in self.paths])
+        return _joined([await newest(looks, path) for path in self.paths])
 
     def options(self, given: Mapping[str, Any]) -> ReadOptions:
         """Return how loaders with these arguments read; raises what they would raise."""
@@ -77,16 +76,16 @@ class Sought:
     def loader(self, version: Candidate, model: Model, options: Mapping[str, Any]) -> Loader:
         """Return the loader that fills a model with a version."""
         if self.bank is None:
-            return Loader(version.path, model.tables, model.tensors, **options)
-        found = [part.path for part in version.parts] or [version.path]
-        at = dict(zip(self.paths, map(str, found), strict=True))
+            return Loader(version.location, model.tables, model.tensors, **options)
+        found = [part.location for part in version.parts] or [version.location]
+        at = dict(zip(self.paths, found, strict=True))
         return Loader.from_bank(self.bank.at(at), model.tables, model.tensors, **options)
 
 
 async def again(looks: Looks, version: Candidate) -> Candidate:
     """Return a version as it is now; raises what `source.candidate` does."""
     parts = version.parts or (version,)
-    return _joined([await candidate(looks, part.path) for part in parts])
+    return _joined([await candidate(looks, part.location) for part in parts])
 
 
 def _joined(parts: Sequence[Candidate]) -> Candidate:
@@ -94,8 +93,9 @@ def _joined(parts: Sequence[Candidate]) -> Candidate:
     if len(parts) == 1:
         return parts[0]
     return Candidate(
-        path=Path(" + ".join(str(part.path) for part in parts)),
+        location=" + ".join(part.location for part in parts),
+        name=" + ".join(part.name for part in parts),
         identity=tuple(one for part in parts for one in part.identity),
-        files={f"{p.path}/{name}": one for p in parts for name, one in p.files.items()},
+        files={f"{p.location}/{name}": one for p in parts for name, one in p.files.items()},
         parts=tuple(parts),
     )

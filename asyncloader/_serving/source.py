@@ -1,4 +1,4 @@
-"""Finds the versions of a model in the file system, and waits until one is written completely.
+"""Finds the versions of a model, and waits until one is written completely.
 
 Functions that are no coroutine functions block, and belong on a thread.
 """
@@ -6,36 +6,33 @@ Functions that are no coroutine functions block, and belong on a thread.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import stat
+import errno
+import posixpath
 import time
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
+from asyncloader._addresses import is_url
+from asyncloader._checkpoint.catalog import SHARDED, SINGLE, is_weight_map
 from asyncloader._checkpoint.format import INDEX, MODEL, SIDECAR, TENSORKEY
-from asyncloader.errors import CheckpointNotFoundError
-from asyncloader.runs import listed, name_order, newest_version
+from asyncloader._checkpoint.run_folder import listed, name_order, newest_version, sub_folder
+from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
 
-    from asyncloader._storage.small_files import Looks
+    from asyncloader._storage.folder import Entry, Folder
+    from asyncloader._storage.looks import Looks
 
 
 _SAFETENSORS = ".safetensors"
 _WEIGHT_MAP = f"{_SAFETENSORS}.index.json"
-_NAMES = frozenset((INDEX, TENSORKEY, SIDECAR))
+_NAMES = (INDEX, TENSORKEY, SIDECAR)
 _REMEMBERED = 100
 _NAMED = 3
 
-Identity: TypeAlias = tuple[int, ...]
-"""Device, inode, size, time of the last change of the bytes: another one if a file is written to,
-or another file takes its place."""
-
-Files: TypeAlias = dict[str, Identity]
+Files: TypeAlias = "dict[str, Entry]"
 """The files of a version that a load reads, now or soon, by name, as one look found them."""
 
 
@@ -51,37 +48,38 @@ class Candidate:
     """A committed checkpoint, as one look found it. Two are equal if they are the same version.
 
     Attributes:
-        path: Where it was found, links resolved: it stays there, though a link leads elsewhere now.
+        location: Its URL; or its path, links resolved: it stays there, though a link leads
+            elsewhere now.
+        name: Of its folder or file.
         identity: Of the files that say that it is committed: of `index`, which is written anew when
             another version takes its place, or of all files that hold tensors.
         files: May change while it is the same version: `index` comes before the shards.
-        entry: Its name in its run folder, as a path; that may be a link to a folder elsewhere.
-            `None` if it is the source itself.
+        run: The run folder that it was found in, and its name there, which may be that of a link to
+            a folder elsewhere. `None` if it is the source itself.
+        age: Comes after that of an older version of its run.
         parts: If it is made of versions of several runs: these.
     """
 
-    path: Path
-    identity: tuple[Identity, ...]
+    location: str
+    name: str
+    identity: tuple[Entry, ...]
     files: Files = field(compare=False)
-    entry: Path | None = field(default=None, compare=False)
+    run: tuple[str, str] | None = field(default=None, compare=False)
+    age: tuple[float, list[str | int]] | None = field(default=None, compare=False)
     parts: tuple[Candidate, ...] = ()
 
     @property
-    def name(self) -> str:
-        return " + ".join(part.name for part in self.parts) or self.path.name
-
-    @property
     def names(self) -> Names:
-        return {"version": self.name, "location": str(self.path)}
+        return {"version": self.name, "location": self.location}
 
     def brings_news_to(self, before: Candidate) -> bool:
         """Say whether a load would find a file that has come since, or has changed.
 
         A file that is gone is no news, nor is one that is still under way by another name.
         """
-        return self.path != before.path or any(
-            before.files.get(name) != identity
-            for name, identity in self.files.items()
+        return self.location != before.location or any(
+            before.files.get(name) != entry
+            for name, entry in self.files.items()
             if not _has_tensors(name) or name.endswith((_SAFETENSORS, _WEIGHT_MAP, MODEL))
         )
 
@@ -92,96 +90,110 @@ class Candidate:
 
         The version that the list names last is new, whatever its time, unless it is in `served`.
         """
-        mine, theirs = self.entry, other.entry
-        if mine is None or theirs is None or mine == theirs or mine.parent != theirs.parent:
+        if self.run is None or other.run is None or self.run == other.run:
             return False  # a version that took another's place, or came with a folder, is meant
-        names = await listed(looks, mine.parent)
-        if mine.name in names and theirs.name in names:
-            return names.index(mine.name) > names.index(theirs.name)
-        if names[:1] == [mine.name] and self not in served:
+        (run, mine), (others, theirs) = self.run, other.run
+        if run != others:
             return False
-        return (self._modified, name_order(mine.name)) < (other._modified, name_order(theirs.name))
+        names = await listed(looks, looks.folder(run))
+        if mine in names and theirs in names:
+            return names.index(mine) > names.index(theirs)
+        if names[:1] == [mine] and self not in served:
+            return False
+        assert self.age is not None, "each version of a run has one"
+        assert other.age is not None, "each version of a run has one"
+        return self.age < other.age
 
-    @property
-    def _modified(self) -> int:
-        return max(modified for *_, modified in self.identity)
 
-
-async def newest(looks: Looks, source: Path) -> Candidate:
+async def newest(looks: Looks, source: str) -> Candidate:
     """Return the checkpoint at `source`, or the newest one of a run folder.
 
     Raises:
         CheckpointNotFoundError: If there is none.
         CheckpointError: If the folder cannot be listed, or there was no answer.
     """
-    found = await looks.at_many(partial(_at, source))
+    folder = looks.folder(source)
+    found = await _looked_at(looks, folder)
     if found is None:
-        return await candidate(looks, await newest_version(looks, source, finished=False))
+        name = await newest_version(looks, folder, finished=False)
+        return await candidate(looks, sub_folder(source, name))
     return found
 
 
-async def candidate(looks: Looks, path: Path) -> Candidate:
-    """Return the checkpoint at `path`.
+async def candidate(looks: Looks, location: str) -> Candidate:
+    """Return the checkpoint at a path or URL.
 
     Raises:
         CheckpointNotFoundError: If there is none.
         CheckpointError: If there was no answer.
     """
-    found = await looks.at_many(partial(_at, path, is_version=True))
+    found = await _looked_at(looks, looks.folder(location), is_version=True)
     if found is None:
         raise CheckpointNotFoundError(
-            str(path), f"no committed checkpoint: it holds neither {INDEX!r} nor safetensors files"
+            location, f"no committed checkpoint: it holds neither {INDEX!r} nor safetensors files"
         )
     return found
 
 
-def named(source: Path, version: str | os.PathLike[str]) -> Path:
-    """Return the path of a version: of a sub-folder of a run folder, or any other path."""
-    path = Path(version)
-    return source / path if len(path.parts) == 1 and _at(source) is None else path
+async def named(looks: Looks, source: str, version: str) -> str:
+    """Return where a version is: a sub-folder of a run folder, or anywhere else."""
+    if is_url(version) or len(PurePath(version).parts) != 1:
+        return version
+    itself = await _looked_at(looks, looks.folder(source))
+    return version if itself is not None else sub_folder(source, version)
 
 
-def _at(
-    path: Path, tick: Callable[[], object] = int, *, is_version: bool = False
-) -> Candidate | None:
-    entry = path.parent.resolve() / path.name if is_version else None
-    real = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    found = _files_of(real, tick)
-    if (mark := real.name if real.name in found else INDEX) in found:
+async def _looked_at(looks: Looks, folder: Folder, *, is_version: bool = False) -> Candidate | None:
+    try:
+        return await looks(_at, folder, is_version=is_version)
+    except OSError as error:  # of a disk or a server
+        raise CheckpointError(folder.location, f"cannot be looked at: {error}") from error
+
+
+def _at(folder: Folder, *, is_version: bool) -> Candidate | None:
+    real = folder.resolved()
+    name = posixpath.basename(real.location)
+    found = _files_of(real, name)
+    if (mark := name if name in found else INDEX) in found:
         marks = [mark]
     else:
-        marks = [name for name in sorted(found) if name.endswith(_SAFETENSORS)]
+        marks = [one for one in sorted(found) if one.endswith(_SAFETENSORS)]
     if not marks:
         return None
-    identity = tuple(found[name] for name in marks)
-    return Candidate(path=real, identity=identity, files=found, entry=entry)
+    identity = tuple(found[one] for one in marks)
+    run, age = None, None
+    if is_version:
+        run = folder.above().resolved().location, posixpath.basename(folder.location)
+        modified = max(one.modified for one in identity) if folder.dates_folders else 0.0
+        age = modified, name_order(run[1])
+    return Candidate(
+        location=real.location, name=name, identity=identity, files=found, run=run, age=age
+    )
 
 
-def _files_of(path: Path, tick: Callable[[], object]) -> Files:
-    is_file = os.path.isfile(path)  # noqa: PTH113  # Path's own raises for odd names
-    is_alone = is_file and not path.name.endswith(_WEIGHT_MAP)
-    if is_alone:
-        files = [path]
-    else:
-        folder = path.parent if is_file else path  # the shards are beside a weight map
-        try:
-            # Shards under way, by other names, count: rsync's `.NAME.Xy12z9`, others' `NAME.part`.
-            files = [
-                one for one in folder.iterdir() if one.name in _NAMES or _has_tensors(one.name)
-            ]
-        except OSError:
+def _files_of(folder: Folder, name: str) -> Files:
+    """Return the files of the version in a folder, or of the one at the file of that name."""
+    try:
+        found = folder.files("")
+    except (FileNotFoundError, NotADirectoryError):
+        entry = folder.above().stat(name)
+        if entry is None or entry.size is None:
             return {}
-    found: Files = {}
-    for file in files:
-        tick()
-        with contextlib.suppress(OSError):  # removed meanwhile
-            status = file.stat()
-            if stat.S_ISREG(status.st_mode):
-                device, inode = status.st_dev, status.st_ino
-                found[file.name] = device, inode, status.st_size, status.st_mtime_ns
-    if INDEX in found or is_alone:
-        return found
-    return {name: identity for name, identity in found.items() if MODEL not in name}
+        if not is_weight_map(name):
+            return {name: entry}
+        found = folder.above().files("")  # the shards are beside it
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        # It does not tell what there is: these are asked for.
+        asked = {one: folder.stat(one) for one in (*_NAMES, SHARDED, SINGLE)}
+        found = {one: entry for one, entry in asked.items() if entry is not None}
+    # Shards under way, by other names, count: rsync's `.NAME.Xy12z9`, others' `NAME.part`.
+    return {
+        one: entry
+        for one, entry in found.items()
+        if one in _NAMES or (_has_tensors(one) and (INDEX in found or MODEL not in one))
+    }
 
 
 def _has_tensors(name: str) -> bool:
@@ -211,7 +223,7 @@ class Rest:
         self._seconds = seconds
         self._note = note
         self._clock = clock
-        self._since: dict[Path, tuple[Files, float]] = {}
+        self._since: dict[str, tuple[Files, float]] = {}
 
     async def reached(self, look: Callable[[], Awaitable[Candidate | None]]) -> Candidate:
         """Return a version once two looks, some time apart, have found the same files.
@@ -231,7 +243,8 @@ class Rest:
                     left = self._left(found, began)
                     if not left:
                         return found
-                    if seen is not None and seen.path == found.path and seen.files != found.files:
+                    same = seen is not None and seen.location == found.location
+                    if seen is not None and same and seen.files != found.files:
                         self._note(wait, _waits(found, seen))
                     seen = found
                 await asyncio.sleep(left)
@@ -240,10 +253,10 @@ class Rest:
 
     def _left(self, found: Candidate, began: float) -> float:
         """Return for how long the files of a look that began then have to stay as they are."""
-        files, since = self._since.pop(found.path, (None, 0.0))
+        files, since = self._since.pop(found.location, (None, 0.0))
         if files != found.files:
             since = self._clock()
-        self._since[found.path] = found.files, since
+        self._since[found.location] = found.files, since
         if len(self._since) > _REMEMBERED:
             del self._since[next(iter(self._since))]
         return max(since + self._seconds - began, 0.0)
@@ -253,4 +266,5 @@ def _waits(found: Candidate, before: Candidate) -> str:
     changes = found.files.items() ^ before.files.items()
     names = sorted({name for name, _ in changes})
     text = ", ".join(map(repr, names[:_NAMED])) + ("" if len(names) <= _NAMED else ", …")
-    return f"{found.path}: is being written to ({text}); it is loaded once its files stand still"
+    where = f"{found.location}: is being written to ({text})"
+    return f"{where}; it is loaded once its files stand still"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from asyncloader._loading.progress import Progress
     from asyncloader._planning.plan import LoadPlan
-    from asyncloader._storage.small_files import Looks
+    from asyncloader._storage.looks import Looks
     from asyncloader.loader import Loader
 
     from .events import Teller
@@ -86,7 +86,7 @@ class Switch:
         try:
             return await self.load(wanted, 1)
         except RefusedError as refused:
-            raise CheckpointError(str(wanted.path), str(refused)) from refused.__cause__
+            raise CheckpointError(wanted.location, str(refused)) from refused.__cause__
         except Exception as error:
             self.failed(wanted, error, 1, None)
             raise
@@ -109,7 +109,7 @@ class Switch:
         self.teller.tell(LoadStarted(**wanted.names, attempt=attempt))
         model = None
         try:
-            model = await built_model(self._settings, wanted.path, self._executor)
+            model = await built_model(self._settings, wanted, self._executor)
             return await self._fill(model, wanted)
         except BaseException as error:
             _clear_frames(error)  # they know the model
@@ -135,7 +135,7 @@ class Switch:
         await pass_check(self._settings, model, self._executor)
         if (await again(self._looks, wanted)).files != wanted.files:
             problem = "was written to while it was being loaded"
-            raise CheckpointChangedError(str(wanted.path), problem)
+            raise CheckpointChangedError(wanted.location, problem)
         return held
 
     def _prepare(self, model: Model, wanted: Candidate) -> Loader:

@@ -1,29 +1,37 @@
-"""A folder that is written to: the few calls from which a commit is made."""
+"""A folder, or the objects under a prefix: what is looked at, and written, name by name."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
-import sys
-import threading
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .open_files import OpenFiles, naming
-from .opening import open_regular
-from .protocol import views_after
-from .small_files import read_file
-
-if sys.platform != "win32":
-    import fcntl
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import contextlib
+    from collections.abc import Sequence
     from concurrent.futures import Executor
 
 
-_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a name stands for; a link stands for what it leads to.
+
+    Attributes:
+        size: The length of a file in bytes; `None` of a folder, and of all else.
+        identity: Another one if a file is written to, or another file takes its place: device,
+            inode, length and time of the last change; of an object its length and ETag, or time.
+        modified: When its content was last changed, in seconds since 1970, by the clock of the file
+            system or store.
+    """
+
+    size: int | None
+    identity: tuple[object, ...]
+    modified: float
+
+
+def is_unclear(error: OSError) -> bool:
+    """Say whether an error leaves open what is there: a disk or a server gave no answer."""
+    return error.errno in {errno.EIO, errno.EPROTO, errno.ETIMEDOUT}
 
 
 class WritableFile(Protocol):
@@ -49,9 +57,15 @@ class Folder(Protocol):
     `filename` is `location` and the name, if anything.
     """
 
+    shows_whole: bool
+    """Whether a file is not there before it is written to its end."""
+
+    dates_folders: bool
+    """Whether it costs little to ask when each of many folders was last written to."""
+
     @property
     def location(self) -> str:
-        """What to call it in messages."""
+        """What to call it in messages: a path, or a URL."""
         ...
 
     def above(self) -> Folder:
@@ -59,6 +73,54 @@ class Folder(Protocol):
         ...
 
     def inside(self, name: str, /) -> Folder:
+        """Return a folder in this one."""
+        ...
+
+    def resolved(self) -> Folder:
+        """Return it by its real path: of a file, the path with the links before it resolved."""
+        ...
+
+    def stat(self, name: str, /) -> Entry | None:
+        """Say what a name stands for; `None` if there is nothing."""
+        ...
+
+    def files(self, name: str, /) -> dict[str, Entry]:
+        """Return the files in a folder by name, also links to files.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+        """
+        ...
+
+    def folders(self, name: str, /) -> list[str]:
+        """Return the names of the folders in a folder, also links to folders.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+        """
+        ...
+
+    def total(self, name: str, /) -> int:
+        """Return the bytes of all files beneath a folder."""
+        ...
+
+    def read(self, name: str, /, *, first: int | None = None, last: int | None = None) -> bytes:
+        """Return a whole file, or at most so many of its first or last bytes."""
+        ...
+
+    async def aread(self, name: str, executor: Executor, /, *, last: int = -1) -> bytes:
+        """Return a file, or at most its `last` bytes, which threads of the executor read."""
+        ...
+
+
+class WritableFolder(Folder, Protocol):
+    """A folder that is written to: the few calls from which a commit is made."""
+
+    def above(self) -> WritableFolder:
+        """Return the folder that this one is in."""
+        ...
+
+    def inside(self, name: str, /) -> WritableFolder:
         """Return a folder in this one."""
         ...
 
@@ -76,14 +138,6 @@ class Folder(Protocol):
 
     def create(self, name: str, /) -> WritableFile:
         """Begin a file anew."""
-        ...
-
-    def read(self, name: str, /) -> bytes:
-        """Return a whole file."""
-        ...
-
-    async def aread(self, name: str, executor: Executor, /) -> bytes:
-        """Return a whole file, which threads of the executor read."""
         ...
 
     def size(self, name: str, /) -> int:
@@ -117,160 +171,3 @@ class Folder(Protocol):
             Whether no other does.
         """
         ...
-
-
-class _LocalFile:
-    """A file whose descriptor may be closed between two calls, where there are too few of them."""
-
-    def __init__(self, path: Path, open_files: OpenFiles) -> None:
-        self._path = path
-        self._open_files = open_files
-        self._open_files.begin(path)
-
-    def write(self, offset: int, views: Sequence[memoryview], /) -> None:
-        left = list(views)
-        with naming(self._path), self._open_files.using(self._path) as fd:
-            while left:
-                count = _pwritev(fd, left, offset)
-                offset += count
-                left = views_after(left, count)
-
-    def sync(self) -> None:
-        with naming(self._path), self._open_files.using(self._path) as fd:
-            os.fsync(fd)
-
-    def close(self) -> None:
-        with naming(self._path):
-            self._open_files.close(self._path)
-
-
-class LocalFolder:
-    """A folder of the file system, which need not be there yet."""
-
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = Path(root).absolute()  # or a chdir within a save would tear it apart
-        self._open_files = OpenFiles()
-
-    @property
-    def location(self) -> str:
-        """The path."""
-        return str(self._root)
-
-    def above(self) -> LocalFolder:
-        """Return the folder that this one is in."""
-        return LocalFolder(self._root.parent)
-
-    def inside(self, name: str, /) -> LocalFolder:
-        """Return a folder in this one."""
-        return LocalFolder(self._root / name)
-
-    def make(self, name: str, /) -> None:
-        """Make a folder, and let each new name outlive a loss of power."""
-        path = self._root / name
-        missing = []
-        while not path.is_dir():
-            missing.append(path)
-            path = path.parent
-        for new in reversed(missing):
-            new.mkdir(exist_ok=True)  # another rank may be faster
-            _sync(new.parent)
-
-    def names(self, name: str, /) -> list[str]:
-        """Return what a folder holds."""
-        with os.scandir(self._root / name) as entries:
-            return sorted(
-                f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
-                for entry in entries
-            )
-
-    def create(self, name: str, /) -> _LocalFile:
-        """Begin a file anew."""
-        return _LocalFile(self._root / name, self._open_files)
-
-    def read(self, name: str, /) -> bytes:
-        """Return a whole file."""
-        fd, _ = open_regular(self._root / name, os.O_RDONLY, follow=True)  # no FIFO: it would hang
-        with open(fd, "rb") as file:  # noqa: PTH123  # a descriptor
-            return file.read()
-
-    async def aread(self, name: str, executor: Executor, /) -> bytes:
-        """Return a whole file."""
-        return await read_file(self._root / name, executor)
-
-    def size(self, name: str, /) -> int:
-        """Return the length of a file in bytes."""
-        return (self._root / name).stat().st_size
-
-    def changed_at(self, name: str, /) -> float:
-        """Return when a folder, or a file in it, was last changed."""
-        path = self._root / name
-        with os.scandir(path) as entries:
-            times = [entry.stat(follow_symlinks=False).st_mtime for entry in entries]
-        return max(path.stat().st_mtime, *times) if times else path.stat().st_mtime
-
-    def move(self, source: str, target: str, /) -> None:
-        """Rename a file."""
-        (self._root / source).replace(self._root / target)
-
-    def remove(self, name: str, /) -> None:
-        """Remove a file."""
-        (self._root / name).unlink()
-
-    def remove_folder(self, name: str, /) -> None:
-        """Remove an empty folder."""
-        (self._root / name).rmdir()
-
-    def sync(self, name: str, /) -> None:
-        """Sync a folder."""
-        _sync(self._root / name)
-
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[bool]:
-        """Lock the folder, where the system can; the lock ends with the process at the latest."""
-        if sys.platform == "win32":  # no folder can be opened there
-            yield True
-            return
-        fd = os.open(self._root, os.O_RDONLY | _CLOEXEC)
-        try:
-            yield _locked(fd)
-        finally:
-            with contextlib.suppress(OSError):
-                # Closing would not do: a process that was forked meanwhile holds the lock too.
-                fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
-
-
-def _locked(fd: int) -> bool:
-    if sys.platform == "win32":
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # Some network file systems lock no folders; others refuse while another process holds it.
-        return error.errno not in {errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN}
-    return True
-
-
-def _sync(path: Path) -> None:
-    if sys.platform == "win32":  # no folder can be opened there
-        return
-    with naming(path):
-        fd = os.open(path, os.O_RDONLY | _CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-if hasattr(os, "pwritev"):
-
-    def _pwritev(fd: int, views: Sequence[memoryview], offset: int) -> int:
-        return os.pwritev(fd, views, offset)
-
-else:  # Windows: one position a descriptor, so one writer at a time
-    _seek_and_write = threading.Lock()
-
-    def _pwritev(fd: int, views: Sequence[memoryview], offset: int) -> int:
-        with _seek_and_write:
-            os.lseek(fd, offset, os.SEEK_SET)
-            return os.write(fd, views[0])

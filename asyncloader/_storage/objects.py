@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import math
-import re
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -20,11 +18,11 @@ from asyncloader._threads.jobs import for_each
 from .opening import FileChangedError
 from .protocol import scatter
 from .ranges import Flight, Target
+from .stores import explained, identity_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
-    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
     from asyncloader._threads.disk import Disk
@@ -40,11 +38,6 @@ _START = 256 << 10
 _STARTS = 32  # kept at a time
 _LOOKERS = 8
 _SIGNED = timedelta(hours=1)
-_CLIENTS = re.compile(r"status code: 4(?!08|25|29)\d\d")  # errors that stay
-_UNTRUSTED = re.compile(r"InvalidCertificate\(\s*(\w+)")
-# Of messages: what follows a URL's `?` may be a signature.
-_QUERY = re.compile(r"\?[^\s)\"']*")
-_LONGEST = 300
 
 
 class ObjectStorage:
@@ -124,7 +117,7 @@ class ObjectStorage:
 
         if isinstance(self._store, obstore.store.HTTPStore):  # few know WebDAV
             raise OSError(errno.ENOTSUP, "a server of HTTP lists no names")
-        with _explained(self._location):
+        with explained(self._location):
             found = await self._ask(
                 obstore.list_with_delimiter_async(self._store, self._prefix.rstrip("/") or None)
             )
@@ -145,12 +138,12 @@ class ObjectStorage:
 
         async def look(name: str) -> None:
             try:
-                with _explained(name):
+                with explained(name):
                     meta = await self._ask(obstore.head_async(self._store, self._prefix + name))
             except FileNotFoundError:
                 found.append(name)
             else:
-                if self._seen.get(name, _identity(meta)) != _identity(meta):
+                if self._seen.get(name, identity_of(meta)) != identity_of(meta):
                     found.append(name)
 
         await for_each(names, look, workers=_LOOKERS, name="asyncloader-look")
@@ -196,7 +189,7 @@ class ObjectStorage:
         import obstore  # noqa: PLC0415  # an extra
 
         key = self._prefix + name
-        with _explained(f"{self._location}/{name}"):
+        with explained(f"{self._location}/{name}"):
             try:
                 result = await self._ask(
                     obstore.get_async(self._store, key, options={"range": (0, _START)})
@@ -208,7 +201,7 @@ class ObjectStorage:
                 if meta["size"]:  # else no range of it can be asked for
                     raise
             url, until = await self._url_of(key)
-        if self._seen.setdefault(name, _identity(meta)) != _identity(meta):
+        if self._seen.setdefault(name, identity_of(meta)) != identity_of(meta):
             raise FileChangedError(name)
         if len(self._starts) >= _STARTS:
             del self._starts[next(iter(self._starts))]
@@ -236,38 +229,3 @@ class ObjectStorage:
                 return await request
         except TimeoutError as error:
             raise StalledError(self._stall_timeout or 0.0) from error
-
-
-def _identity(meta: ObjectMeta) -> tuple[object, ...]:
-    """Return what changes when another object takes a key."""
-    tag = meta["e_tag"]
-    return meta["size"], tag, None if tag else meta["last_modified"]
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Raise an `OSError` in place of what obstore raises; no secret of a URL is in it."""
-    import obstore.exceptions as errors  # noqa: PLC0415  # an extra
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "no such object", what) from error
-    except errors.PreconditionError as error:
-        raise FileChangedError(what.rpartition("/")[2]) from error
-    except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
-        problem = f"refused; do the credentials allow reading it? ({_in_words(error)})"
-        raise PermissionError(errno.EACCES, problem) from error
-    except errors.NotSupportedError as error:
-        raise OSError(errno.ENOTSUP, _in_words(error)) from error
-    except errors.BaseError as error:
-        if (why := _UNTRUSTED.search(str(error))) is not None:
-            problem = f"the server's certificate is not trusted: {why[1]}"
-            raise OSError(errno.EPROTO, problem) from error
-        stays = _CLIENTS.search(str(error)) is not None
-        raise OSError(errno.EREMOTEIO if stays else errno.EIO, _in_words(error)) from error
-
-
-def _in_words(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _QUERY.sub("?…", lines[0])[:_LONGEST]

@@ -118,13 +118,13 @@ class Disk:
     async def _discard(self, late: Callable[[T], object], result: T) -> None:
         await self.call(partial(late, result))
 
-    def executor(self, label: object = "") -> Executor:
+    def executor(self, label: object = "", reading: Reading | None = None) -> Executor:
         """Return an executor for `run_in_executor` and the like; its jobs are calls like others.
 
         A caller that is cancelled does not wait for the thread: jobs may write to no memory but
         their own. A file that a job opens too late is closed. Used on the event loop's thread only.
         """
-        return _Executor(partial(self._begun, label=label, reading=None, late=_close))
+        return _Executor(partial(self._begun, label=label, reading=reading, late=_close))
 
     def close(self) -> None:
         """Look after no call any more."""

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from asyncloader._checkpoint.finished import has_file
 from asyncloader._checkpoint.format import RUN_LIST, SIDECAR, STAGING
 from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID
+from asyncloader._checkpoint.run_folder import find_versions, is_run_folder, newest_version
 from asyncloader._loading.runtime import open_session
-from asyncloader._storage.small_files import Looks
-from asyncloader._threads.jobs import run_jobs
+from asyncloader._storage.looks import Looks
+from asyncloader._threads.jobs import for_each, run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
-from asyncloader.runs import finished_versions, is_run_folder, newest_version
 
 from .beside import Beside, look_beside
 from .content import read_headers, shards_of, stored_slot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader._checkpoint.run_folder import Version
+    from asyncloader._storage.folder import Folder
     from asyncloader.options import ReadOptions
 
 
 _GHOSTS = 20
+_LOOKERS = 8
 
 Kind = Literal["RecIS checkpoint", "Hugging Face folder", "safetensors file", "file of torch.save"]
 Digests = Literal["present", "ignored", "absent"]
@@ -149,11 +150,12 @@ async def look_into(path: str, options: ReadOptions) -> CheckpointSummary | RunS
         try:
             manifest = await read_headers(session, whole=False)
         except CheckpointNotFoundError:
-            run = await _run_folder(path, options.stall_timeout)
+            run = await _run_folder(path, options)
             if run is not None:
                 return run
             raise
-        saving = await session.on_disk(partial(_stagings, path))
+        names = await session.listed() if session.file is None else ()
+        saving = tuple(sorted(name for name in names if name.startswith(STAGING)))
         beside = await look_beside(session) if manifest.catalog.recis else Beside()
         sum_up = partial(_summarize, manifest, session.file, saving, beside)
         return (await run_jobs(session.threads.kernels, [sum_up]))[0]
@@ -244,49 +246,48 @@ def _oddities(tables: Iterable[TableSummary]) -> Iterator[str]:
                 yield f"table {table.name!r} has {table.ids:,} ids, but {slot.rows:,} {slot.name!r}"
 
 
-async def _run_folder(path: str, stall_timeout: float | None) -> RunSummary | None:
+async def _run_folder(path: str, options: ReadOptions) -> RunSummary | None:
     """Sum up a run folder; return `None` if it is none, or raise `CheckpointError`."""
-    with Looks(path, stall_timeout=stall_timeout) as looks:
-        if not await looks(_is_run_folder, path):
-            return None
+    with Looks(
+        path,
+        stall_timeout=options.stall_timeout,
+        storage_options=options.storage_options,
+        threads=_LOOKERS,
+    ) as looks:
+        folder = looks.folder(path)
         try:
-            newest = (await newest_version(looks, Path(path), finished=True)).name
-        except CheckpointNotFoundError:
-            newest = None
-        return await looks.at_many(partial(_summed_up, path, newest))
+            if not await looks(_is_run_folder, folder):
+                return None
+            return await _summed_up(looks, folder)
+        except OSError as error:
+            raise CheckpointError(path, f"cannot be looked at: {error}") from error
 
 
-def _is_run_folder(path: str) -> bool:
-    has_list = os.path.isfile(os.path.join(path, RUN_LIST))  # noqa: PTH113, PTH118  # never raises
-    return has_list or is_run_folder(path)
+def _is_run_folder(folder: Folder) -> bool:
+    return has_file(folder, RUN_LIST) or is_run_folder(folder)
 
 
-def _summed_up(path: str, newest: str | None, tick: Callable[[], object]) -> RunSummary:
-    found = tuple(
+async def _summed_up(looks: Looks, folder: Folder) -> RunSummary:
+    try:
+        newest = await newest_version(looks, folder, finished=True)
+    except CheckpointNotFoundError:
+        newest = None
+    found = await find_versions(looks, folder)
+    sizes: dict[str, int] = {}
+
+    async def measure(version: Version) -> None:
+        sizes[version.name] = await looks(folder.total, version.name)
+
+    await for_each(found, measure, workers=_LOOKERS, name="asyncloader-look")
+    versions = tuple(
         VersionSummary(
             name=version.name,
             committed=version.committed,
             modified=version.modified,
-            bytes=sum(_sizes(Path(path, version.name))),
+            bytes=sizes[version.name],
             latest=version.name == newest,
             lack=version.lack,
         )
-        for version in finished_versions(Path(path), tick)
+        for version in found
     )
-    return RunSummary(location=path, latest=newest, versions=found)
-
-
-def _stagings(path: str) -> tuple[str, ...]:
-    """Return the names of folders in which another save is staged."""
-    try:
-        names = sorted(os.listdir(path))  # noqa: PTH208  # names
-    except OSError:
-        return ()
-    return tuple(name for name in names if name.startswith(STAGING))
-
-
-def _sizes(folder: Path) -> Iterator[int]:
-    for root, _, files in os.walk(folder):
-        for file in files:
-            with contextlib.suppress(OSError):  # removed meanwhile
-                yield Path(root, file).lstat().st_size
+    return RunSummary(location=folder.location, latest=newest, versions=versions)

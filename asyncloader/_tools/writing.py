@@ -22,7 +22,7 @@ from asyncloader._loading.progress import Meter, Stages
 from asyncloader._loading.reading import has_dtype
 from asyncloader._saving.commit import Commit
 from asyncloader._saving.save_id import fresh_save_id
-from asyncloader._storage.folder import LocalFolder
+from asyncloader._storage.local_folder import LocalFolder
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, SaveError
 from asyncloader.saver import Saver
@@ -86,7 +86,7 @@ async def write_file(
     """
     await _refuse_strays(content)
     session = content.session
-    folder = LocalFolder(path.parent)
+    folder = LocalFolder(path.parent.absolute())
     draft = f".{fresh_save_id()}.safetensors.tmp"
     reads = session.threads.reads
     [(layout, copies)] = await run_jobs(session.threads.kernels, [partial(lay_out, draft, content)])
@@ -220,15 +220,19 @@ async def write_folder(
         stages.next()
         done.add(part, report)
 
+    def clean_up() -> list[str]:
+        # A `Saver` that fails removes its own rank's files only. If the last one failed in its
+        # commit, and could not put the old files back, they are kept.
+        commit = Commit(LocalFolder(path.absolute()), save_id, 0, ranks)
+        commit.abandon([], "")
+        return commit.told
+
     try:
         for rank in reversed(range(ranks)):
             await write(rank)
     except BaseException:
-        # A `Saver` that fails removes its own rank's files only. If the last one failed in its
-        # commit, and could not put the old files back, they are kept.
-        commit = Commit(LocalFolder(path), save_id, 0, ranks)
-        await run_jobs(session.threads.reads, [partial(commit.abandon, [], "")])
-        for warning in commit.told:
+        [told] = await run_jobs(session.threads.reads, [clean_up])
+        for warning in told:
             _log.warning("%s: %s", path, warning)
         raise
     return done

@@ -203,15 +203,18 @@ def message_of(error: BaseException) -> str:
 
 
 def _not_found(error: CheckpointNotFoundError) -> str:
-    from asyncloader.runs import is_run_folder, latest
+    from asyncloader._addresses import is_url
+    from asyncloader._checkpoint.run_folder import is_run_folder
+    from asyncloader._storage.folders import Folders
+    from asyncloader.runs import latest
 
-    if not os.path.lexists(error.location):
+    if not is_url(error.location) and not os.path.lexists(error.location):
         return f"{error.location}: no such file or folder"
-    if not is_run_folder(error.location):
-        return str(error)
     try:
+        if not is_run_folder(Folders().at(error.location)):
+            return str(error)
         newest = latest(error.location)
-    except AsyncLoaderError:  # removed meanwhile
+    except (AsyncLoaderError, OSError, ValueError):  # removed meanwhile
         return str(error)
     return (
         f"{error.location}: no checkpoint itself but a run folder that holds some; the newest is "
