@@ -137,8 +137,8 @@ async def _read(
             problem = f"is a file: give the folder of a checkpoint, which {file!r} is in"
             raise CheckpointError(location, problem)
         catalog = await session.catalog(whole=False)
-        names = await session.listed()
-        if file not in names:
+        if not await session.has(file):
+            names = await session.listed()
             check_no_pickle(location, file, names)
             raise await _missing(session, file, names)
         digests = None if catalog.sidecar is None else catalog.sidecar.files

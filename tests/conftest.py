@@ -11,8 +11,13 @@ import uvloop
 from blockbuster import blockbuster_ctx
 from hypothesis import settings
 
+from tests.servers.child import or_skip
+from tests.servers.places import on_azure, on_http, on_s3
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.servers.places import Place
 
 # xdist tells its workers how wide a terminal is that they do not have; what is written into a pipe,
 # and a test reads, is not cut.
@@ -56,6 +61,38 @@ def no_blocking_calls_on_the_loop() -> Iterator[None]:
         allowed.can_block_in("asyncloader/_storage/looks.py", {"close"})
         allowed.can_block_in("coverage/collector.py", {"lock_data"})
         yield
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with or_skip(on_s3(tmp_path_factory.mktemp("swift"))) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with or_skip(on_azure(tmp_path_factory.mktemp("azurite"))) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with or_skip(on_http(tmp_path_factory.mktemp("nginx"))) as found:
+        yield found
+
+
+@pytest.fixture(params=["s3", "azure", "http"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """Each kind of server, with the genuine run."""
+    found: Place = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(params=["s3", "azure"])
+def bucket(request: pytest.FixtureRequest) -> Place:
+    """Each kind of store, with the genuine run; tests write beneath prefixes of their own."""
+    found: Place = request.getfixturevalue(request.param)
+    return found
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

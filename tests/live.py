@@ -138,7 +138,7 @@ def _facts(event: object) -> dict[str, Any]:
 
 
 def live(
-    run: Path,
+    run: Path | str,
     events: Events | None = None,
     build: Callable[[], Any] = build,
     **how: Any,  # noqa: ANN401  # of Live

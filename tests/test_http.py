@@ -22,6 +22,7 @@ from asyncloader import (
     ReadError,
     load_tensors,
     read_extra,
+    read_io_state,
 )
 from asyncloader.tools import ainspect, averify
 from tests.genuine import NEWEST, RUN, truth
@@ -240,9 +241,10 @@ def test_names_of_objects_are_any_text(server: Liar) -> None:
     assert load_tensors(f"{server.url}/{quote(name)}").keys() == TENSORS.keys()
 
 
-def test_plain_values_are_read_where_files_can_be_listed(server: Liar) -> None:
-    with pytest.raises(CheckpointError, match=r"extra\.pt"):
-        read_extra(f"{server.url}/run")
+def test_plain_values_are_read_where_no_names_are_listed(server: Liar) -> None:
+    assert int(read_extra(f"{server.url}/run")["global_step"]) == 30
+    with pytest.raises(CheckpointError, match=r"io_state_7\.pt: is not there"):
+        read_io_state(f"{server.url}/run", 7)
 
 
 def test_over_tls_a_certificate_has_to_be_trusted(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import obstore
@@ -25,69 +24,13 @@ from asyncloader import (
 from asyncloader.cli import run
 from asyncloader.tools import convert, diff, inspect, verify
 from tests.genuine import NEWEST, RUN, truth
-from tests.servers.azurite import ACCOUNT, KEY, azurite
-from tests.servers.child import or_skip
 from tests.servers.faults import Fault, faulty_proxy
-from tests.servers.nginx import nginx
-from tests.servers.swift import swift
 from tests.support import rows_in, rows_on_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where the genuine run is, and how it is reached."""
-
-    run: str
-    options: dict[str, Any]
-
-    @property
-    def url(self) -> str:
-        return f"{self.run}/{NEWEST}"
-
-
-def upload(store: S3Store | AzureStore) -> None:
-    for path in RUN.rglob("*"):
-        if path.is_file():
-            obstore.put(store, f"ctr/{path.relative_to(RUN)}", path.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with or_skip(swift(tmp_path_factory.mktemp("swift"))) as server:
-        server.make_bucket("models")
-        upload(server.store("models"))
-        options = {
-            "endpoint": server.endpoint,
-            "access_key_id": server.access_key,
-            "secret_access_key": server.secret_key,
-            "region": server.region,
-        }
-        yield Place(run="s3://models/ctr", options=options)
-
-
-@pytest.fixture(scope="module")
-def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with or_skip(azurite(tmp_path_factory.mktemp("azurite"))) as server:
-        server.make_container("models")
-        upload(server.store("models"))
-        options = {"endpoint": server.endpoint, "account_name": ACCOUNT, "account_key": KEY}
-        yield Place(run="az://models/ctr", options=options)
-
-
-@pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with or_skip(nginx(tmp_path_factory.mktemp("nginx"), RUN.absolute())) as url:
-        yield Place(run=url.rstrip("/"), options={})
-
-
-@pytest.fixture(params=["s3", "azure", "http"])
-def place(request: pytest.FixtureRequest) -> Place:
-    found: Place = request.getfixturevalue(request.param)
-    return found
+    from tests.servers.places import Place
 
 
 def test_a_genuine_checkpoint_comes_whole(place: Place) -> None:

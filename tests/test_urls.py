@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 URLS = ["s3://bucket/model", "gs://b/m", "https://user:secret@host/m", "file:///tmp/m", "hf://a/b"]
 LOCAL: dict[str, Callable[[str | os.PathLike[str]], object]] = {
     "Saver": lambda path: Saver(path=path, tensors={"w": torch.ones(1)}),
-    "Live": lambda path: Live(path, lambda: ({}, {})),
-    "latest": latest,
 }
 READERS: dict[str, Callable[[str | os.PathLike[str]], object]] = {
     "Loader": Loader,
     "CheckpointReader": CheckpointReader,
     "load_tensors": load_tensors,
+    "Live": lambda path: Live(path, lambda: ({}, {})),
+    "latest": latest,
 }
 
 

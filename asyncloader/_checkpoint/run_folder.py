@@ -6,6 +6,7 @@ What is no coroutine function blocks, and belongs on a thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -15,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asyncloader._addresses import is_url
-from asyncloader._storage.folder import is_unclear
 from asyncloader._threads.jobs import for_each
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 
-from .finished import lack_of, mark_of
+from .finished import has_file, lack_of, mark_of
 from .format import INDEX, RUN_LIST
 from .index import is_file_name
 
@@ -150,15 +150,19 @@ def _sub_folders(folder: Folder) -> list[str]:
         problem = f"no run folder: {error.strerror}"
         raise CheckpointNotFoundError(folder.location, problem) from error
     except OSError as error:
-        raise CheckpointError(folder.location, f"cannot be listed: {error}") from error
+        raise CheckpointError(
+            folder.location, f"cannot be listed: {error.strerror or error}"
+        ) from error
 
 
 def is_run_folder(folder: Folder) -> bool:
     """Tell whether a folder holds checkpoints."""
     try:
         names = _sub_folders(folder)
-    except CheckpointError:
-        return False
+    except CheckpointError as error:
+        cause = error.__cause__
+        lists = not isinstance(cause, OSError) or cause.errno != errno.ENOTSUP
+        return not lists and has_file(folder, RUN_LIST)
     return any(mark_of(folder.inside(name)) is not None for name in names)
 
 
@@ -208,10 +212,7 @@ async def listed(looks: Looks, folder: Folder) -> list[str]:
     """
     try:
         text = await looks.read(folder, RUN_LIST, last=_LAST_BYTES + 1)
-    except OSError as error:
-        if is_unclear(error):
-            problem = f"cannot be read: {error}"
-            raise CheckpointError(folder.location, problem, RUN_LIST) from error
+    except OSError:
         return []
     lines = [line.strip() for line in text.split(b"\n")]
     if len(text) > _LAST_BYTES:

@@ -121,11 +121,7 @@ async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | Non
 async def checkpoint_of(looks: Looks, location: str) -> str:
     """Return the newest checkpoint of a run folder; other folders are checkpoints themselves."""
     folder = looks.folder(location)
-    try:
-        is_run = await looks(_is_run, folder)
-    except OSError as error:
-        raise CheckpointError(location, f"cannot be looked at: {error}") from error
-    if not is_run:
+    if not await looks(_is_run, folder):
         return location
     return sub_folder(location, await newest_version(looks, folder, finished=True))
 

@@ -176,6 +176,15 @@ class Session:
             return await self.entries()
         return {}
 
+    async def has(self, name: str) -> bool:
+        """Say whether there is such a file; it is asked for where names cannot be listed."""
+        if names := await self.listed():
+            return name in names
+        with contextlib.suppress(OSError):
+            await self.storage.size(name)
+            return True
+        return False
+
     async def _names(self) -> Sequence[str]:
         return list(await self.listed())
 

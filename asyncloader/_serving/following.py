@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from asyncloader._checkpoint.format import INDEX
+from asyncloader._storage.folder import is_unclear
 from asyncloader.errors import (
     CheckpointChangedError,
     CheckpointError,
@@ -77,6 +78,7 @@ class Follower:
         self._on.set()
         self._poke = asyncio.Event()
         self._catching_up: set[asyncio.Task[Any]] = set()
+        self._unanswered = 0  # looks, one after the other
         self._given_up: deque[tuple[str, Files]] = deque(maxlen=_REMEMBERED)
         self._too_large: tuple[str, Files, int] | None = None
 
@@ -114,7 +116,9 @@ class Follower:
                 await self._switch.attempted(self._catch_up(), self._catching_up)
             except Exception:  # noqa: BLE001  # after any error the version that serves goes on
                 _log.exception("%s: following stumbled, and goes on", self._source)
-            await self._pause(self._poll)
+            # A store that throttles gets fewer requests for a while.
+            slower = self._poll * 2.0 ** min(self._unanswered, _DOUBLINGS)
+            await self._pause(min(slower, max(self._poll, _LONGEST)))
 
     def _wanted(self) -> bool:
         """Say whether to go on; following may have been cancelled without noticing."""
@@ -137,7 +141,10 @@ class Follower:
             found = await self._sought.newest(self._looks)
         except CheckpointError as error:
             self._note("source", str(error))  # a run folder that is gone is so for a while
+            cause = error.__cause__
+            self._unanswered += isinstance(cause, OSError) and is_unclear(cause)
             return None
+        self._unanswered = 0
         self._note("source", "")
         return found
 

@@ -17,7 +17,7 @@ from asyncloader._addresses import is_url
 from asyncloader._checkpoint.catalog import SHARDED, SINGLE, is_weight_map
 from asyncloader._checkpoint.format import INDEX, MODEL, SIDECAR, TENSORKEY
 from asyncloader._checkpoint.run_folder import listed, name_order, newest_version, sub_folder
-from asyncloader.errors import CheckpointError, CheckpointNotFoundError
+from asyncloader.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
@@ -113,7 +113,7 @@ async def newest(looks: Looks, source: str) -> Candidate:
         CheckpointError: If the folder cannot be listed, or there was no answer.
     """
     folder = looks.folder(source)
-    found = await _looked_at(looks, folder)
+    found = await looks(_at, folder)
     if found is None:
         name = await newest_version(looks, folder, finished=False)
         return await candidate(looks, sub_folder(source, name))
@@ -127,7 +127,7 @@ async def candidate(looks: Looks, location: str) -> Candidate:
         CheckpointNotFoundError: If there is none.
         CheckpointError: If there was no answer.
     """
-    found = await _looked_at(looks, looks.folder(location), is_version=True)
+    found = await looks(_at, looks.folder(location), is_version=True)
     if found is None:
         raise CheckpointNotFoundError(
             location, f"no committed checkpoint: it holds neither {INDEX!r} nor safetensors files"
@@ -139,18 +139,11 @@ async def named(looks: Looks, source: str, version: str) -> str:
     """Return where a version is: a sub-folder of a run folder, or anywhere else."""
     if is_url(version) or len(PurePath(version).parts) != 1:
         return version
-    itself = await _looked_at(looks, looks.folder(source))
+    itself = await looks(_at, looks.folder(source))
     return version if itself is not None else sub_folder(source, version)
 
 
-async def _looked_at(looks: Looks, folder: Folder, *, is_version: bool = False) -> Candidate | None:
-    try:
-        return await looks(_at, folder, is_version=is_version)
-    except OSError as error:  # of a disk or a server
-        raise CheckpointError(folder.location, f"cannot be looked at: {error}") from error
-
-
-def _at(folder: Folder, *, is_version: bool) -> Candidate | None:
+def _at(folder: Folder, *, is_version: bool = False) -> Candidate | None:
     real = folder.resolved()
     name = posixpath.basename(real.location)
     found = _files_of(real, name)

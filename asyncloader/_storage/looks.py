@@ -11,6 +11,7 @@ from asyncloader._threads.disk import Disk
 from asyncloader._threads.pool import WorkerPool
 from asyncloader.errors import CheckpointError
 
+from .folder import is_unclear
 from .folders import Folders
 
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ class Looks:
         """Return what `look` returns. A caller that is cancelled does not wait for it.
 
         Raises:
-            CheckpointError: If there was no answer.
+            CheckpointError: If there was no answer, or an `OSError`.
             RuntimeError: If this is closed.
-            Exception: What `look` raises.
+            Exception: What else `look` raises.
         """
         return await self._answered(partial(look, *args, **kwargs), None)
 
@@ -99,14 +100,31 @@ class Looks:
             OSError: If it is no file, or cannot be read.
         """
         executor = self._disk.executor(f"{folder.location}/{name}")
-        return await self._explained(folder.aread(name, executor, last=last))
+        try:
+            return await self._answer(folder.aread(name, executor, last=last))
+        except OSError as error:
+            if is_unclear(error):
+                raise self._trouble(error) from error
+            raise
 
     async def _answered(self, look: Callable[[], T], reading: Reading | None) -> T:
-        executor = self._disk.executor(self._location, reading)
-        answer = asyncio.get_running_loop().run_in_executor
-        return await self._explained(answer(executor, look))
+        try:
+            return await self._answer(self._looked(look, reading))
+        except CheckpointError:  # some of which are of a kind of `OSError`, too
+            raise
+        except OSError as error:
+            raise self._trouble(error) from error
 
-    async def _explained(self, look: Awaitable[T]) -> T:
+    async def _looked(self, look: Callable[[], T], reading: Reading | None) -> T:
+        executor = self._disk.executor(self._location, reading)
+        return await asyncio.get_running_loop().run_in_executor(executor, look)
+
+    def _trouble(self, error: OSError) -> CheckpointError:
+        where = "" if error.filename in {None, self._location} else f" ({error.filename})"
+        problem = f"cannot be looked at: {error.strerror or error}{where}"
+        return CheckpointError(self._location, problem)
+
+    async def _answer(self, look: Awaitable[T]) -> T:
         try:
             return await look
         except StalledError as error:

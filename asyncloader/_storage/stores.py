@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _SETTINGS = ("client_options", "retry_config", "credential_provider")
 _SLOWEST = 1e6  # bytes a second: a link on which a request still ends in time
 _SECONDS = 30
-_CLIENTS = re.compile(r"status code: 4(?!08|25|29)\d\d")  # errors that stay
+_STATUS = re.compile(r"status code: (\d\d\d)")
+_PASSING = {408, 425, 429}
 _UNTRUSTED = re.compile(r"InvalidCertificate\(\s*(\w+)")
 # Of messages: what follows a URL's `?` may be a signature.
 _QUERY = re.compile(r"\?[^\s)\"']*")
@@ -99,19 +100,24 @@ def explained(what: str) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, "no such object", what) from error
     except errors.PreconditionError as error:
         raise FileChangedError(what.rpartition("/")[2]) from error
-    except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
-        problem = f"refused; do the credentials allow reading it? ({_in_words(error)})"
-        raise PermissionError(errno.EACCES, problem) from error
     except errors.NotSupportedError as error:
-        raise OSError(errno.ENOTSUP, _in_words(error)) from error
+        raise OSError(errno.ENOTSUP, _in_words(error), what) from error
     except errors.BaseError as error:
+        status = _STATUS.search(str(error))
+        code = int(status[1]) if status else 0
+        refused = isinstance(error, errors.PermissionDeniedError | errors.UnauthenticatedError)
+        if refused or code in {401, 403}:
+            problem = f"refused; do the credentials allow it? ({_in_words(error)})"
+            raise PermissionError(errno.EACCES, problem, what) from error
+        if code == 404:  # of a list  # noqa: PLR2004  # of HTTP
+            raise FileNotFoundError(errno.ENOENT, "no such bucket", what) from error
         if (why := _UNTRUSTED.search(str(error))) is not None:
             problem = f"the server's certificate is not trusted: {why[1]}"
-            raise OSError(errno.EPROTO, problem) from error
-        stays = _CLIENTS.search(str(error)) is not None
-        raise OSError(errno.EPROTO if stays else errno.EIO, _in_words(error)) from error
+            raise OSError(errno.EPROTO, problem, what) from error
+        stays = 400 <= code < 500 and code not in _PASSING  # noqa: PLR2004  # of HTTP
+        raise OSError(errno.EPROTO if stays else errno.EIO, _in_words(error), what) from error
 
 
 def _in_words(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _QUERY.sub("?…", lines[0])[:_LONGEST]
+    return _QUERY.sub("?…", lines[0].partition(": <")[0])[:_LONGEST]  # no page of a server

@@ -255,12 +255,9 @@ async def _run_folder(path: str, options: ReadOptions) -> RunSummary | None:
         threads=_LOOKERS,
     ) as looks:
         folder = looks.folder(path)
-        try:
-            if not await looks(_is_run_folder, folder):
-                return None
-            return await _summed_up(looks, folder)
-        except OSError as error:
-            raise CheckpointError(path, f"cannot be looked at: {error}") from error
+        if not await looks(_is_run_folder, folder):
+            return None
+        return await _summed_up(looks, folder)
 
 
 def _is_run_folder(folder: Folder) -> bool:
