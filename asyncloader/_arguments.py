@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import TypeVar
 
-from ._addresses import address_of, is_url, local_path
+from ._addresses import HTTP, address_of, is_url, local_path
 
 T = TypeVar("T")
 
@@ -37,6 +37,14 @@ def checked_source(path: str | os.PathLike[str], name: str) -> str:
             address_of(path, name)
             return path
     return checked_path(path, name)
+
+
+def checked_target(path: str | os.PathLike[str], name: str) -> str:
+    """Return a path, or the URL of an object store that is written to, as text."""
+    text = checked_source(path, name)
+    if is_url(text) and address_of(text, name).store == HTTP:
+        raise ValueError(f"{name}: {text!r} is read only: save to a folder or an object store")
+    return text
 
 
 def check_no_url(path: str | bytes, name: str) -> None:

@@ -6,24 +6,25 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from ._addresses import is_url
 from ._arguments import (
     as_dict,
     check_callable,
     check_count,
     check_progress,
+    check_switch,
     check_timeout,
-    checked_path,
+    checked_target,
 )
 from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter, listening
 from ._saving.run_list import check_layout
 from ._saving.save import Moment, Order, save
 from ._saving.states import States
-from ._storage.local_folder import LocalFolder
+from ._storage.folders import Folders
 from ._table.recis import adapted
 from ._threads.blocking import run_blocking
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from ._loading.progress import Progress
     from ._saving.layout import WriteBlock
     from ._saving.report import SaveReport
-    from ._storage.folder import WritableFolder
+    from ._storage.folder import TargetFolder
     from ._table.protocol import SavableTable
 
 __all__ = ["Saver", "every_block"]
@@ -126,8 +127,10 @@ class Saver:
         max_keep: int | None = None,
         for_recis: bool = False,
         save_id: str | int | None = None,
+        overwrite: bool = False,
         timeout: float | None = 1800.0,
         max_inflight_bytes: int = 128 << 20,
+        storage_options: Mapping[str, Any] | None = None,
         progress: Callable[[Progress], object] | bool | None = None,
     ) -> None:
         _check_order(shard_index, shard_num)
@@ -139,13 +142,14 @@ class Saver:
         if not 0 <= shard_index < shard_num:
             raise ValueError(f"shard_index is 0 to shard_num - 1, got {shard_index} of {shard_num}")
         check_timeout(timeout)
+        check_switch(overwrite, "overwrite")
         check_layout(layout, extra, io_state, max_keep, path)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
         self._tables = adapted(as_dict(hashtables, "hashtables"))
         self._progress = progress
         self._order = Order(
-            path=checked_path(path, "path"),
+            path=checked_target(path, "path"),
             rank=shard_index,
             ranks=shard_num,
             parallel=parallel,
@@ -157,7 +161,9 @@ class Saver:
             is_run=layout == "run",
             max_keep=max_keep,
             for_recis=for_recis,
+            overwrite=overwrite,
         )
+        self._storage_options = storage_options
         self._extra, self._io_state = extra, io_state
         check_tables(self._tables, self._order.tensors, able="snapshot")
         check_tensors(self._order.tensors, able="saved")
@@ -208,7 +214,13 @@ class Saver:
             ValueError: If names of tables and tensors cannot be told apart, or this is one of
                 several ranks and no `save_id` was given where torch.distributed could not help.
         """
-        return self._asave(self._now(), partial(_opened, self._order.path))
+        return self._asave(self._now(), self._open)
+
+    def _open(self) -> TargetFolder:
+        path = self._order.path
+        if not is_url(path):
+            path = str(Path(path).absolute())  # or a chdir within a save would tear it apart
+        return Folders(self._storage_options, uploads=self._order.parallel + 1).at(path)
 
     def _now(self) -> Moment | Exception:
         """Return what is saved, as it is now; or an error, raised once rank 0 knows of it."""
@@ -220,7 +232,9 @@ class Saver:
             return error
 
     async def _asave(
-        self, moment: Moment | Exception, open_folder: Callable[[], WritableFolder]
+        self,
+        moment: Moment | Exception,
+        open_folder: Callable[[], TargetFolder],
     ) -> SaveReport:
         with listening(self._progress, "saving") as listener:
 
@@ -244,10 +258,6 @@ class Saver:
         steps of that loop; an error that one of them raises ends the call, and is raised.
         """
         return run_blocking(self.asave)
-
-
-def _opened(path: str) -> LocalFolder:
-    return LocalFolder(Path(path).absolute())  # or a chdir within a save would tear it apart
 
 
 def _check_order(shard_index: object, shard_num: object) -> None:

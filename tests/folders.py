@@ -40,6 +40,9 @@ class WatchedFile:
         with self.folder.call(f"sync {self.name}"):
             self.file.sync()
 
+    def abandon(self) -> None:
+        self.file.abandon()
+
     def close(self) -> None:
         self.file.close()  # fails for nobody: descriptors are let go whatever it returns
         with self.folder.call(f"close {self.name}"):
@@ -53,6 +56,7 @@ class WatchedFolder:
     real: LocalFolder
     shows_whole = False
     dates_folders = True
+    writes_in_order = False
     fault: Callable[[int, str], str | None] = lambda _number, _what: None
     """Gets the number of the call and what it is. Raises to fail it before it takes effect; returns
     `after` to `give_up` when it has, `half` when half of a write has, `None` to let it be."""
@@ -98,10 +102,10 @@ class WatchedFolder:
         with self.call(f"names {name}"):
             return self.real.names(name)
 
-    def create(self, name: str, /) -> WatchedFile:
+    def create(self, name: str, /, *, size: int = 0) -> WatchedFile:
         with contextlib.ExitStack() as unless_it_works:
             with self.call(f"create {name}"):
-                file = self.real.create(name)
+                file = self.real.create(name, size=size)
                 unless_it_works.callback(file.close)
             unless_it_works.pop_all()
         return WatchedFile(self, name, file)

@@ -40,7 +40,7 @@ _ABSENT = (FileNotFoundError, NotADirectoryError)
 # The names that libraries give: transformers, diffusers, peft. The first one found counts, and a
 # file without a variant comes before a file with one.
 _STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
-_SHARD = re.compile(r"model-\d{6,}-of-\d{6,}\.safetensors")  # of RecIS, and of a save
+_SHARD = re.compile(r"model-\d{6,}-of-\d{6,}(-.+)?\.safetensors")  # of RecIS, and of a save
 _WEIGHT_MAP = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
 # A shard, `model.fp16-00001-of-00002.safetensors`, is no variant.
 _VARIANT = r"(\.(?![^.]+-\d+-of-\d+\.)[^.]+)?"

@@ -38,8 +38,9 @@ DENSE_SUFFIX = "^ "  # the end of a dense tensor's key
 _ALIGNMENT = 8
 
 
-def shard_name(number: int, total: int) -> str:
-    return f"model-{number:06d}-of-{total:06d}.safetensors"
+def shard_name(number: int, total: int, save: str = "") -> str:
+    """Return the name of a shard; `save` tells it from one of another save in the same place."""
+    return f"model-{number:06d}-of-{total:06d}{save and '-'}{save}.safetensors"
 
 
 def dense_key(name: str) -> str:

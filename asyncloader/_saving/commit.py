@@ -23,15 +23,11 @@ whole. (A reader that has read one `index` and opens shards of the other notices
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.format import INDEX, TENSORKEY
-from asyncloader._threads.jobs import for_each, run_jobs
-from asyncloader.errors import SaveError, SaveTimeoutError
 
 from .leftovers import (
     OLD,
@@ -40,50 +36,36 @@ from .leftovers import (
     put_back,
     remove_dead,
     remove_staging,
-    staging_of,
     telling,
 )
-from .part import merge_parts, parse_part, render_part
+from .part import render_part
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from concurrent.futures import Executor
 
-    from asyncloader._storage.folder import WritableFolder
+    from asyncloader._storage.folder import RenamingFolder
 
     from .part import RankPart
-    from .run_list import RunList
-
-
-_READERS = 8
-# Between two looks at which ranks are done, in seconds: often at first, and then less.
-_FIRST_LOOK, _LAST_LOOK = 0.01, 1.0
 
 
 @dataclass(slots=True)
-class Commit:
-    """One rank's view of a save. Methods that are no coroutine functions belong on a thread."""
+class Commit(Ranks):
+    """A commit by renaming."""
 
-    folder: WritableFolder
-    save_id: str
-    rank: int
-    ranks: int
-    is_run: bool = False
-    run_list: RunList | None = None
-    is_committed: bool = field(default=False, init=False)
-    told: list[str] = field(default_factory=list, init=False)  # warnings
+    folder: RenamingFolder
     _moved: list[tuple[str, str]] = field(default_factory=list, init=False)
     _is_recovering: bool = field(default=False, init=False)
 
     @property
-    def evicted(self) -> tuple[str, ...]:
-        """Older checkpoints of the run that were removed."""
-        return self.run_list.evicted if self.run_list and self.is_committed else ()
+    def under(self) -> str:
+        """The staging folder."""
+        return self.staging
 
     @property
-    def staging(self) -> str:
-        """The folder that ranks write to."""
-        return staging_of(self.ranks, self.save_id)
+    def shard_mark(self) -> str:
+        """Nothing: other saves have other staging folders."""
+        return ""
 
     def begin(self) -> None:
         """Make room for this rank; raise `SaveError` if the folder holds anything else."""
@@ -106,55 +88,13 @@ class Commit:
         # Not synced again: rank 0 may have committed, and removed all of this, by now.
         self.folder.move(f"{name}.tmp", name)
 
-    async def part_texts(
-        self,
-        executor: Executor,
-        *,
-        timeout: float | None,  # noqa: ASYNC109  # with an error of ours
-    ) -> list[bytes]:
-        """Wait until all ranks have published their parts; return the texts, by rank.
-
-        Raises:
-            SaveError: If a rank has given up.
-            SaveTimeoutError: If a rank has not published its part within `timeout` seconds.
-        """
-        clock = asyncio.get_running_loop().time
-        start, pause = clock(), _FIRST_LOOK
-        while missing := await self._missing(executor):
-            waited = clock() - start
-            if timeout is not None and waited >= timeout:
-                raise SaveTimeoutError(self.folder.location, missing, timeout)
-            await asyncio.sleep(pause if timeout is None else min(pause, timeout - waited))
-            pause = min(2 * pause, _LAST_LOOK)
-        texts: dict[int, bytes] = {}
-
-        async def read(rank: int) -> None:
-            texts[rank] = await self.folder.aread(self._part_file(rank), executor)
-
-        await for_each(range(self.ranks), read, workers=_READERS, name="asyncloader-part")
-        return [texts[rank] for rank in range(self.ranks)]
-
-    async def _missing(self, executor: Executor) -> tuple[int, ...]:
-        [names] = await run_jobs(executor, [partial(self.folder.names, self.staging)])
-        there = {f"{self.staging}/{name}" for name in names}
-        for rank in range(self.ranks):
-            if (name := self._failure_file(rank)) in there:
-                text = (await self.folder.aread(name, executor)).decode()
-                problem = f"rank {rank} gave up, so nothing was committed: {text}"
-                raise SaveError(self.folder.location, problem)
-        return tuple(rank for rank in range(self.ranks) if self._part_file(rank) not in there)
-
     def commit(self, part_texts: Sequence[bytes]) -> None:
         """Make a checkpoint of the parts of all ranks; if that fails, undo it as far as possible.
 
         Raises:
             SaveError: If the parts do not fit together.
         """
-        parts = [self._part(rank, text) for rank, text in enumerate(part_texts)]
-        try:
-            texts = merge_parts(parts)
-        except ValueError as error:
-            raise SaveError(self.folder.location, str(error)) from error
+        parts, texts = self._merged(part_texts)
         for name, text in texts.items():
             self._write(f"{self.staging}/{name}", text)
         self.folder.make(f"{self.staging}/{OLD}")
@@ -251,40 +191,3 @@ class Commit:
         with contextlib.suppress(OSError):
             self._write(f"{failure}.tmp", reason.encode(errors="backslashreplace"))
             self.folder.move(f"{failure}.tmp", failure)
-
-    def refuse(self, reason: str) -> None:
-        """As another rank, tell rank 0 that this rank failed before it staged anything."""
-        with contextlib.suppress(OSError, SaveError):  # why it failed counts more
-            self.begin()
-            self.abandon([], reason)
-
-    def _part(self, rank: int, text: bytes) -> RankPart:
-        name = self._part_file(rank)
-        try:
-            part = parse_part(text)
-        except ValueError as error:
-            raise SaveError(self.folder.location, f"damaged: {error}", name) from error
-        if (part.save_id, part.rank, part.ranks) != (self.save_id, rank, self.ranks):
-            problem = f"it is rank {part.rank} of {part.ranks}'s part of save {part.save_id!r}"
-            raise SaveError(self.folder.location, problem, name)
-        for file, size in part.sizes.items():
-            found = self.folder.size(f"{self.staging}/{file}")
-            if found != size:
-                problem = f"{found} bytes long, but rank {rank} wrote {size}"
-                raise SaveError(self.folder.location, problem, f"{self.staging}/{file}")
-        return part
-
-    def _part_file(self, rank: int) -> str:
-        return f"{self.staging}/part-{rank:06d}.json"
-
-    def _failure_file(self, rank: int) -> str:
-        return f"{self.staging}/failed-{rank:06d}.txt"
-
-    def _write(self, name: str, text: bytes) -> None:
-        file = self.folder.create(name)
-        try:
-            if text:
-                file.write(0, [memoryview(text)])
-            file.sync()
-        finally:
-            file.close()

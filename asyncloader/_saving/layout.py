@@ -143,9 +143,11 @@ def belongs_to_model(block: WriteBlock) -> bool:
 
 
 def lay_out(
-    blocks: Sequence[WriteBlock], *, rank: int, ranks: int, writers: int
+    blocks: Sequence[WriteBlock], *, rank: int, ranks: int, writers: int, save: str = ""
 ) -> tuple[ShardLayout, ...]:
     """Deal blocks out to the shards of a rank, `writers` of them; leave out those that get none.
+
+    `save` is a part of their names.
 
     Raises:
         ValueError: If two blocks would have the same key, a name cannot be written, or the header
@@ -161,7 +163,7 @@ def lay_out(
             )
     items = list(keys.items())
     return tuple(
-        lay_out_shard(shard_name(rank * writers + number, ranks * writers), dict(share))
+        lay_out_shard(shard_name(rank * writers + number, ranks * writers, save), dict(share))
         for number in range(writers)
         if (share := items[number::writers])
     )

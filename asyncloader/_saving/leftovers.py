@@ -16,7 +16,7 @@ from .part import parse_part
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from asyncloader._storage.folder import WritableFolder
+    from asyncloader._storage.folder import RenamingFolder, WritableFolder
 
 
 OLD = "old"
@@ -25,8 +25,10 @@ OLD = "old"
 _DEAD_AFTER = 1800.0
 """Seconds without a change after which a save of several ranks counts as dead."""
 
+STAGINGS = re.compile(rf"{re.escape(STAGING)}.+/")
+
 _OURS = frozenset({INDEX, TENSORKEY, DESCRIPTION, SIDECAR})
-_SHARD = re.compile(r"model-\d{6,}-of-\d{6,}\.safetensors")
+_SHARD = re.compile(r"model-\d{6,}-of-\d{6,}(-[A-Za-z0-9._-]+)?\.safetensors")
 # What an `index` may call a shard; nothing else is removed because one names it.
 _LISTED = re.compile(r"[^/\\\0]+\.safetensors")
 # What RecIS's trainer puts beside them; of a run, they are a checkpoint's own.
@@ -120,7 +122,7 @@ def moved_away(folder: WritableFolder) -> str | None:
     return None
 
 
-def put_back(folder: WritableFolder, staging: str) -> None:
+def put_back(folder: RenamingFolder, staging: str) -> None:
     """Make a checkpoint again of the files that a dead save had moved away.
 
     `tensorkey.json` went last, and comes back first: while it is away, and only then, what is in

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import posixpath
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from asyncloader._addresses import is_url
 from asyncloader._arguments import check_count
 from asyncloader._checkpoint.format import INDEX, RUN_LIST, SIDECAR, STAGING
 from asyncloader._checkpoint.index import is_file_name
@@ -18,19 +22,20 @@ from asyncloader.errors import SaveError
 from .leftovers import files_of, remove_dead, telling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from asyncloader._storage.folder import WritableFolder
+    from asyncloader._storage.folder import ConditionalFolder, RenamingFolder, WritableFolder
 
 
 _STAGED = f"{STAGING}{RUN_LIST}"
 # Another save holds the list for milliseconds.
 _PATIENCE, _PAUSE = 30.0, 0.02
 _LONGEST = 16 << 20  # bytes
+_TRIES = 20
 
 
 @dataclass(slots=True)
-class RunList:
+class RunList(ABC):
     """One save's change of the list. Every method belongs on a thread.
 
     Attributes:
@@ -47,32 +52,25 @@ class RunList:
     told: list[str]
     evicted: tuple[str, ...] = field(default=(), init=False)
 
-    @contextlib.contextmanager
-    def staged(self) -> Iterator[None]:
-        """Write the new list beside the old one, and keep others from both within the block.
+    @abstractmethod
+    def staged(self) -> contextlib.AbstractContextManager[None]:
+        """Make room for the new list, and keep others from the list within the block."""
 
-        So there is room for it, before a checkpoint is moved into place.
+    @abstractmethod
+    def publish(self) -> None:
+        """Put our line at the end of the list; within `staged`.
+
+        Raises:
+            SaveError: If that fails.
         """
-        with self._alone():
-            try:
-                self._write([*(one for one in self._lines() if one != self.name), self.name])
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # moved, most likely
-                    self.folder.remove(_STAGED)
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        until = time.monotonic() + _PATIENCE
-        while True:
-            with self.folder.hold() as alone:
-                if alone:
-                    yield
-                    return
-            if time.monotonic() > until:
-                problem = f"another process holds the run folder for {_PATIENCE:g} s already"
-                raise SaveError(self.folder.location, problem, RUN_LIST)
-            time.sleep(_PAUSE)
+    @abstractmethod
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep others from the list within the block, where that can be."""
+
+    @abstractmethod
+    def _replace(self, left: list[str]) -> None:
+        """Leave only these lines."""
 
     def _lines(self) -> list[str]:
         """Return the lines of the list as it is.
@@ -90,27 +88,12 @@ class RunList:
         stripped = (line.strip() for line in text.split(b"\n"))
         return [os.fsdecode(line) for line in stripped if line]  # as names are: never fails
 
-    def _write(self, lines: list[str]) -> None:
-        text = b"".join(os.fsencode(line) + b"\n" for line in lines)
-        with contextlib.closing(self.folder.create(_STAGED)) as file:
-            file.write(0, [memoryview(text)])
-            file.sync()
-
-    def publish(self) -> None:
-        """Move the new list into place; within `staged`.
-
-        Raises:
-            SaveError: If that fails.
-        """
-        try:
-            self.folder.move(_STAGED, RUN_LIST)
-            self.folder.sync("")
-        except OSError as error:
-            problem = (
-                f"{self.name!r} is saved, whole, but could not be put into the list: {error}; save "
-                "it again, or add a line with its name at the end"
-            )
-            raise SaveError(self.folder.location, problem, RUN_LIST) from error
+    def _unlisted(self, error: OSError) -> SaveError:
+        problem = (
+            f"{self.name!r} is saved, whole, but could not be put into the list: {error}; save "
+            "it again, or add a line with its name at the end"
+        )
+        return SaveError(self.folder.location, problem, RUN_LIST)
 
     def evict(self) -> None:
         """Remove checkpoints that are not among the newest, then their lines; tell what went wrong.
@@ -127,6 +110,9 @@ class RunList:
             except SaveError as error:  # the new one is there, and listed
                 self.told.append(f"older checkpoints could not be removed: {error}")
 
+    def _with_ours(self, lines: list[str]) -> list[str]:
+        return [*(line for line in lines if line != self.name), self.name]
+
     def _evict(self) -> None:
         lines, there = self._lines(), set(self.folder.names(""))
         for name in self._older(lines, there):
@@ -139,9 +125,7 @@ class RunList:
             if line not in self.evicted and not {line, f"{line}/"}.isdisjoint(there)
         ]
         if len(left) < len(lines):
-            self._write(left)
-            self.folder.move(_STAGED, RUN_LIST)
-            self.folder.sync("")
+            self._replace(left)
 
     def _older(self, lines: list[str], there: set[str]) -> Iterator[str]:
         """Yield the ids of checkpoints that are not among the newest."""
@@ -186,6 +170,119 @@ class RunList:
         return True
 
 
+@dataclass(slots=True)
+class RenamedRunList(RunList):
+    """The list in a folder: written beside the old one, and renamed."""
+
+    folder: RenamingFolder
+
+    @contextlib.contextmanager
+    def staged(self) -> Iterator[None]:
+        """Write the new list beside the old one, and keep others from both within the block.
+
+        So there is room for it, before a checkpoint is moved into place.
+        """
+        with self._alone():
+            try:
+                self._write(self._with_ours(self._lines()))
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # moved, most likely
+                    self.folder.remove(_STAGED)
+
+    def publish(self) -> None:
+        """Move the new list into place; within `staged`.
+
+        Raises:
+            SaveError: If that fails.
+        """
+        try:
+            self.folder.move(_STAGED, RUN_LIST)
+            self.folder.sync("")
+        except OSError as error:
+            raise self._unlisted(error) from error
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        until = time.monotonic() + _PATIENCE
+        while True:
+            with self.folder.hold() as alone:
+                if alone:
+                    yield
+                    return
+            if time.monotonic() > until:
+                problem = f"another process holds the run folder for {_PATIENCE:g} s already"
+                raise SaveError(self.folder.location, problem, RUN_LIST)
+            time.sleep(_PAUSE)
+
+    def _write(self, lines: list[str]) -> None:
+        with contextlib.closing(self.folder.create(_STAGED)) as file:
+            file.write(0, [memoryview(_text_of(lines))])
+            file.sync()
+
+    def _replace(self, left: list[str]) -> None:
+        """Leave only these lines."""
+        self._write(left)
+        self.folder.move(_STAGED, RUN_LIST)
+        self.folder.sync("")
+
+
+@dataclass(slots=True)
+class StoreRunList(RunList):
+    """The list in a place that nobody can hold: written anew if it is what it was."""
+
+    folder: ConditionalFolder
+
+    def staged(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing."""
+        return contextlib.nullcontext()
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: conditions keep others from what is decided by them."""
+        return contextlib.nullcontext()
+
+    def publish(self) -> None:
+        """Put our line at the end.
+
+        Raises:
+            SaveError: If that fails.
+        """
+        try:
+            self._change(self._with_ours)
+        except OSError as error:
+            raise self._unlisted(error) from error
+
+    def _replace(self, left: list[str]) -> None:
+        """Leave only these lines, and those that others have added since."""
+        lines = {*self._lines()}
+        gone = lines.difference(left)
+        self._change(lambda found: [line for line in found if line not in gone])
+
+    def _change(self, change: Callable[[list[str]], list[str]]) -> None:
+        for _ in range(_TRIES):
+            before = self.folder.stat(RUN_LIST)
+            text = _text_of(change(self._lines()))
+            try:
+                return self.folder.put(RUN_LIST, text, over=before)
+            except FileExistsError:  # another save has changed it meanwhile
+                continue
+            except OSError as error:
+                if error.errno != errno.ENOTSUP:
+                    raise
+                return self._overwrite(text)
+        raise OSError(errno.EBUSY, f"others have changed it {_TRIES} times meanwhile")
+
+    def _overwrite(self, text: bytes) -> None:
+        """Write the list in a store that knows no such condition."""
+        with contextlib.closing(self.folder.create(RUN_LIST)) as file:
+            file.write(0, [memoryview(text)])
+            file.sync()
+
+
+def _text_of(lines: list[str]) -> bytes:
+    return b"".join(os.fsencode(line) + b"\n" for line in lines)
+
+
 def _is_half_gone(names: set[str]) -> bool:
     """Say whether a save died while it removed a checkpoint of which these are left."""
     is_ours = SIDECAR in names  # which goes last
@@ -211,7 +308,8 @@ def check_layout(
         if (extra, io_state, max_keep) != (None, None, None):
             raise ValueError('extra, io_state and max_keep are of a run: pass layout="run", too')
         return
-    name = Path(path).absolute().name
+    text = os.fspath(path)
+    name = posixpath.basename(text.rstrip("/")) if is_url(text) else Path(path).absolute().name
     is_line = name == name.strip() and not {*"\r\n"} & {*name}
     if not name or name.startswith(".") or name == RUN_LIST or not is_line:
         raise ValueError(

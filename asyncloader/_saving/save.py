@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._display import listed
+from asyncloader._storage.folder import ConditionalFolder
 from asyncloader._threads.jobs import ByteBudget, run_jobs
 from asyncloader._threads.pool import Threads
 from asyncloader.errors import SaveError
@@ -21,8 +22,9 @@ from .layout import belongs_to_model, checked_blocks, lay_out, lay_out_model
 from .part import RankPart
 from .recis import recis_problems, reserved_problems, state_problems
 from .report import SaveReport
-from .run_list import RunList
+from .run_list import RenamedRunList, StoreRunList
 from .save_id import agreed_save_id, fresh_save_id
+from .store_commit import StoreCommit
 from .writing import Means, write_shards
 
 if TYPE_CHECKING:
@@ -31,10 +33,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asyncloader._loading.progress import Meter
-    from asyncloader._storage.folder import WritableFolder
+    from asyncloader._storage.folder import TargetFolder
     from asyncloader._table.protocol import SavableSnapshot
 
     from .layout import ShardLayout, WriteBlock
+    from .ranks import Ranks
     from .states import States
 
 
@@ -57,6 +60,7 @@ class Order:
     is_run: bool
     max_keep: int | None
     for_recis: bool
+    overwrite: bool
 
 
 class Moment(NamedTuple):
@@ -70,7 +74,7 @@ async def save(
     order: Order,
     moment: Moment | Exception,
     meter: Meter,
-    open_folder: Callable[[], WritableFolder],
+    open_folder: Callable[[], TargetFolder],
 ) -> SaveReport:
     """Write, wait for the other ranks, commit; raises the errors of `Saver.asave`.
 
@@ -93,17 +97,30 @@ async def save(
                 order.path, order.rank, order.ranks, timeout=order.timeout, executor=threads.reads
             )
             save_id = await stack.enter_async_context(agreed)
-        commit = Commit(folder, save_id or fresh_save_id(), order.rank, order.ranks, order.is_run)
-        if order.is_run:
-            name = PurePath(folder.location).name
-            commit.run_list = RunList(folder.above(), name, order.max_keep, commit.told)
+        commit = _commit_of(order, folder, save_id or fresh_save_id())
         return await _Save(order, means, commit).run(moment)
+
+
+def _commit_of(order: Order, folder: TargetFolder, save_id: str) -> Ranks:
+    """Return what makes a checkpoint of the shards, by what the folder is good at."""
+    args = (save_id, order.rank, order.ranks, order.is_run)
+    name = PurePath(folder.location).name
+    commit: Ranks
+    if isinstance(folder, ConditionalFolder):
+        commit = StoreCommit(folder, *args, replaces=order.overwrite, patience=order.timeout)
+        if order.is_run:
+            commit.run_list = StoreRunList(folder.above(), name, order.max_keep, commit.told)
+    else:
+        commit = Commit(folder, *args)
+        if order.is_run:
+            commit.run_list = RenamedRunList(folder.above(), name, order.max_keep, commit.told)
+    return commit
 
 
 class _Save:
     """A save under way: one rank's part and, on rank 0, the commit of all."""
 
-    def __init__(self, order: Order, means: Means, commit: Commit) -> None:
+    def __init__(self, order: Order, means: Means, commit: Ranks) -> None:
         self._order = order
         self._means = means
         self._location = means.folder.location
@@ -169,7 +186,13 @@ class _Save:
             rest: list[WriteBlock] = []
             for block in contents.blocks:
                 (apart if order.is_run and belongs_to_model(block) else rest).append(block)
-            shards = lay_out(rest, rank=order.rank, ranks=order.ranks, writers=order.parallel)
+            shards = lay_out(
+                rest,
+                rank=order.rank,
+                ranks=order.ranks,
+                writers=order.parallel,
+                save=self._commit.shard_mark,
+            )
             layouts = (*shards, *lay_out_model(apart, contents.tied(apart)))
             moment.states.check()
             self._judge([*recis_problems(layouts), *state_problems(moment.states.files)])
@@ -235,8 +258,8 @@ class _Save:
 
         try:
             await run_jobs(threads, [commit.begin])
-            digests = await write_shards(layouts, contents.sources, means, under=commit.staging)
-            write = partial(states.write, means.folder, commit.staging)
+            digests = await write_shards(layouts, contents.sources, means, under=commit.under)
+            write = partial(states.write, means.folder, commit.under)
             [files] = await run_jobs(threads, [write])
             means.meter.finish()
             await run_jobs(threads, [publish])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import zlib
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from asyncloader._checkpoint.archive_form import joined_crc
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, ShardDigests, chunk_count, digest_of
 from asyncloader._loading.buffers import Arena, StagingPool
-from asyncloader._threads.jobs import for_each, run_jobs
+from asyncloader._threads.jobs import for_each, run_jobs, settled
 
 from .contents import CHUNK
 
@@ -98,6 +99,8 @@ class _Shard:
     """For an archive: by key, and by its first byte, the checksum and length of each piece."""
 
     numbers: dict[str, int] = field(default_factory=dict)  # of blocks within the file, by key
+    sums: dict[str, int] = field(default_factory=dict)
+    """Checksums of longer blocks, by key, where a header cannot be written once they are known."""
 
     def summary(self) -> ShardDigests:
         blocks = {key: tuple(digests) for key, digests in self.digests.items()}
@@ -115,7 +118,7 @@ class _Shard:
                 for crc, length in others:
                     total = joined_crc(total, crc, length)
                 sums.append(total)
-                if others:
+                if others and placed.key not in self.sums:
                     header = archive.header(number, total)
                     self.file.write(placed.offset - placed.gap, [memoryview(header)])
             tail = archive.tail(sums)
@@ -130,7 +133,7 @@ async def write_shards(
     *,
     under: str,
 ) -> dict[str, ShardDigests]:
-    """Write shards into the folder `under`, sync them, and return their digests by file.
+    """Write shards into a folder, sync them, and return their digests by file.
 
     Files of a failed call are left to the caller.
     """
@@ -141,7 +144,8 @@ async def write_shards(
     def begin() -> list[_Shard]:
         shards = []
         for layout in layouts:
-            file = means.folder.create(f"{under}/{layout.file}")
+            name = f"{under}/{layout.file}".lstrip("/")
+            file = means.folder.create(name, size=layout.size)
             files.callback(file.close)
             file.write(0, [memoryview(layout.head)])
             shards.append(shard := _Shard(layout, file))
@@ -156,20 +160,66 @@ async def write_shards(
     try:
         [shards] = await run_jobs(means.threads.reads, [begin])
         for shard in shards:
+            if means.folder.writes_in_order:
+                await _sum_up(shard, sources, means)
             if not shard.left:
                 await run_jobs(means.threads.reads, [shard.finish])
-        await for_each(
-            writes,
-            partial(_write, shards, sources, means),
-            workers=means.parallel,
-            name="asyncloader-write",
-        )
+        await _write_all(writes, shards, sources, means)
     finally:
         await run_jobs(means.threads.reads, [files.close])
     [digests] = await run_jobs(
         means.threads.kernels, [lambda: {shard.layout.file: shard.summary() for shard in shards}]
     )
     return digests
+
+
+async def _write_all(
+    writes: Sequence[_Write],
+    shards: Sequence[_Shard],
+    sources: Mapping[WriteBlock, ByteSource],
+    means: Means,
+) -> None:
+    """Do all writes; none of them goes on waiting for one that failed, or will not come."""
+
+    def abandon() -> None:
+        for shard in shards:
+            shard.file.abandon()
+
+    async def write(one: _Write) -> None:
+        try:
+            await _write(shards, sources, means, one)
+        except BaseException:
+            abandon()
+            raise
+
+    def cancel() -> None:
+        abandon()
+        working.cancel()
+
+    working = asyncio.ensure_future(
+        for_each(writes, write, workers=means.parallel, name="asyncloader-write")
+    )
+    await settled(working, withdraw=cancel)
+
+
+async def _sum_up(shard: _Shard, sources: Mapping[WriteBlock, ByteSource], means: Means) -> None:
+    """Compute the checksums of an archive's longer blocks, each of which is read twice so."""
+    if shard.layout.archive is None:
+        return
+    for placed in shard.layout.blocks:
+        if placed.block.nbytes > CHUNK:
+            add = partial(_crc_of, sources[placed.block], placed.block.nbytes, means.staging)
+            [shard.sums[placed.key]] = await run_jobs(means.threads.kernels, [add])
+
+
+def _crc_of(source: ByteSource, nbytes: int, staging: StagingPool) -> int:
+    crc = 0
+    for begin in range(0, nbytes, CHUNK):
+        end = min(begin + CHUNK, nbytes)
+        arena = Arena(staging, end - begin + source.slack, 1)
+        crc = zlib.crc32(source.read(begin, end, arena), crc)
+        arena.close()
+    return crc
 
 
 async def _write(
@@ -215,7 +265,8 @@ def _gather(
         if archive := shard.layout.archive:
             crc = zlib.crc32(view)
             shard.crcs[piece.placed.key][piece.begin] = crc, view.nbytes
-            if not piece.begin:  # of a longer block the checksum is written later
+            if not piece.begin:  # of a longer block the checksum may be written later
+                crc = shard.sums.get(piece.placed.key, crc)
                 views.append(memoryview(archive.header(shard.numbers[piece.placed.key], crc)))
         views.append(view)
     return [view for view in views if view.nbytes]

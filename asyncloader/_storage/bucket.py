@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import time
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,13 @@ from asyncloader._addresses import HTTP
 
 from .folder import Entry
 from .stores import explained, identity_of, open_store
+from .uploads import PartMemory, Upload
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from concurrent.futures import Executor
 
-    from obstore import ListResult, ObjectMeta
+    from obstore import ListResult, ObjectMeta, PutMode
     from obstore.store import ObjectStore
 
     from asyncloader._addresses import Address
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 8 << 20
 _RETRIES = 5
+_PAUSE = 0.1
+_SPARE_PARTS = 4
 
 
 class Bucket:
@@ -32,16 +37,40 @@ class Bucket:
     Args:
         address: Of anything in it.
         options: As `open_store` takes them.
+        uploads: Objects that are written at a time.
+
+    Attributes:
+        memory: Of all uploads, 8 MiB for each of them, and 32 MiB more.
     """
 
-    def __init__(self, address: Address, options: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, address: Address, options: Mapping[str, Any] | None, *, uploads: int = 1
+    ) -> None:
         self._address = address
         self._options = options
+        self.memory = PartMemory(uploads + _SPARE_PARTS)
 
     @cached_property
     def client(self) -> ObjectStore:
         """The client of obstore, which tries again by itself."""
         return open_store(self._address, self._options, read_bytes=_READ_BYTES, retries=_RETRIES)
+
+    def put_once(self, key: str, data: bytes, mode: PutMode) -> None:
+        """Write an object, and try once: obstore could not tell a lost answer from a refusal.
+
+        Raises:
+            FileExistsError: If the condition does not hold.
+        """
+        import obstore  # noqa: PLC0415  # an extra
+
+        try:
+            obstore.put(self._trying_once, key, data, mode=mode)
+        except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as no:
+            raise FileExistsError(errno.EEXIST, "written to by another", key) from no
+
+    @cached_property
+    def _trying_once(self) -> ObjectStore:
+        return open_store(self._address, self._options, read_bytes=_READ_BYTES)
 
     @property
     def lists(self) -> bool:
@@ -60,6 +89,7 @@ class BucketFolder:
 
     shows_whole = True
     dates_folders = False
+    writes_in_order = True
 
     def __init__(self, bucket: Bucket, url: str, key: str) -> None:
         self._bucket = bucket
@@ -149,6 +179,73 @@ class BucketFolder:
         read = partial(self.read, name, last=None if last < 0 else last)
         return await asyncio.get_running_loop().run_in_executor(executor, read)
 
+    def names(self, name: str, /) -> list[str]:
+        """Return the next parts of the keys under a prefix."""
+        try:
+            key, found = self._listed(name)
+        except FileNotFoundError:
+            return []  # a prefix is there, though nothing begins with it
+        prefixes = (one[len(key) :].rstrip("/") + "/" for one in found["common_prefixes"])
+        return sorted([*prefixes, *(one["path"][len(key) :] for one in found["objects"])])
+
+    def create(self, name: str, /, *, size: int = 0) -> Upload:
+        """Begin an object, which takes the place of another one once it is synced."""
+        bucket = self._bucket
+        return Upload(
+            bucket.client, self._at(name), f"{self._url}/{name}", bucket.memory, size=size
+        )
+
+    def put(self, name: str, data: bytes, /, *, over: Entry | None) -> None:
+        """Write a small object, if it is what it was."""
+        url, mode = f"{self._url}/{name}", _mode(over)
+        for number in range(_RETRIES):
+            try:
+                with explained(url):
+                    self._bucket.put_once(self._at(name), data, mode)
+            except FileExistsError:
+                # If an answer was lost before, it may be ours.
+                if not number or self.read(name) != data:
+                    raise
+            except OSError as error:
+                if error.errno != errno.EIO or number == _RETRIES - 1:
+                    raise
+                time.sleep(_PAUSE * 2**number)
+                continue
+            break
+
+    def size(self, name: str, /) -> int:
+        """Return the length of an object in bytes."""
+        entry = self.stat(name)
+        if entry is None or entry.size is None:
+            raise FileNotFoundError(errno.ENOENT, "no such object", f"{self._url}/{name}")
+        return entry.size
+
+    def changed_at(self, name: str, /) -> float:
+        """Return when an object under a prefix was last written."""
+        _, found = self._listed(name)
+        return max((_entry(one).modified for one in found["objects"]), default=0.0)
+
+    def remove(self, name: str, /) -> None:
+        """Remove an object; fine for most stores if it is not there."""
+        import obstore  # noqa: PLC0415  # an extra
+
+        with explained(f"{self._url}/{name}"):
+            obstore.delete(self._bucket.client, self._at(name))
+
+    def make(self, name: str, /) -> None:
+        """Do nothing: a prefix need not be made."""
+
+    def remove_folder(self, name: str, /) -> None:
+        """Do nothing: a prefix is gone with its last object."""
+
+    def sync(self, name: str, /) -> None:
+        """Do nothing: what a store has said to have, it has."""
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[bool]:
+        """Hold nothing: conditions of `put` keep others from what is decided by it."""
+        yield True
+
     def _listed(self, name: str) -> tuple[str, ListResult[Any]]:
         """Return what keys begin with, and what is there."""
         import obstore  # noqa: PLC0415  # an extra
@@ -166,6 +263,13 @@ class BucketFolder:
 
     def _at(self, name: str) -> str:
         return "/".join(part for part in (self._key, name) if part)
+
+
+def _mode(over: Entry | None) -> PutMode:
+    if over is None:
+        return "create"
+    _, tag, _ = over.identity
+    return {"e_tag": str(tag)}
 
 
 def _is_key(key: str) -> bool:

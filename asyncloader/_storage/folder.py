@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     import contextlib
@@ -35,14 +35,22 @@ def is_unclear(error: OSError) -> bool:
 
 
 class WritableFile(Protocol):
-    """A file that is being written, at any positions, by any number of threads."""
+    """A file that is being written, by any number of threads."""
 
     def write(self, offset: int, views: Sequence[memoryview], /) -> None:
-        """Write all of `views`, one after the other, from `offset` on. At most 1024 views."""
+        """Write all of `views`, one after the other, from `offset` on. At most 1024 views.
+
+        Of a folder that `writes_in_order` each byte comes once, and a write waits for those before
+        it. Of others they come in any order.
+        """
         ...
 
     def sync(self) -> None:
         """Return when all that was written would outlive a loss of power."""
+        ...
+
+    def abandon(self) -> None:
+        """Have all writes fail that wait. Any thread may call this; it waits for nothing."""
         ...
 
     def close(self) -> None:
@@ -114,7 +122,10 @@ class Folder(Protocol):
 
 
 class WritableFolder(Folder, Protocol):
-    """A folder that is written to: the few calls from which a commit is made."""
+    """A folder that is written to."""
+
+    writes_in_order: bool
+    """Whether the bytes of a file have to come in order, each once."""
 
     def above(self) -> WritableFolder:
         """Return the folder that this one is in."""
@@ -122,10 +133,6 @@ class WritableFolder(Folder, Protocol):
 
     def inside(self, name: str, /) -> WritableFolder:
         """Return a folder in this one."""
-        ...
-
-    def make(self, name: str, /) -> None:
-        """Make a folder, and its parents; fine if it is there."""
         ...
 
     def names(self, name: str, /) -> list[str]:
@@ -136,8 +143,8 @@ class WritableFolder(Folder, Protocol):
         """
         ...
 
-    def create(self, name: str, /) -> WritableFile:
-        """Begin a file anew."""
+    def create(self, name: str, /, *, size: int = 0) -> WritableFile:
+        """Begin a file anew, which will have about `size` bytes."""
         ...
 
     def size(self, name: str, /) -> int:
@@ -146,10 +153,6 @@ class WritableFolder(Folder, Protocol):
 
     def changed_at(self, name: str, /) -> float:
         """Return when a folder, or a file in it, was last changed, in seconds by its own clock."""
-        ...
-
-    def move(self, source: str, target: str, /) -> None:
-        """Rename a file; what had the new name is gone."""
         ...
 
     def remove(self, name: str, /) -> None:
@@ -171,3 +174,49 @@ class WritableFolder(Folder, Protocol):
             Whether no other does.
         """
         ...
+
+    def make(self, name: str, /) -> None:
+        """Make a folder, and its parents; fine if it is there."""
+        ...
+
+
+class RenamingFolder(WritableFolder, Protocol):
+    """A folder in which a commit can be made by renaming."""
+
+    def above(self) -> RenamingFolder:
+        """Return the folder that this one is in."""
+        ...
+
+    def inside(self, name: str, /) -> RenamingFolder:
+        """Return a folder in this one."""
+        ...
+
+    def move(self, source: str, target: str, /) -> None:
+        """Rename a file; what had the new name is gone."""
+        ...
+
+
+@runtime_checkable
+class ConditionalFolder(WritableFolder, Protocol):
+    """A folder that nobody can hold, and where a file is written if it is what it was."""
+
+    def above(self) -> ConditionalFolder:
+        """Return the folder that this one is in."""
+        ...
+
+    def inside(self, name: str, /) -> ConditionalFolder:
+        """Return a folder in this one."""
+        ...
+
+    def put(self, name: str, data: bytes, /, *, over: Entry | None) -> None:
+        """Write a small file, if it is what it was: `over`, or nothing.
+
+        Raises:
+            FileExistsError: If it is something else; nothing was changed.
+            OSError: `ENOTSUP` if this cannot be asked for.
+        """
+        ...
+
+
+TargetFolder: TypeAlias = RenamingFolder | ConditionalFolder
+"""What a checkpoint is saved to."""

@@ -18,10 +18,14 @@ class Folders:
 
     Args:
         storage_options: Of URLs, as `ReadOptions` has them.
+        uploads: Objects of a bucket that are written at a time.
     """
 
-    def __init__(self, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, storage_options: Mapping[str, Any] | None = None, *, uploads: int = 1
+    ) -> None:
         self._options = storage_options
+        self._uploads = uploads
         self._buckets: dict[tuple[str, str, str], Bucket] = {}
 
     def at(self, location: str) -> LocalFolder | BucketFolder:
@@ -34,5 +38,7 @@ class Folders:
             return LocalFolder(location)
         address = address_of(location, "path")
         which = (address.store, address.root, address.account)
-        bucket = self._buckets.setdefault(which, Bucket(address, self._options))
+        bucket = self._buckets.setdefault(
+            which, Bucket(address, self._options, uploads=self._uploads)
+        )
         return BucketFolder(bucket, address.url, address.key)

@@ -48,6 +48,9 @@ class _LocalFile:
         with naming(self._path), self._open_files.using(self._path) as fd:
             os.fsync(fd)
 
+    def abandon(self) -> None:
+        """Do nothing: no write waits for another."""
+
     def close(self) -> None:
         with naming(self._path):
             self._open_files.close(self._path)
@@ -58,6 +61,7 @@ class LocalFolder:
 
     shows_whole = False
     dates_folders = True
+    writes_in_order = False
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = Path(root)
@@ -133,7 +137,7 @@ class LocalFolder:
                 for entry in entries
             )
 
-    def create(self, name: str, /) -> _LocalFile:
+    def create(self, name: str, /, *, size: int = 0) -> _LocalFile:  # noqa: ARG002  # of stores
         """Begin a file anew."""
         return _LocalFile(self._root / name, self._open_files)
 

@@ -114,6 +114,8 @@ def explained(what: str) -> Iterator[None]:
         if (why := _UNTRUSTED.search(str(error))) is not None:
             problem = f"the server's certificate is not trusted: {why[1]}"
             raise OSError(errno.EPROTO, problem, what) from error
+        if code == 501:  # noqa: PLR2004  # of HTTP
+            raise OSError(errno.ENOTSUP, _in_words(error), what) from error
         stays = 400 <= code < 500 and code not in _PASSING  # noqa: PLR2004  # of HTTP
         raise OSError(errno.EPROTO if stays else errno.EIO, _in_words(error), what) from error
 
