@@ -69,8 +69,8 @@ class RunList(ABC):
         """Keep others from the list within the block, where that can be."""
 
     @abstractmethod
-    def _replace(self, left: list[str]) -> None:
-        """Leave only these lines."""
+    def _strike(self, gone: set[str]) -> None:
+        """Remove lines."""
 
     def _lines(self) -> list[str]:
         """Return the lines of the list as it is.
@@ -119,13 +119,11 @@ class RunList(ABC):
             with telling(self.told, f"{name!r}, which is old, could not be removed"):
                 if self._remove(name):
                     self.evicted += (name,)
-        left = [  # nor of what is gone: a save may have died just before it wrote the list
-            line
-            for line in lines
-            if line not in self.evicted and not {line, f"{line}/"}.isdisjoint(there)
-        ]
-        if len(left) < len(lines):
-            self._replace(left)
+        gone = {  # also what is not there: a save may have died just before it wrote the list
+            line for line in lines if line in self.evicted or {line, f"{line}/"}.isdisjoint(there)
+        }
+        if gone:
+            self._strike(gone)
 
     def _older(self, lines: list[str], there: set[str]) -> Iterator[str]:
         """Yield the ids of checkpoints that are not among the newest."""
@@ -220,9 +218,9 @@ class RenamedRunList(RunList):
             file.write(0, [memoryview(_text_of(lines))])
             file.sync()
 
-    def _replace(self, left: list[str]) -> None:
-        """Leave only these lines."""
-        self._write(left)
+    def _strike(self, gone: set[str]) -> None:
+        """Remove lines."""
+        self._write([line for line in self._lines() if line not in gone])
         self.folder.move(_STAGED, RUN_LIST)
         self.folder.sync("")
 
@@ -252,24 +250,23 @@ class StoreRunList(RunList):
         except OSError as error:
             raise self._unlisted(error) from error
 
-    def _replace(self, left: list[str]) -> None:
-        """Leave only these lines, and those that others have added since."""
-        lines = {*self._lines()}
-        gone = lines.difference(left)
-        self._change(lambda found: [line for line in found if line not in gone])
+    def _strike(self, gone: set[str]) -> None:
+        """Remove lines."""
+        self._change(lambda lines: [line for line in lines if line not in gone])
 
     def _change(self, change: Callable[[list[str]], list[str]]) -> None:
         for _ in range(_TRIES):
             before = self.folder.stat(RUN_LIST)
             text = _text_of(change(self._lines()))
             try:
-                return self.folder.put(RUN_LIST, text, over=before)
+                self.folder.put(RUN_LIST, text, over=before)
             except FileExistsError:  # another save has changed it meanwhile
                 continue
             except OSError as error:
                 if error.errno != errno.ENOTSUP:
                     raise
-                return self._overwrite(text)
+                self._overwrite(text)
+            return
         raise OSError(errno.EBUSY, f"others have changed it {_TRIES} times meanwhile")
 
     def _overwrite(self, text: bytes) -> None:

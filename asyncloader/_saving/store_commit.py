@@ -13,11 +13,12 @@ checkpoint, and it may be replaced, its `index` is removed before anything is wr
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.format import INDEX
+from asyncloader._checkpoint.format import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
 from asyncloader.errors import SaveError, SaveTimeoutError
 
 from .leftovers import STAGINGS, old_files, telling
@@ -25,14 +26,16 @@ from .part import render_part
 from .ranks import Ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from asyncloader._storage.folder import ConditionalFolder, Entry
+    from asyncloader._storage.folder import ConditionalFolder
 
     from .part import RankPart
 
 
 _PAUSE = 0.5
+_TEXTS = (TENSORKEY, DESCRIPTION, SIDECAR)
+_NOT_ALONE = "another save commits a checkpoint here at the same time, so this one gives up"
 _IS_THERE = (
     "there is a checkpoint already, and nothing was written: save to another place, or pass "
     "overwrite=True, and then there is none until the save is done"
@@ -53,6 +56,8 @@ class StoreCommit(Ranks):
     patience: float | None = None
     _is_replacing: bool = field(default=False, init=False)
     _has_begun: bool = field(default=False, init=False)
+    _is_unsure: bool = field(default=False, init=False)
+    _created: list[str] = field(default_factory=list, init=False)
 
     @property
     def under(self) -> str:
@@ -73,6 +78,8 @@ class StoreCommit(Ranks):
             if INDEX in names:
                 self._is_replacing = True
                 self.folder.remove(INDEX)
+            # Of the old checkpoint, or of a save that died before it had an `index`.
+            self._remove(name for name in names if name in _TEXTS)
         else:
             self._await_no_index()
         self._has_begun = True
@@ -98,35 +105,40 @@ class StoreCommit(Ranks):
         """Make a checkpoint of the parts of all ranks.
 
         Raises:
-            SaveError: If the parts do not fit together, or another save was faster.
+            SaveError: If the parts do not fit together, or another save commits here, too.
         """
         parts, texts = self._merged(part_texts)
         index = texts.pop(INDEX)
-        for name, text in texts.items():
-            self._write(name, text)
-        ours = {name for part in parts for name in part.sizes} | {*texts}
-        before = self._entries(ours)
+        # Created, too, so that another save that commits now, or has, is noticed.
+        tags = {name: self._create(name, text) for name, text in texts.items()}
         try:
-            self.folder.put(INDEX, index, over=None)
-        except FileExistsError as error:
-            problem = "another save has committed a checkpoint here meanwhile"
-            raise SaveError(self.folder.location, problem) from error
+            self._create(INDEX, index)
+        except SaveError:
+            raise
+        except OSError as error:
+            # No answer: it may be lost, or the request come late.
+            self._is_unsure = error.errno == errno.EIO
+            raise
         self.is_committed = True
-        # Another save that began before may have written the small files, or removed them.
-        if self._entries(ours) != before:
-            self.is_committed = False
+        # One that has just begun takes them for what a dead save has left.
+        there = self.folder.files("")
+        if any(name not in there or there[name].tag != tag for name, tag in tags.items()):
             self.folder.remove(INDEX)
-            problem = "another save writes here, too: its files and ours are mixed"
-            raise SaveError(self.folder.location, problem)
+            self.is_committed = False
+            raise SaveError(self.folder.location, _NOT_ALONE)
         if self.run_list is not None:
             self.run_list.publish()
             self.run_list.evict()
         with telling(self.told, "left-overs could not be removed"):
-            self._tidy(ours | {INDEX})
+            self._tidy({INDEX, *tags, *(name for part in parts for name in part.sizes)})
 
-    def _entries(self, names: Iterable[str]) -> Mapping[str, Entry | None]:
-        there = self.folder.files("")
-        return {name: there.get(name) for name in names}
+    def _create(self, name: str, text: bytes) -> str:
+        try:
+            tag = self.folder.put(name, text, over=None)
+        except FileExistsError as error:
+            raise SaveError(self.folder.location, _NOT_ALONE) from error
+        self._created.append(name)
+        return tag
 
     def _tidy(self, ours: set[str]) -> None:
         """Remove the old checkpoint's files, and what dead saves have left."""
@@ -137,21 +149,28 @@ class StoreCommit(Ranks):
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
-            with telling(self.told, f"{name!r} could not be removed"):
+            with (
+                telling(self.told, f"{name!r} could not be removed"),
+                contextlib.suppress(FileNotFoundError),
+            ):
                 self.folder.remove(name)
 
     def outcome(self) -> str:
         """Say in which state a failed save has left the place."""
         if self.is_committed:
             return "the checkpoint is there, whole"
+        if self._is_unsure:
+            return "whether it was committed is not known: look for its `index`"
         if self._is_replacing:
             return "there is no checkpoint any more, as the old one's `index` was removed first"
         return "nothing was committed"
 
     def abandon(self, files: list[str], reason: str) -> None:
         """Remove what this rank has written, and tell rank 0."""
+        if self._is_unsure:
+            return  # it may be a checkpoint
         if self._has_begun:  # else files of these names are the old checkpoint's
-            self._remove(files)
+            self._remove([*self._created, *files])
         if self.rank == 0:
             with telling(self.told, "left-overs could not be removed"):
                 self._remove(f"{self.staging}/{name}" for name in self.folder.names(self.staging))

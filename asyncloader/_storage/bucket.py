@@ -55,8 +55,8 @@ class Bucket:
         """The client of obstore, which tries again by itself."""
         return open_store(self._address, self._options, read_bytes=_READ_BYTES, retries=_RETRIES)
 
-    def put_once(self, key: str, data: bytes, mode: PutMode) -> None:
-        """Write an object, and try once: obstore could not tell a lost answer from a refusal.
+    def put_once(self, key: str, data: bytes, mode: PutMode) -> str:
+        """Write an object, and return its ETag. Tried once: of two tries one would be refused.
 
         Raises:
             FileExistsError: If the condition does not hold.
@@ -64,9 +64,10 @@ class Bucket:
         import obstore  # noqa: PLC0415  # an extra
 
         try:
-            obstore.put(self._trying_once, key, data, mode=mode)
+            result = obstore.put(self._trying_once, key, data, mode=mode)
         except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as no:
             raise FileExistsError(errno.EEXIST, "written to by another", key) from no
+        return str(result["e_tag"]).strip('"')
 
     @cached_property
     def _trying_once(self) -> ObjectStore:
@@ -195,23 +196,24 @@ class BucketFolder:
             bucket.client, self._at(name), f"{self._url}/{name}", bucket.memory, size=size
         )
 
-    def put(self, name: str, data: bytes, /, *, over: Entry | None) -> None:
+    def put(self, name: str, data: bytes, /, *, over: Entry | None) -> str:
         """Write a small object, if it is what it was."""
         url, mode = f"{self._url}/{name}", _mode(over)
         for number in range(_RETRIES):
             try:
                 with explained(url):
-                    self._bucket.put_once(self._at(name), data, mode)
+                    return self._bucket.put_once(self._at(name), data, mode)
             except FileExistsError:
                 # If an answer was lost before, it may be ours.
                 if not number or self.read(name) != data:
                     raise
+                break
             except OSError as error:
                 if error.errno != errno.EIO or number == _RETRIES - 1:
                     raise
-                time.sleep(_PAUSE * 2**number)
-                continue
-            break
+            time.sleep(_PAUSE * 2**number)
+        entry = self.stat(name)
+        return "" if entry is None else entry.tag
 
     def size(self, name: str, /) -> int:
         """Return the length of an object in bytes."""

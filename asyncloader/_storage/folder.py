@@ -28,6 +28,11 @@ class Entry:
     identity: tuple[object, ...]
     modified: float
 
+    @property
+    def tag(self) -> str:
+        """The ETag, of an object; without quotation marks, which some lists leave out."""
+        return str(self.identity[1]).strip('"')
+
 
 def is_unclear(error: OSError) -> bool:
     """Say whether an error leaves open what is there: a disk or a server gave no answer."""
@@ -208,12 +213,15 @@ class ConditionalFolder(WritableFolder, Protocol):
         """Return a folder in this one."""
         ...
 
-    def put(self, name: str, data: bytes, /, *, over: Entry | None) -> None:
+    def put(self, name: str, data: bytes, /, *, over: Entry | None) -> str:
         """Write a small file, if it is what it was: `over`, or nothing.
+
+        Returns:
+            The `tag` of the file's entry, as long as it stays as it is.
 
         Raises:
             FileExistsError: If it is something else; nothing was changed.
-            OSError: `ENOTSUP` if this cannot be asked for.
+            OSError: `ENOTSUP` if this cannot be asked for. After others it may have been written.
         """
         ...
 

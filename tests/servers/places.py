@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 
+_LARGE = 1 << 20
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where the genuine run is, and how it is reached.
@@ -29,11 +32,13 @@ class Place:
         run: The URL of its folder.
         options: As `storage_options`.
         client: Of the bucket, to change what is in it; `None` of a server of HTTP.
+        files: Where Swift keeps its objects.
     """
 
     run: str
     options: dict[str, Any]
     client: ObjectStore | None = None
+    files: Path | None = None
 
     @property
     def url(self) -> str:
@@ -43,6 +48,11 @@ class Place:
     def store(self) -> ObjectStore:
         assert self.client is not None, "this place is written to"
         return self.client
+
+    def parts(self) -> int:
+        """Count the large objects of Swift, and the parts of uploads, whether they ended or not."""
+        assert self.files is not None, "this place is Swift"
+        return sum(path.stat().st_size > _LARGE for path in self.files.rglob("*.data"))
 
     def copy(self, folder: Path, prefix: str) -> str:
         """Bring the files of a folder under a prefix of the bucket; return its URL."""
@@ -70,7 +80,7 @@ def on_s3(folder: Path) -> Iterator[Place]:
         config: Any = options
         store = S3Store("models", config=config, client_options={"allow_http": True})
         upload(store, RUN, "ctr")
-        yield Place(run="s3://models/ctr", options=options, client=store)
+        yield Place(run="s3://models/ctr", options=options, client=store, files=folder)
 
 
 @contextlib.contextmanager

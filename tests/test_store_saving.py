@@ -1,0 +1,358 @@
+"""Checkpoints saved to object stores: real servers, requests that fail, and processes that die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import obstore
+import pytest
+import torch
+
+from asyncloader import (
+    CheckpointNotFoundError,
+    HashTable,
+    Loader,
+    ReadOptions,
+    SaveError,
+    Saver,
+    gen_slice,
+    latest,
+    load_tensors,
+    read_extra,
+    read_io_state,
+    verify,
+)
+from asyncloader._storage.folders import Folders
+from tests.forks import Forked
+from tests.live import Events, build, live, version_in
+from tests.servers.faults import Fault, faulty_proxy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from asyncloader._storage.bucket import BucketFolder
+    from tests.servers.places import Place
+
+# Each request is a connection of its own, and is tried once: the proxy counts them.
+EACH_ALONE = {
+    "client_options": {"pool_max_idle_per_host": "0"},
+    "retry_config": {"max_retries": 0},
+}
+
+
+def model(version: int) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+    """Make a small model whose every value tells its version."""
+    table = HashTable([4], name="t")
+    ids = torch.arange(10 + version, dtype=torch.int64) * 7919
+    table.insert(ids, torch.full((len(ids), 4), float(version)))
+    return {"t": table}, {"w": torch.full((3,), float(version))}
+
+
+def url_of(place: Place, prefix: str) -> str:
+    return f"{place.run.removesuffix('ctr')}{prefix}"
+
+
+def saver(url: str, version: int, options: dict[str, Any], **how: Any) -> Saver:  # noqa: ANN401  # of Saver
+    return Saver.to(url, *model(version), parallel=2, storage_options=options, **how)
+
+
+def version_at(url: str, options: dict[str, Any]) -> int | None:
+    """Return the version of a checkpoint, whole, with every byte verified; `None` if it is none."""
+    tables, tensors = {"t": HashTable([4], name="t")}, {"w": torch.zeros(3)}
+    loader = Loader(url, tables, tensors, strict=True, verify="require", storage_options=options)
+    try:
+        loader.load()
+    except CheckpointNotFoundError:
+        return None
+    version = int(tensors["w"][0])
+    assert len(tables["t"]) == 10 + version
+    assert bool((tables["t"].lookup(tables["t"].ids()) == version).all())
+    return version
+
+
+def names_in(place: Place, prefix: str) -> set[str]:
+    pages = obstore.list(place.store, f"{prefix}/")
+    return {one["path"].removeprefix(f"{prefix}/") for page in pages for one in page}
+
+
+def test_what_was_saved_comes_back(bucket: Place) -> None:
+    url, options = url_of(bucket, "saved/plain"), bucket.options
+    report = saver(url, 1, options).save()
+    assert (report.location, report.committed) == (url, True)
+    assert version_at(url, options) == 1
+    assert names_in(bucket, "saved/plain") == {
+        "index",
+        "tensorkey.json",
+        "asyncloader.json",
+        "torch_rank_weights_embs_table_multi_shard.json",
+        *report.shards,
+    }
+
+
+def test_what_is_larger_than_a_part_is_sent_in_parts(bucket: Place, tmp_path: Path) -> None:
+    """Of `model.pt` headers come before the bytes that they are about: these are read twice."""
+    url, options = url_of(bucket, "saved/run/ckpt_1"), bucket.options
+    tensors = {"a": torch.rand(7_000_001), "b": torch.rand(3), "c": torch.rand(1_234_567)}
+    saved = Saver(
+        path=url, tensors=tensors, layout="run", parallel=2, storage_options=options
+    ).save()
+    assert saved.shards == ("model.pt",)
+    found = load_tensors(url, storage_options=options)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert verify(url, options=ReadOptions(storage_options=options)).problems == ()
+    copy = tmp_path / "model.pt"
+    copy.write_bytes(bytes(obstore.get(bucket.store, "saved/run/ckpt_1/model.pt").bytes()))
+    read = torch.load(copy, weights_only=True)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    plain = url_of(bucket, "saved/large")
+    Saver(path=plain, tensors=tensors, parallel=1, storage_options=options).save()
+    found = load_tensors(plain, verify="require", storage_options=options)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_checkpoint_is_replaced_only_if_that_was_asked_for(bucket: Place) -> None:
+    url, options = url_of(bucket, "replaced/ckpt_1"), bucket.options
+    run = {"layout": "run", "extra": {"step": 1}, "io_state": {"at": 1}}
+    saver(url, 1, options, **run).save()
+    before = names_in(bucket, "replaced")
+    with pytest.raises(SaveError, match="there is a checkpoint already, and nothing was written"):
+        saver(url, 2, options, **run).save()
+    assert names_in(bucket, "replaced") == before
+    assert version_at(url, options) == 1
+    assert read_extra(url, storage_options=options)["step"] == 1
+    saver(url, 2, options, overwrite=True, **run | {"extra": {"step": 2}}).save()
+    assert version_at(url, options) == 2
+    assert len(names_in(bucket, "replaced")) == len(before)
+    assert read_extra(url, storage_options=options)["step"] == 2
+    assert read_io_state(url, 0, storage_options=options) == {"at": 1}
+
+
+def test_a_place_that_holds_something_else_is_refused(bucket: Place) -> None:
+    obstore.put(bucket.store, "other/notes.txt", b"mine")
+    with pytest.raises(SaveError, match=r"something else than a checkpoint: 'notes\.txt'"):
+        saver(url_of(bucket, "other"), 1, bucket.options).save()
+    assert names_in(bucket, "other") == {"notes.txt"}
+
+
+def test_a_server_of_http_is_read_only(http: Place) -> None:
+    with pytest.raises(ValueError, match="is read only: save to a folder or an object store"):
+        saver(f"{http.run}/new", 1, {})
+
+
+async def test_several_ranks_make_one_checkpoint(bucket: Place) -> None:
+    url, options, ranks = url_of(bucket, "ranks"), bucket.options, 3
+
+    def of_rank(rank: int) -> Saver:
+        tables, tensors = model(5)
+        ids = tables["t"].ids()
+        part = gen_slice(rank, ranks)
+        position = ids % part.size
+        ids = ids[(part.begin <= position) & (position < part.end)]
+        mine = HashTable([4], name="t", slice=part)
+        mine.insert(ids, tables["t"].lookup(ids))
+        return Saver(
+            rank,
+            ranks,
+            2,
+            url,
+            {"t": mine},
+            tensors if rank == 0 else {},
+            save_id="one",
+            storage_options=options,
+        )
+
+    reports = await asyncio.gather(*(of_rank(rank).asave() for rank in range(ranks)))
+    assert [report.committed for report in reports] == [True, False, False]
+    assert await asyncio.to_thread(version_at, url, options) == 5
+    assert not [name for name in names_in(bucket, "ranks") if name.startswith(".")]
+
+
+async def test_a_rank_that_fails_ends_the_save_of_all(bucket: Place) -> None:
+    url, options = url_of(bucket, "failing-rank"), bucket.options
+
+    def of_rank(rank: int) -> Saver:
+        tables, tensors = model(5)
+        how: dict[str, Any] = {"save_id": "x", "storage_options": options, "for_recis": True}
+        odd = {"ranks differ": torch.ones(1)} if rank else tensors
+        return Saver(rank, 2, 2, url, tables, odd, **how)
+
+    results = await asyncio.gather(
+        *(of_rank(rank).asave() for rank in range(2)), return_exceptions=True
+    )
+    assert any(isinstance(result, SaveError) for result in results), results
+    assert "index" not in names_in(bucket, "failing-rank")
+
+
+async def test_of_two_saves_at_once_one_at_most_commits(bucket: Place) -> None:
+    url, options = url_of(bucket, "both"), bucket.options
+    results = await asyncio.gather(
+        *(saver(url, version, options).asave() for version in (1, 2)), return_exceptions=True
+    )
+    failures = [result for result in results if isinstance(result, BaseException)]
+    assert all(isinstance(failure, SaveError) for failure in failures), failures
+    committed = [version for version, one in enumerate(results, 1) if one not in failures]
+    assert len(committed) < 2
+    found = await asyncio.to_thread(version_at, url, options)
+    assert found == (committed[0] if committed else None)
+
+
+async def test_a_save_of_which_any_request_fails_leaves_no_checkpoint(
+    s3: Place, every_step: bool
+) -> None:
+    """Or a whole one: what follows on `index` only tidies up."""
+    port, at, outcomes = int(s3.options["endpoint"].rpartition(":")[2]), -1, []
+
+    async with faulty_proxy(
+        port, lambda number: Fault(status=403) if number == at else Fault()
+    ) as proxy:
+        options = {**s3.options, **EACH_ALONE, "endpoint": proxy.endpoint}
+        while True:
+            at, proxy.connections = at + (1 if every_step else 2), 0
+            url, failed = url_of(s3, f"failing/{at}"), False
+            try:
+                await saver(url, 1, options).asave()
+            except SaveError as error:
+                failed = "the checkpoint is there, whole" not in str(error)
+            found = await asyncio.to_thread(version_at, url, s3.options)
+            assert found == (None if failed else 1)
+            if failed:
+                left = names_in(s3, f"failing/{at}")
+                assert len([name for name in left if "safetensors" in name]) <= 1, left
+            outcomes.append(failed)
+            await saver(url, 2, s3.options, overwrite=True).asave()
+            assert await asyncio.to_thread(version_at, url, s3.options) == 2
+            assert len(names_in(s3, f"failing/{at}")) == 6
+            if proxy.connections <= at:
+                break
+    assert outcomes.count(True) >= 4
+    assert not outcomes[-1]
+
+
+CHILD = """
+import json, sys
+from tests.test_store_saving import saver
+url, options = json.loads(sys.argv[1])
+saver(url, 1, options, overwrite=True).save()
+"""
+
+
+@pytest.mark.timeout(240)
+async def test_a_saver_that_is_killed_at_any_request_leaves_no_checkpoint(
+    s3: Place, every_step: bool
+) -> None:
+    port, at, killed, outcomes = int(s3.options["endpoint"].rpartition(":")[2]), 0, True, []
+    child: list[Forked] = []
+
+    def fault(number: int) -> Fault:
+        if number == at:
+            os.kill(child[0].pid, signal.SIGKILL)
+        return Fault()
+
+    async with faulty_proxy(port, fault) as proxy:
+        options = {**s3.options, **EACH_ALONE, "endpoint": proxy.endpoint}
+        while killed:
+            url, proxy.connections = url_of(s3, f"killed/{at}"), 0
+            child[:] = [Forked(["-c", CHILD, json.dumps([url, options])])]
+            _, errors = await asyncio.to_thread(child[0].communicate)
+            killed = child[0].returncode == -signal.SIGKILL
+            assert killed or not child[0].returncode, errors
+            found = await asyncio.to_thread(version_at, url, s3.options)
+            assert found == 1 if not killed else found in {None, 1}
+            outcomes.append(found)
+            await saver(url, 2, s3.options, overwrite=True).asave()
+            assert await asyncio.to_thread(version_at, url, s3.options) == 2
+            assert len(names_in(s3, f"killed/{at}")) == 6
+            at += 1 if every_step else 4
+    assert outcomes[0] is None
+    assert outcomes[-1] == 1
+
+
+async def test_a_save_that_is_cancelled_leaves_nothing(s3: Place) -> None:
+    """Parts of uploads that have not ended are removed, too."""
+    url, options = url_of(s3, "cancelled"), s3.options
+    before, begun = s3.parts(), asyncio.Event()
+
+    def told(progress: Any) -> None:  # noqa: ANN401  # Progress
+        if progress.bytes_done:
+            begun.set()
+
+    tensors = {str(number): torch.rand(5_000_000) for number in range(8)}
+    arguments: dict[str, Any] = {"storage_options": options, "progress": told, "parallel": 2}
+    saving = asyncio.ensure_future(Saver(path=url, tensors=tensors, **arguments).asave())
+    await begun.wait()
+    saving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await saving
+    assert names_in(s3, "cancelled") == set()
+    assert s3.parts() == before
+
+
+async def test_a_run_that_is_saved_to_a_bucket_is_followed(bucket: Place) -> None:
+    """And older checkpoints of it go."""
+    run, options = url_of(bucket, "trained"), bucket.options
+
+    def trained(version: int) -> Saver:
+        tables, tensors = build()
+        for table in tables.values():
+            table.insert(torch.arange(200), torch.full((200, 4), float(version)))
+        tensors["w"].fill_(version)
+        how: dict[str, Any] = {"layout": "run", "max_keep": 2, "storage_options": options}
+        return Saver.to(f"{run}/v{version}", tables, tensors, parallel=2, **how)
+
+    events = Events()
+    await trained(1).asave()
+    arguments = {"storage_options": options}
+    async with live(run, events, loader_options=arguments) as it, asyncio.timeout(60):
+        for version in (2, 3):
+            report = await trained(version).asave()
+            while it.current.version != f"v{version}":
+                await events.next()
+            with it.use() as held:
+                assert version_in(held) == version
+    assert report.evicted == ("v1",)
+    assert await asyncio.to_thread(latest, run, storage_options=options) == f"{run}/v3"
+    assert names_in(bucket, "trained") >= {"checkpoint", "v2/index", "v3/index"}
+    assert not [name for name in names_in(bucket, "trained") if name.startswith("v1/")]
+
+
+async def test_checkpoints_that_are_saved_at_once_are_all_in_the_list(bucket: Place) -> None:
+    """Where a store knows no conditional writes but for new objects, as Swift, one may be lost."""
+    run, options = url_of(bucket, "listed"), bucket.options
+    savers = [saver(f"{run}/c{number}", 1, options, layout="run") for number in range(4)]
+    await savers[0].asave()
+    await asyncio.gather(*(one.asave() for one in savers[1:]))
+    lines = bytes(obstore.get(bucket.store, "listed/checkpoint").bytes()).decode().split()
+    if run.startswith("az://"):
+        assert sorted(lines) == ["c0", "c1", "c2", "c3"]
+    assert len(lines) == len(set(lines))
+
+
+def test_secrets_are_in_no_message(s3: Place) -> None:
+    options = s3.options | {"secret_access_key": "not-the-secret"}
+    one = saver(url_of(s3, "secret"), 1, options)
+    with pytest.raises(SaveError, match="refused; do the credentials allow it") as caught:
+        one.save()
+    for text in (str(caught.value), repr(one)):
+        assert "not-the-secret" not in text
+        assert "Signature" not in text
+
+
+def folder_at(place: Place, prefix: str) -> BucketFolder:
+    found = Folders(place.options).at(url_of(place, prefix))
+    assert not hasattr(found, "move")
+    return found
+
+
+def test_a_write_that_waits_for_one_that_failed_is_woken(s3: Place) -> None:
+    file = folder_at(s3, "woken").create("f", size=100)
+    file.abandon()
+    with pytest.raises(OSError, match="given up"):
+        file.write(10, [memoryview(b"later")])
+    file.close()
+    assert names_in(s3, "woken") == set()
