@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tests.servers.child import HOST
@@ -46,6 +46,13 @@ class FaultyProxy:
     script: Callable[[int], Fault]
     endpoint: str = ""
     connections: int = 0
+    serving: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward a connection meanwhile."""
+        task = asyncio.ensure_future(self.serve(reader, writer))
+        self.serving.add(task)
+        task.add_done_callback(self.serving.discard)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Forward one connection."""
@@ -102,9 +109,12 @@ async def faulty_proxy(port: int, script: Callable[[int], Fault]) -> AsyncIterat
         script: Gives the fault of the connection of that number; the first is 0.
     """
     proxy = FaultyProxy(port, script)
-    server = await asyncio.start_server(proxy.serve, HOST, 0)
+    server = await asyncio.start_server(proxy.accept, HOST, 0)
     proxy.endpoint = f"http://{HOST}:{server.sockets[0].getsockname()[1]}"
     try:
         yield proxy
     finally:
         server.close()
+        for task in (left := list(proxy.serving)):  # of clients that have died, say
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
