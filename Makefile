@@ -1,5 +1,6 @@
 # Each target builds .venv first if it has to. Another Python: make PYTHON=python3.12 test
 # More arguments for pytest: make test ARGS='-k budget -x'
+# A run of your own, or its URL: make serve SOURCE=s3://bucket/run
 
 PYTHON ?= python3
 RUN := .venv/bin/python -m
@@ -10,7 +11,7 @@ PATIENT := --timeout=0 --override-ini faulthandler_timeout=0
 PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-lowest soak fuzz check cover bench bench-serving format dist clean
+.PHONY: help demo serve serve-s3 test test-lowest soak fuzz check cover bench bench-serving format dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -19,7 +20,10 @@ demo: .venv/installed ## save a small checkpoint, look into it, and watch it loa
 	@$(RUN) examples.demo $(ARGS)
 
 serve: .venv/installed-serve ## serve a model in a browser's sight while new versions come in
-	@$(RUN) examples.serve $(ARGS)
+	@$(RUN) examples.serve $(if $(SOURCE),--run $(SOURCE)) $(ARGS)
+
+serve-s3: .venv/installed ## run a server of S3 on this machine (Swift), for make serve SOURCE=s3://…
+	@$(RUN) tests.servers
 
 test: .venv/installed ## run the tests, three at a time: some of them wait
 	$(RUN) pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)

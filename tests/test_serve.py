@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -26,16 +27,18 @@ import uvloop
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
-from asyncloader import Saver
+from asyncloader import CheckpointNotFoundError, Saver
+from asyncloader.runs import aversions
 from examples.serve import model
 from examples.serve.app import Server, create_app
 from examples.serve.feed import Feed, message
-from examples.serve.writer import remove_old
+from examples.serve.writer import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from examples.serve.app import Service
+    from tests.servers.places import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = 2000
@@ -289,11 +292,39 @@ async def test_what_waits_for_a_slow_client_does_not_grow() -> None:
     assert len(feed) == 0
 
 
-def test_the_writer_keeps_the_last_versions_only(tmp_path: Path) -> None:
-    for name in ("v8", "v9", "v10", "v11", "best", "v", ".v12"):
-        (tmp_path / name / "shards").mkdir(parents=True)
-    remove_old(tmp_path, kept=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"v10", "v11", "best", "v", ".v12"}
+async def test_the_writer_goes_on_from_the_last_version_and_keeps_some(tmp_path: Path) -> None:
+    await written(str(tmp_path), until="v3")
+    await written(str(tmp_path), until="v6")
+    names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert names >= {"v4", "v5", "v6"}
+    assert names.isdisjoint({"v1", "v2"})
+
+
+async def written(run: str, *, until: str) -> None:
+    """Have versions written up to one."""
+    writing = asyncio.ensure_future(write(run, every=0.0, ids=10))
+    try:
+        found: set[str] = set()
+        while until not in found:
+            assert not writing.done()
+            with contextlib.suppress(CheckpointNotFoundError):  # the first is not there yet
+                found = {one.name for one in await aversions(run) if one.committed}
+    finally:
+        writing.cancel()
+        await asyncio.wait([writing])
+
+
+async def test_a_bucket_is_written_to_and_served(
+    s3: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("endpoint", "access_key_id", "secret_access_key", "region"):
+        monkeypatch.setenv(f"AWS_{name.upper()}", s3.options[name])
+    run = "s3://models/served"
+    await written(run, until="v2")
+    service = create_app(run).state.service
+    async with service.live:
+        with service.live.use() as held:
+            assert model.rank(held, user=1, items=[2]).isfinite().all()
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -42,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two versions")
     parser.add_argument("--ids", type=int, default=1_000_000, help="of each of two tables")
     parser.add_argument("--poll", type=float, default=1.0, help="seconds between looks for one")
-    parser.add_argument("--run", type=Path, help="the run folder; without: one that is removed")
+    parser.add_argument("--run", help="the run folder, or its URL; without: one that is removed")
     return parser.parse_args()
 
 
@@ -67,7 +66,7 @@ def main() -> int:
     return 0 if server.started else 1
 
 
-def server_of(run: Path, listener: socket.socket, *, poll: float) -> Server:
+def server_of(run: str, listener: socket.socket, *, poll: float) -> Server:
     """Return what serves the newest version of a run folder."""
     app = create_app(run, poll=poll)
     config = uvicorn.Config(
@@ -89,20 +88,19 @@ def leave(*_: object) -> NoReturn:
 
 
 @contextlib.contextmanager
-def run_folder(chosen: Path | None) -> Iterator[Path]:
-    """Yield the folder that was chosen, or one that is removed at the end."""
+def run_folder(chosen: str | None) -> Iterator[str]:
+    """Yield the folder or URL that was chosen, or a folder that is removed at the end."""
     if chosen is not None:
-        chosen.mkdir(parents=True, exist_ok=True)
         yield chosen
         return
     with tempfile.TemporaryDirectory(prefix="asyncloader-serve-") as folder:
-        yield Path(folder)
+        yield folder
 
 
 @contextlib.contextmanager
-def writing(run: Path, every: float, ids: int) -> Iterator[subprocess.Popen[bytes]]:
+def writing(run: str, every: float, ids: int) -> Iterator[subprocess.Popen[bytes]]:
     """Have a process write versions. It ends with the block, and also if this process is killed."""
-    command = [sys.executable, "-m", "examples.serve.writer", str(run), "--attached"]
+    command = [sys.executable, "-m", "examples.serve.writer", run, "--attached"]
     sizes = [f"--every={every}", f"--ids={ids}"]
     writer = subprocess.Popen([*command, *sizes], stdin=subprocess.PIPE)
     try:
@@ -115,7 +113,7 @@ def writing(run: Path, every: float, ids: int) -> Iterator[subprocess.Popen[byte
             writer.wait()
 
 
-def wait_for_a_version(run: Path, writer: subprocess.Popen[bytes]) -> None:
+def wait_for_a_version(run: str, writer: subprocess.Popen[bytes]) -> None:
     """Return when the run folder holds a version."""
     print("Waiting for the first version", flush=True)
     while True:

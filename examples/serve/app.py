@@ -37,13 +37,15 @@ class Service:
     """The model, and what is known about how it is doing.
 
     Args:
-        run: The run folder to follow.
+        run: The run folder to follow, or its URL.
         keep: Versions that stay in memory.
         poll: Seconds between two looks at the folder.
         max_loop_lag: Seconds that a load may delay the event loop by; `None` takes no care.
     """
 
-    def __init__(self, run: Path, *, keep: int, poll: float, max_loop_lag: float | None) -> None:
+    def __init__(
+        self, run: str | Path, *, keep: int, poll: float, max_loop_lag: float | None
+    ) -> None:
         self.live = Live(
             run,
             model.build,
@@ -92,7 +94,7 @@ class Service:
 
 
 def create_app(
-    run: Path, *, keep: int = 2, poll: float = 1.0, max_loop_lag: float | None = 0.005
+    run: str | Path, *, keep: int = 2, poll: float = 1.0, max_loop_lag: float | None = 0.005
 ) -> FastAPI:
     """Return the app that serves the newest version of a run folder, which has to hold one."""
     service = Service(run, keep=keep, poll=poll, max_loop_lag=max_loop_lag)

@@ -9,61 +9,52 @@ import argparse
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import sys
 from itertools import count
-from pathlib import Path
 
 import torch
 import uvloop
 
-from asyncloader import Saver
+from asyncloader import CheckpointNotFoundError, Saver
+from asyncloader.runs import aversions
 from examples.serve.model import build, fill, name_of, number_of, tower
 
 KEPT = 4
-"""Versions that stay on the disk."""
+"""Versions that stay."""
 
 _AT_ONCE = 1 << 16
 
 
-async def write(run: Path, *, every: float, ids: int) -> None:
+async def write(run: str, *, every: float, ids: int) -> None:
     """Commit versions for ever, numbered on from the last one that is there."""
     loop = asyncio.get_running_loop()
     tables, _ = build()
-    for version in count(max(map(_number, _versions(run)), default=0) + 1):
+    for version in count(await _last(run) + 1):
         began = loop.time()
         for first in range(0, ids, _AT_ONCE):
             fill(tables, version, range(first, min(first + _AT_ONCE, ids)))
             await asyncio.sleep(0)  # may be told to stop here
-        # The folder counts as a checkpoint from the moment that its `index` is there.
-        saver = Saver(path=run / name_of(version), hashtables=tables, tensors=tower(version))
-        await saver.asave()
-        remove_old(run)
+        # As RecIS's trainer does: the newest version is the last line of the list beside it.
+        path, tensors = f"{run}/{name_of(version)}", tower(version)
+        await Saver.to(path, tables, tensors, layout="run", max_keep=KEPT).asave()
         await asyncio.sleep(max(began + every - loop.time(), 0))
 
 
-def remove_old(run: Path, kept: int = KEPT) -> None:
-    """Remove all but the last versions; readers see each of them whole, or not at all."""
-    for path in sorted(_versions(run), key=_number)[:-kept]:
-        # Files that vanish one by one would look like damage. Who has them open reads on.
-        hidden = path.rename(path.with_name(f".{path.name}"))
-        shutil.rmtree(hidden)
+async def _last(run: str) -> int:
+    """Return the number of the newest version; 0 if there is none."""
+    try:
+        found = await aversions(run)
+    except CheckpointNotFoundError:
+        return 0
+    return max((number_of(one.name) for one in found if one.name[1:].isdecimal()), default=0)
 
 
-def _versions(run: Path) -> list[Path]:
-    return [path for path in run.glob("v*") if path.name[1:].isdecimal()]
-
-
-def _number(path: Path) -> int:
-    return number_of(path.name)
-
-
-async def write_until_told(run: Path, *, every: float, ids: int, attached: bool) -> None:
+async def write_until_told(run: str, *, every: float, ids: int, attached: bool) -> None:
     """Write until a signal comes.
 
     Args:
-        run: The run folder.
+        run: The run folder, or its URL.
         every: Seconds between two versions.
         ids: How many each table has.
         attached: End also when whoever holds the other end of stdin is gone.
@@ -81,7 +72,7 @@ async def write_until_told(run: Path, *, every: float, ids: int, attached: bool)
 def main() -> None:
     """Read the command line, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the run folder, made if need be")
+    parser.add_argument("run", help="the run folder, made if need be; or its URL")
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two versions")
     parser.add_argument("--ids", type=int, default=1_000_000, help="of each of two tables")
     parser.add_argument("--attached", action="store_true", help="end when stdin does")
@@ -89,7 +80,6 @@ def main() -> None:
     # A trainer has a machine of its own; this one must not slow down the service.
     os.nice(10)
     torch.set_num_threads(1)
-    given.run.mkdir(parents=True, exist_ok=True)
     uvloop.run(
         write_until_told(given.run, every=given.every, ids=given.ids, attached=given.attached)
     )
