@@ -10,7 +10,7 @@ import functools
 from inspect import signature
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from ._arguments import check_names, check_progress, checked_path, checked_source
+from ._arguments import check_names, check_progress, checked_source, checked_target
 from ._loading.progress import listening
 from .options import ReadOptions
 
@@ -203,7 +203,7 @@ async def aconvert(
     check_progress(progress)
     check_names(slots, "slots")
     check_names(tables, "tables")
-    paths = checked_source(source, "source"), checked_path(destination, "destination")
+    paths = checked_source(source, "source"), checked_target(destination, "destination")
     how = ReadOptions.of(options, {})
     with listening(progress, "converting") as listener:
         return await run(

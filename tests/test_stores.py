@@ -17,6 +17,7 @@ from asyncloader import (
     CheckpointReader,
     Loader,
     ReadOptions,
+    SaveError,
     load_tensors,
     read_extra,
     read_io_state,
@@ -55,6 +56,28 @@ def test_every_other_door_reads_it_too(place: Place, tmp_path: Path) -> None:
     assert diff(place.url, RUN / NEWEST, options=options).equal
     convert(place.url, tmp_path / "here", options=options)
     assert diff(place.url, tmp_path / "here", options=options).equal
+
+
+def test_a_checkpoint_is_converted_into_a_store(bucket: Place, tmp_path: Path) -> None:
+    options, base = ReadOptions(storage_options=bucket.options), bucket.run.removesuffix("ctr")
+    for name in ("ckpt", "one.safetensors"):
+        url, here = f"{base}converted/{name}", tmp_path / name
+        convert(RUN / NEWEST, here)
+        done = convert(RUN / NEWEST, url, options=options)
+        assert done.destination == url
+        assert diff(here, url, options=options).equal
+        with pytest.raises(SaveError, match="is there already; give another place"):
+            convert(RUN / NEWEST, url, options=options)
+        convert(bucket.url, url, overwrite=True, options=options)
+        assert diff(here, url, options=options).equal
+    one = bytes(obstore.get(bucket.store, "converted/one.safetensors").bytes())
+    assert one == (tmp_path / "one.safetensors").read_bytes()
+    convert(f"{base}converted/one.safetensors", tmp_path / "back", options=options)
+    assert set(load_tensors(tmp_path / "back")) == set(load_tensors(bucket.url, options=options))
+    ranks = convert(bucket.url, f"{base}converted/wide", shards=3, options=options)
+    assert ranks.ranks == 3
+    with pytest.raises(SaveError, match="is the source itself"):
+        convert(bucket.url, f"{bucket.url}/", overwrite=True, options=options)
 
 
 @pytest.mark.parametrize("kind", ["s3", "azure"])

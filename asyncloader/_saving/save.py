@@ -102,19 +102,40 @@ async def save(
 
 
 def _commit_of(order: Order, folder: TargetFolder, save_id: str) -> Ranks:
-    """Return what makes a checkpoint of the shards, by what the folder is good at."""
-    args = (save_id, order.rank, order.ranks, order.is_run)
-    name = PurePath(folder.location).name
-    commit: Ranks
-    if isinstance(folder, ConditionalFolder):
-        commit = StoreCommit(folder, *args, replaces=order.overwrite, patience=order.timeout)
-        if order.is_run:
-            commit.run_list = StoreRunList(folder.above(), name, order.max_keep, commit.told)
-    else:
-        commit = Commit(folder, *args)
-        if order.is_run:
-            commit.run_list = RenamedRunList(folder.above(), name, order.max_keep, commit.told)
+    commit = commit_of(
+        folder,
+        save_id,
+        order.rank,
+        order.ranks,
+        is_run=order.is_run,
+        replaces=order.overwrite,
+        patience=order.timeout,
+    )
+    if order.is_run:
+        name, most = PurePath(folder.location).name, order.max_keep
+        if isinstance(folder, ConditionalFolder):
+            commit.run_list = StoreRunList(folder.above(), name, most, commit.told)
+        else:
+            commit.run_list = RenamedRunList(folder.above(), name, most, commit.told)
     return commit
+
+
+def commit_of(
+    folder: TargetFolder,
+    save_id: str,
+    rank: int,
+    ranks: int,
+    *,
+    is_run: bool = False,
+    replaces: bool = False,
+    patience: float | None = None,
+) -> Ranks:
+    """Return what makes a checkpoint of the ranks' shards, by what the folder is good at."""
+    if isinstance(folder, ConditionalFolder):
+        return StoreCommit(
+            folder, save_id, rank, ranks, is_run, replaces=replaces, patience=patience
+        )
+    return Commit(folder, save_id, rank, ranks, is_run)
 
 
 class _Save:

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.format import DESCRIPTION, INDEX, SIDECAR, TENSORKEY
+from asyncloader._checkpoint.format import DESCRIPTION, INDEX, SAFETENSORS, SIDECAR, TENSORKEY
 from asyncloader.errors import SaveError, SaveTimeoutError
 
 from .leftovers import STAGINGS, old_files, telling
@@ -173,7 +173,10 @@ class StoreCommit(Ranks):
             self._remove([*self._created, *files])
         if self.rank == 0:
             with telling(self.told, "left-overs could not be removed"):
-                self._remove(f"{self.staging}/{name}" for name in self.folder.names(self.staging))
+                told = (f"{self.staging}/{name}" for name in self.folder.names(self.staging))
+                # Of the other ranks, too.
+                mark = f"-{self.shard_mark}{SAFETENSORS}"
+                self._remove([*told, *(x for x in self.folder.names("") if x.endswith(mark))])
             return
         with contextlib.suppress(OSError):
             self.folder.remove(self._part_file(self.rank))

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from asyncloader._loading.runtime import open_session
-from asyncloader._threads.jobs import run_jobs
-from asyncloader.errors import AsyncLoaderError, SaveError
+from asyncloader.errors import SaveError
 
 from .beside import look_beside
 from .source import read_source
+from .target import making, target_of
 from .writing import write_file, write_folder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from asyncloader._loading.progress import Progress
-    from asyncloader._loading.session import Session
     from asyncloader.options import ReadOptions
 
     from .content import Content
     from .writing import Written
-
-
-_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,26 +91,27 @@ async def aconvert(
         if number is not None and number <= 0:
             raise ValueError(f"{name} must be positive, got {number}")
     async with open_session(source, options) as session:
-        check = partial(_checked, source, destination, overwrite=overwrite)
-        target = await session.on_disk(check)
-        is_file = target.name.endswith(_SUFFIX)
+        find = partial(target_of, source, destination, options.storage_options, overwrite=overwrite)
+        try:
+            target = await session.on_disk(find)
+        except OSError as error:
+            raise SaveError(destination, f"cannot be looked at: {error.strerror}") from error
+        is_file = target.file is not None
         if is_file and shards is not None:
             raise SaveError(destination, "is one file: --shards is for folders")
         content = await read_source(session, slots, tables, to_file=is_file)
         is_recis = content.manifest.catalog.recis
         beside = (await look_beside(session)).files if is_recis else ()
-        async with _making(session, target.parent if is_file else target, destination):
+        async with making(session, target):
             if is_file:
-                written = await write_file(
-                    content, target, parallel=parallel, overwrite=overwrite, progress=progress
-                )
+                written = await write_file(content, target, parallel=parallel, progress=progress)
             else:
                 written = await write_folder(
                     content, target, ranks=shards, parallel=parallel, progress=progress
                 )
     return Conversion(
         source=source,
-        destination=str(target),
+        destination=target.location,
         kind="safetensors file" if is_file else "RecIS checkpoint",
         ranks=written.ranks,
         files=tuple(written.files),
@@ -140,65 +134,3 @@ def _converted(content: Content, written: Written) -> Iterator[ConvertedTable]:
             duplicates=duplicates,
             strays=table.ids.rows - ids - duplicates,
         )
-
-
-def _checked(source: str, path: str, *, overwrite: bool) -> Path:
-    """Return the file or folder to write; this blocks.
-
-    Raises:
-        SaveError: If it would harm the source, or something is there that must not be replaced.
-    """
-    target = Path(path)
-    is_file = target.name.endswith(_SUFFIX)
-    _check_apart(source, target)
-    if is_file and target.is_dir():
-        problem = f"is a folder; a name that ends in {_SUFFIX} is taken for a file"
-        raise SaveError(path, problem)
-    if not is_file and target.exists() and not target.is_dir():
-        problem = "is a file, but a checkpoint is a folder; a plain file's name has to end "
-        raise SaveError(path, problem + f"in {_SUFFIX}")
-    occupied = any(target.iterdir()) if target.is_dir() else os.path.lexists(target)
-    if occupied and not overwrite:
-        raise SaveError(path, "is there already; give another place, or --overwrite")
-    return target
-
-
-def _check_apart(source: str, target: Path) -> None:
-    one, other = Path(os.path.realpath(source)), Path(os.path.realpath(target))
-    for is_so, problem in (
-        (one == other, "is the source itself"),
-        (one in other.parents, f"lies within the source {source}"),
-        (other in one.parents, f"holds the source {source}"),
-    ):
-        if is_so:
-            raise SaveError(str(target), f"{problem}; give another place")
-
-
-@contextlib.asynccontextmanager
-async def _making(session: Session, folder: Path, path: str) -> AsyncIterator[None]:
-    """Make a folder and those above it; if the block fails, remove those of them that are empty.
-
-    Raises:
-        SaveError: In place of an `OSError`; it names `path`.
-    """
-    made: list[Path] = []
-
-    def begin() -> None:
-        for one in (*reversed(folder.parents), folder):
-            if not one.exists():
-                made.append(one)
-                one.mkdir(exist_ok=True)
-
-    def give_up() -> None:
-        for one in reversed(made):
-            with contextlib.suppress(OSError):
-                one.rmdir()
-
-    try:
-        await run_jobs(session.threads.reads, [begin])
-        yield
-    except BaseException as error:
-        await run_jobs(session.threads.reads, [give_up])
-        if isinstance(error, OSError) and not isinstance(error, AsyncLoaderError):
-            raise SaveError(path, f"could not be written: {error}") from error
-        raise

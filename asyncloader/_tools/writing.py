@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from asyncloader._checkpoint.format import INDEX
 from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.slices import gen_slice
 from asyncloader._display import listed
 from asyncloader._loading.progress import Meter, Stages
 from asyncloader._loading.reading import has_dtype
-from asyncloader._saving.commit import Commit
+from asyncloader._saving.save import commit_of
 from asyncloader._saving.save_id import fresh_save_id
-from asyncloader._storage.local_folder import LocalFolder
+from asyncloader._storage.folder import ConditionalFolder, is_unclear
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, SaveError
 from asyncloader.saver import Saver
@@ -34,7 +35,6 @@ from .source import lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from asyncloader._checkpoint.blocks import Block
     from asyncloader._checkpoint.slices import Slice
@@ -42,10 +42,11 @@ if TYPE_CHECKING:
     from asyncloader._loading.session import Session
     from asyncloader._saving.layout import WriteBlock
     from asyncloader._saving.report import SaveReport
-    from asyncloader._storage.folder import WritableFile
+    from asyncloader._storage.folder import RenamingFolder, WritableFile
 
     from .allocation import LoadedPart
     from .content import Content
+    from .target import Target
 
 _log = logging.getLogger(__name__)
 
@@ -72,62 +73,69 @@ class Written:
 
 async def write_file(
     content: Content,
-    path: Path,
+    target: Target,
     *,
     parallel: int,
-    overwrite: bool,
     progress: Callable[[Progress], object] | None,
 ) -> Written:
-    """Write the file beside its place, sync it, and move it there.
+    """Write the file beside its place, sync it, and move it there; or to its place in a store.
 
-    If it fails, or is cancelled, before the move, nothing is left. Afterwards the file is written.
+    If it fails, or is cancelled, before it is there, nothing is left. Afterwards it is written.
 
     Raises the errors of `asyncloader.tools.convert`, and `OSError`.
     """
     await _refuse_strays(content)
-    session = content.session
-    folder = LocalFolder(path.parent.absolute())
-    draft = f".{fresh_save_id()}.safetensors.tmp"
+    session, folder = content.session, target.folder
+    assert target.file is not None, "it is a file"
+    is_renamed = not isinstance(folder, ConditionalFolder)
+    draft = f".{fresh_save_id()}.safetensors.tmp" if is_renamed else target.file
     reads = session.threads.reads
     [(layout, copies)] = await run_jobs(session.threads.kernels, [partial(lay_out, draft, content)])
     meter, held = Meter(sum(content.sizes.values()), progress), contextlib.ExitStack()
 
     def begin() -> WritableFile:
-        file = held.enter_context(contextlib.closing(folder.create(draft)))
+        created = folder.create(draft, size=layout.size)
+        file = held.enter_context(contextlib.closing(created))
         file.write(0, [memoryview(layout.head)])
         return file
 
     def give_up() -> None:
         with contextlib.suppress(OSError):
-            folder.remove(draft)
+            if is_renamed:
+                folder.remove(draft)
 
     try:
         try:
             [file] = await run_jobs(reads, [begin])
-            verified = await _copy(session, file, copies, meter, parallel)
+            if folder.writes_in_order:
+                verified = await _copy_in_order(session, file, copies, meter)
+            else:
+                verified = await _copy(session, file, copies, meter, parallel)
+            await session.check_unchanged(sorted({block.shard for block, _ in copies}))
             await run_jobs(reads, [file.sync])
         finally:
             await run_jobs(reads, [held.close])
-        await session.check_unchanged(sorted({block.shard for block, _ in copies}))
         meter.finish()
-        await run_jobs(reads, [partial(_publish, folder, draft, path, overwrite=overwrite)])
+        if not isinstance(folder, ConditionalFolder):
+            await run_jobs(reads, [partial(_publish, folder, draft, target)])
     except BaseException:
         await run_jobs(reads, [give_up])
         raise
     ids = Counter({name: table.ids.rows for name, table in content.tables.items()})
-    return Written(files=[path.name], nbytes=layout.size, verified=verified, ids=ids)
+    return Written(files=[target.file], nbytes=layout.size, verified=verified, ids=ids)
 
 
-def _publish(folder: LocalFolder, draft: str, path: Path, *, overwrite: bool) -> None:
+def _publish(folder: RenamingFolder, draft: str, target: Target) -> None:
     """Move a file to its place."""
-    if not overwrite and path.exists():  # it was not, when we began
-        raise SaveError(str(path), "has come into being meanwhile; nothing was replaced")
-    folder.move(draft, path.name)  # whatever fails from here on, the file is written
+    name = target.file or ""
+    if not target.overwrite and folder.stat(name) is not None:  # it was not, when we began
+        raise SaveError(target.location, "has come into being meanwhile; nothing was replaced")
+    folder.move(draft, name)  # whatever fails from here on, the file is written
     try:
         folder.sync("")
     except OSError as error:
         problem = f"is written, but may not outlive a power loss: {error}"
-        raise SaveError(str(path), problem) from error
+        raise SaveError(target.location, problem) from error
 
 
 async def _copy(
@@ -149,6 +157,21 @@ async def _copy(
     blocks = [block for block, _ in copies]
     reads = session.threads.reads
     return sum(await scan(session, blocks, put, meter=meter, executor=reads, workers=parallel))
+
+
+async def _copy_in_order(
+    session: Session, file: WritableFile, copies: Sequence[tuple[Block, int]], meter: Meter
+) -> int:
+    """Copy blocks one read after the other, in the order of their places."""
+    verified, run = 0, list(copies[:1])
+    for copy in copies[1:]:
+        (last, _), (block, _) = run[-1], copy
+        # Reads go by the order of the source: as long as both orders are the same.
+        if block.shard != last.shard or block.offset < last.offset:
+            verified += await _copy(session, file, run, meter, 1)
+            run = []
+        run.append(copy)
+    return verified + await _copy(session, file, run, meter, 1)
 
 
 async def _refuse_strays(content: Content) -> None:
@@ -178,7 +201,7 @@ async def _refuse_strays(content: Content) -> None:
 
 async def write_folder(
     content: Content,
-    path: Path,
+    target: Target,
     *,
     ranks: int | None,
     parallel: int,
@@ -208,11 +231,13 @@ async def write_folder(
             rank,
             ranks,
             parallel,
-            path,
+            target.location,
             part.tables,
             part.tensors,
             partial(_wanted, content),
             save_id=save_id,
+            overwrite=target.overwrite,
+            storage_options=session.options.storage_options,
             max_inflight_bytes=session.options.max_inflight_bytes,
             progress=stages.tell,
         )
@@ -220,20 +245,28 @@ async def write_folder(
         stages.next()
         done.add(part, report)
 
-    def clean_up() -> list[str]:
+    commit = commit_of(target.folder, save_id, 0, ranks, replaces=target.overwrite)
+
+    def clean_up(error: BaseException) -> list[str]:
         # A `Saver` that fails removes its own rank's files only. If the last one failed in its
-        # commit, and could not put the old files back, they are kept.
-        commit = Commit(LocalFolder(path.absolute()), save_id, 0, ranks)
+        # commit, and could not put the old files back, they are kept; in a store all of it is kept
+        # that is a checkpoint, or may be.
+        folder, cause = target.folder, error.__cause__
+        if isinstance(folder, ConditionalFolder):
+            is_unsure = isinstance(cause, OSError) and is_unclear(cause)
+            if is_unsure or folder.stat(INDEX) is not None:
+                return commit.told
         commit.abandon([], "")
         return commit.told
 
     try:
+        await run_jobs(session.threads.reads, [commit.begin])  # other ranks wait for that
         for rank in reversed(range(ranks)):
             await write(rank)
-    except BaseException:
-        [told] = await run_jobs(session.threads.reads, [clean_up])
+    except BaseException as error:
+        [told] = await run_jobs(session.threads.reads, [partial(clean_up, error)])
         for warning in told:
-            _log.warning("%s: %s", path, warning)
+            _log.warning("%s: %s", target.location, warning)
         raise
     return done
 
