@@ -268,7 +268,7 @@ class Loader:
                 unless_committed.push(partial(_explain, load))
                 unless_committed.callback(load.abort)
                 await run(load)
-                tell = partial(report_of, load, tensors=self._tensors, retries=session.retries)
+                tell = partial(report_of, load, tensors=self._tensors, session=session)
                 telling = run_jobs(session.threads.kernels, [undisturbed(tell)])
                 [report] = await or_take_back(load, telling)
             # No await from here on: a load that is cancelled leaves the tables as they were.

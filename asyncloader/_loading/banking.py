@@ -90,6 +90,7 @@ async def open_bank(
             next(iter(sources.values())) if sources else await stack.enter_async_context(opening),
             location=bank.location,
             file=None,
+            requests=lambda: sum(source.requests() for source in sources.values()),
             storage=UnpackingStorage(JoinedStorage(storages, bank.location)),
         )
         yield OpenBank(session=session, sources=sources, entries=entries, bank=bank)

@@ -15,7 +15,7 @@ from asyncloader.errors import AsyncLoaderError
 from .buffers import StagingPool, bump_versions
 from .pieces import ROW_COST, Arrival, RowPiece, Turns, is_believed
 from .progress import Tracer
-from .sinks import GAP_BYTES, Sink, Sinks
+from .sinks import Sink, Sinks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +74,7 @@ class Load:
         self.threads = session.threads
         self.storage = session.storage
         self.chunk_bytes = session.options.read_bytes
+        self.gap_bytes = session.gap_bytes
         self.staging = StagingPool(self.chunk_bytes)
         self.row_staging = StagingPool(self._row_step())
         self.sinks: Sinks
@@ -183,10 +184,10 @@ class Load:
             tables = {load.name: self._tables[load.name] for load in self.plan.tables}
             names = self.plan.tensors.names
             self._claim.take(self.tensors, names, tables, self.plan.location)
-        self.sinks = Sinks(self.plan.tensors, self.tensors)
+        self.sinks = Sinks(self.plan.tensors, self.tensors, gap_bytes=self.gap_bytes)
         pieces = [piece for table in self.plan.tables for piece in self._begin(table)]
         extents = self.sinks.extents()
-        reads = plan_reads(extents, chunk_bytes=self.chunk_bytes, gap_bytes=GAP_BYTES)
+        reads = plan_reads(extents, chunk_bytes=self.chunk_bytes, gap_bytes=self.gap_bytes)
         # Ids first, so that they are indexed while the rest is read.
         ids = self.sinks.ids
         first: list[Read] = []

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from asyncloader._threads.lag import LoopLag
 
     from .load import Load
+    from .session import Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,7 @@ class LoadReport(AsDict):
         casts: What was converted to another dtype on its way; see `Loader`'s `cast`.
         retries: How often something was read again that the storage had failed at. More than a few
             are a disk or a network to look after.
+        requests: To an object store, those for names, headers and lists included; 0 of a disk.
         lag: How late the event loop was, and what the load did about it; `None` unless it was asked
             to see to that (`max_loop_lag`, `pressure`).
         sources: Of a bank: which entry each name of the model came from, and under which name.
@@ -67,6 +69,7 @@ class LoadReport(AsDict):
     warnings: tuple[str, ...]
     casts: tuple[Cast, ...] = ()
     retries: int = 0
+    requests: int = 0
     lag: LoopLag | None = None
     sources: Mapping[str, Origin] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -127,6 +130,8 @@ class LoadReport(AsDict):
         head.add_row("digests", self.verified)
         rate = f"{self.gigabytes_per_second:.2f} GB/s"
         head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
+        if self.requests:
+            head.add_row("store", f"{self.requests:,} requests")
         if self.retries:
             times = "once" if self.retries == 1 else f"{self.retries:,} times"
             head.add_row("storage", Text(f"failed and was tried again {times}", style="yellow"))
@@ -175,7 +180,7 @@ class LoadReport(AsDict):
         return rows
 
 
-def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport:
+def report_of(load: Load, *, tensors: Iterable[str], session: Session) -> LoadReport:
     """Report a load that is not committed yet, so without tables; belongs on a thread.
 
     `tensors` are all names that were asked for.
@@ -201,7 +206,8 @@ def report_of(load: Load, *, tensors: Iterable[str], retries: int) -> LoadReport
         warnings=(*plan.warnings, *load.warnings),
         casts=plan.casts,
         in_place=load.in_place,
-        retries=retries,
+        retries=session.retries,
+        requests=session.requests(),
         sources={} if plan.bank is None else plan.bank.origins,
         extra=plan.extra,
     )

@@ -11,16 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from asyncloader._addresses import address_of, is_url
+from asyncloader._addresses import is_url
 from asyncloader._arguments import check_callable
 from asyncloader._checkpoint.catalog import is_weight_map
 from asyncloader._storage.descriptors import Descriptors
 from asyncloader._storage.local import LocalStorage
-from asyncloader._storage.objects import ObjectStorage
+from asyncloader._storage.objects import ObjectStorage, open_objects
 from asyncloader._storage.protocol import ThreadedStorage
-from asyncloader._storage.ranges import RangeReader
 from asyncloader._storage.retrying import ThreadedRetryingStorage
-from asyncloader._storage.stores import open_store
 from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.gate import Gate
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 
 _LEAST_REQUEST = 1 << 20
 # What cannot be looked up is told by its name: in a store, all is a file.
-_FILES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
 
 
 def _as_it_is(storage: ThreadedStorage) -> ThreadedStorage:
@@ -230,7 +227,7 @@ async def open_files(
     disk = Disk(resources.threads.reads, seconds=options.stall_timeout)
     files: LocalStorage | ObjectStorage
     if is_url(path):
-        files, file = _objects(path, options, disk, seen)
+        files, file = open_objects(path, options, disk, seen)
     else:
         root, file = await on_disk(disk, partial(_root_and_file, path), path)
         # Of a weight map's files, the map chooses which.
@@ -253,6 +250,8 @@ async def open_files(
             location=path if is_url(path) else str(Path(path)),
             file=file,
             entries=files.entries,
+            gap_bytes=files.gap_bytes,
+            requests=files.requests,
             # A wrapper need not count lost reads: the files do.
             storage=UnpackingStorage(
                 ThreadedRetryingStorage(storage, lost=lambda: files.lost, attempts=files.attempts)
@@ -268,26 +267,6 @@ async def open_files(
             budget=resources.budget,
             watch=resources.watch,
         )
-
-
-def _objects(
-    url: str, options: ReadOptions, disk: Disk, seen: dict[str, tuple[object, ...]] | None
-) -> tuple[ObjectStorage, str | None]:
-    """Return the objects to look into, and the name of the one if it is a file's."""
-    address = address_of(url, "path")
-    store = open_store(address, options.storage_options, read_bytes=options.read_bytes)
-    folder, _, name = address.key.rpartition("/")
-    is_file = name.endswith(_FILES)
-    storage = ObjectStorage(
-        store,
-        folder if is_file else address.key,
-        address.url.rpartition("/")[0] if is_file else address.url,
-        disk=disk,
-        ranges=RangeReader((options.storage_options or {}).get("client_options")),
-        stall_timeout=options.stall_timeout,
-        seen=seen,
-    )
-    return storage, name if is_file else None
 
 
 def _root_and_file(path: str) -> tuple[Path, str | None]:

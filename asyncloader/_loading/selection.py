@@ -28,7 +28,6 @@ from asyncloader.errors import CheckpointError, ReadError
 from .filling import Filling
 from .pieces import ROW_COST, Arrival, RowPiece, is_believed
 from .scattering import Scattering
-from .sinks import GAP_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,7 +163,7 @@ def _check_ends(piece: RowPiece, ids: NDArray[np.int64], location: str) -> None:
 
 async def _load_rows(piece: RowPiece, load: Load, filling: Filling) -> None:
     block, usual = filling.block, load.step_bytes(filling.block)
-    batches = filling.batches(step=usual, gap=GAP_BYTES, most=load.chunk_bytes)
+    batches = filling.batches(step=usual, gap=load.gap_bytes, most=load.chunk_bytes)
 
     def carry_out(read: ReadInto) -> Batch:
         batch = next(batches)  # here: looking for gaps takes long

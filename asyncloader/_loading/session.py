@@ -125,6 +125,8 @@ class Session:
     options: ReadOptions
     budget: ByteBudget
     watch: LagWatch | None = None  # keeps the loop's lag within a bound, if there is one
+    gap_bytes: int = 0  # worth reading along between two ranges
+    requests: Callable[[], int] = int  # so many there were to an object store
     # The names beside each other, and how long the files are.
     entries: Callable[[], Awaitable[Mapping[str, int | None]]] = _none
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # tasks take turns to read names

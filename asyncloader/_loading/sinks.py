@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from .buffers import Arena
     from .destinations import Destinations
 
-GAP_BYTES = 64 << 10
-"""Reading as much along takes about as long as handing another call to a thread."""
-
 # Elements: half a megabyte, even of float64.
 _CAST_STEP = 64 << 10
 
@@ -101,7 +98,7 @@ class Sinks:
         ids: The numbers of the sinks that take ids.
     """
 
-    def __init__(self, loads: TensorLoads, into: Destinations) -> None:
+    def __init__(self, loads: TensorLoads, into: Destinations, *, gap_bytes: int = 0) -> None:
         chosen = np.array(into.targets.numbers(loads.names), np.int64)
         span, base = into.span()
         plain = into.plain[chosen] & ~loads.cast
@@ -115,7 +112,7 @@ class Sinks:
         self._span = span
         self._begin = begin - base
         self._simple = plain & ~loads.digested
-        self._gap = memoryview(bytearray(GAP_BYTES))  # reads write to it, and nothing reads it
+        self._gap = memoryview(bytearray(gap_bytes))  # reads write to it, and nothing reads it
         self._tables: list[Extent] = []
         self._next = len(loads)
         self._sinks = {  # all but tensors that take bytes as they lie

@@ -61,6 +61,8 @@ class LocalStorage:
     """
 
     attempts: Final = 5
+    # Reading as much along takes about as long as handing another call to a thread.
+    gap_bytes: Final = 64 << 10
 
     def __init__(
         self,
@@ -110,6 +112,10 @@ class LocalStorage:
         else:
             await settled(asyncio.ensure_future(self._descriptors.close(self)))
         self._disk.close()
+
+    def requests(self) -> int:
+        """Return 0: a disk takes none."""
+        return 0
 
     async def entries(self) -> dict[str, int | None]:
         """Return the names in the folder, and the lengths of files; `None` of all else.

@@ -12,13 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 from urllib.parse import quote
 
+from asyncloader._addresses import address_of
 from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.jobs import for_each
 
 from .opening import FileChangedError
 from .protocol import scatter
-from .ranges import Flight, Target
-from .stores import explained, identity_of
+from .ranges import Flight, RangeReader, Target
+from .stores import explained, identity_of, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
     from asyncloader._threads.disk import Disk
+    from asyncloader.options import ReadOptions
 
     from .protocol import ReadInto
-    from .ranges import RangeReader
 
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ T = TypeVar("T")
 _START = 256 << 10
 _STARTS = 32  # kept at a time
 _LOOKERS = 8
+_FILES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
 _SIGNED = timedelta(hours=1)
 
 
@@ -57,6 +59,7 @@ class ObjectStorage:
         seen: The identities of objects when they were first found.
     """
 
+    gap_bytes: Final = 1 << 20  # as much comes in the time of a request
     attempts: Final = 9  # 12 s in the mean: a store that throttles wants that
 
     def __init__(
@@ -80,10 +83,14 @@ class ObjectStorage:
         self._targets: dict[str, Target] = {}
         self._starts: dict[str, bytes] = {}  # the first bytes of objects that were found last
         self._finding: dict[str, asyncio.Lock] = {}
-        self.requests = 0
+        self._asked = 0
 
     def __repr__(self) -> str:
-        return f"<ObjectStorage {self._location!r}: {self.requests} requests>"
+        return f"<ObjectStorage {self._location!r}: {self.requests()} requests>"
+
+    def requests(self) -> int:
+        """Return how many requests there were."""
+        return self._asked + len(self._ranges.asked)
 
     @property
     def location(self) -> str:
@@ -223,9 +230,29 @@ class ObjectStorage:
 
     async def _ask(self, request: Awaitable[T]) -> T:
         """Await a request, for no longer than was agreed."""
-        self.requests += 1
+        self._asked += 1
         try:
             async with asyncio.timeout(self._stall_timeout):
                 return await request
         except TimeoutError as error:
             raise StalledError(self._stall_timeout or 0.0) from error
+
+
+def open_objects(
+    url: str, options: ReadOptions, disk: Disk, seen: dict[str, tuple[object, ...]] | None
+) -> tuple[ObjectStorage, str | None]:
+    """Return the objects to look into, and the name of the one if it is a file's."""
+    address = address_of(url, "path")
+    store = open_store(address, options.storage_options, read_bytes=options.read_bytes)
+    folder, _, name = address.key.rpartition("/")
+    is_file = name.endswith(_FILES)
+    storage = ObjectStorage(
+        store,
+        folder if is_file else address.key,
+        address.url.rpartition("/")[0] if is_file else address.url,
+        disk=disk,
+        ranges=RangeReader((options.storage_options or {}).get("client_options")),
+        stall_timeout=options.stall_timeout,
+        seen=seen,
+    )
+    return storage, name if is_file else None

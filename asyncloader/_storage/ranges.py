@@ -90,11 +90,13 @@ class RangeReader:
             `root_certificate` and `allow_invalid_certificates`.
 
     Attributes:
+        asked: One for each request: appending is safe on many threads, `+= 1` is not.
         resumed: How often a request went on at the last byte, after a connection had broken.
     """
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self.resumed = 0
+        self.asked: list[None] = []
         self._options = dict(options or {})
         self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = defaultdict(list)
         self._lock = threading.Lock()
@@ -175,6 +177,7 @@ class RangeReader:
             headers["If-Match"] = target.tag
         own = self._options.get("default_headers", {})  # for the first server alone: secrets, maybe
         for _ in range(_REDIRECTS):
+            self.asked.append(None)
             connection, response = self._asked(url, headers | own, flight)
             where = response.headers.get("Location")
             if response.status not in _ELSEWHERE or where is None:
