@@ -57,7 +57,9 @@ class Saver:
     Everything is staged in a folder that no reader looks at, synced to the disk, and then moved
     into place by renaming, `index` last. At each moment the folder holds the checkpoint that was
     there before, whole, or none, or the new one, whole. An older checkpoint in the folder is
-    replaced, its files removed; a folder that holds anything else is refused.
+    replaced, its files removed; a folder that holds anything else is refused. In an object store,
+    where nothing can be renamed, shards are streamed to their places, and `index` is created last;
+    a checkpoint that is there is refused unless `overwrite` says otherwise.
 
     Tables are saved as they are when `asave` is called; later writes to them do not count. Rows are
     sorted by slice position, then id. Dense tensors are read while the save goes on: a tensor that
@@ -72,7 +74,8 @@ class Saver:
             `slice=gen_slice(shard_index, shard_num)` of each table. Rank 0 waits for the others
             and commits; the others return when their parts are written.
         parallel: Shard files that this rank writes, and writes at a time.
-        path: The folder that becomes the checkpoint; made if need be.
+        path: The folder that becomes the checkpoint, made if need be; or its URL in an object
+            store.
         hashtables: Tables to save, by any name; on disk they have the names of their `children`.
             RecIS's own tables, too, which must not change meanwhile: see `RecISTable`.
         tensors: Dense tensors to save, by name, on any device; only rank 0 writes them. Other
@@ -99,10 +102,14 @@ class Saver:
             same on all ranks, another one for each try (a count of the job's starts and the step,
             say). By default rank 0 draws one, and tells the others by way of torch.distributed's
             store.
+        overwrite: Of an object store: whether a checkpoint that is there may be replaced. Its
+            `index` is removed first, so there is none until the save is done. A folder's checkpoint
+            is always replaced, and stays until then.
         timeout: Seconds that rank 0 waits for the other ranks; `None` waits for ever.
         max_inflight_bytes: Memory for writes under way, in bytes. The order of a table's rows takes
             16 bytes an id more while the table is being written, and three times that while it is
-            sorted.
+            sorted; an upload to an object store, 8 MiB for each of `parallel + 5` parts.
+        storage_options: Of a URL, as `ReadOptions` has them; in no message and no `repr`.
         progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
             shows a bar on stderr.
 
