@@ -47,6 +47,12 @@ def checked_target(path: str | os.PathLike[str], name: str) -> str:
     return text
 
 
+def check_storage_options(options: object) -> None:
+    """Refuse all but a mapping and `None`; the error does not hold what may be a secret."""
+    if not isinstance(options, Mapping | None):
+        raise TypeError("storage_options is a dict of obstore's options, or None")
+
+
 def check_no_url(path: str | bytes, name: str) -> None:
     """Refuse an address on the network; the local file system would take it for a folder."""
     text = os.fsdecode(path)

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, get_args
 
-from ._arguments import check_callable, check_count, check_switch, check_timeout
+from ._arguments import (
+    check_callable,
+    check_count,
+    check_storage_options,
+    check_switch,
+    check_timeout,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,8 +98,7 @@ class ReadOptions:
             check_timeout(getattr(self, name), name)
         for name in ("direct_io", "follow_symlinks"):
             check_switch(getattr(self, name), name)
-        if not isinstance(self.storage_options, Mapping | None):
-            raise TypeError("storage_options is a dict of obstore's options, or None")
+        check_storage_options(self.storage_options)
         if self.pressure is not None:
             check_callable(self.pressure, "pressure")
 

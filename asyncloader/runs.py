@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 from ._addresses import as_path
-from ._arguments import checked_source
+from ._arguments import check_storage_options, checked_source
 from ._checkpoint.run_folder import Version, find_versions, newest_version, sub_folder
 from ._storage.looks import Looks
 from ._threads.blocking import run_blocking
@@ -69,6 +69,7 @@ async def alatest(
 ) -> Path | str:
     """Return what `latest` returns, without blocking the event loop; raises what it does."""
     location = checked_source(run_folder, "run_folder")
+    check_storage_options(storage_options)
     with Looks(location, stall_timeout=_STALL_TIMEOUT, storage_options=storage_options) as looks:
         name = await newest_version(looks, looks.folder(location), finished=True)
     return as_path(sub_folder(location, name))
@@ -95,6 +96,7 @@ async def aversions(
         CheckpointError: If it cannot be listed, or there is no answer for two minutes.
     """
     location = checked_source(run_folder, "run_folder")
+    check_storage_options(storage_options)
     with Looks(
         location,
         stall_timeout=_STALL_TIMEOUT,

@@ -15,6 +15,7 @@ from ._arguments import (
     check_callable,
     check_count,
     check_progress,
+    check_storage_options,
     check_switch,
     check_timeout,
     checked_target,
@@ -150,6 +151,7 @@ class Saver:
             raise ValueError(f"shard_index is 0 to shard_num - 1, got {shard_index} of {shard_num}")
         check_timeout(timeout)
         check_switch(overwrite, "overwrite")
+        check_storage_options(storage_options)
         check_layout(layout, extra, io_state, max_keep, path)
         check_callable(filter_func, "filter_func")
         check_progress(progress)

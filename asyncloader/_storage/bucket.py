@@ -61,10 +61,11 @@ class Bucket:
         Raises:
             FileExistsError: If the condition does not hold.
         """
+        client = self._trying_once  # says it if obstore is not there
         import obstore  # noqa: PLC0415  # an extra
 
         try:
-            result = obstore.put(self._trying_once, key, data, mode=mode)
+            result = obstore.put(client, key, data, mode=mode)
         except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as no:
             raise FileExistsError(errno.EEXIST, "written to by another", key) from no
         return str(result["e_tag"]).strip('"')
@@ -123,13 +124,14 @@ class BucketFolder:
 
     def stat(self, name: str, /) -> Entry | None:
         """Say what a name stands for: a folder is nothing."""
+        client = self._bucket.client
         import obstore  # noqa: PLC0415  # an extra
 
         if not (key := self._at(name)) or not _is_key(key):
             return None
         try:
             with explained(f"{self._url}/{name}"):
-                return _entry(obstore.head(self._bucket.client, key))
+                return _entry(obstore.head(client, key))
         except FileNotFoundError:
             return None
 
@@ -145,17 +147,18 @@ class BucketFolder:
 
     def total(self, name: str, /) -> int:
         """Return the bytes of all objects beneath a prefix; one request for each thousand."""
+        client = self._bucket.client
         import obstore  # noqa: PLC0415  # an extra
 
         with explained(f"{self._url}/{name}"):
-            pages = obstore.list(self._bucket.client, f"{self._at(name)}/")
+            pages = obstore.list(client, f"{self._at(name)}/")
             return sum(one["size"] for page in pages for one in page)
 
     def read(self, name: str, /, *, first: int | None = None, last: int | None = None) -> bytes:
         """Return a whole object, or at most so many of its first or last bytes."""
+        client, key, url = self._bucket.client, self._at(name), f"{self._url}/{name}"
         import obstore  # noqa: PLC0415  # an extra
 
-        client, key, url = self._bucket.client, self._at(name), f"{self._url}/{name}"
         if not _is_key(key):
             raise FileNotFoundError(errno.ENOENT, "no such object", url)
         with explained(url):
@@ -229,10 +232,11 @@ class BucketFolder:
 
     def remove(self, name: str, /) -> None:
         """Remove an object; fine for most stores if it is not there."""
+        client = self._bucket.client
         import obstore  # noqa: PLC0415  # an extra
 
         with explained(f"{self._url}/{name}"):
-            obstore.delete(self._bucket.client, self._at(name))
+            obstore.delete(client, self._at(name))
 
     def make(self, name: str, /) -> None:
         """Do nothing: a prefix need not be made."""
@@ -250,15 +254,16 @@ class BucketFolder:
 
     def _listed(self, name: str) -> tuple[str, ListResult[Any]]:
         """Return what keys begin with, and what is there."""
+        client, key = self._bucket.client, self._at(name)
+        url = f"{self._url}/{name}".rstrip("/")
         import obstore  # noqa: PLC0415  # an extra
 
-        key, url = self._at(name), f"{self._url}/{name}".rstrip("/")
         if not self._bucket.lists:
             raise OSError(errno.ENOTSUP, "a server of HTTP lists no names", url)
         if not _is_key(key):
             raise FileNotFoundError(errno.ENOENT, "no such folder", url)
         with explained(url):
-            found = obstore.list_with_delimiter(self._bucket.client, key or None)
+            found = obstore.list_with_delimiter(client, key or None)
         if not found["objects"] and not found["common_prefixes"]:
             raise FileNotFoundError(errno.ENOENT, "no object has a key that begins so", url)
         return f"{key}/" if key else "", found
