@@ -103,9 +103,8 @@ class Saver:
             same on all ranks, another one for each try (a count of the job's starts and the step,
             say). By default rank 0 draws one, and tells the others by way of torch.distributed's
             store.
-        overwrite: Of an object store: whether a checkpoint that is there may be replaced. Its
-            `index` is removed first, so there is none until the save is done. A folder's checkpoint
-            is always replaced, and stays until then.
+        overwrite: Of an object store: whether a checkpoint that is there may be replaced, by a
+            commit during which there is none. A folder's checkpoint is always replaced.
         timeout: Seconds that rank 0 waits for the other ranks; `None` waits for ever.
         max_inflight_bytes: Memory for writes under way, in bytes. The order of a table's rows takes
             16 bytes an id more while the table is being written, and three times that while it is

@@ -182,3 +182,25 @@ async def test_a_store_that_throttles_is_asked_less_often(s3: Place, tmp_path: P
             s3.copy(publish(tmp_path, 2), "throttled/v2")
             is_throttling = False
             await events.until(Swapped, version="v2")
+
+
+async def test_a_look_that_is_refused_never_makes_an_older_version_the_newest(
+    s3: Place,
+) -> None:
+    """Nor has a run no list because it could not be read."""
+    port, at, refused = int(s3.options["endpoint"].rpartition(":")[2]), 0, 0
+
+    def fault(number: int) -> Fault:
+        return Fault(status=403) if number == at else Fault()
+
+    async with faulty_proxy(port, fault) as proxy:
+        alone = {"pool_max_idle_per_host": "0"}
+        options = {**s3.options, "endpoint": proxy.endpoint, "client_options": alone}
+        while proxy.connections >= at:
+            proxy.connections = 0
+            try:
+                assert await alatest(s3.run, storage_options=options) == s3.url
+            except CheckpointError:
+                refused += 1
+            at += 1
+    assert refused >= 2

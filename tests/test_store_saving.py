@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import obstore
@@ -26,7 +29,13 @@ from asyncloader import (
     read_io_state,
     verify,
 )
+from asyncloader._addresses import address_of
+from asyncloader._saving.part import RankPart
+from asyncloader._saving.store_commit import StoreCommit
+from asyncloader._storage.bucket import Bucket
+from asyncloader._storage.bucket_folder import BucketFolder
 from asyncloader._storage.folders import Folders
+from asyncloader.tools import averify
 from tests.forks import Forked
 from tests.live import Events, build, live, version_in
 from tests.servers.faults import Fault, faulty_proxy
@@ -34,9 +43,10 @@ from tests.servers.faults import Fault, faulty_proxy
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from obstore import PutMode
     from torch import Tensor
 
-    from asyncloader._storage.bucket import BucketFolder
+    from asyncloader._storage.folder import Entry
     from tests.servers.places import Place
 
 # Each request is a connection of its own, and is tried once: the proxy counts them.
@@ -79,6 +89,12 @@ def version_at(url: str, options: dict[str, Any]) -> int | None:
 def names_in(place: Place, prefix: str) -> set[str]:
     pages = obstore.list(place.store, f"{prefix}/")
     return {one["path"].removeprefix(f"{prefix}/") for page in pages for one in page}
+
+
+def forget_claim(place: Place, prefix: str) -> None:
+    """Do what time does: who died while it committed holds up others for five minutes."""
+    with contextlib.suppress(FileNotFoundError):
+        obstore.delete(place.store, f"{prefix}/.saving-claim")
 
 
 def test_what_was_saved_comes_back(bucket: Place) -> None:
@@ -189,17 +205,132 @@ async def test_a_rank_that_fails_ends_the_save_of_all(bucket: Place) -> None:
     assert "index" not in names_in(bucket, "failing-rank")
 
 
-async def test_of_two_saves_at_once_one_at_most_commits(bucket: Place) -> None:
-    url, options = url_of(bucket, "both"), bucket.options
+@pytest.mark.parametrize("layout", ["checkpoint", "run"])
+@pytest.mark.parametrize("overwrite", [False, True])
+async def test_of_saves_at_once_what_is_there_is_one_whole(
+    bucket: Place, layout: str, overwrite: bool
+) -> None:
+    """And each that says so has committed."""
+    prefix = f"both/{layout}-{overwrite}/c"
+    url, options = url_of(bucket, prefix), bucket.options
+    how: dict[str, Any] = {"overwrite": overwrite, "layout": layout}
+    if layout == "run":
+        how["extra"] = {"step": torch.ones(1000)}
     results = await asyncio.gather(
-        *(saver(url, version, options).asave() for version in (1, 2)), return_exceptions=True
+        *(saver(url, version, options, **how).asave() for version in (1, 2, 3)),
+        return_exceptions=True,
     )
     failures = [result for result in results if isinstance(result, BaseException)]
     assert all(isinstance(failure, SaveError) for failure in failures), failures
     committed = [version for version, one in enumerate(results, 1) if one not in failures]
-    assert len(committed) < 2
-    found = await asyncio.to_thread(version_at, url, options)
-    assert found == (committed[0] if committed else None)
+    assert committed if overwrite else len(committed) == 1
+    assert await asyncio.to_thread(version_at, url, options) in committed
+    assert ".saving-claim" not in names_in(bucket, prefix)
+    problems = await averify(url, options=ReadOptions(storage_options=options))
+    assert problems.problems == ()
+
+
+class Lost(BucketFolder):
+    """A folder of which the answer to one request is lost."""
+
+    lost = ""
+
+    def put(self, name: str, data: bytes, /, *, over: Entry | None) -> str:
+        tag = super().put(name, data, over=over)
+        if name == self.lost:
+            raise OSError(errno.EIO, "no answer", name)
+        return tag
+
+
+async def test_where_it_is_not_known_whether_it_was_committed_nothing_is_removed(
+    s3: Place,
+) -> None:
+    url = url_of(s3, "unsure")
+    real = folder_at(s3, "unsure")
+    folder = Lost(real._bucket, real.location, real._key)
+    folder.lost = "index"
+    one = saver(url, 1, s3.options)
+    with pytest.raises(SaveError, match="whether it was committed is not known"):
+        await one._asave(one._now(), lambda: folder)
+    assert await asyncio.to_thread(version_at, url, s3.options) == 1
+    assert ".saving-claim" in names_in(s3, "unsure"), "others are to wait"
+
+
+def test_a_write_whose_first_answer_was_lost_is_known_again(s3: Place) -> None:
+    folder, tried = folder_at(s3, "again"), 0
+    real = folder._bucket.put_once
+
+    class Losing(Bucket):
+        def put_once(self, key: str, data: bytes, mode: PutMode) -> str:
+            nonlocal tried
+            tried += 1
+            tag = real(key, data, mode)
+            if tried == 1:
+                raise OSError(errno.EIO, "no answer", key)
+            return tag
+
+    address = address_of("s3://models/again", "path")
+    losing = BucketFolder(Losing(address, s3.options), folder.location, folder._key)
+    tag = losing.put("index", b"ours", over=None)
+    assert (tried, losing.stat("index").tag) == (2, tag)  # type: ignore[union-attr]
+    with pytest.raises(FileExistsError):
+        losing.put("index", b"theirs", over=None)
+
+
+def part_of(*, rank: int) -> RankPart:
+    return RankPart.of([], {}, {}, {}, {}, save_id="abc", rank=rank, ranks=2)
+
+
+def test_a_rank_that_has_told_of_its_shards_removes_none(s3: Place) -> None:
+    """Rank 0 may commit them at any moment."""
+    folder = folder_at(s3, "told")
+    commit = StoreCommit(folder, "abc", 1, 2)
+    commit.begin()
+    shard = "model-000001-of-000002-abc.safetensors"
+    obstore.put(s3.store, f"told/{shard}", b"rows")
+    commit.publish(part_of(rank=1))
+    commit.abandon([shard], "cancelled")
+    assert shard in names_in(s3, "told")
+
+
+async def test_a_save_waits_for_one_that_commits_and_takes_over_from_one_that_died(
+    bucket: Place,
+) -> None:
+    url, options = url_of(bucket, "claimed"), bucket.options
+    obstore.put(bucket.store, "claimed/.saving-claim", b"another")
+    saving = asyncio.ensure_future(saver(url, 1, options).asave())
+    while "part-" not in " ".join(await asyncio.to_thread(names_in, bucket, "claimed")):
+        assert not saving.done()
+    forget_claim(bucket, "claimed")
+    await saving
+    obstore.put(bucket.store, "claimed/.saving-claim", b"dead")
+    late = StoreCommit(folder_at(bucket, "claimed"), "abc", 0, 1, lease=-1.0)
+    with ThreadPoolExecutor(1) as threads:
+        await late.ready(threads)
+    assert bytes(obstore.get(bucket.store, "claimed/.saving-claim").bytes()) == b"abc"
+
+
+async def test_a_save_that_another_one_has_cleared_away_ends(s3: Place) -> None:
+    """It does not wait for parts of ranks that are gone."""
+    folder = folder_at(s3, "cleared")
+    commit = StoreCommit(folder, "abc", 0, 2)
+    with ThreadPoolExecutor(1) as threads:
+        await asyncio.to_thread(commit.begin)
+        await asyncio.to_thread(commit.publish, part_of(rank=0))
+        assert await commit.missing(threads) == (1,)
+        folder.remove(f"{commit.staging}/begun")
+        with pytest.raises(SaveError, match="another save has committed here meanwhile"):
+            await commit.part_texts(threads, timeout=None)
+
+
+def test_the_bucket_itself_is_no_checkpoint_of_a_run() -> None:
+    with pytest.raises(ValueError, match="is a bucket, which no run is in"):
+        Saver(path="s3://models", layout="run")
+
+
+def test_a_bucket_that_is_not_there_is_named(s3: Place) -> None:
+    with pytest.raises(SaveError, match="no such bucket"):
+        saver("s3://no-such-bucket/c", 1, s3.options).save()
 
 
 async def test_a_save_of_which_any_request_fails_leaves_no_checkpoint(
@@ -225,6 +356,7 @@ async def test_a_save_of_which_any_request_fails_leaves_no_checkpoint(
                 left = names_in(s3, f"failing/{at}")
                 assert len([name for name in left if "safetensors" in name]) <= 1, left
             outcomes.append(failed)
+            forget_claim(s3, f"failing/{at}")
             await saver(url, 2, s3.options, overwrite=True).asave()
             assert await asyncio.to_thread(version_at, url, s3.options) == 2
             assert len(names_in(s3, f"failing/{at}")) == 6
@@ -265,6 +397,7 @@ async def test_a_saver_that_is_killed_at_any_request_leaves_no_checkpoint(
             found = await asyncio.to_thread(version_at, url, s3.options)
             assert found == 1 if not killed else found in {None, 1}
             outcomes.append(found)
+            forget_claim(s3, f"killed/{at}")
             await saver(url, 2, s3.options, overwrite=True).asave()
             assert await asyncio.to_thread(version_at, url, s3.options) == 2
             assert len(names_in(s3, f"killed/{at}")) == 6

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asyncloader._addresses import is_url
+from asyncloader._storage.folder import is_unclear
 from asyncloader._threads.jobs import for_each
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 
@@ -163,6 +164,8 @@ def is_run_folder(folder: Folder) -> bool:
         cause = error.__cause__
         lists = not isinstance(cause, OSError) or cause.errno != errno.ENOTSUP
         return not lists and has_file(folder, RUN_LIST)
+    if not folder.dates_folders:  # each look is a request
+        names = sorted(names, key=name_order)[-_LOOKS:]
     return any(mark_of(folder.inside(name)) is not None for name in names)
 
 
@@ -238,7 +241,9 @@ def _version(folder: Folder, name: str) -> Version | None:
     mark = mark_of(inside)
     try:
         found = inside.stat(mark or "")
-    except OSError:
+    except OSError as error:
+        if is_unclear(error):
+            raise
         return None
     if found is None and folder.dates_folders:  # removed meanwhile
         return None

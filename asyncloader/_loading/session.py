@@ -14,7 +14,7 @@ from asyncloader._checkpoint.run_folder import is_run_folder
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
 from asyncloader._storage.folders import Folders
 from asyncloader._storage.opening import FileChangedError
-from asyncloader._storage.protocol import read_error
+from asyncloader._storage.protocol import opening_error, read_error
 from asyncloader._threads.call import StalledError
 from asyncloader.errors import (
     CheckpointChangedError,
@@ -182,10 +182,13 @@ class Session:
         """Say whether there is such a file; it is asked for where names cannot be listed."""
         if names := await self.listed():
             return name in names
-        with contextlib.suppress(OSError):
+        try:
             await self.storage.size(name)
-            return True
-        return False
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise opening_error(self.location, name, error) from error
+        return True
 
     async def _names(self) -> Sequence[str]:
         return list(await self.listed())

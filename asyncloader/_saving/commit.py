@@ -42,9 +42,10 @@ from .part import render_part
 from .ranks import Ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from concurrent.futures import Executor
 
-    from asyncloader._storage.folder import RenamingFolder
+    from asyncloader._storage.folder import Entry, RenamingFolder
 
     from .part import RankPart
 
@@ -57,10 +58,12 @@ class Commit(Ranks):
     _moved: list[tuple[str, str]] = field(default_factory=list, init=False)
     _is_recovering: bool = field(default=False, init=False)
 
-    @property
-    def under(self) -> str:
-        """The staging folder."""
-        return self.staging
+    def place(self, file: str, size: int) -> str:  # noqa: ARG002  # of stores
+        """Return a place in the staging folder."""
+        return f"{self.staging}/{file}"
+
+    def _sizes(self) -> Mapping[str, Entry]:
+        return self.folder.files(self.staging)
 
     @property
     def shard_mark(self) -> str:
@@ -79,6 +82,9 @@ class Commit(Ranks):
         for name in (self._part_file(self.rank), self._failure_file(self.rank)):
             with contextlib.suppress(FileNotFoundError):
                 self.folder.remove(name)
+
+    async def ready(self, executor: Executor) -> None:
+        """Wait for nothing: this save holds the folder."""
 
     def publish(self, part: RankPart) -> None:
         """Tell rank 0 that all of this rank's shards are on the disk."""

@@ -25,8 +25,6 @@ OLD = "old"
 _DEAD_AFTER = 1800.0
 """Seconds without a change after which a save of several ranks counts as dead."""
 
-STAGINGS = re.compile(rf"{re.escape(STAGING)}.+/")
-
 _OURS = frozenset({INDEX, TENSORKEY, DESCRIPTION, SIDECAR})
 _SHARD = re.compile(r"model-\d{6,}-of-\d{6,}(-[A-Za-z0-9._-]+)?\.safetensors")
 # What an `index` may call a shard; nothing else is removed because one names it.
@@ -49,13 +47,21 @@ def staging_of(ranks: int, save_id: str) -> str:
     return f"{STAGING}{ranks}-{save_id}"
 
 
+def is_shard(name: str) -> bool:
+    """Say whether a file is called as a shard of a save."""
+    return _SHARD.fullmatch(name) is not None
+
+
 def files_of(folder: WritableFolder, at: str, *, whole: bool) -> list[str]:
     """Return the files of the checkpoint in the folder `at`.
 
     With `whole`, those that RecIS's trainer puts beside the tables are its own, too; and always
     those of them that the sidecar tells of, as a `Saver` wrote them with the rest.
     """
-    names = folder.names(at)
+    return _files_of(folder, at, folder.names(at), whole=whole)
+
+
+def _files_of(folder: WritableFolder, at: str, names: list[str], *, whole: bool) -> list[str]:
     listed = _listed(folder, at) if INDEX in names else frozenset()
     own = [name for name in names if name in _OURS | listed or _SHARD.fullmatch(name)]
     if own == [INDEX] and not listed:
@@ -69,7 +75,8 @@ def files_of(folder: WritableFolder, at: str, *, whole: bool) -> list[str]:
 
 def old_files(folder: WritableFolder, *, whole: bool = False) -> list[str]:
     """Return the files that a new checkpoint replaces; `SaveError` if there is anything else."""
-    names, old = folder.names(""), files_of(folder, "", whole=whole)
+    names = folder.names("")
+    old = _files_of(folder, "", names, whole=whole)
     others = [
         name
         for name in names

@@ -16,10 +16,10 @@ from .leftovers import staging_of
 from .part import merge_parts, parse_part
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from concurrent.futures import Executor
 
-    from asyncloader._storage.folder import WritableFolder
+    from asyncloader._storage.folder import Entry, WritableFolder
 
     from .part import RankPart
     from .run_list import RunList
@@ -55,10 +55,9 @@ class Ranks(ABC):
         """The folder of what ranks tell each other."""
         return staging_of(self.ranks, self.save_id)
 
-    @property
     @abstractmethod
-    def under(self) -> str:
-        """The folder that ranks write their shards to."""
+    def place(self, file: str, size: int) -> str:
+        """Return where to write a file of so many bytes."""
 
     @property
     @abstractmethod
@@ -77,6 +76,14 @@ class Ranks(ABC):
     @abstractmethod
     def publish(self, part: RankPart) -> None:
         """Tell rank 0 that all of this rank's shards are there for good."""
+
+    @abstractmethod
+    async def ready(self, executor: Executor) -> None:
+        """Wait until this save may commit."""
+
+    @abstractmethod
+    def _sizes(self) -> Mapping[str, Entry]:
+        """Return the files that ranks have written, by name."""
 
     @abstractmethod
     def commit(self, part_texts: Sequence[bytes]) -> None:
@@ -114,7 +121,7 @@ class Ranks(ABC):
         """
         clock = asyncio.get_running_loop().time
         start, pause = clock(), _FIRST_LOOK
-        while missing := await self._missing(executor):
+        while missing := await self.missing(executor):
             waited = clock() - start
             if timeout is not None and waited >= timeout:
                 raise SaveTimeoutError(self.folder.location, missing, timeout)
@@ -128,7 +135,8 @@ class Ranks(ABC):
         await for_each(range(self.ranks), read, workers=_READERS, name="asyncloader-part")
         return [texts[rank] for rank in range(self.ranks)]
 
-    async def _missing(self, executor: Executor) -> tuple[int, ...]:
+    async def missing(self, executor: Executor) -> tuple[int, ...]:
+        """Return the ranks whose part is not there yet; raise `SaveError` if one has given up."""
         [names] = await run_jobs(executor, [partial(self.folder.names, self.staging)])
         there = {f"{self.staging}/{name}" for name in names}
         for rank in range(self.ranks):
@@ -141,15 +149,14 @@ class Ranks(ABC):
     def _merged(self, part_texts: Sequence[bytes]) -> tuple[list[RankPart], dict[str, bytes]]:
         """Return the ranks' parts, and the texts of the files that they make, `index` last."""
         parts = [self._part(rank, text) for rank, text in enumerate(part_texts)]
-        there = self.folder.files(self.under)
+        there = self._sizes()
         for part in parts:
             for file, size in part.sizes.items():
                 entry = there.get(file)
                 found = "missing" if entry is None else f"{entry.size} bytes long"
                 if entry is None or entry.size != size:
                     problem = f"{found}, but rank {part.rank} wrote {size}"
-                    name = f"{self.under}/{file}".lstrip("/")
-                    raise SaveError(self.folder.location, problem, name)
+                    raise SaveError(self.folder.location, problem, self.place(file, size))
         try:
             return parts, merge_parts(parts)
         except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import posixpath
 import time
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asyncloader._addresses import is_url
+from asyncloader._addresses import address_of, is_url
 from asyncloader._arguments import check_count
 from asyncloader._checkpoint.format import INDEX, RUN_LIST, SIDECAR, STAGING
 from asyncloader._checkpoint.index import is_file_name
@@ -22,16 +21,15 @@ from asyncloader.errors import SaveError
 from .leftovers import files_of, remove_dead, telling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from asyncloader._storage.folder import ConditionalFolder, RenamingFolder, WritableFolder
+    from asyncloader._storage.folder import RenamingFolder, WritableFolder
 
 
 _STAGED = f"{STAGING}{RUN_LIST}"
 # Another save holds the list for milliseconds.
 _PATIENCE, _PAUSE = 30.0, 0.02
 _LONGEST = 16 << 20  # bytes
-_TRIES = 20
 
 
 @dataclass(slots=True)
@@ -72,7 +70,7 @@ class RunList(ABC):
     def _strike(self, gone: set[str]) -> None:
         """Remove lines."""
 
-    def _lines(self) -> list[str]:
+    def lines(self) -> list[str]:
         """Return the lines of the list as it is.
 
         Raises:
@@ -88,7 +86,8 @@ class RunList(ABC):
         stripped = (line.strip() for line in text.split(b"\n"))
         return [os.fsdecode(line) for line in stripped if line]  # as names are: never fails
 
-    def _unlisted(self, error: OSError) -> SaveError:
+    def unlisted(self, error: OSError) -> SaveError:
+        """Return the error of a checkpoint that is not in the list."""
         problem = (
             f"{self.name!r} is saved, whole, but could not be put into the list: {error}; save "
             "it again, or add a line with its name at the end"
@@ -110,11 +109,12 @@ class RunList(ABC):
             except SaveError as error:  # the new one is there, and listed
                 self.told.append(f"older checkpoints could not be removed: {error}")
 
-    def _with_ours(self, lines: list[str]) -> list[str]:
+    def with_ours(self, lines: list[str]) -> list[str]:
+        """Return lines with ours at the end."""
         return [*(line for line in lines if line != self.name), self.name]
 
     def _evict(self) -> None:
-        lines, there = self._lines(), set(self.folder.names(""))
+        lines, there = self.lines(), set(self.folder.names(""))
         for name in self._older(lines, there):
             with telling(self.told, f"{name!r}, which is old, could not be removed"):
                 if self._remove(name):
@@ -182,7 +182,7 @@ class RenamedRunList(RunList):
         """
         with self._alone():
             try:
-                self._write(self._with_ours(self._lines()))
+                self._write(self.with_ours(self.lines()))
                 yield
             finally:
                 with contextlib.suppress(OSError):  # moved, most likely
@@ -198,7 +198,7 @@ class RenamedRunList(RunList):
             self.folder.move(_STAGED, RUN_LIST)
             self.folder.sync("")
         except OSError as error:
-            raise self._unlisted(error) from error
+            raise self.unlisted(error) from error
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -215,68 +215,18 @@ class RenamedRunList(RunList):
 
     def _write(self, lines: list[str]) -> None:
         with contextlib.closing(self.folder.create(_STAGED)) as file:
-            file.write(0, [memoryview(_text_of(lines))])
+            file.write(0, [memoryview(text_of(lines))])
             file.sync()
 
     def _strike(self, gone: set[str]) -> None:
         """Remove lines."""
-        self._write([line for line in self._lines() if line not in gone])
+        self._write([line for line in self.lines() if line not in gone])
         self.folder.move(_STAGED, RUN_LIST)
         self.folder.sync("")
 
 
-@dataclass(slots=True)
-class StoreRunList(RunList):
-    """The list in a place that nobody can hold: written anew if it is what it was."""
-
-    folder: ConditionalFolder
-
-    def staged(self) -> contextlib.AbstractContextManager[None]:
-        """Do nothing."""
-        return contextlib.nullcontext()
-
-    def _alone(self) -> contextlib.AbstractContextManager[None]:
-        """Do nothing: conditions keep others from what is decided by them."""
-        return contextlib.nullcontext()
-
-    def publish(self) -> None:
-        """Put our line at the end.
-
-        Raises:
-            SaveError: If that fails.
-        """
-        try:
-            self._change(self._with_ours)
-        except OSError as error:
-            raise self._unlisted(error) from error
-
-    def _strike(self, gone: set[str]) -> None:
-        """Remove lines."""
-        self._change(lambda lines: [line for line in lines if line not in gone])
-
-    def _change(self, change: Callable[[list[str]], list[str]]) -> None:
-        for _ in range(_TRIES):
-            before = self.folder.stat(RUN_LIST)
-            text = _text_of(change(self._lines()))
-            try:
-                self.folder.put(RUN_LIST, text, over=before)
-            except FileExistsError:  # another save has changed it meanwhile
-                continue
-            except OSError as error:
-                if error.errno != errno.ENOTSUP:
-                    raise
-                self._overwrite(text)
-            return
-        raise OSError(errno.EBUSY, f"others have changed it {_TRIES} times meanwhile")
-
-    def _overwrite(self, text: bytes) -> None:
-        """Write the list in a store that knows no such condition."""
-        with contextlib.closing(self.folder.create(RUN_LIST)) as file:
-            file.write(0, [memoryview(text)])
-            file.sync()
-
-
-def _text_of(lines: list[str]) -> bytes:
+def text_of(lines: list[str]) -> bytes:
+    """Return the text of a list."""
     return b"".join(os.fsencode(line) + b"\n" for line in lines)
 
 
@@ -306,6 +256,8 @@ def check_layout(
             raise ValueError('extra, io_state and max_keep are of a run: pass layout="run", too')
         return
     text = os.fspath(path)
+    if is_url(text) and not address_of(text, "path").key:
+        raise ValueError(f"path is RUN/ID, and {text!r} is a bucket, which no run is in")
     name = posixpath.basename(text.rstrip("/")) if is_url(text) else Path(path).absolute().name
     is_line = name == name.strip() and not {*"\r\n"} & {*name}
     if not name or name.startswith(".") or name == RUN_LIST or not is_line:

@@ -22,9 +22,10 @@ from .layout import belongs_to_model, checked_blocks, lay_out, lay_out_model
 from .part import RankPart
 from .recis import recis_problems, reserved_problems, state_problems
 from .report import SaveReport
-from .run_list import RenamedRunList, StoreRunList
+from .run_list import RenamedRunList
 from .save_id import agreed_save_id, fresh_save_id
 from .store_commit import StoreCommit
+from .store_run_list import StoreRunList
 from .writing import Means, write_shards
 
 if TYPE_CHECKING:
@@ -109,7 +110,6 @@ def _commit_of(order: Order, folder: TargetFolder, save_id: str) -> Ranks:
         order.ranks,
         is_run=order.is_run,
         replaces=order.overwrite,
-        patience=order.timeout,
     )
     if order.is_run:
         name, most = PurePath(folder.location).name, order.max_keep
@@ -128,13 +128,10 @@ def commit_of(
     *,
     is_run: bool = False,
     replaces: bool = False,
-    patience: float | None = None,
 ) -> Ranks:
     """Return what makes a checkpoint of the ranks' shards, by what the folder is good at."""
     if isinstance(folder, ConditionalFolder):
-        return StoreCommit(
-            folder, save_id, rank, ranks, is_run, replaces=replaces, patience=patience
-        )
+        return StoreCommit(folder, save_id, rank, ranks, is_run, replaces=replaces)
     return Commit(folder, save_id, rank, ranks, is_run)
 
 
@@ -279,13 +276,14 @@ class _Save:
 
         try:
             await run_jobs(threads, [commit.begin])
-            digests = await write_shards(layouts, contents.sources, means, under=commit.under)
-            write = partial(states.write, means.folder, commit.under)
+            digests = await write_shards(layouts, contents.sources, means, place=commit.place)
+            write = partial(states.write, means.folder, commit.staging)
             [files] = await run_jobs(threads, [write])
             means.meter.finish()
             await run_jobs(threads, [publish])
             if self._order.rank == 0:
                 texts = await commit.part_texts(threads, timeout=self._order.timeout)
+                await commit.ready(threads)
                 await run_jobs(threads, [partial(commit.commit, texts)])
         except BaseException as error:
             if not commit.is_committed:

@@ -87,7 +87,7 @@ class States:
     def write(self, folder: WritableFolder, under: str) -> dict[str, tuple[int, str]]:
         """Write the files, sync them, and return the length and the digest of each."""
         return {
-            file: _write(folder, f"{under}/{file}".lstrip("/"), value)
+            file: _write(folder, f"{under}/{file}", value)
             for file, value in self._contents().items()
         }
 

@@ -1,44 +1,62 @@
-"""How shards become a checkpoint where nothing can be renamed: in place, `index` last.
+"""How shards become a checkpoint where nothing can be renamed: `index` is created last, once.
 
-    path/model-…-ID.safetensors        each rank's shards, there once they are whole
-    path/.saving-RANKS-ID/             small objects by which ranks tell each other what they wrote
-    path/index                         makes them a checkpoint: created once, or not at all
+    path/model-…-ID.safetensors        each rank's shards; ID is the save's: no other writes there
+    path/.saving-RANKS-ID/             files whose names are fixed (`model.pt`, `extra.pt`, …), and
+                                       what ranks tell each other; no reader looks here
+    path/.saving-claim                 the save that commits now
+    path/index                         makes a checkpoint of all that
 
-No reader takes anything for a checkpoint that has no `index`, and only one save can create that. So
-a save that ends at any request leaves no checkpoint, and what it leaves is in nobody's way: its
-shards have names of their own, and the next save that commits removes them. Where there was a
-checkpoint, and it may be replaced, its `index` is removed before anything is written.
+The commit, by rank 0, once every rank's part is there:
+
+1. The claim is created. Where another save holds it, this one waits; one that is older than a
+   commit can take was left by a save that died, and is taken over.
+2. `index` of the old checkpoint is removed, if it may be replaced. From here to 4 there is none.
+3. Files with fixed names are copied to their places within the store, and the small ones written.
+4. `index` is created: not if there is one, for then another save has committed.
+5. A run's list gets its line; what is left of the old checkpoint and of dead saves is removed, and
+   then the claim.
+
+A save that fails removes what bears its id, unless `index` names it, or may yet come to: if the
+answer to 4 is lost, nothing is removed, and the claim stays.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
-import time
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from asyncloader._checkpoint.format import DESCRIPTION, INDEX, SAFETENSORS, SIDECAR, TENSORKEY
-from asyncloader.errors import SaveError, SaveTimeoutError
+from asyncloader._checkpoint.format import INDEX, SAFETENSORS, STAGING
+from asyncloader._threads.jobs import run_jobs
+from asyncloader.errors import SaveError
 
-from .leftovers import STAGINGS, old_files, telling
+from .leftovers import is_shard, old_files, telling
 from .part import render_part
 from .ranks import Ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from concurrent.futures import Executor
 
-    from asyncloader._storage.folder import ConditionalFolder
+    from asyncloader._storage.folder import ConditionalFolder, Entry
 
     from .part import RankPart
 
 
-_PAUSE = 0.5
-_TEXTS = (TENSORKEY, DESCRIPTION, SIDECAR)
-_NOT_ALONE = "another save commits a checkpoint here at the same time, so this one gives up"
+_log = logging.getLogger(__name__)
+
+_CLAIM = f"{STAGING}claim"
+_LEASE = 300.0
+"""Seconds that a commit may take: a dozen small requests, and copies within the store."""
+
+_PAUSE = 1.0
+_LARGEST_COPY = 5 << 30  # bytes, of S3
 _IS_THERE = (
     "there is a checkpoint already, and nothing was written: save to another place, or pass "
-    "overwrite=True, and then there is none until the save is done"
+    "overwrite=True"
 )
 
 
@@ -48,107 +66,182 @@ class StoreCommit(Ranks):
 
     Attributes:
         replaces: Whether a checkpoint that is there may be replaced.
-        patience: Seconds for which another rank waits until rank 0 has removed the old `index`.
+        lease: Seconds after which a claim counts as left by a save that died.
     """
 
     folder: ConditionalFolder
     replaces: bool = False
-    patience: float | None = None
-    _is_replacing: bool = field(default=False, init=False)
-    _has_begun: bool = field(default=False, init=False)
+    lease: float = _LEASE
+    _old: set[str] = field(default_factory=set, init=False)
+    _claim: str | None = field(default=None, init=False)  # its tag
+    _has_published: bool = field(default=False, init=False)
+    _has_removed: bool = field(default=False, init=False)
     _is_unsure: bool = field(default=False, init=False)
-    _created: list[str] = field(default_factory=list, init=False)
-
-    @property
-    def under(self) -> str:
-        """The place itself."""
-        return ""
 
     @property
     def shard_mark(self) -> str:
         """The save's id, so that no other save writes to the same objects."""
         return self.save_id
 
-    def begin(self) -> None:
-        """Make sure that there is no checkpoint, and nothing else."""
-        if self.rank == 0:
-            names = old_files(self.folder, whole=self.is_run)
-            if INDEX in names and not self.replaces:
-                raise SaveError(self.folder.location, _IS_THERE)
-            if INDEX in names:
-                self._is_replacing = True
-                self.folder.remove(INDEX)
-            # Of the old checkpoint, or of a save that died before it had an `index`.
-            self._remove(name for name in names if name in _TEXTS)
-        else:
-            self._await_no_index()
-        self._has_begun = True
-        for name in (self._part_file(self.rank), self._failure_file(self.rank)):
-            with contextlib.suppress(FileNotFoundError):
-                self.folder.remove(name)
+    def place(self, file: str, size: int) -> str:
+        """Return where to write a file: a shard to its place, another one beside it first."""
+        # What is too large to be copied can only be written to its place.
+        in_place = is_shard(file) or size > _LARGEST_COPY
+        return file if in_place else f"{self.staging}/{file}"
 
-    def _await_no_index(self) -> None:
-        """Wait until no reader can take what this rank writes for a part of the old checkpoint."""
-        until = None if self.patience is None else time.monotonic() + self.patience
-        while self.folder.stat(INDEX) is not None:
-            if not self.replaces:
+    def begin(self) -> None:
+        """Make sure that there is nothing that must stay."""
+        if self.rank == 0:
+            self._old = {*old_files(self.folder, whole=self.is_run)}
+            if INDEX in self._old and not self.replaces:
                 raise SaveError(self.folder.location, _IS_THERE)
-            if until is not None and time.monotonic() > until:
-                raise SaveTimeoutError(self.folder.location, (0,), self.patience or 0.0)
-            time.sleep(_PAUSE)
+            if self.ranks > 1:
+                self._write(self._sign_of_life, b"")
+        if self.folder.names(self.staging):  # of an earlier try that had the same id
+            self._remove([self._part_file(self.rank), self._failure_file(self.rank)])
 
     def publish(self, part: RankPart) -> None:
-        """Tell rank 0 that all of this rank's shards are there."""
+        """Tell rank 0 that all of this rank's shards are there; from now on they stay."""
+        self._has_published = True
         self._write(self._part_file(self.rank), render_part(part))
 
+    async def missing(self, executor: Executor) -> tuple[int, ...]:
+        """Return the ranks whose part is not there yet.
+
+        Raises:
+            SaveError: If one has given up, or another save has cleared this one away.
+        """
+        missing = await Ranks.missing(self, executor)
+        [lives] = await run_jobs(executor, [lambda: self.folder.stat(self._sign_of_life)])
+        if 0 in missing or (self.ranks > 1 and lives is None):
+            problem = "another save has committed here meanwhile, and cleared this one away"
+            raise SaveError(self.folder.location, problem)
+        return missing
+
+    async def ready(self, executor: Executor) -> None:
+        """Wait until no other save commits here."""
+        while True:
+            [waits] = await run_jobs(executor, [self._take_claim])
+            if waits is None:
+                return
+            _log.info("%s: another save commits here, since %.0f s", self.folder.location, waits)
+            await asyncio.sleep(_PAUSE)
+
+    def _take_claim(self) -> float | None:
+        """Take the claim, or return for how long another save has it, in seconds."""
+        text = self.save_id.encode()
+        with contextlib.suppress(FileExistsError):
+            self._claim = self.folder.put(_CLAIM, text, over=None)
+            return None
+        entry = self.folder.stat(_CLAIM)
+        if entry is None:
+            return 0.0
+        # By the store's own clock.
+        self._write(f"{self.staging}/now", b"")
+        now = self.folder.stat(f"{self.staging}/now")
+        age = 0.0 if now is None else now.modified - entry.modified
+        if age <= self.lease:
+            return age
+        try:
+            self._claim = self.folder.put(_CLAIM, text, over=entry)
+        except FileExistsError:
+            return age
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+            self._remove([_CLAIM])  # and try again
+            return age
+        return None
+
     def commit(self, part_texts: Sequence[bytes]) -> None:
-        """Make a checkpoint of the parts of all ranks.
+        """Make a checkpoint of the parts of all ranks, if this save holds the claim.
 
         Raises:
             SaveError: If the parts do not fit together, or another save commits here, too.
         """
         parts, texts = self._merged(part_texts)
-        index = texts.pop(INDEX)
-        # Created, too, so that another save that commits now, or has, is noticed.
-        tags = {name: self._create(name, text) for name, text in texts.items()}
+        files = {name for part in parts for name in part.sizes}
+        there = self.folder.names("")  # what comes later is another save's
+        self._remove_old_index(there)
+        self._put_in_place(files, texts)
         try:
-            self._create(INDEX, index)
-        except SaveError:
-            raise
+            if self.run_list is not None:
+                self.run_list.publish()
+            self._tidy(there, files | {*texts})
+        finally:
+            self._release()
+        if self.run_list is not None:
+            self.run_list.evict()
+
+    def _remove_old_index(self, there: list[str]) -> None:
+        if INDEX in there:
+            if not self.replaces:
+                raise self._overtaken()
+            self.folder.remove(INDEX)
+            self._has_removed = True
+
+    def _put_in_place(self, files: Iterable[str], texts: Mapping[str, bytes]) -> None:
+        """Copy and write what is not in its place yet, `index` last."""
+        staged = self._staged()
+        for name in sorted(staged.keys() & files):
+            self.folder.copy(f"{self.staging}/{name}", name)
+        for name, text in texts.items():
+            if name != INDEX:
+                self._write(name, text)
+        if not self._holds_claim():
+            raise self._overtaken()
+        tag = self._create_index(texts[INDEX])
+        self.is_committed = True
+        if not self._holds_claim():
+            self.is_committed = False
+            entry = self.folder.stat(INDEX)
+            if entry is not None and entry.tag == tag:
+                self.folder.remove(INDEX)
+            raise self._overtaken()
+
+    def _tidy(self, there: list[str], ours: set[str]) -> None:
+        """Remove what the old checkpoint and dead saves have left, and what ranks have told."""
+        dead = {name for name in there if is_shard(name)}
+        self._remove((self._old | dead) - ours)
+        stagings = {name for name in there if name.startswith(STAGING) and name.endswith("/")}
+        for staging in {*stagings, f"{self.staging}/"}:
+            self._remove(staging + name for name in self._told_in(staging))
+
+    def _create_index(self, text: bytes) -> str:
+        try:
+            return self.folder.put(INDEX, text, over=None)
+        except FileExistsError as error:
+            raise self._overtaken() from error
         except OSError as error:
             # No answer: it may be lost, or the request come late.
             self._is_unsure = error.errno == errno.EIO
             raise
-        self.is_committed = True
-        # One that has just begun takes them for what a dead save has left.
-        there = self.folder.files("")
-        if any(name not in there or there[name].tag != tag for name, tag in tags.items()):
-            self.folder.remove(INDEX)
-            self.is_committed = False
-            raise SaveError(self.folder.location, _NOT_ALONE)
-        if self.run_list is not None:
-            self.run_list.publish()
-            self.run_list.evict()
-        with telling(self.told, "left-overs could not be removed"):
-            self._tidy({INDEX, *tags, *(name for part in parts for name in part.sizes)})
 
-    def _create(self, name: str, text: bytes) -> str:
+    def _overtaken(self) -> SaveError:
+        problem = "another save commits a checkpoint here, too, so this one gives up"
+        return SaveError(self.folder.location, problem)
+
+    def _holds_claim(self) -> bool:
+        """Say whether nobody has taken the claim over, as one would whose thread stood still."""
+        entry = self.folder.stat(_CLAIM)
+        return entry is not None and entry.tag == self._claim
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            with telling(self.told, f"{_CLAIM!r} could not be removed"):
+                if self._holds_claim():
+                    self.folder.remove(_CLAIM)
+            self._claim = None
+
+    def _told_in(self, staging: str) -> list[str]:
         try:
-            tag = self.folder.put(name, text, over=None)
-        except FileExistsError as error:
-            raise SaveError(self.folder.location, _NOT_ALONE) from error
-        self._created.append(name)
-        return tag
-
-    def _tidy(self, ours: set[str]) -> None:
-        """Remove the old checkpoint's files, and what dead saves have left."""
-        self._remove(set(old_files(self.folder, whole=self.is_run)) - ours)
-        for name in self.folder.names(""):
-            if STAGINGS.fullmatch(name):
-                self._remove(name + one for one in self.folder.names(name.rstrip("/")))
+            return self.folder.names(staging.rstrip("/"))
+        except OSError as error:
+            self.told.append(f"left-overs could not be listed: {error}")
+            return []
 
     def _remove(self, names: Iterable[str]) -> None:
-        for name in names:
+        for name in sorted(names):
             with (
                 telling(self.told, f"{name!r} could not be removed"),
                 contextlib.suppress(FileNotFoundError),
@@ -161,29 +254,54 @@ class StoreCommit(Ranks):
             return "the checkpoint is there, whole"
         if self._is_unsure:
             return "whether it was committed is not known: look for its `index`"
-        if self._is_replacing:
-            return "there is no checkpoint any more, as the old one's `index` was removed first"
-        return "nothing was committed"
+        if self._has_removed:
+            return "there is no checkpoint any more, as the old one was being replaced"
+        return "what was there before is as it was"
 
     def abandon(self, files: list[str], reason: str) -> None:
-        """Remove what this rank has written, and tell rank 0."""
+        """Remove what this rank has written, and tell rank 0; rank 0 removes what all have."""
         if self._is_unsure:
-            return  # it may be a checkpoint
-        if self._has_begun:  # else files of these names are the old checkpoint's
-            self._remove([*self._created, *files])
+            return  # it may be a checkpoint, and others are to wait
+        self._release()
+        # What rank 0 knows of may be a part of the checkpoint by now.
+        if (self.rank == 0 or not self._has_published) and not self._may_be_committed():
+            self._remove(file for file in files if is_shard(file))
+            if self.rank == 0:
+                self._remove(name for name in self._told_in("") if name.endswith(self._ending))
         if self.rank == 0:
-            with telling(self.told, "left-overs could not be removed"):
-                told = (f"{self.staging}/{name}" for name in self.folder.names(self.staging))
-                # Of the other ranks, too.
-                mark = f"-{self.shard_mark}{SAFETENSORS}"
-                self._remove([*told, *(x for x in self.folder.names("") if x.endswith(mark))])
-            return
-        with contextlib.suppress(OSError):
-            self.folder.remove(self._part_file(self.rank))
-        with contextlib.suppress(OSError):
-            text = reason.encode(errors="backslashreplace")
-            self._write(self._failure_file(self.rank), text)
+            self._remove(f"{self.staging}/{name}" for name in self._told_in(self.staging))
+        else:
+            with contextlib.suppress(OSError):
+                text = reason.encode(errors="backslashreplace")
+                self._write(self._failure_file(self.rank), text)
+
+    def _may_be_committed(self) -> bool:
+        """Say whether `index` names files of this save, as far as can be told."""
+        try:
+            return self._ending.encode() in self.folder.read(INDEX)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
 
     def refuse(self, reason: str) -> None:
         """As another rank, tell rank 0 that this rank failed before it wrote anything."""
         self.abandon([], reason)
+
+    def _sizes(self) -> Mapping[str, Entry]:
+        return {**self.folder.files(""), **self._staged()}
+
+    def _staged(self) -> Mapping[str, Entry]:
+        try:
+            return self.folder.files(self.staging)
+        except FileNotFoundError:
+            return {}
+
+    @property
+    def _ending(self) -> str:
+        """Ends the names of this save's shards."""
+        return f"-{self.save_id}{SAFETENSORS}"
+
+    @property
+    def _sign_of_life(self) -> str:
+        return f"{self.staging}/begun"

@@ -17,7 +17,7 @@ from asyncloader._threads.jobs import for_each, run_jobs, settled
 from .contents import CHUNK
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from asyncloader._loading.progress import Meter
     from asyncloader._storage.folder import WritableFile, WritableFolder
@@ -131,9 +131,9 @@ async def write_shards(
     sources: Mapping[WriteBlock, ByteSource],
     means: Means,
     *,
-    under: str,
+    place: Callable[[str, int], str],
 ) -> dict[str, ShardDigests]:
-    """Write shards into a folder, sync them, and return their digests by file.
+    """Write shards to where `place` says, sync them, and return their digests by file.
 
     Files of a failed call are left to the caller.
     """
@@ -144,7 +144,7 @@ async def write_shards(
     def begin() -> list[_Shard]:
         shards = []
         for layout in layouts:
-            name = f"{under}/{layout.file}".lstrip("/")
+            name = place(layout.file, layout.size)
             file = means.folder.create(name, size=layout.size)
             files.callback(file.close)
             file.write(0, [memoryview(layout.head)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ class Entry:
         size: The length of a file in bytes; `None` of a folder, and of all else.
         identity: Another one if a file is written to, or another file takes its place: device,
             inode, length and time of the last change; of an object its length and ETag, or time.
+        version: Of an object, in stores that have such.
         modified: When its content was last changed, in seconds since 1970, by the clock of the file
             system or store.
     """
@@ -27,6 +28,7 @@ class Entry:
     size: int | None
     identity: tuple[object, ...]
     modified: float
+    version: str | None = field(default=None, compare=False)
 
     @property
     def tag(self) -> str:
@@ -34,9 +36,14 @@ class Entry:
         return str(self.identity[1]).strip('"')
 
 
+class StoreRefusalError(PermissionError):
+    """A store refused a request. Who may not list is told this of what is not there, too."""
+
+
 def is_unclear(error: OSError) -> bool:
     """Say whether an error leaves open what is there: a disk or a server gave no answer."""
-    return error.errno in {errno.EIO, errno.EPROTO, errno.ETIMEDOUT}
+    unclear = {errno.EIO, errno.EPROTO, errno.ETIMEDOUT, errno.ESTALE}
+    return error.errno in unclear or isinstance(error, StoreRefusalError)
 
 
 class WritableFile(Protocol):
@@ -213,6 +220,10 @@ class ConditionalFolder(WritableFolder, Protocol):
         """Return a folder in this one."""
         ...
 
+    def copy(self, source: str, target: str, /) -> None:
+        """Copy a file of at most 5 GiB; what had the new name is gone."""
+        ...
+
     def put(self, name: str, data: bytes, /, *, over: Entry | None) -> str:
         """Write a small file, if it is what it was: `over`, or nothing.
 
@@ -221,7 +232,7 @@ class ConditionalFolder(WritableFolder, Protocol):
 
         Raises:
             FileExistsError: If it is something else; nothing was changed.
-            OSError: `ENOTSUP` if this cannot be asked for. After others it may have been written.
+            OSError: `ENOTSUP` if this cannot be asked for, `EIO` if it may have been written.
         """
         ...
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from asyncloader._addresses import address_of, is_url
 
-from .bucket import Bucket, BucketFolder
+from .bucket import Bucket
+from .bucket_folder import BucketFolder
 from .local_folder import LocalFolder
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from asyncloader._addresses import AZURE, GCS, S3
 from asyncloader.errors import CheckpointError
 
+from .folder import StoreRefusalError
 from .opening import FileChangedError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from asyncloader._addresses import Address
 
 
+NO_BUCKET = "no such bucket"
 _SETTINGS = ("client_options", "retry_config", "credential_provider")
 _SLOWEST = 1e6  # bytes a second: a link on which a request still ends in time
 _SECONDS = 30
@@ -34,7 +36,7 @@ _LONGEST = 300
 
 
 def open_store(
-    address: Address, options: Mapping[str, Any] | None, *, read_bytes: int, retries: int = 0
+    address: Address, options: Mapping[str, Any] | None, *, read_bytes: int, retries: int | None = 0
 ) -> ObjectStore:
     """Return the client of an address.
 
@@ -43,7 +45,8 @@ def open_store(
         options: obstore's own: names of its configuration, and `client_options`, `retry_config`
             and `credential_provider`.
         read_bytes: The largest read: a request may take longer than obstore's 30 seconds.
-        retries: How often obstore tries again; 0 for what we try again, and count, ourselves.
+        retries: How often obstore tries again, unless options say otherwise: 0 for what we try
+            again, and count, ourselves. `None` is never, whatever they say.
 
     Raises:
         CheckpointError: If obstore is not installed.
@@ -65,8 +68,10 @@ def open_store(
         "read_timeout": f"{_SECONDS}s",
     }
     given["client_options"] = client | dict(given.get("client_options", {}))
-    again = {"max_retries": retries, "retry_timeout": timedelta(seconds=_SECONDS)}
+    again = {"max_retries": retries or 0, "retry_timeout": timedelta(seconds=3 * seconds)}
     given["retry_config"] = again | dict(given.get("retry_config", {}))
+    if retries is None:
+        given["retry_config"]["max_retries"] = 0
     try:
         if address.store == S3:
             return stores.S3Store(address.root, config=config, **given)
@@ -108,9 +113,9 @@ def explained(what: str) -> Iterator[None]:
         refused = isinstance(error, errors.PermissionDeniedError | errors.UnauthenticatedError)
         if refused or code in {401, 403}:
             problem = f"refused; do the credentials allow it? ({_in_words(error)})"
-            raise PermissionError(errno.EACCES, problem, what) from error
+            raise StoreRefusalError(errno.EACCES, problem, what) from error
         if code == 404:  # of a list  # noqa: PLR2004  # of HTTP
-            raise FileNotFoundError(errno.ENOENT, "no such bucket", what) from error
+            raise FileNotFoundError(errno.ENOENT, NO_BUCKET, what) from error
         if (why := _UNTRUSTED.search(str(error))) is not None:
             problem = f"the server's certificate is not trusted: {why[1]}"
             raise OSError(errno.EPROTO, problem, what) from error

@@ -33,14 +33,15 @@ class PartMemory:
     obstore keeps a part's memory until the part has arrived, and lets go of it on threads of its
     own. More parts than uploads must have room, or each of them might wait to be filled.
 
-    Args:
+    Attributes:
         parts: How many there may be at a time.
+        news: Is told when one was let go.
     """
 
     def __init__(self, parts: int) -> None:
         # A lock that its holder may take again: letting go may happen anywhere.
         self.news = threading.Condition()
-        self._free = parts
+        self.parts = self._free = parts
 
     def take(self, nbytes: int) -> Bytes:
         """Return memory that counts until nothing refers to it; the caller has seen `is_free`."""

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncloader._checkpoint.format import INDEX
 from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.slices import gen_slice
 from asyncloader._display import listed
@@ -251,12 +250,10 @@ async def write_folder(
         # A `Saver` that fails removes its own rank's files only. If the last one failed in its
         # commit, and could not put the old files back, they are kept; in a store all of it is kept
         # that is a checkpoint, or may be.
-        folder, cause = target.folder, error.__cause__
-        if isinstance(folder, ConditionalFolder):
-            is_unsure = isinstance(cause, OSError) and is_unclear(cause)
-            if is_unsure or folder.stat(INDEX) is not None:
-                return commit.told
-        commit.abandon([], "")
+        cause = error.__cause__
+        is_unsure = isinstance(cause, OSError) and is_unclear(cause)
+        if not (is_unsure and isinstance(target.folder, ConditionalFolder)):
+            commit.abandon([], "")
         return commit.told
 
     try:
