@@ -155,7 +155,9 @@ class Ranks(ABC):
                 entry = there.get(file)
                 found = "missing" if entry is None else f"{entry.size} bytes long"
                 if entry is None or entry.size != size:
-                    problem = f"{found}, but rank {part.rank} wrote {size}"
+                    problem = (
+                        f"{found}, but rank {part.rank} wrote {size}; did another save remove it?"
+                    )
                     raise SaveError(self.folder.location, problem, self.place(file, size))
         try:
             return parts, merge_parts(parts)
