@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from tests.servers.swift import S3Server
 
 ROUNDS = 5
+
+pytestmark = pytest.mark.timeout(600)
 CHUNK = 8 << 20
 IN_FLIGHT = 16
 BUCKET = "models"
@@ -184,12 +186,12 @@ def received(
 ) -> None:
     """Receive ranges into memory, on threads with a connection each."""
     parts = urlsplit(url)
-    todo = iter(ranges(files))
+    todo = iter(enumerate(ranges(files)))
 
-    def work(number: int) -> None:
+    def work(_: int) -> None:
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80)
-        memory = memoryview(into[number * CHUNK : (number + 1) * CHUNK])
-        for path, begin, end in todo:
+        for number, (path, begin, end) in todo:
+            memory = memoryview(into[number * CHUNK : (number + 1) * CHUNK])
             connection.request("GET", f"/{path}", headers={"Range": f"bytes={begin}-{end - 1}"})
             response = connection.getresponse()
             done = 0
@@ -208,7 +210,8 @@ def test_o2_dense_over_http(remote: Remote, results: Results, scale: Scale, tmp_
         (f"dense/{path.name}", path.stat().st_size)
         for path in (tmp_path / "dense").glob("*.safetensors")
     ]
-    memory, into = np.ones(8 * CHUNK, np.uint8), destination(remote)
+    memory = np.ones(len(ranges(files)) * CHUNK, np.uint8)
+    into = destination(remote)
     (run := tmp_path / "nginx").mkdir()
     with or_skip(nginx(run, tmp_path)) as url:
         raws = {
