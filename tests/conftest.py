@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,9 @@ import uvloop
 from blockbuster import blockbuster_ctx
 from hypothesis import settings
 
-from tests.servers.child import or_skip
-from tests.servers.places import on_azure, on_http, on_s3
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.servers.places import Place
 
@@ -63,21 +62,31 @@ def no_blocking_calls_on_the_loop() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _place(kind: str, folder: Path) -> Iterator[Place]:
+    from tests.servers import places  # noqa: PLC0415  # `make test-lowest` has no obstore
+    from tests.servers.child import or_skip  # noqa: PLC0415
+
+    server = {"s3": places.on_s3, "azure": places.on_azure, "http": places.on_http}[kind]
+    with or_skip(server(folder)) as found:
+        yield found
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with or_skip(on_s3(tmp_path_factory.mktemp("swift"))) as found:
+    with _place("s3", tmp_path_factory.mktemp("swift")) as found:
         yield found
 
 
 @pytest.fixture(scope="session")
 def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with or_skip(on_azure(tmp_path_factory.mktemp("azurite"))) as found:
+    with _place("azure", tmp_path_factory.mktemp("azurite")) as found:
         yield found
 
 
 @pytest.fixture(scope="session")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with or_skip(on_http(tmp_path_factory.mktemp("nginx"))) as found:
+    with _place("http", tmp_path_factory.mktemp("nginx")) as found:
         yield found
 
 

@@ -167,6 +167,7 @@ def test_of_writes_on_a_condition_one_takes_place(target: TargetFolder) -> None:
     assert target.read("list") == b"3"
 
 
+@pytest.mark.slow
 def test_lists_are_not_cut_at_a_page(s3: Place) -> None:
     """Of S3 a page has 1,000 names."""
     prefix, number = "pages", 1005

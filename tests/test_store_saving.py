@@ -205,8 +205,7 @@ async def test_a_rank_that_fails_ends_the_save_of_all(bucket: Place) -> None:
     assert "index" not in names_in(bucket, "failing-rank")
 
 
-@pytest.mark.parametrize("layout", ["checkpoint", "run"])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("layout", "overwrite"), [("run", False), ("checkpoint", True)])
 async def test_of_saves_at_once_what_is_there_is_one_whole(
     bucket: Place, layout: str, overwrite: bool
 ) -> None:
@@ -344,7 +343,7 @@ async def test_a_save_of_which_any_request_fails_leaves_no_checkpoint(
     ) as proxy:
         options = {**s3.options, **EACH_ALONE, "endpoint": proxy.endpoint}
         while True:
-            at, proxy.connections = at + (1 if every_step else 2), 0
+            at, proxy.connections = at + (1 if every_step else 5), 0
             url, failed = url_of(s3, f"failing/{at}"), False
             try:
                 await saver(url, 1, options).asave()
@@ -362,7 +361,7 @@ async def test_a_save_of_which_any_request_fails_leaves_no_checkpoint(
             assert len(names_in(s3, f"failing/{at}")) == 6
             if proxy.connections <= at:
                 break
-    assert outcomes.count(True) >= 4
+    assert outcomes.count(True) >= 2
     assert not outcomes[-1]
 
 
@@ -401,7 +400,7 @@ async def test_a_saver_that_is_killed_at_any_request_leaves_no_checkpoint(
             await saver(url, 2, s3.options, overwrite=True).asave()
             assert await asyncio.to_thread(version_at, url, s3.options) == 2
             assert len(names_in(s3, f"killed/{at}")) == 6
-            at += 1 if every_step else 4
+            at += 1 if every_step else 9
     assert outcomes[0] is None
     assert outcomes[-1] == 1
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from asyncloader._addresses import is_url
 from asyncloader._arguments import check_callable
 from asyncloader._checkpoint.catalog import is_weight_map
+from asyncloader._checkpoint.format import INDEX, MODEL, SIDECAR, TENSORKEY
 from asyncloader._storage.descriptors import Descriptors
 from asyncloader._storage.local import LocalStorage
 from asyncloader._storage.objects import ObjectStorage, open_objects
@@ -246,6 +247,11 @@ async def open_files(
         if not isinstance(storage, ThreadedStorage):
             raise TypeError(f"wrap_storage returned {storage!r}, which is no ThreadedStorage")
         watched.append(disk)
+        if isinstance(files, ObjectStorage):
+            if not shared.promises:
+                resources.threads.gate.expect_waiting()
+            if file is None:
+                await files.find_ahead((INDEX, TENSORKEY, SIDECAR, MODEL))
         yield Session(
             location=path if is_url(path) else str(Path(path)),
             file=file,

@@ -33,6 +33,7 @@ from asyncloader._checkpoint.format import INDEX, SAFETENSORS, STAGING
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import SaveError
 
+from .claim import LEASE, CommitClaim
 from .leftovers import is_shard, old_files, telling
 from .part import render_part
 from .ranks import Ranks
@@ -48,11 +49,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_CLAIM = f"{STAGING}claim"
-_LEASE = 300.0
-"""Seconds that a commit may take: a dozen small requests, and copies within the store."""
-
 _PAUSE = 1.0
+_READ_AGAIN = 8 << 20  # bytes
 _LARGEST_COPY = 5 << 30  # bytes, of S3
 _IS_THERE = (
     "there is a checkpoint already, and nothing was written: save to another place, or pass "
@@ -71,12 +69,15 @@ class StoreCommit(Ranks):
 
     folder: ConditionalFolder
     replaces: bool = False
-    lease: float = _LEASE
+    lease: float = LEASE
     _old: set[str] = field(default_factory=set, init=False)
-    _claim: str | None = field(default=None, init=False)  # its tag
+    _claim: CommitClaim = field(init=False)
     _has_published: bool = field(default=False, init=False)
     _has_removed: bool = field(default=False, init=False)
     _is_unsure: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._claim = CommitClaim(self.folder, self.save_id, self.staging, lease=self.lease)
 
     @property
     def shard_mark(self) -> str:
@@ -121,37 +122,11 @@ class StoreCommit(Ranks):
     async def ready(self, executor: Executor) -> None:
         """Wait until no other save commits here."""
         while True:
-            [waits] = await run_jobs(executor, [self._take_claim])
+            [waits] = await run_jobs(executor, [self._claim.take])
             if waits is None:
                 return
             _log.info("%s: another save commits here, since %.0f s", self.folder.location, waits)
             await asyncio.sleep(_PAUSE)
-
-    def _take_claim(self) -> float | None:
-        """Take the claim, or return for how long another save has it, in seconds."""
-        text = self.save_id.encode()
-        with contextlib.suppress(FileExistsError):
-            self._claim = self.folder.put(_CLAIM, text, over=None)
-            return None
-        entry = self.folder.stat(_CLAIM)
-        if entry is None:
-            return 0.0
-        # By the store's own clock.
-        self._write(f"{self.staging}/now", b"")
-        now = self.folder.stat(f"{self.staging}/now")
-        age = 0.0 if now is None else now.modified - entry.modified
-        if age <= self.lease:
-            return age
-        try:
-            self._claim = self.folder.put(_CLAIM, text, over=entry)
-        except FileExistsError:
-            return age
-        except OSError as error:
-            if error.errno != errno.ENOTSUP:
-                raise
-            self._remove([_CLAIM])  # and try again
-            return age
-        return None
 
     def commit(self, part_texts: Sequence[bytes]) -> None:
         """Make a checkpoint of the parts of all ranks, if this save holds the claim.
@@ -162,14 +137,18 @@ class StoreCommit(Ranks):
         parts, texts = self._merged(part_texts)
         files = {name for part in parts for name in part.sizes}
         there = self.folder.names("")  # what comes later is another save's
+        # Not every store has two creations of one name at once refuse one of them (Swift).
+        if not self._claim.is_ours():
+            raise self._overtaken()
         self._remove_old_index(there)
-        self._put_in_place(files, texts)
         try:
+            self._put_in_place(files, texts)
             if self.run_list is not None:
                 self.run_list.publish()
             self._tidy(there, files | {*texts})
         finally:
-            self._release()
+            if not self._is_unsure:  # else others are to wait
+                self._claim.release(self.told)
         if self.run_list is not None:
             self.run_list.evict()
 
@@ -188,16 +167,26 @@ class StoreCommit(Ranks):
         for name, text in texts.items():
             if name != INDEX:
                 self._write(name, text)
-        if not self._holds_claim():
+        if not self._claim.is_ours():
             raise self._overtaken()
         tag = self._create_index(texts[INDEX])
         self.is_committed = True
-        if not self._holds_claim():
+        if not self._claim.is_ours() or not self._is_as_written(texts):
             self.is_committed = False
             entry = self.folder.stat(INDEX)
             if entry is not None and entry.tag == tag:
                 self.folder.remove(INDEX)
             raise self._overtaken()
+
+    def _is_as_written(self, texts: Mapping[str, bytes]) -> bool:
+        """Say whether nobody has written over the small files."""
+        there = self.folder.files("")
+        for name, text in texts.items():
+            if name not in there or there[name].size != len(text):
+                return False
+            if len(text) <= _READ_AGAIN and self.folder.read(name) != text:
+                return False
+        return True
 
     def _tidy(self, there: list[str], ours: set[str]) -> None:
         """Remove what the old checkpoint and dead saves have left, and what ranks have told."""
@@ -220,18 +209,6 @@ class StoreCommit(Ranks):
     def _overtaken(self) -> SaveError:
         problem = "another save commits a checkpoint here, too, so this one gives up"
         return SaveError(self.folder.location, problem)
-
-    def _holds_claim(self) -> bool:
-        """Say whether nobody has taken the claim over, as one would whose thread stood still."""
-        entry = self.folder.stat(_CLAIM)
-        return entry is not None and entry.tag == self._claim
-
-    def _release(self) -> None:
-        if self._claim is not None:
-            with telling(self.told, f"{_CLAIM!r} could not be removed"):
-                if self._holds_claim():
-                    self.folder.remove(_CLAIM)
-            self._claim = None
 
     def _told_in(self, staging: str) -> list[str]:
         try:
@@ -262,7 +239,7 @@ class StoreCommit(Ranks):
         """Remove what this rank has written, and tell rank 0; rank 0 removes what all have."""
         if self._is_unsure:
             return  # it may be a checkpoint, and others are to wait
-        self._release()
+        self._claim.release(self.told)
         # What rank 0 knows of may be a part of the checkpoint by now.
         if (self.rank == 0 or not self._has_published) and not self._may_be_committed():
             self._remove(file for file in files if is_shard(file))

@@ -22,7 +22,7 @@ from .ranges import Flight, RangeReader, Target
 from .stores import explained, identity_of, open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from obstore.store import ObjectStore
 
@@ -82,6 +82,7 @@ class ObjectStorage:
         self._ranges = ranges
         self._targets: dict[str, Target] = {}
         self._starts: dict[str, bytes] = {}  # the first bytes of objects that were found last
+        self._absent: set[str] = set()
         self._finding: dict[str, asyncio.Lock] = {}
         self._asked = 0
 
@@ -132,6 +133,10 @@ class ObjectStorage:
         files = {one["path"]: one["size"] for one in found["objects"]}
         all_ = {**folders, **files}
         return {key.removeprefix(self._prefix).rstrip("/"): size for key, size in all_.items()}
+
+    async def find_ahead(self, names: Iterable[str]) -> None:
+        """Find objects side by side, before each of them is asked for; what fails, fails then."""
+        await asyncio.gather(*map(self._find, names), return_exceptions=True)
 
     async def size(self, name: str, /) -> int:
         """Return the length of an object in bytes."""
@@ -184,6 +189,8 @@ class ObjectStorage:
         # Kept for good: a second lock for one name would let it be found twice.
         async with self._finding.setdefault(name, asyncio.Lock()):
             found = self._targets.get(name)
+            if name in self._absent:  # so it is for this load
+                raise FileNotFoundError(errno.ENOENT, "no such object", f"{self._location}/{name}")
             if found is None:
                 found = self._targets[name] = await self._first_look(name)
             elif time.monotonic() > found.until:
@@ -203,6 +210,9 @@ class ObjectStorage:
                 )
                 start = bytes(await self._ask(result.bytes_async()))
                 meta = result.meta
+            except FileNotFoundError:
+                self._absent.add(name)
+                raise
             except obstore.exceptions.GenericError:
                 meta, start = await self._ask(obstore.head_async(self._store, key)), b""
                 if meta["size"]:  # else no range of it can be asked for

@@ -61,7 +61,7 @@ class Gate:
     to others, and more of them at a time hide each other's waiting. So as many large reads as there
     are processors begin. Each that has waited for its bytes lets one more in. Otherwise, each that
     has waited for a processor lets one less in, down to half of the processors, and each that has
-    not, one more, up to where it began.
+    not, one more, up to as many.
 
     *Allowed.* The share of the processors that all threads together, computing ones too, may keep
     busy. Below 1 so many calls run at a time as keep no more than that share busy, and at
@@ -123,6 +123,12 @@ class Gate:
         with self._lock:
             self._allowed = share
             self._changed.notify_all()
+            self._let_in()
+
+    def expect_waiting(self) -> None:
+        """Let all large reads in for a start: those of a network wait for their bytes."""
+        with self._lock:
+            self._useful = self._most
             self._let_in()
 
     def enter(self, call: Call[Any]) -> None:

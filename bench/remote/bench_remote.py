@@ -31,6 +31,7 @@ from bench._cases import QUARTER, TABLE, dense_shapes, poison, rows_at
 from bench._measure import Contender, interleave, named
 from bench._results import Goal, Results, Speed
 from bench._truth import same_bits, table_rows, windows
+from bench.remote._peers import PEERS, installed, write_tensors
 from bench.remote._servers import slow_link
 from examples.lag import measuring_lag, percentile
 from examples.made_up import empty_table
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from bench._measure import Role
     from bench._scale import Scale
+    from bench.remote._peers import Fill
     from tests.oracle import TableData
     from tests.servers.swift import S3Server
 
@@ -175,6 +178,41 @@ def test_o1_dense_from_s3(remote: Remote, results: Results, scale: Scale) -> Non
     results.figure("O1", "rate, of obstore's", rate, "", Goal("≥", 0.9))
     cost = ours.median / max(raw.median, 1e-9)
     results.figure("O1", "processor time, of obstore's", cost, "", Goal("≤", 1.3))
+
+
+def test_o3_beside_peers(remote: Remote, results: Results, scale: Scale) -> None:
+    into, keys = destination(remote), [path for path, _ in remote.objects("dense")]
+    there = {name: fill for name, (module, fill) in PEERS.items() if installed(module)}
+    if "tensorizer" in there:
+        write_tensors(remote.server, BUCKET, remote.tensors)
+
+    def filled(fill: Fill, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        fill(remote.server, BUCKET, keys, tensors)
+        return tensors
+
+    def contender(name: str, role: Role, run: Callable[[Any], Any]) -> Contender:
+        return Contender(
+            name=name,
+            role=role,
+            prepare=lambda: into,
+            poison=poison,
+            run=run,
+            check=remote.check,
+        )
+
+    ours = load_dense(f"s3://{BUCKET}/dense", storage_options=remote.options)
+    peers = [contender(name, "peer", partial(filled, fill)) for name, fill in there.items()]
+    times = interleave(
+        [*peers, contender("asyncloader", "ours", ours)], rounds=scale.rounds(ROUNDS)
+    )
+    skipped = [name for name in PEERS if name not in there]
+    what = "O1 beside others' loaders"
+    results.speeds.append(
+        Speed(case="O3", what=what, nbytes=remote.nbytes, times=times, skipped=skipped)
+    )
+    for name in there:
+        rate = named(times, name).median / named(times, "asyncloader").median
+        results.figure("O3", f"rate, of {name}'s", rate, "", Goal("≥", 1))
 
 
 def received(
