@@ -23,6 +23,8 @@ _CROWDED = 0.67
 # Of the time of a read. What is in the page cache waits for 0.02 of it, what is not for 0.5 and
 # more, whatever else the processors have to do.
 _WAITING = 0.25
+# A core. All sixteen at once took readers' time from those who compare digests, and those who index.
+_OF_A_NETWORK = 4
 # Seconds. A caller that is cancelled waits for it.
 _LONGEST_REST = 0.1
 
@@ -126,9 +128,9 @@ class Gate:
             self._let_in()
 
     def expect_waiting(self) -> None:
-        """Let all large reads in for a start: those of a network wait for their bytes."""
+        """Let more large reads in for a start: those of a network wait for their bytes."""
         with self._lock:
-            self._useful = self._most
+            self._useful = max(self._useful, min(self._most, _OF_A_NETWORK * self._cores))
             self._let_in()
 
     def enter(self, call: Call[Any]) -> None:

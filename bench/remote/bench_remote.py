@@ -256,7 +256,7 @@ def test_o2_dense_over_http(remote: Remote, results: Results, scale: Scale, tmp_
             threads: Processor(partial(received, url, files, threads, memory))
             for threads in (1, 2, 4, 8)
         }
-        ours = Processor(load_dense(f"{url}dense"))
+        ours = Processor(load_dense(f"{url}dense", verify="off"))
         times = interleave(
             [
                 *(
@@ -270,6 +270,12 @@ def test_o2_dense_over_http(remote: Remote, results: Results, scale: Scale, tmp_
                     poison=poison,
                     run=ours,
                     check=remote.check,
+                ),
+                Contender(
+                    name="asyncloader, verified",
+                    role="variant",
+                    prepare=lambda: into,
+                    run=load_dense(f"{url}dense"),
                 ),
             ],
             rounds=scale.rounds(ROUNDS),
