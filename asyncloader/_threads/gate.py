@@ -23,7 +23,7 @@ _CROWDED = 0.67
 # Of the time of a read. What is in the page cache waits for 0.02 of it, what is not for 0.5 and
 # more, whatever else the processors have to do.
 _WAITING = 0.25
-# A core. All sixteen at once took readers' time from those who compare digests, and those who index.
+# A core. All sixteen at once took time from threads that compare digests, and that index.
 _OF_A_NETWORK = 4
 # Seconds. A caller that is cancelled waits for it.
 _LONGEST_REST = 0.1
