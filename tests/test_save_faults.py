@@ -108,7 +108,9 @@ def test_a_save_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
             save_old(path)
         calls = (await save_new(path, lambda *_: None)).calls
         outcomes = set()
-        for number in sites(calls, every=every_step):
+        # Each variant fails every second kind of call, so that each kind fails in some.
+        numbers = sites(calls, every=every_step)
+        for number in numbers if every_step else numbers[overwriting::2]:
             path = tmp_path / str(number)
             old = save_old(path) if overwriting else {}
             with nothing_left_behind():

@@ -111,9 +111,9 @@ def test_what_was_saved_comes_back(bucket: Place) -> None:
     }
 
 
-def test_what_is_larger_than_a_part_is_sent_in_parts(bucket: Place, tmp_path: Path) -> None:
+def test_what_is_larger_than_a_part_is_sent_in_parts(s3: Place, tmp_path: Path) -> None:
     """Of `model.pt` headers come before the bytes that they are about: these are read twice."""
-    url, options = url_of(bucket, "saved/run/ckpt_1"), bucket.options
+    url, options = url_of(s3, "saved/run/ckpt_1"), s3.options
     tensors = {"a": torch.rand(7_000_001), "b": torch.rand(3), "c": torch.rand(1_234_567)}
     saved = Saver(
         path=url, tensors=tensors, layout="run", parallel=2, storage_options=options
@@ -123,37 +123,37 @@ def test_what_is_larger_than_a_part_is_sent_in_parts(bucket: Place, tmp_path: Pa
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert verify(url, options=ReadOptions(storage_options=options)).problems == ()
     copy = tmp_path / "model.pt"
-    copy.write_bytes(bytes(obstore.get(bucket.store, "saved/run/ckpt_1/model.pt").bytes()))
+    copy.write_bytes(bytes(obstore.get(s3.store, "saved/run/ckpt_1/model.pt").bytes()))
     read = torch.load(copy, weights_only=True)
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-    plain = url_of(bucket, "saved/large")
+    plain = url_of(s3, "saved/large")
     Saver(path=plain, tensors=tensors, parallel=1, storage_options=options).save()
     found = load_tensors(plain, verify="require", storage_options=options)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_checkpoint_is_replaced_only_if_that_was_asked_for(bucket: Place) -> None:
-    url, options = url_of(bucket, "replaced/ckpt_1"), bucket.options
+def test_a_checkpoint_is_replaced_only_if_that_was_asked_for(s3: Place) -> None:
+    url, options = url_of(s3, "replaced/ckpt_1"), s3.options
     run = {"layout": "run", "extra": {"step": 1}, "io_state": {"at": 1}}
     saver(url, 1, options, **run).save()
-    before = names_in(bucket, "replaced")
+    before = names_in(s3, "replaced")
     with pytest.raises(SaveError, match="there is a checkpoint already, and nothing was written"):
         saver(url, 2, options, **run).save()
-    assert names_in(bucket, "replaced") == before
+    assert names_in(s3, "replaced") == before
     assert version_at(url, options) == 1
     assert read_extra(url, storage_options=options)["step"] == 1
     saver(url, 2, options, overwrite=True, **run | {"extra": {"step": 2}}).save()
     assert version_at(url, options) == 2
-    assert len(names_in(bucket, "replaced")) == len(before)
+    assert len(names_in(s3, "replaced")) == len(before)
     assert read_extra(url, storage_options=options)["step"] == 2
     assert read_io_state(url, 0, storage_options=options) == {"at": 1}
 
 
-def test_a_place_that_holds_something_else_is_refused(bucket: Place) -> None:
-    obstore.put(bucket.store, "other/notes.txt", b"mine")
+def test_a_place_that_holds_something_else_is_refused(s3: Place) -> None:
+    obstore.put(s3.store, "other/notes.txt", b"mine")
     with pytest.raises(SaveError, match=r"something else than a checkpoint: 'notes\.txt'"):
-        saver(url_of(bucket, "other"), 1, bucket.options).save()
-    assert names_in(bucket, "other") == {"notes.txt"}
+        saver(url_of(s3, "other"), 1, s3.options).save()
+    assert names_in(s3, "other") == {"notes.txt"}
 
 
 def test_a_server_of_http_is_read_only(http: Place) -> None:
@@ -161,8 +161,8 @@ def test_a_server_of_http_is_read_only(http: Place) -> None:
         saver(f"{http.run}/new", 1, {})
 
 
-async def test_several_ranks_make_one_checkpoint(bucket: Place) -> None:
-    url, options, ranks = url_of(bucket, "ranks"), bucket.options, 3
+async def test_several_ranks_make_one_checkpoint(s3: Place) -> None:
+    url, options, ranks = url_of(s3, "ranks"), s3.options, 3
 
     def of_rank(rank: int) -> Saver:
         tables, tensors = model(5)
@@ -186,11 +186,11 @@ async def test_several_ranks_make_one_checkpoint(bucket: Place) -> None:
     reports = await asyncio.gather(*(of_rank(rank).asave() for rank in range(ranks)))
     assert [report.committed for report in reports] == [True, False, False]
     assert await asyncio.to_thread(version_at, url, options) == 5
-    assert not [name for name in names_in(bucket, "ranks") if name.startswith(".")]
+    assert not [name for name in names_in(s3, "ranks") if name.startswith(".")]
 
 
-async def test_a_rank_that_fails_ends_the_save_of_all(bucket: Place) -> None:
-    url, options = url_of(bucket, "failing-rank"), bucket.options
+async def test_a_rank_that_fails_ends_the_save_of_all(s3: Place) -> None:
+    url, options = url_of(s3, "failing-rank"), s3.options
 
     def of_rank(rank: int) -> Saver:
         tables, tensors = model(5)
@@ -202,7 +202,7 @@ async def test_a_rank_that_fails_ends_the_save_of_all(bucket: Place) -> None:
         *(of_rank(rank).asave() for rank in range(2)), return_exceptions=True
     )
     assert any(isinstance(result, SaveError) for result in results), results
-    assert "index" not in names_in(bucket, "failing-rank")
+    assert "index" not in names_in(s3, "failing-rank")
 
 
 @pytest.mark.parametrize(("layout", "overwrite"), [("run", False), ("checkpoint", True)])
