@@ -276,6 +276,18 @@ def test_a_write_whose_first_answer_was_lost_is_known_again(s3: Place) -> None:
         losing.put("index", b"theirs", over=None)
 
 
+def test_a_file_that_no_store_copies_is_written_over_no_checkpoint(s3: Place) -> None:
+    saver(url_of(s3, "huge"), 1, s3.options).save()
+    commit = StoreCommit(folder_at(s3, "huge"), "abc", 0, 1, replaces=True)
+    commit.begin()
+    assert commit.place("model.pt", 5 << 30).endswith("-abc/model.pt")
+    with pytest.raises(SaveError, match=r"model\.pt: larger than 5 GiB"):
+        commit.place("model.pt", (5 << 30) + 1)
+    fresh = StoreCommit(folder_at(s3, "huge-new"), "abc", 0, 1)
+    fresh.begin()
+    assert fresh.place("model.pt", (5 << 30) + 1) == "model.pt"
+
+
 def part_of(*, rank: int) -> RankPart:
     return RankPart.of([], {}, {}, {}, {}, save_id="abc", rank=rank, ranks=2)
 

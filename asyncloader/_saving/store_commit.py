@@ -85,10 +85,22 @@ class StoreCommit(Ranks):
         return self.save_id
 
     def place(self, file: str, size: int) -> str:
-        """Return where to write a file: a shard to its place, another one beside it first."""
-        # What is too large to be copied can only be written to its place.
-        in_place = is_shard(file) or size > _LARGEST_COPY
-        return file if in_place else f"{self.staging}/{file}"
+        """Return where to write a file: a shard to its place, another one beside it first.
+
+        Raises:
+            SaveError: If it would be written over a file of the checkpoint that is there.
+        """
+        if is_shard(file):
+            return file
+        if size <= _LARGEST_COPY:
+            return f"{self.staging}/{file}"
+        if INDEX in self._old:
+            problem = (
+                "larger than 5 GiB, which cannot be copied within a store, so the checkpoint that "
+                "is there cannot be replaced by a commit: save to another place"
+            )
+            raise SaveError(self.folder.location, problem, file)
+        return file
 
     def begin(self) -> None:
         """Make sure that there is nothing that must stay."""
