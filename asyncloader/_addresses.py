@@ -10,6 +10,8 @@ from urllib.parse import unquote, urlsplit
 # Two letters at least: one is a drive.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _LOCAL = "file"
+# Ends of a key that is taken for one file; all else is a folder.
+FILES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
 S3, GCS, AZURE, HTTP = "S3", "Google Cloud Storage", "Azure", "HTTP"
 _STORES = {
     **dict.fromkeys(["s3", "s3a"], S3),

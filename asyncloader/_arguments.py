@@ -58,9 +58,9 @@ def check_no_url(path: str | bytes, name: str) -> None:
     text = os.fsdecode(path)
     if is_url(text):
         raise ValueError(
-            f"{name} is a URL ({text.partition(':')[0]}://…), and here only local paths are taken; "
-            "what reads a checkpoint takes a URL, given as text. (Of a local folder with such a "
-            "name, give the absolute path.)"
+            f"{name} is a URL ({text.partition(':')[0]}://…) that was made a Path, which has lost "
+            "a slash of it: give it as text. (Of a local folder with such a name, give the "
+            "absolute path.)"
         )
 
 

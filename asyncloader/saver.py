@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from ._addresses import is_url
+from ._addresses import FILES, is_url
 from ._arguments import (
     as_dict,
     check_callable,
@@ -172,6 +172,12 @@ class Saver:
             overwrite=overwrite,
         )
         self._storage_options = storage_options
+        text = self._order.path
+        if is_url(text) and text.rstrip("/").endswith(FILES):
+            raise ValueError(
+                f"path: {text!r} would be read as one file, by the end of its name, and a "
+                "checkpoint is a folder: save to another name (tools.convert writes files)"
+            )
         self._extra, self._io_state = extra, io_state
         check_tables(self._tables, self._order.tensors, able="snapshot")
         check_tensors(self._order.tensors, able="saved")

@@ -41,7 +41,7 @@ TAKERS: dict[str, Callable[[str | os.PathLike[str]], object]] = {
         ("s3://bucket/a/../b", "keys of objects have no parents"),
         ("s3:/bucket/a", "whose second slash is gone"),
         ("file://server/m", "names no local file"),
-        (Path("s3://bucket/model"), "given as text"),
+        (Path("s3://bucket/model"), "give it as text"),
     ],
 )
 def test_a_url_that_names_no_object_is_refused_at_once(
@@ -158,3 +158,14 @@ def test_a_local_folder_whose_name_looks_like_one_has_an_absolute_path(tmp_path:
     Saver(path=path, tensors={"w": torch.ones(1)}).save()
 
     assert load_tensors(path)["w"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("end", [".safetensors", ".pt", ".pth", ".bin/"])
+def test_no_save_goes_where_a_load_would_look_for_one_file(end: str) -> None:
+    with pytest.raises(ValueError, match="would be read as one file, by the end of its name"):
+        Saver(path=f"s3://bucket/model{end}")
+
+
+def test_an_endpoint_that_is_no_url_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"endpoint='127\.0\.0\.1:1' is no URL"):
+        latest("s3://bucket/run", storage_options={"endpoint": "127.0.0.1:1"})

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 from urllib.parse import quote
 
-from asyncloader._addresses import address_of
+from asyncloader._addresses import FILES, address_of
 from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.jobs import for_each
 
@@ -38,7 +38,6 @@ T = TypeVar("T")
 _START = 256 << 10
 _STARTS = 32  # kept at a time
 _LOOKERS = 8
-_FILES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin")
 _SIGNED = timedelta(hours=1)
 
 
@@ -255,7 +254,7 @@ def open_objects(
     address = address_of(url, "path")
     store = open_store(address, options.storage_options, read_bytes=options.read_bytes)
     folder, _, name = address.key.rpartition("/")
-    is_file = name.endswith(_FILES)
+    is_file = name.endswith(FILES)
     storage = ObjectStorage(
         store,
         folder if is_file else address.key,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from asyncloader._addresses import Address
 
 
+# Also those of the environment.
+_ENDPOINT = re.compile(r"((aws|azure|azure_storage)_)?endpoint(_url)?(_s3)?", re.IGNORECASE)
 NO_BUCKET = "no such bucket"
 _SETTINGS = ("client_options", "retry_config", "credential_provider")
 _SLOWEST = 1e6  # bytes a second: a link on which a request still ends in time
@@ -59,6 +62,7 @@ def open_store(
         problem = "lies in an object store, for which pip install 'asyncloader[cloud]'"
         raise CheckpointError(address.url, problem) from error
     config: Any = dict(options or {})
+    _check_endpoints(address, config)
     given: dict[str, Any] = {name: config.pop(name) for name in _SETTINGS if name in config}
     seconds = max(_SECONDS, round(read_bytes / _SLOWEST))
     # Whoever names an endpoint of http:// wants it.
@@ -86,6 +90,14 @@ def open_store(
         return stores.HTTPStore.from_url(address.root, **given)
     except BaseError as error:
         raise ValueError(f"{address.url}: {str(error).splitlines()[0]}") from None
+
+
+def _check_endpoints(address: Address, config: Mapping[str, Any]) -> None:
+    """Refuse what obstore would panic at."""
+    for name, value in (*config.items(), *os.environ.items()):
+        if _ENDPOINT.fullmatch(name) and "://" not in str(value):
+            problem = f"{name}={value!r} is no URL: write http://… or https://…"
+            raise ValueError(f"{address.url}: {problem}")
 
 
 def identity_of(meta: ObjectMeta) -> tuple[object, ...]:

@@ -131,7 +131,7 @@ def _versions(newest_first: Sequence[VersionSummary]) -> RenderableType:
         grid.add_row(
             Name(version.name, "bold" if version.latest else ""),
             _state(version),
-            f"{written:%Y-%m-%d %H:%M}",
+            f"{written:%Y-%m-%d %H:%M}" if version.modified else "",  # no time of a store's folder
             size_text(version.bytes),
             Text("← latest", "green") if version.latest else Text(_short(version.lack)),
         )
