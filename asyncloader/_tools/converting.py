@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from asyncloader.options import ReadOptions
 
     from .content import Content
-    from .writing import Written
+    from .target import Written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,12 @@
-"""Where a conversion is written: a folder or a file, of a disk or of an object store."""
+"""Where a conversion is written, a folder or a file of a disk or an object store, and what was."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import posixpath
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from asyncloader._loading.session import Session
+    from asyncloader._saving.report import SaveReport
     from asyncloader._storage.folder import TargetFolder
+
+    from .allocation import LoadedPart
 
 
 _SUFFIX = ".safetensors"
@@ -126,3 +130,23 @@ async def making(session: Session, target: Target) -> AsyncIterator[None]:
         if isinstance(error, OSError) and not isinstance(error, AsyncLoaderError):
             raise SaveError(target.location, f"could not be written: {error}") from error
         raise
+
+
+@dataclass(slots=True, kw_only=True)
+class Written:
+    """The files of a conversion. A folder looks written by so many `ranks`."""
+
+    files: list[str]
+    ranks: int | None = None
+    nbytes: int = 0
+    verified: int = 0  # bytes that were read and compared with digests
+    ids: Counter[str] = field(default_factory=Counter)  # by table
+    duplicates: Counter[str] = field(default_factory=Counter)  # rows that gave way, by table
+
+    def add(self, part: LoadedPart, report: SaveReport) -> None:
+        """Count the rows and bytes of one rank."""
+        self.files = sorted([*self.files, *report.shards])
+        self.nbytes += report.bytes_written
+        self.verified += part.verified
+        self.ids.update(report.tables)
+        self.duplicates.update({name: one.duplicates for name, one in part.counts.items()})

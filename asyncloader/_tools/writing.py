@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,7 @@ from .allocation import load_part, row_bytes
 from .content import check_room, free_memory
 from .scanning import scan
 from .source import lay_out
+from .target import Written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,34 +40,12 @@ if TYPE_CHECKING:
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
     from asyncloader._saving.layout import WriteBlock
-    from asyncloader._saving.report import SaveReport
     from asyncloader._storage.folder import RenamingFolder, WritableFile
 
-    from .allocation import LoadedPart
     from .content import Content
     from .target import Target
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, kw_only=True)
-class Written:
-    """The files of a conversion. A folder looks written by so many `ranks`."""
-
-    files: list[str]
-    ranks: int | None = None
-    nbytes: int = 0
-    verified: int = 0  # bytes that were read and compared with digests
-    ids: Counter[str] = field(default_factory=Counter)  # by table
-    duplicates: Counter[str] = field(default_factory=Counter)  # rows that gave way, by table
-
-    def add(self, part: LoadedPart, report: SaveReport) -> None:
-        """Count the rows and bytes of one rank."""
-        self.files = sorted([*self.files, *report.shards])
-        self.nbytes += report.bytes_written
-        self.verified += part.verified
-        self.ids.update(report.tables)
-        self.duplicates.update({name: one.duplicates for name, one in part.counts.items()})
 
 
 async def write_file(
@@ -93,23 +71,21 @@ async def write_file(
     meter, held = Meter(sum(content.sizes.values()), progress), contextlib.ExitStack()
 
     def begin() -> WritableFile:
-        created = folder.create(draft, size=layout.size)
-        file = held.enter_context(contextlib.closing(created))
+        file = folder.create(draft, size=layout.size)
+        held.callback(file.close)
         file.write(0, [memoryview(layout.head)])
         return file
 
     def give_up() -> None:
-        with contextlib.suppress(OSError):
-            if is_renamed:
+        if is_renamed:
+            with contextlib.suppress(OSError):
                 folder.remove(draft)
 
     try:
         try:
             [file] = await run_jobs(reads, [begin])
-            if folder.writes_in_order:
-                verified = await _copy_in_order(session, file, copies, meter)
-            else:
-                verified = await _copy(session, file, copies, meter, parallel)
+            copy = _copy_in_order if folder.writes_in_order else _copy
+            verified = await copy(session, file, copies, meter, parallel)
             await session.check_unchanged(sorted({block.shard for block, _ in copies}))
             await run_jobs(reads, [file.sync])
         finally:
@@ -126,10 +102,10 @@ async def write_file(
 
 def _publish(folder: RenamingFolder, draft: str, target: Target) -> None:
     """Move a file to its place."""
-    name = target.file or ""
-    if not target.overwrite and folder.stat(name) is not None:  # it was not, when we began
+    assert target.file is not None, "it is a file"
+    if not target.overwrite and folder.stat(target.file) is not None:  # it was not, at first
         raise SaveError(target.location, "has come into being meanwhile; nothing was replaced")
-    folder.move(draft, name)  # whatever fails from here on, the file is written
+    folder.move(draft, target.file)  # whatever fails from here on, the file is written
     try:
         folder.sync("")
     except OSError as error:
@@ -159,7 +135,11 @@ async def _copy(
 
 
 async def _copy_in_order(
-    session: Session, file: WritableFile, copies: Sequence[tuple[Block, int]], meter: Meter
+    session: Session,
+    file: WritableFile,
+    copies: Sequence[tuple[Block, int]],
+    meter: Meter,
+    _: int,
 ) -> int:
     """Copy blocks one read after the other, in the order of their places."""
     verified, run = 0, list(copies[:1])
@@ -250,9 +230,8 @@ async def write_folder(
         # A `Saver` that fails removes its own rank's files only. If the last one failed in its
         # commit, and could not put the old files back, they are kept; in a store all of it is kept
         # that is a checkpoint, or may be.
-        cause = error.__cause__
-        is_unsure = isinstance(cause, OSError) and is_unclear(cause)
-        if not (is_unsure and isinstance(target.folder, ConditionalFolder)):
+        unsure = isinstance(error.__cause__, OSError) and is_unclear(error.__cause__)
+        if not (unsure and isinstance(target.folder, ConditionalFolder)):
             commit.abandon([], "")
         return commit.told
 
