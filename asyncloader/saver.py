@@ -172,12 +172,7 @@ class Saver:
             overwrite=overwrite,
         )
         self._storage_options = storage_options
-        text = self._order.path
-        if is_url(text) and text.rstrip("/").endswith(FILES):
-            raise ValueError(
-                f"path: {text!r} would be read as one file, by the end of its name, and a "
-                "checkpoint is a folder: save to another name (tools.convert writes files)"
-            )
+        _check_key(self._order.path)
         self._extra, self._io_state = extra, io_state
         check_tables(self._tables, self._order.tensors, able="snapshot")
         check_tensors(self._order.tensors, able="saved")
@@ -272,6 +267,15 @@ class Saver:
         steps of that loop; an error that one of them raises ends the call, and is raised.
         """
         return run_blocking(self.asave)
+
+
+def _check_key(path: str) -> None:
+    """Refuse a URL at which a load would look for one file."""
+    if is_url(path) and path.rstrip("/").endswith(FILES):
+        raise ValueError(
+            f"path: {path!r} would be read as one file, by the end of its name, and a checkpoint "
+            "is a folder: save to another name (tools.convert writes files)"
+        )
 
 
 def _check_order(shard_index: object, shard_num: object) -> None:

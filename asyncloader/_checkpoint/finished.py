@@ -103,7 +103,7 @@ def _check(folder: Folder, mark: str, tick: Callable[[], object]) -> None:
         return
     shards = _shards(folder, mark)
     if folder.shows_whole:
-        _check_names_of(folder, shards)
+        _check_presence(folder, shards)
     else:
         for shard in sorted(shards):
             tick()
@@ -129,7 +129,7 @@ def _shards(folder: Folder, mark: str) -> set[str]:
     return set(catalog.files)
 
 
-def _check_names_of(folder: Folder, shards: set[str]) -> None:
+def _check_presence(folder: Folder, shards: set[str]) -> None:
     """Raise if a shard is not there, by one look at all names."""
     try:
         there = folder.files("")

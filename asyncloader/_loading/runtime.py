@@ -230,18 +230,7 @@ async def open_files(
     if is_url(path):
         files, file = open_objects(path, options, disk, seen)
     else:
-        root, file = await on_disk(disk, partial(_root_and_file, path), path)
-        # Of a weight map's files, the map chooses which.
-        trusted = file is not None and not is_weight_map(file)
-        files = LocalStorage(
-            root,
-            disk=disk,
-            descriptors=resources.descriptors,
-            seen=seen,
-            direct_io=options.direct_io,
-            # A file that the user has named may be a link to anywhere: the user chose it.
-            follow_symlinks=options.follow_symlinks or trusted,
-        )
+        files, file = await _open_local(path, options, disk, seen, resources.descriptors)
     async with files:
         storage, shared = resources.wrap(files), resources.options
         if not isinstance(storage, ThreadedStorage):
@@ -273,6 +262,29 @@ async def open_files(
             budget=resources.budget,
             watch=resources.watch,
         )
+
+
+async def _open_local(
+    path: str,
+    options: ReadOptions,
+    disk: Disk,
+    seen: dict[str, tuple[object, ...]] | None,
+    descriptors: Descriptors,
+) -> tuple[LocalStorage, str | None]:
+    """Return the folder to look into, and the name of the file if it is one."""
+    root, file = await on_disk(disk, partial(_root_and_file, path), path)
+    # Of a weight map's files, the map chooses which.
+    trusted = file is not None and not is_weight_map(file)
+    files = LocalStorage(
+        root,
+        disk=disk,
+        descriptors=descriptors,
+        seen=seen,
+        direct_io=options.direct_io,
+        # A file that the user has named may be a link to anywhere: the user chose it.
+        follow_symlinks=options.follow_symlinks or trusted,
+    )
+    return files, file
 
 
 def _root_and_file(path: str) -> tuple[Path, str | None]:

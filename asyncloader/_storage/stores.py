@@ -64,18 +64,7 @@ def open_store(
     config: Any = dict(options or {})
     _check_endpoints(address, config)
     given: dict[str, Any] = {name: config.pop(name) for name in _SETTINGS if name in config}
-    seconds = max(_SECONDS, round(read_bytes / _SLOWEST))
-    # Whoever names an endpoint of http:// wants it.
-    client: dict[str, object] = {
-        "allow_http": True,
-        "timeout": f"{seconds}s",
-        "read_timeout": f"{_SECONDS}s",
-    }
-    given["client_options"] = client | dict(given.get("client_options", {}))
-    again = {"max_retries": retries or 0, "retry_timeout": timedelta(seconds=3 * seconds)}
-    given["retry_config"] = again | dict(given.get("retry_config", {}))
-    if retries is None:
-        given["retry_config"]["max_retries"] = 0
+    _set_times(given, max(_SECONDS, round(read_bytes / _SLOWEST)), retries)
     try:
         if address.store == S3:
             return stores.S3Store(address.root, config=config, **given)
@@ -90,6 +79,21 @@ def open_store(
         return stores.HTTPStore.from_url(address.root, **given)
     except BaseError as error:
         raise ValueError(f"{address.url}: {str(error).splitlines()[0]}") from None
+
+
+def _set_times(given: dict[str, Any], seconds: int, retries: int | None) -> None:
+    """Say how long a request may take, and how often it is tried, where the user does not."""
+    # Whoever names an endpoint of http:// wants it.
+    client: dict[str, object] = {
+        "allow_http": True,
+        "timeout": f"{seconds}s",
+        "read_timeout": f"{_SECONDS}s",
+    }
+    given["client_options"] = client | dict(given.get("client_options", {}))
+    again = {"max_retries": retries or 0, "retry_timeout": timedelta(seconds=3 * seconds)}
+    given["retry_config"] = again | dict(given.get("retry_config", {}))
+    if retries is None:
+        given["retry_config"]["max_retries"] = 0
 
 
 def _check_endpoints(address: Address, config: Mapping[str, Any]) -> None:

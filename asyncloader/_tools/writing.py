@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.session import Session
     from asyncloader._saving.layout import WriteBlock
+    from asyncloader._saving.ranks import Ranks
     from asyncloader._storage.folder import RenamingFolder, WritableFile
 
     from .content import Content
@@ -225,26 +226,27 @@ async def write_folder(
         done.add(part, report)
 
     commit = commit_of(target.folder, save_id, 0, ranks, replaces=target.overwrite)
-
-    def clean_up(error: BaseException) -> list[str]:
-        # A `Saver` that fails removes its own rank's files only. If the last one failed in its
-        # commit, and could not put the old files back, they are kept; in a store all of it is kept
-        # that is a checkpoint, or may be.
-        unsure = isinstance(error.__cause__, OSError) and is_unclear(error.__cause__)
-        if not (unsure and isinstance(target.folder, ConditionalFolder)):
-            commit.abandon([], "")
-        return commit.told
-
     try:
         await run_jobs(session.threads.reads, [commit.begin])  # other ranks wait for that
         for rank in reversed(range(ranks)):
             await write(rank)
     except BaseException as error:
-        [told] = await run_jobs(session.threads.reads, [partial(clean_up, error)])
-        for warning in told:
+        await run_jobs(session.threads.reads, [partial(_clean_up, commit, error)])
+        for warning in commit.told:
             _log.warning("%s: %s", target.location, warning)
         raise
     return done
+
+
+def _clean_up(commit: Ranks, error: BaseException) -> None:
+    """Remove the files of all ranks: a `Saver` that fails removes those of its own.
+
+    If the last one failed in its commit, and could not put the old files back, they are kept; in a
+    store all of it is kept that is a checkpoint, or may be.
+    """
+    unsure = isinstance(error.__cause__, OSError) and is_unclear(error.__cause__)
+    if not (unsure and isinstance(commit.folder, ConditionalFolder)):
+        commit.abandon([], "")
 
 
 def _check(content: Content, ranks: int) -> None:

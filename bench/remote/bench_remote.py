@@ -86,6 +86,23 @@ class Remote:
         found = ((one["path"], one["size"]) for page in pages for one in page)
         return [one for one in found if one[0].endswith(".safetensors")]
 
+    def filling(
+        self,
+        into: dict[str, Tensor],
+        run: Callable[[Any], Any],
+        name: str = "asyncloader",
+        role: Role = "ours",
+    ) -> Contender:
+        """Return a contender that fills the tensors, all of which are compared."""
+        return Contender(
+            name=name,
+            role=role,
+            prepare=lambda: into,
+            poison=poison,
+            run=run,
+            check=self.check,
+        )
+
     def check(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self.tensors.items():
             assert same_bits(tensors[name], tensor), name
@@ -160,14 +177,7 @@ def test_o1_dense_from_s3(remote: Remote, results: Results, scale: Scale) -> Non
     times = interleave(
         [
             Contender(name="obstore, bytes thrown away", role="raw", run=raw),
-            Contender(
-                name="asyncloader",
-                role="ours",
-                prepare=lambda: into,
-                poison=poison,
-                run=ours,
-                check=remote.check,
-            ),
+            remote.filling(into, ours),
         ],
         rounds=scale.rounds(ROUNDS),
     )
@@ -190,21 +200,11 @@ def test_o3_beside_peers(remote: Remote, results: Results, scale: Scale) -> None
         fill(remote.server, BUCKET, keys, tensors)
         return tensors
 
-    def contender(name: str, role: Role, run: Callable[[Any], Any]) -> Contender:
-        return Contender(
-            name=name,
-            role=role,
-            prepare=lambda: into,
-            poison=poison,
-            run=run,
-            check=remote.check,
-        )
-
     ours = load_dense(f"s3://{BUCKET}/dense", storage_options=remote.options)
-    peers = [contender(name, "peer", partial(filled, fill)) for name, fill in there.items()]
-    times = interleave(
-        [*peers, contender("asyncloader", "ours", ours)], rounds=scale.rounds(ROUNDS)
-    )
+    peers = [
+        remote.filling(into, partial(filled, fill), name, "peer") for name, fill in there.items()
+    ]
+    times = interleave([*peers, remote.filling(into, ours)], rounds=scale.rounds(ROUNDS))
     skipped = [name for name in PEERS if name not in there]
     what = "O1 beside others' loaders"
     results.speeds.append(
@@ -263,14 +263,7 @@ def test_o2_dense_over_http(remote: Remote, results: Results, scale: Scale, tmp_
                     Contender(name=f"readinto, {threads} threads", role="raw", run=raw)
                     for threads, raw in raws.items()
                 ),
-                Contender(
-                    name="asyncloader",
-                    role="ours",
-                    prepare=lambda: into,
-                    poison=poison,
-                    run=ours,
-                    check=remote.check,
-                ),
+                remote.filling(into, ours),
                 Contender(
                     name="asyncloader, verified",
                     role="variant",
@@ -341,16 +334,7 @@ def test_o5_a_slow_link(remote: Remote, results: Results, scale: Scale) -> None:
         options: Any = {"storage_options": {**remote.options, "endpoint": endpoint}}
         load = load_dense(f"s3://{BUCKET}/dense", **options)
         times = interleave(
-            [
-                Contender(
-                    name="asyncloader",
-                    role="ours",
-                    prepare=lambda: into,
-                    poison=poison,
-                    run=load,
-                    check=remote.check,
-                )
-            ],
+            [remote.filling(into, load)],
             rounds=min(scale.rounds(ROUNDS), 2),
         )
     results.speeds.append(
