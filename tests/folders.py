@@ -188,10 +188,15 @@ _KINDS = {
 }
 
 
-def sites(calls: Sequence[str], *, every: bool) -> list[int]:
+FAILURES = ("once", "once, after it took effect", "for good")
+"""How calls fail."""
+
+
+def sites(calls: Sequence[str], *, every: bool, share: int = 0, shares: int = 1) -> list[int]:
     """Return the numbers of the calls to fail: the first of each kind, and the last of all; or all.
 
-    Calls are of one kind if they do the same to a file of the same role, at the same place.
+    Calls are of one kind if they do the same to a file of the same role, at the same place. Of a
+    test with `shares` variants or more, each may fail a share of the kinds: all fail in some.
     """
     if every:
         return list(range(len(calls)))
@@ -201,7 +206,7 @@ def sites(calls: Sequence[str], *, every: bool) -> list[int]:
         for pattern, role in _KINDS.items():
             kind = re.sub(pattern, role, kind)
         first.setdefault(kind, number)
-    return sorted({*first.values(), len(calls) - 1})
+    return sorted({*first.values(), len(calls) - 1})[share % shares :: shares]
 
 
 def content(path: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from asyncloader import HashTable, Loader, SaveError, Saver, gen_slice
-from tests.folders import WatchedFolder, content, save_into, sites
+from tests.folders import FAILURES, WatchedFolder, content, save_into, sites
 from tests.forks import python
 from tests.oracle import read_checkpoint
 from tests.support import nothing_left_behind, open_files
@@ -98,7 +98,7 @@ async def failure_of(saving: Awaitable[object]) -> SaveError | None:
 
 # On one loop only: how saves end on each of them is shown by the tests of cancellation.
 @pytest.mark.parametrize("overwriting", [False, True])
-@pytest.mark.parametrize("how", ["once", "once, after it took effect", "for good"])
+@pytest.mark.parametrize("how", FAILURES)
 def test_a_save_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
     tmp_path: Path, overwriting: bool, how: str, every_step: bool
 ) -> None:
@@ -108,9 +108,7 @@ def test_a_save_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
             save_old(path)
         calls = (await save_new(path, lambda *_: None)).calls
         outcomes = set()
-        # Each variant fails every second kind of call, so that each kind fails in some.
-        numbers = sites(calls, every=every_step)
-        for number in numbers if every_step else numbers[overwriting::2]:
+        for number in sites(calls, every=every_step, share=overwriting, shares=2):
             path = tmp_path / str(number)
             old = save_old(path) if overwriting else {}
             with nothing_left_behind():
@@ -222,14 +220,15 @@ async def save_ranks(path: Path, failing_rank: int, number: int, how: str) -> No
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])
-@pytest.mark.parametrize("how", ["once", "once, after it took effect", "for good"])
+@pytest.mark.parametrize("how", FAILURES)
 def test_a_save_of_two_ranks_of_which_any_call_fails_leaves_the_old_checkpoint_or_none(
     tmp_path: Path, failing_rank: int, how: str, every_step: bool
 ) -> None:
     async def try_all() -> None:
         save_old(tmp_path / "clean")
         calls = [(await save_rank(tmp_path / "clean", rank, fine)).calls for rank in (1, 0)]
-        for number in sites(calls[1 - failing_rank], every=every_step):
+        share = FAILURES.index(how)
+        for number in sites(calls[1 - failing_rank], every=every_step, share=share, shares=2):
             await save_ranks(tmp_path / str(number), failing_rank, number, how)
 
     asyncio.run(try_all())

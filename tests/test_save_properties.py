@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncloader import HashTable, Loader, Saver, gen_slice
@@ -126,6 +126,7 @@ def models(draw: st.DrawFn) -> Model:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@settings(max_examples=settings().max_examples // 2)  # many processes
 @given(
     model=models(),
     ranks=st.integers(1, MOST_RANKS),

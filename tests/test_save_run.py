@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from asyncloader import HashTable, Loader, SaveError, Saver, gen_slice, latest, load_tensors
-from tests.folders import WatchedFolder, content, save_into, sites
+from tests.folders import FAILURES, WatchedFolder, content, save_into, sites
 from tests.oracle import rows_of
 from tests.steps import Steps
 from tests.support import debug_off, nothing_left_behind
@@ -186,11 +186,11 @@ def test_torch_reads_every_kind_of_tensor_back_and_each_checksum_fits(tmp_path: 
 @pytest.mark.slow
 def test_tens_of_thousands_of_tensors_are_one_archive(tmp_path: Path) -> None:
     """More than 65,535 entries need the long form of a zip's end."""
-    tensors = {f"w{number}": torch.tensor(number) for number in range(66_000)}
+    tensors = {f"w{number}": torch.tensor(number) for number in range(65_600)}
     save(tmp_path / "1", tensors=tensors)
     found = unpickled(tmp_path / "1" / "model.pt")
     assert {name: int(one) for name, one in found.items()} == dict(
-        zip(tensors, range(66_000), strict=True)
+        zip(tensors, range(65_600), strict=True)
     )
 
 
@@ -538,7 +538,7 @@ def save_old(run: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("overwriting", [False, True])
-@pytest.mark.parametrize("how", ["once", "once, after it took effect", "for good"])
+@pytest.mark.parametrize("how", FAILURES)
 def test_a_run_of_which_any_call_fails_is_the_old_one_or_the_new(
     tmp_path: Path, overwriting: bool, how: str, every_step: bool
 ) -> None:
@@ -550,9 +550,8 @@ def test_a_run_of_which_any_call_fails_is_the_old_one_or_the_new(
         calls = (await save_new(tmp_path / "clean" / name, lambda *_: None)).calls
         assert check_run(tmp_path / "clean", overwriting=overwriting) == "new"
         outcomes = set()
-        # Each variant fails every second kind of call, so that each kind fails in some.
-        numbers = sites(calls, every=every_step)
-        for number in numbers if every_step else numbers[overwriting::2]:
+        share = FAILURES.index(how) + len(FAILURES) * overwriting
+        for number in sites(calls, every=every_step, share=share, shares=4):
             run = tmp_path / str(number)
             save_old(run)
             failure = None
