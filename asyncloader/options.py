@@ -13,9 +13,11 @@ from ._arguments import (
     check_storage_options,
     check_switch,
     check_timeout,
+    checked_path,
 )
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Mapping
 
 __all__ = ["LoadKeywords", "ReadKeywords", "ReadOptions", "Verify"]
@@ -62,6 +64,11 @@ class ReadOptions:
             `region`, `access_key_id`, …), with `client_options`, `retry_config` and
             `credential_provider`. What is not given comes from the environment, as each cloud's own
             tools take it. In no message and no `repr`.
+        cache_dir: Of a URL: a folder of the local disk that keeps what is read, for the next loads,
+            of this process or others; they ask the store only whether an object is still the same.
+            It is made for this user alone; who can write to it is trusted.
+        cache_bytes: The most that `cache_dir` holds, in bytes, about; what was not used for longest
+            goes first. `None` leaves a tenth of the disk free.
         max_loop_lag: Seconds by which the reading may make the caller's event loop late. A timer on
             that loop is watched; while it is late, fewer threads read and index, with pauses.
             Chunks are at most 4 MiB then. `None` is full speed. The report's `lag` says how late
@@ -84,6 +91,8 @@ class ReadOptions:
     direct_io: bool = False
     follow_symlinks: bool = False
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    cache_dir: str | os.PathLike[str] | None = None
+    cache_bytes: int | None = None
     max_loop_lag: float | None = None
     pressure: Callable[[], float] | None = None
 
@@ -98,6 +107,12 @@ class ReadOptions:
         for name in ("direct_io", "follow_symlinks"):
             check_switch(getattr(self, name), name)
         check_storage_options(self.storage_options)
+        if self.cache_dir is not None:
+            checked_path(self.cache_dir, "cache_dir")
+        if self.cache_bytes is not None:
+            check_count(self.cache_bytes, "cache_bytes")
+            if self.cache_dir is None:
+                raise ValueError("cache_bytes is given without cache_dir")
         if self.pressure is not None:
             check_callable(self.pressure, "pressure")
 
@@ -148,6 +163,8 @@ class LoadKeywords(TypedDict, total=False):
     direct_io: bool
     follow_symlinks: bool
     storage_options: Mapping[str, Any] | None
+    cache_dir: str | os.PathLike[str] | None
+    cache_bytes: int | None
     max_loop_lag: float | None
     pressure: Callable[[], float] | None
 

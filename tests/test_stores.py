@@ -12,12 +12,14 @@ from obstore.store import AzureStore, S3Store
 from safetensors.torch import save
 
 from asyncloader import (
+    CheckpointChangedError,
     CheckpointError,
     CheckpointNotFoundError,
     CheckpointReader,
     Loader,
     ReadOptions,
     SaveError,
+    aload_tensors,
     load_tensors,
     read_extra,
     read_io_state,
@@ -139,16 +141,54 @@ def test_the_command_line_takes_the_environment(
     assert os.environ["AWS_REGION"]
 
 
+SIGNED = b"X-Amz-Signature"
+
+
+def port_of(s3: Place) -> int:
+    return int(s3.options["endpoint"].rpartition(":")[2])
+
+
+async def test_where_signed_urls_are_refused_the_client_reads(s3: Place) -> None:
+    """As by a policy of the bucket; and where its key is missing, credentials cannot sign."""
+    held = truth(NEWEST)
+    async with faulty_proxy(port_of(s3), lambda _: Fault(status=403), SIGNED) as proxy:
+        tables, tensors = held.destinations()
+        through = s3.options | {"endpoint": proxy.endpoint}
+        await Loader(s3.url, tables, tensors, strict=True, storage_options=through).aload()
+        assert proxy.connections > 0
+    for name, table in tables.items():
+        assert rows_in(table) == rows_on_disk(held.tables[name])
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, held.tensors[name])
+
+
+async def test_what_the_client_reads_is_one_object(s3: Place) -> None:
+    """It is replaced once the first signed URL has been refused."""
+    tensors = {name: torch.arange(400_000.0) + at for at, name in enumerate("ab")}
+    obstore.put(s3.store, "swapped/model.safetensors", save(tensors))
+
+    def replaced(number: int) -> Fault:
+        if number == 0:
+            changed = {name: tensor + 1 for name, tensor in tensors.items()}
+            obstore.put(s3.store, "swapped/model.safetensors", save(changed))
+        return Fault(status=403)
+
+    async with faulty_proxy(port_of(s3), replaced, SIGNED) as proxy:
+        through = s3.options | {"endpoint": proxy.endpoint}
+        with pytest.raises(CheckpointChangedError):
+            await aload_tensors("s3://models/swapped", storage_options=through)
+
+
 @pytest.mark.parametrize("part", range(16))
 async def test_a_connection_that_is_cut_anywhere_costs_no_byte(s3: Place, part: int) -> None:
-    """But for those that find objects: obstore's client has them, four at first."""
+    """Of those that bring bulk: they have signed URLs."""
     tensors = {name: torch.arange(400_000.0) + at for at, name in enumerate("ab")}
     content = save(tensors)
     options: dict[str, Any] = {"client_options": {"allow_http": True}, **s3.options}
     await obstore.put_async(S3Store("models", **options), "cut/model.safetensors", content)
-    script = {number: Fault(reset_at=len(content) * part // 16) for number in range(4, 6)}
-    port = int(s3.options["endpoint"].rpartition(":")[2])
-    async with faulty_proxy(port, lambda number: script.get(number, Fault())) as proxy:
+    script = dict.fromkeys(range(2), Fault(reset_at=len(content) * part // 16))
+    answer = lambda number: script.get(number, Fault())  # noqa: E731  # short
+    async with faulty_proxy(port_of(s3), answer, SIGNED) as proxy:
         through = s3.options | {"endpoint": proxy.endpoint}
         into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
         loader = Loader("s3://models/cut", tensors=into, storage_options=through)

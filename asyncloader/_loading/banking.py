@@ -20,6 +20,7 @@ from asyncloader._planning.names import WORDS, ModelNames, SourceNames
 from asyncloader._planning.resolution import Resolving
 from asyncloader._storage.joined import JoinedStorage
 from asyncloader._storage.looks import Looks
+from asyncloader._storage.protocol import Traffic
 from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
@@ -90,7 +91,7 @@ async def open_bank(
             next(iter(sources.values())) if sources else await stack.enter_async_context(opening),
             location=bank.location,
             file=None,
-            requests=lambda: sum(source.requests() for source in sources.values()),
+            traffic=lambda: sum((one.traffic() for one in sources.values()), Traffic()),
             storage=UnpackingStorage(JoinedStorage(storages, bank.location)),
         )
         yield OpenBank(session=session, sources=sources, entries=entries, bank=bank)

@@ -48,6 +48,7 @@ class LoadReport(AsDict):
         retries: How often something was read again that the storage had failed at. More than a few
             are a disk or a network to look after.
         requests: To an object store, those for names, headers and lists included; 0 of a disk.
+        bytes_cached: That came from `cache_dir`, names and headers included.
         lag: How late the event loop was, and what the load did about it; `None` unless it was asked
             to see to that (`max_loop_lag`, `pressure`).
         sources: Of a bank: which entry each name of the model came from, and under which name.
@@ -70,6 +71,7 @@ class LoadReport(AsDict):
     casts: tuple[Cast, ...] = ()
     retries: int = 0
     requests: int = 0
+    bytes_cached: int = 0
     lag: LoopLag | None = None
     sources: Mapping[str, Origin] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -131,7 +133,8 @@ class LoadReport(AsDict):
         rate = f"{self.gigabytes_per_second:.2f} GB/s"
         head.add_row("time", f"{self.seconds:.3f} s, [bold]{rate}[/]")
         if self.requests:
-            head.add_row("store", f"{self.requests:,} requests")
+            cached = f", {size_text(self.bytes_cached)} from the cache" if self.bytes_cached else ""
+            head.add_row("store", f"{self.requests:,} requests{cached}")
         if self.retries:
             times = "once" if self.retries == 1 else f"{self.retries:,} times"
             head.add_row("storage", Text(f"failed and was tried again {times}", style="yellow"))
@@ -185,7 +188,7 @@ def report_of(load: Load, *, tensors: Iterable[str], session: Session) -> LoadRe
 
     `tensors` are all names that were asked for.
     """
-    plan, meter = load.plan, load.meter
+    plan, meter, traffic = load.plan, load.meter, session.traffic()
     done = dict.fromkeys(plan.tensors.names, "loaded")
     done |= {name: f"shared with {other!r}" for name, other in plan.shared.items()}
     done |= {name: "copied" for name, staged in load.touched.items() if staged}
@@ -207,7 +210,8 @@ def report_of(load: Load, *, tensors: Iterable[str], session: Session) -> LoadRe
         casts=plan.casts,
         in_place=load.in_place,
         retries=session.retries,
-        requests=session.requests(),
+        requests=traffic.requests,
+        bytes_cached=traffic.cached,
         sources={} if plan.bank is None else plan.bank.origins,
         extra=plan.extra,
     )

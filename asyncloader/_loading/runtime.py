@@ -246,7 +246,7 @@ async def open_files(
             file=file,
             entries=files.entries,
             gap_bytes=files.gap_bytes,
-            requests=files.requests,
+            traffic=files.traffic,
             # A wrapper need not count lost reads: the files do.
             storage=UnpackingStorage(
                 ThreadedRetryingStorage(storage, lost=lambda: files.lost, attempts=files.attempts)

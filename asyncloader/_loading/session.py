@@ -14,7 +14,7 @@ from asyncloader._checkpoint.run_folder import is_run_folder
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
 from asyncloader._storage.folders import Folders
 from asyncloader._storage.opening import FileChangedError
-from asyncloader._storage.protocol import opening_error, read_error
+from asyncloader._storage.protocol import Traffic, opening_error, read_error
 from asyncloader._threads.call import StalledError
 from asyncloader.errors import (
     CheckpointChangedError,
@@ -126,7 +126,7 @@ class Session:
     budget: ByteBudget
     watch: LagWatch | None = None  # keeps the loop's lag within a bound, if there is one
     gap_bytes: int = 0  # worth reading along between two ranges
-    requests: Callable[[], int] = int  # so many there were to an object store
+    traffic: Callable[[], Traffic] = Traffic  # what there was with an object store
     # The names beside each other, and how long the files are.
     entries: Callable[[], Awaitable[Mapping[str, int | None]]] = _none
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # tasks take turns to read names

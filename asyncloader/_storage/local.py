@@ -17,7 +17,7 @@ from .descriptors import Descriptors, OpenFile, close_aside
 from .opening import O_DIRECT, FileChangedError, identity, open_regular, status_of
 from .preadv import DirectReader
 from .preadv import preadv as through_cache
-from .protocol import scatter
+from .protocol import Traffic, scatter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -113,9 +113,9 @@ class LocalStorage:
             await settled(asyncio.ensure_future(self._descriptors.close(self)))
         self._disk.close()
 
-    def requests(self) -> int:
-        """Return 0: a disk takes none."""
-        return 0
+    def traffic(self) -> Traffic:
+        """Return nothing: a disk takes no requests."""
+        return Traffic()
 
     async def entries(self) -> dict[str, int | None]:
         """Return the names in the folder, and the lengths of files; `None` of all else.

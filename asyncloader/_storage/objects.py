@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-import math
 import time
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Final, Self, TypeVar
-from urllib.parse import quote
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from asyncloader._addresses import FILES, address_of
 from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.jobs import for_each
+from asyncloader.errors import CheckpointError
 
+from .cache import Cache
+from .cached_ranges import CachedRanges
+from .flight import Flight, Target
 from .opening import FileChangedError
-from .protocol import scatter
-from .ranges import Flight, RangeReader, Target
+from .protocol import Traffic, scatter
+from .store_ranges import StoreRanges
 from .stores import explained, identity_of, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
     from asyncloader._threads.disk import Disk
     from asyncloader.options import ReadOptions
 
+    from .flight import Ranges
     from .protocol import ReadInto
 
 
@@ -38,7 +43,6 @@ T = TypeVar("T")
 _START = 256 << 10
 _STARTS = 32  # kept at a time
 _LOOKERS = 8
-_SIGNED = timedelta(hours=1)
 
 
 class ObjectStorage:
@@ -50,10 +54,11 @@ class ObjectStorage:
 
     Args:
         store: A client of obstore.
-        prefix: What the keys of all files begin with, before a slash; may be empty.
+        prefix: What the keys of all files begin with, its slash included; may be empty.
         location: What to call the checkpoint in messages.
         disk: Has threads read.
         ranges: Reads.
+        cache: Copies on the local disk; `None` if there shall be none.
         stall_timeout: Seconds that one request may take; `None` leaves it to the client.
         seen: The identities of objects when they were first found.
     """
@@ -68,17 +73,21 @@ class ObjectStorage:
         location: str,
         *,
         disk: Disk,
-        ranges: RangeReader,
+        ranges: StoreRanges,
+        cache: Cache | None = None,
         stall_timeout: float | None = None,
         seen: dict[str, tuple[object, ...]] | None = None,
     ) -> None:
         self._store = store
-        self._prefix = f"{prefix}/" if prefix else ""
+        self._prefix = prefix
         self._location = location
         self._disk = disk
         self._stall_timeout = stall_timeout
         self._seen = {} if seen is None else seen
         self._ranges = ranges
+        self._cache = cache
+        self._cached = None if cache is None else CachedRanges(ranges, cache, location)
+        self._reads: Ranges = self._cached or ranges
         self._targets: dict[str, Target] = {}
         self._starts: dict[str, bytes] = {}  # the first bytes of objects that were found last
         self._absent: set[str] = set()
@@ -86,11 +95,13 @@ class ObjectStorage:
         self._asked = 0
 
     def __repr__(self) -> str:
-        return f"<ObjectStorage {self._location!r}: {self.requests()} requests>"
+        return f"<ObjectStorage {self._location!r}: {self.traffic().requests} requests>"
 
-    def requests(self) -> int:
-        """Return how many requests there were."""
-        return self._asked + len(self._ranges.asked)
+    def traffic(self) -> Traffic:
+        """Return what there was of requests, and of bytes from the cache."""
+        return Traffic(
+            self._asked + self._ranges.requests, 0 if self._cache is None else self._cache.taken
+        )
 
     @property
     def location(self) -> str:
@@ -103,11 +114,23 @@ class ObjectStorage:
         return self._disk.lost
 
     async def __aenter__(self) -> Self:
+        if self._cache is not None:
+            await self._at_cache(self._cache.open)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, _: object, error: object, __: object) -> None:
+        if (cache := self._cache) is not None:
+            if isinstance(error, CheckpointError):
+                suspect = self._location if error.shard is None else self._url(error.shard)
+                await self._at_cache(partial(cache.forget, suspect))
+            await self._at_cache(cache.close)
+            cache.tell()
         self._ranges.close()
         self._disk.close()
+
+    async def _at_cache(self, job: Callable[[], None]) -> None:
+        with contextlib.suppress(StalledError):  # nothing fails because of a copy
+            await self._disk.call(job, label="the cache")
 
     @property
     def resumed(self) -> int:
@@ -169,7 +192,7 @@ class ObjectStorage:
             scatter(start[offset : offset + reading.length], views)
             return reading.length
         reading.interrupt = flight.interrupt
-        job = partial(self._ranges.read, target, offset, views, reading, flight)
+        job = partial(self._reads.read, target, offset, views, reading, flight)
         return await self._disk.call(job, reading=reading)
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
@@ -180,7 +203,7 @@ class ObjectStorage:
 
         def read(offset: int, views: Sequence[memoryview]) -> int:
             reading.begin(offset, views)
-            return self._ranges.read(target, offset, views, reading, flight)
+            return self._reads.read(target, offset, views, reading, flight)
 
         return await self._disk.call(partial(job, read), reading=reading)
 
@@ -189,11 +212,11 @@ class ObjectStorage:
         async with self._finding.setdefault(name, asyncio.Lock()):
             found = self._targets.get(name)
             if name in self._absent:  # so it is for this load
-                raise FileNotFoundError(errno.ENOENT, "no such object", f"{self._location}/{name}")
+                raise FileNotFoundError(errno.ENOENT, "no such object", self._url(name))
             if found is None:
                 found = self._targets[name] = await self._first_look(name)
             elif time.monotonic() > found.until:
-                url, until = await self._url_of(self._prefix + name)
+                url, until = await self._ranges.url_of(name)
                 found = self._targets[name] = replace(found, url=url, until=until)
             return found
 
@@ -201,41 +224,45 @@ class ObjectStorage:
         """Find an object, and read its first bytes, in one request."""
         import obstore  # noqa: PLC0415  # an extra
 
-        key = self._prefix + name
-        with explained(f"{self._location}/{name}"):
+        key, known = self._prefix + name, self._cached is not None and self._cached.knows(name)
+        with explained(self._url(name)):
             try:
-                result = await self._ask(
-                    obstore.get_async(self._store, key, options={"range": (0, _START)})
-                )
-                start = bytes(await self._ask(result.bytes_async()))
-                meta = result.meta
+                if known:
+                    meta, start = await self._ask(obstore.head_async(self._store, key)), b""
+                else:
+                    meta, start = await self._started(key)
             except FileNotFoundError:
                 self._absent.add(name)
                 raise
-            except obstore.exceptions.GenericError:
-                meta, start = await self._ask(obstore.head_async(self._store, key)), b""
-                if meta["size"]:  # else no range of it can be asked for
-                    raise
-            url, until = await self._url_of(key)
+        url, until = await self._ranges.url_of(name)
         if self._seen.setdefault(name, identity_of(meta)) != identity_of(meta):
             raise FileChangedError(name)
+        tag = meta["e_tag"]
+        strong = None if tag is None or tag.startswith("W/") else tag
+        target = Target(name, url, until, meta["size"], strong)
         if len(self._starts) >= _STARTS:
             del self._starts[next(iter(self._starts))]
         self._starts[name] = start
-        tag = meta["e_tag"]
-        strong = None if tag is None or tag.startswith("W/") else tag
-        return Target(name, url, until, meta["size"], strong)
+        if self._cached is not None and start:
+            await self._at_cache(partial(self._cached.keep, target, start))
+        return target
 
-    async def _url_of(self, key: str) -> tuple[str, float]:
-        """Return the URL of an object, signed where the store wants that, and until when it is."""
-        from obstore import sign_async  # noqa: PLC0415  # an extra
-        from obstore.store import HTTPStore, LocalStore, MemoryStore  # noqa: PLC0415
+    async def _started(self, key: str) -> tuple[ObjectMeta, bytes]:
+        """Return what an object is, and its first bytes."""
+        import obstore  # noqa: PLC0415  # an extra
 
-        if isinstance(self._store, HTTPStore):
-            return f"{self._store.url.rstrip('/')}/{quote(key)}", math.inf
-        assert not isinstance(self._store, LocalStore | MemoryStore), "a server is asked"
-        until = time.monotonic() + _SIGNED.total_seconds() / 2
-        return await sign_async(self._store, "GET", key, _SIGNED), until
+        try:
+            options: Any = {"range": (0, _START)}
+            result = await self._ask(obstore.get_async(self._store, key, options=options))
+            return result.meta, bytes(await self._ask(result.bytes_async()))
+        except obstore.exceptions.GenericError:
+            meta = await self._ask(obstore.head_async(self._store, key))
+            if meta["size"]:  # else no range of it can be asked for
+                raise
+            return meta, b""
+
+    def _url(self, name: str) -> str:
+        return f"{self._location}/{name}"
 
     async def _ask(self, request: Awaitable[T]) -> T:
         """Await a request, for no longer than was agreed."""
@@ -252,15 +279,20 @@ def open_objects(
 ) -> tuple[ObjectStorage, str | None]:
     """Return the objects to look into, and the name of the one if it is a file's."""
     address = address_of(url, "path")
-    store = open_store(address, options.storage_options, read_bytes=options.read_bytes)
-    folder, _, name = address.key.rpartition("/")
+    given = options.storage_options or {}
+    store = open_store(address, given, read_bytes=options.read_bytes)
+    above, _, name = address.key.rpartition("/")
     is_file = name.endswith(FILES)
+    prefix = above if is_file else address.key
+    prefix = f"{prefix}/" if prefix else ""
+    folder = options.cache_dir
     storage = ObjectStorage(
         store,
-        folder if is_file else address.key,
+        prefix,
         address.url.rpartition("/")[0] if is_file else address.url,
         disk=disk,
-        ranges=RangeReader((options.storage_options or {}).get("client_options")),
+        ranges=StoreRanges(store, prefix, given.get("client_options")),
+        cache=None if folder is None else Cache(Path(folder), options.cache_bytes),
         stall_timeout=options.stall_timeout,
         seen=seen,
     )

@@ -13,12 +13,12 @@ import errno
 import mmap
 import os
 import threading
-from operator import attrgetter
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from asyncloader._memory.pages import touch
+from asyncloader._threads.call import nbytes_of
 
 from .protocol import views_after
 
@@ -32,7 +32,6 @@ PReadV: TypeAlias = "Callable[[int, Sequence[memoryview], int, Reading], int]"
 
 # One call into the kernel. A longer one may keep a processor from the event loop until it is done.
 _STEP = 8 << 20
-_NBYTES = attrgetter("nbytes")
 # Linux only. It refuses with EAGAIN where the bytes are not in the page cache, and with one of the
 # others where the file system does not know.
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -45,7 +44,7 @@ def _steps(views: Sequence[memoryview]) -> Iterator[tuple[Sequence[memoryview], 
     Yields:
         What one call takes, and how many bytes that are.
     """
-    total = sum(map(_NBYTES, views))
+    total = nbytes_of(views)
     if total <= _STEP:  # a thousand small ones, often
         yield views, total
         return

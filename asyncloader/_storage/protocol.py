@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-from operator import attrgetter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from asyncloader._threads.call import StalledError
+from asyncloader._threads.call import StalledError, nbytes_of
 from asyncloader.errors import CheckpointError, ReadError, ReadStalledError
 
 from .opening import RefusedFileError
@@ -19,7 +19,22 @@ T = TypeVar("T")
 ReadInto: TypeAlias = "Callable[[int, Sequence[memoryview]], int]"
 
 _STEP = 1 << 20
-_NBYTES = attrgetter("nbytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What a storage has asked an object store for.
+
+    Attributes:
+        requests: How many there were; none to a disk.
+        cached: Bytes that came from copies on the local disk instead.
+    """
+
+    requests: int = 0
+    cached: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.requests + other.requests, self.cached + other.cached)
 
 
 class Storage(Protocol):
@@ -97,7 +112,7 @@ async def read_exactly(
     Raises:
         ReadError: If that failed; it names the whole byte range.
     """
-    length = sum(map(_NBYTES, views))
+    length = nbytes_of(views)
     left, done = list(views), 0
     while done < length:
         try:
@@ -165,6 +180,17 @@ def views_after(views: Sequence[memoryview], count: int) -> list[memoryview]:
             return [view[count:], *views[index + 1 :]]
         count -= view.nbytes
     return []
+
+
+def views_within(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return the first `count` bytes of the views."""
+    found = []
+    for view in views:
+        if count <= 0:
+            break
+        found.append(view[:count])
+        count -= view.nbytes
+    return found
 
 
 def scatter(source: bytes | memoryview, views: Sequence[memoryview]) -> None:

@@ -10,23 +10,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
-import socket
 import ssl
 import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from .flight import end_of, shut
 from .opening import FileChangedError
+from .retrying import LaterError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from asyncloader._threads.call import Reading
+
+    from .flight import Flight, Target
 
 _SILENCE = 20.0  # seconds without a byte
 _SLOWEST = 256 << 10  # bytes a second: a request that gets fewer is given up, and goes on anew
@@ -40,46 +44,6 @@ _ELSEWHERE = {301, 302, 303, 307, 308}
 _PASSING = {
     HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """An object, as it was first found.
-
-    Attributes:
-        name: For messages.
-        url: It may hold a signature: in no message.
-        until: When the signature wants to be made anew, by the monotonic clock.
-        size: In bytes.
-        tag: What the server calls this very content; `None` if it does not.
-    """
-
-    name: str
-    url: str
-    until: float
-    size: int
-    tag: str | None
-
-
-class Flight:
-    """A thread's request under way, which the event loop may end."""
-
-    def __init__(self) -> None:
-        self._connection: http.client.HTTPConnection | None = None
-        self._is_over = False
-
-    def interrupt(self) -> None:
-        """Have the thread come back with an error, at once."""
-        self._is_over = True
-        if self._connection is not None and self._connection.sock is not None:
-            with contextlib.suppress(OSError):  # it is closed already
-                self._connection.sock.shutdown(socket.SHUT_RDWR)
-
-    def check(self, connection: http.client.HTTPConnection | None) -> None:
-        """Note the connection that is waited for, if any; raise if the request was given up."""
-        self._connection = connection
-        if self._is_over:  # noted first, looked at second; `interrupt` does it the other way
-            raise OSError(errno.ECANCELED, "the read was given up")
 
 
 class RangeReader:
@@ -125,7 +89,7 @@ class RangeReader:
             FileChangedError: If it is another object by now.
             OSError: If that failed.
         """
-        end = min(offset + reading.length, target.size)
+        end = end_of(target, offset, views)
         if end <= offset:
             return 0
         reading.unsure = True  # the gate goes by the thread's time
@@ -145,57 +109,44 @@ class RangeReader:
         self, target: Target, offset: int, end: int, views: Sequence[memoryview], flight: Flight
     ) -> Iterator[int]:
         """Fill views; yield after each piece how long it was."""
-        connection, response = self._answer(target, offset, end, flight)
+        answer = self._answer(target, offset, end, flight)
         until = time.monotonic() + _LEAST + (end - offset) / _SLOWEST
         left = end - offset
-        try:
+        with answer.closed_on_error():
             for view in views:
                 for at in range(0, min(view.nbytes, left), _STEP):
                     piece = view[at : min(at + _STEP, left)]
-                    _fill(response, piece)
-                    flight.check(connection)
+                    _fill(answer.response, piece)
+                    flight.check(answer.shut)
                     yield piece.nbytes
                     _check_time(until)
                 left -= min(view.nbytes, left)
-        except BaseException:
-            connection.close()
-            raise
-        try:
             flight.check(None)  # or an interrupt might end what the connection is used for next
-        except BaseException:
-            connection.close()
-            raise
-        self._keep(target.url, connection, usable=response.isclosed() and not response.will_close)
+        self._keep(target.url or "", answer)
 
-    def _answer(
-        self, target: Target, offset: int, end: int, flight: Flight
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """Return the answer to a request, checked, and its connection."""
+    def _answer(self, target: Target, offset: int, end: int, flight: Flight) -> _Answer:
+        """Return the answer to a request, checked."""
         url = target.url
+        assert url is not None, "else the store's client reads"
         headers = {"Range": f"bytes={offset}-{end - 1}"}
         if target.tag is not None:
             headers["If-Match"] = target.tag
         own = self._options.get("default_headers", {})  # for the first server alone: secrets, maybe
         for _ in range(_REDIRECTS):
             self.asked.append(None)
-            connection, response = self._asked(url, headers | own, flight)
-            where = response.headers.get("Location")
-            if response.status not in _ELSEWHERE or where is None:
+            answer = self._asked(url, headers | own, flight)
+            where = answer.response.headers.get("Location")
+            if answer.response.status not in _ELSEWHERE or where is None:
                 break
-            connection.close()
+            answer.close()
             before, url = url, urljoin(url, where)
             if urlsplit(before).netloc != urlsplit(url).netloc:
                 own = {}
-        try:
-            _check(target, offset, end, response)
-        except BaseException:
-            connection.close()
-            raise
-        return connection, response
+        with answer.closed_on_error():
+            _check(target, offset, end, answer.response)
+        return answer
 
-    def _asked(
-        self, url: str, headers: dict[str, str], flight: Flight
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def _asked(self, url: str, headers: dict[str, str], flight: Flight) -> _Answer:
         parts = urlsplit(url)
         path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
         while True:
@@ -203,9 +154,11 @@ class RangeReader:
             try:
                 if connection.sock is None:
                     connection.connect()
-                flight.check(connection)
+                # Where the server ends the connection, it lets go of the socket with the answer.
+                stop = partial(shut, connection.sock)
+                flight.check(stop)
                 connection.request("GET", path, headers=headers)
-                return connection, connection.getresponse()
+                return _Answer(connection, connection.getresponse(), stop)
             except (ConnectionError, http.client.RemoteDisconnected):
                 connection.close()
                 if is_fresh:
@@ -244,13 +197,40 @@ class RangeReader:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
 
-    def _keep(self, url: str, connection: http.client.HTTPConnection, *, usable: bool) -> None:
+    def _keep(self, url: str, answer: _Answer) -> None:
         parts = urlsplit(url)
         with self._lock:
-            if usable and not self._is_closed:
-                self._idle[parts.scheme, parts.netloc].append(connection)
+            if answer.is_over and not self._is_closed:
+                self._idle[parts.scheme, parts.netloc].append(answer.connection)
                 return
-        connection.close()
+        answer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A connection, and what came on it; `shut` ends a wait for more."""
+
+    connection: http.client.HTTPConnection
+    response: http.client.HTTPResponse
+    shut: Callable[[], object]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether another request may follow on the connection."""
+        return self.response.isclosed() and not self.response.will_close
+
+    def close(self) -> None:
+        # Of a server that ends the connection, the response has the socket.
+        self.response.close()
+        self.connection.close()
+
+    @contextlib.contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
 
 def _fill(response: http.client.HTTPResponse, view: memoryview) -> None:
@@ -275,7 +255,7 @@ def _check(target: Target, offset: int, end: int, response: http.client.HTTPResp
     if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         raise PermissionError(errno.EACCES, f"the server refuses: {reason}")
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _PASSING:
-        raise OSError(errno.EIO, f"the server answers {reason}")
+        raise LaterError(f"the server answers {reason}", response.headers.get("Retry-After"))
     if status == HTTPStatus.OK:
         raise OSError(errno.EPROTO, "the server ignores ranges: it answers 200, with all of it")
     if status != HTTPStatus.PARTIAL_CONTENT:
@@ -293,7 +273,7 @@ def _in_words(error: OSError | http.client.HTTPException) -> OSError:
         return OSError(errno.EPROTO, f"its certificate is not trusted: {error.verify_message}")
     if isinstance(error, TimeoutError):
         return OSError(errno.EIO, f"no byte for {_SILENCE:g} seconds")
-    if isinstance(error, FileChangedError | FileNotFoundError | PermissionError):
+    if isinstance(error, FileChangedError | FileNotFoundError | PermissionError | LaterError):
         return error
     if isinstance(error, ConnectionError | http.client.HTTPException):
         return OSError(errno.EIO, f"the connection broke: {error!r}")

@@ -27,6 +27,20 @@ _log = logging.getLogger(__name__)
 _TRANSIENT = {errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN, errno.EINTR}
 _FIRST_PAUSE = 0.1
 """Seconds, at most; each pause may be twice as long as the one before."""
+_LONGEST_WISH = 30.0
+
+
+class LaterError(OSError):
+    """A server wants to be left alone for a while.
+
+    Attributes:
+        seconds: For so long, at least; at most half a minute.
+    """
+
+    def __init__(self, problem: str, wish: str | None) -> None:
+        super().__init__(errno.EIO, problem)
+        is_number = wish is not None and wish.isascii() and wish.isdigit()  # it may be a date
+        self.seconds = min(float(wish or 0), _LONGEST_WISH) if is_number else 0.0
 
 
 def is_transient(error: BaseException) -> bool:
@@ -143,7 +157,8 @@ class RetryingStorage:
         else:
             told.append((level, text))
         # Random, so that many readers do not come back at the same moment.
-        return random.uniform(0, _FIRST_PAUSE * 2 ** (attempt - 1))  # noqa: S311  # no secret
+        pause = random.uniform(0, _FIRST_PAUSE * 2 ** (attempt - 1))  # noqa: S311  # no secret
+        return pause + (error.seconds if isinstance(error, LaterError) else 0.0)
 
 
 class ThreadedRetryingStorage(RetryingStorage):

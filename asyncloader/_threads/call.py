@@ -24,6 +24,11 @@ _LARGE = 1 << 20
 _NBYTES = attrgetter("nbytes")
 
 
+def nbytes_of(views: Sequence[memoryview]) -> int:
+    """Return the bytes of all views together."""
+    return sum(map(_NBYTES, views))
+
+
 class StalledError(TimeoutError):
     """A thread has not come back in time, and may be waiting for ever.
 
@@ -74,7 +79,7 @@ class Reading:
     is_lost: bool = False
 
     def __post_init__(self) -> None:
-        self.length = sum(map(_NBYTES, self.views or ()))
+        self.length = nbytes_of(self.views or ())
         self.is_large = self.views is None or self.length >= _LARGE
         self.waited = not self.is_large
 
@@ -90,7 +95,7 @@ class Reading:
             RuntimeError: If the read was given up.
         """
         self.offset, self.views = offset, views
-        self.length = sum(map(_NBYTES, views))
+        self.length = nbytes_of(views)
         self.begun += 1
         if self.is_lost:  # noted first, looked at second; `Call.give_up` does it the other way
             raise RuntimeError("the read was given up")

@@ -44,6 +44,7 @@ class FaultyProxy:
 
     port: int
     script: Callable[[int], Fault]
+    counted: bytes = b""
     endpoint: str = ""
     connections: int = 0
     serving: set[asyncio.Task[None]] = field(default_factory=set)
@@ -56,17 +57,20 @@ class FaultyProxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Forward one connection."""
-        fault = self.script(self.connections)
-        self.connections += 1
         with contextlib.closing(writer), contextlib.suppress(EOFError, ConnectionError):
+            begin = await reader.read(_BLOCK)
+            fault = Fault()
+            if self.counted in begin:
+                fault = self.script(self.connections)
+                self.connections += 1
             if fault.status is not None:
-                await reader.readuntil(b"\r\n\r\n")
                 head = f"HTTP/1.1 {fault.status} As told\r\nContent-Length: 0\r\n"
                 writer.write(f"{head}Connection: close\r\n\r\n".encode())
                 await writer.drain()
                 return
             upstream, to_server = await asyncio.open_connection(HOST, self.port)
             with contextlib.closing(to_server):
+                to_server.write(begin)
                 asking = asyncio.create_task(_forward(reader, to_server))
                 try:
                     await _answer(upstream, writer, fault)
@@ -101,14 +105,17 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fa
 
 
 @contextlib.asynccontextmanager
-async def faulty_proxy(port: int, script: Callable[[int], Fault]) -> AsyncIterator[FaultyProxy]:
+async def faulty_proxy(
+    port: int, script: Callable[[int], Fault], counted: bytes = b""
+) -> AsyncIterator[FaultyProxy]:
     """Stand before the server at a port of this machine, on this loop.
 
     Args:
         port: The server's.
         script: Gives the fault of the connection of that number; the first is 0.
+        counted: Connections whose first request does not hold this have no number, and no fault.
     """
-    proxy = FaultyProxy(port, script)
+    proxy = FaultyProxy(port, script, counted)
     server = await asyncio.start_server(proxy.accept, HOST, 0)
     proxy.endpoint = f"http://{HOST}:{server.sockets[0].getsockname()[1]}"
     try:

@@ -63,12 +63,14 @@ class Liar:
         files: What it has, by path.
         script: Says how a request is answered.
         asked: All requests for bytes.
+        tag: What stands before each ETag: `W/` makes it a weak one.
     """
 
     files: dict[str, bytes]
     script: Callable[[Asked], Answer] = lambda _: Answer()
     asked: list[Asked] = field(default_factory=list)
     url: str = ""
+    tag: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -107,7 +109,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if content is None:
             self._send(404, {}, b"")
         else:
-            self._send(200, {"ETag": _tag(content)}, content, body=False)
+            self._send(200, {"ETag": self._tag(content)}, content, body=False)
 
     def do_GET(self) -> None:
         path = self.path[1:]
@@ -124,15 +126,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         answer = self.liar.script(asked)
         if answer.waits is not None:
             answer.waits.wait()
-        if self.headers.get("If-Match") not in {None, _tag(content)}:
+        if self.headers.get("If-Match") not in {None, self._tag(content)}:
             self._send(412, {}, b"")
         elif answer.status:
             self._send(answer.status, answer.headers, b"")
         elif answer.whole:
-            self._send(200, {"ETag": _tag(content)} | answer.headers, content)
+            self._send(200, {"ETag": self._tag(content)} | answer.headers, content)
         else:
             where = f"bytes {begin}-{end - 1}/{len(content)}"
-            headers = {"Content-Range": where, "ETag": _tag(content)} | answer.headers
+            headers = {"Content-Range": where, "ETag": self._tag(content)} | answer.headers
             self._send(206, headers, content[begin:end], cut=answer.cut)
 
     def _send(
@@ -155,6 +157,5 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if cut is not None:
             self.close_connection = True
 
-
-def _tag(content: bytes) -> str:
-    return f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    def _tag(self, content: bytes) -> str:
+        return f'{self.liar.tag}"{hashlib.sha256(content).hexdigest()[:16]}"'
