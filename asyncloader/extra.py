@@ -9,7 +9,7 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ._arguments import check_count, checked_source
+from ._arguments import check_count
 from ._checkpoint.catalog import read_file
 from ._checkpoint.format import EXTRA, IO_COUNT, IO_STATE
 from ._loading.banking import checkpoint_of
@@ -21,10 +21,10 @@ from .errors import CheckpointError
 from .options import ReadOptions
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Collection
 
     from ._loading.session import Session
+    from ._ready_stores import Source
     from .options import ReadKeywords
 
 __all__ = ["aread_extra", "aread_io_state", "read_extra", "read_io_state"]
@@ -35,7 +35,7 @@ _RANK = re.compile(r"io_state_(\d{1,9})\.pt", re.ASCII)
 
 
 async def aread_extra(
-    path: str | os.PathLike[str],
+    path: Source,
     *,
     limit: int = LIMIT,
     options: ReadOptions | None = None,
@@ -67,7 +67,7 @@ async def aread_extra(
 
 
 async def aread_io_state(
-    path: str | os.PathLike[str],
+    path: Source,
     rank: int = 0,
     *,
     limit: int = LIMIT,
@@ -101,7 +101,7 @@ async def aread_io_state(
 
 
 def read_extra(
-    path: str | os.PathLike[str],
+    path: Source,
     *,
     limit: int = LIMIT,
     options: ReadOptions | None = None,
@@ -112,7 +112,7 @@ def read_extra(
 
 
 def read_io_state(
-    path: str | os.PathLike[str],
+    path: Source,
     rank: int = 0,
     *,
     limit: int = LIMIT,
@@ -123,11 +123,9 @@ def read_io_state(
     return run_blocking(partial(aread_io_state, path, rank, limit=limit, options=options, **read))
 
 
-async def _read(
-    path: str | os.PathLike[str], file: str, limit: int, options: ReadOptions
-) -> dict[str, Any]:
+async def _read(path: Source, file: str, limit: int, options: ReadOptions) -> dict[str, Any]:
     check_count(limit, "limit")
-    location = checked_source(path, "path")
+    location, options = options.at(path, "path")
     with Looks(
         location, stall_timeout=options.stall_timeout, storage_options=options.storage_options
     ) as looks:

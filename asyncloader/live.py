@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import nn
 
 from ._arguments import as_dict, check_callable, check_count, checked_source
+from ._ready_stores import source_of
 from ._serving.model import Settings
 from ._serving.service import Service
 from ._serving.sought import Sought
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from ._planning.bank import Entries
+    from ._ready_stores import Source
     from ._serving.events import Event, LiveState, LiveVersion
     from ._serving.model import Built, Model
 
@@ -80,7 +82,7 @@ class Live:
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | None = None,
+        source: Source | None = None,
         build: Callable[[], Built | Awaitable[Built]] | None = None,
         *,
         bank: Entries | None = None,
@@ -92,6 +94,10 @@ class Live:
         max_memory: int | None = None,
         retry_pause: float = 1.0,
     ) -> None:
+        options = {"strict": True, **as_dict(loader_options, "loader_options")}
+        if source is not None:
+            source, storage = source_of(source, "source", options.pop("storage_options", None))
+            options["storage_options"] = storage
         sought = Sought.of(source, bank)
         if isinstance(build, nn.Module):  # it can be called, and so would be
             raise TypeError(
@@ -110,7 +116,6 @@ class Live:
         check_count(keep, "keep")
         if max_memory is not None:
             check_count(max_memory, "max_memory")
-        options = {"strict": True, **as_dict(loader_options, "loader_options")}
         for reserved in ("checkpoint_path", "hashtables", "tensors", "on_plan"):
             if reserved in options:
                 raise TypeError(f"loader_options: {reserved!r} is given by Live itself")

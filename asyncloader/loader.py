@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from ._arguments import as_dict, check_callable, check_progress, checked_source
+from ._arguments import as_dict, check_callable, check_progress
 from ._loading.banking import planned_bank
 from ._loading.checks import check_tables
 from ._loading.claims import Claim
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ._planning.bank import Entries
     from ._planning.plan import LoadPlan
     from ._planning.targets import Casting, LoadInfo
+    from ._ready_stores import Source
     from ._table.protocol import LoadableTable
     from .options import LoadKeywords
 
@@ -66,7 +67,7 @@ class Loader:
 
     Args:
         checkpoint_path: A folder that holds `index`; for dense tensors also a safetensors file, or
-            a folder of these, as Hugging Face's are.
+            a folder of these, as Hugging Face's are. Its URL, too, or a store of obstore.
         hashtables: Tables to fill, by any name; a table's own `children` say which ids it takes.
             RecIS's own tables, too, whose rows show as they come: see `RecISTable`.
         tensors: Tensors to fill, by name: allocated, of the right shape and dtype, on any device,
@@ -80,8 +81,8 @@ class Loader:
             shows a bar on stderr.
         trace: Called on the event loop with a `Span` after every step of the load. (To have them in
             a file: `asyncloader load --trace FILE`.)
-        on_plan: Called on the event loop with the `LoadPlan`, before tables take memory or a byte
-            is written; an error that it raises ends the load. It may be a coroutine function.
+        on_plan: Called, or awaited, on the event loop with the `LoadPlan`, before tables take
+            memory or a byte is written; an error that it raises ends the load.
         runtime: Threads and bytes that loads share; without one, a load makes its own. With one,
             `max_inflight_bytes`, `max_loop_lag` and `pressure` are the runtime's, and `parallel` is
             at most the runtime's. Not for `load()`, which has a loop of its own.
@@ -91,8 +92,7 @@ class Loader:
             `Tensor.to` does it, which rounds and wraps around. `None`: none; another dtype is an
             error. Ids, bools and complex numbers are never converted, nor integers to floats or
             back. The plan and the report list all conversions. Digests are of the bytes as stored.
-        options: How to read: reads in flight, memory for them, time-outs, digests, the lag of the
-            event loop.
+        options: How to read: reads in flight, memory for them, time-outs, digests, lag.
         **read: Fields of `ReadOptions`, which go before `options`.
 
     Attributes:
@@ -105,7 +105,7 @@ class Loader:
 
     def __init__(  # RecIS's order
         self,
-        checkpoint_path: str | os.PathLike[str],
+        checkpoint_path: Source,
         hashtables: Mapping[str, LoadableTable] | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
         parallel: int | None = None,
@@ -129,7 +129,7 @@ class Loader:
             check_callable(trace, "trace")
         if on_plan is not None:
             check_callable(on_plan, "on_plan", awaited=True)
-        self._path = checked_source(checkpoint_path, "checkpoint_path")
+        self._path, self.options = self.options.at(checkpoint_path, "checkpoint_path")
         self._tensors = as_dict(tensors, "tensors")
         self._tables = adapted(as_dict(hashtables, "hashtables"))
         self._progress = progress

@@ -15,10 +15,13 @@ from ._arguments import (
     check_timeout,
     checked_path,
 )
+from ._ready_stores import source_of
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
+
+    from ._ready_stores import Source
 
 __all__ = ["LoadKeywords", "ReadKeywords", "ReadOptions", "Verify"]
 
@@ -139,6 +142,16 @@ class ReadOptions:
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"unexpected keyword argument {name!r}{hint}")
         return dataclasses.replace(options, **keywords)
+
+    def at(self, source: Source, name: str) -> tuple[str, Self]:
+        """Return a path or URL, checked, and these options; of a store, with its options.
+
+        Raises:
+            TypeError: If it is none of these.
+            ValueError: If it makes no sense, or a store comes with `storage_options`.
+        """
+        text, storage = source_of(source, name, self.storage_options)
+        return text, dataclasses.replace(self, storage_options=storage)
 
     @property
     def promises(self) -> bool:

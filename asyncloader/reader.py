@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 import torch
 
-from ._arguments import checked_source
 from ._loading.reading import Contents, read_stored, torch_dtype
 from ._threads.blocking import run_blocking
 from ._threads.jobs import run_jobs
 from .options import ReadOptions
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable
 
     from torch import Tensor
 
+    from ._ready_stores import Source
     from .options import ReadKeywords
 
 __all__ = ["CheckpointReader", "aload_tensors", "load_tensors"]
@@ -59,13 +58,13 @@ class CheckpointReader:
 
     def __init__(
         self,
-        checkpoint_path: str | os.PathLike[str],
+        checkpoint_path: Source,
         *,
         options: ReadOptions | None = None,
         **read: Unpack[ReadKeywords],
     ) -> None:
-        self._path = checked_source(checkpoint_path, "checkpoint_path")
-        self._contents = Contents(self._path, ReadOptions.of(options, read))
+        self._path, how = ReadOptions.of(options, read).at(checkpoint_path, "checkpoint_path")
+        self._contents = Contents(self._path, how)
 
     def __repr__(self) -> str:
         return f"<CheckpointReader {self._path!r}: {self._contents!r}>"
@@ -157,7 +156,7 @@ class CheckpointReader:
 
 
 async def aload_tensors(
-    checkpoint_path: str | os.PathLike[str],
+    checkpoint_path: Source,
     names: Iterable[str] | None = None,
     *,
     options: ReadOptions | None = None,
@@ -183,11 +182,11 @@ async def aload_tensors(
         CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
         ReadError: If the storage failed.
     """
-    path = checked_source(checkpoint_path, "checkpoint_path")
+    path, how = ReadOptions.of(options, read).at(checkpoint_path, "checkpoint_path")
     if isinstance(names, str):
         raise TypeError(f"names are several, got one text; write [{names!r}]")
     wanted = None if names is None else tuple(names)
-    contents = Contents(path, ReadOptions.of(options, read))
+    contents = Contents(path, how)
     async with contents.use() as session:
         if wanted is None:
             wanted = tuple((await contents.catalog(session)).whole().tensors)
@@ -195,7 +194,7 @@ async def aload_tensors(
 
 
 def load_tensors(
-    checkpoint_path: str | os.PathLike[str],
+    checkpoint_path: Source,
     names: Iterable[str] | None = None,
     *,
     options: ReadOptions | None = None,

@@ -10,8 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 from ._addresses import as_path
-from ._arguments import check_storage_options, checked_source
+from ._arguments import check_storage_options
 from ._checkpoint.run_folder import Version, find_versions, newest_version, sub_folder
+from ._ready_stores import source_of
 from ._storage.looks import Looks
 from ._threads.blocking import run_blocking
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
     from pathlib import Path
+
+    from ._ready_stores import Source
 
 __all__ = ["Version", "alatest", "aversions", "latest", "versions"]
 
@@ -31,10 +34,10 @@ def latest(
     run_folder: os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
 ) -> Path: ...
 @overload
-def latest(run_folder: str, *, storage_options: Mapping[str, Any] | None = None) -> Path | str: ...
 def latest(
-    run_folder: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
-) -> Path | str:
+    run_folder: Source, *, storage_options: Mapping[str, Any] | None = None
+) -> Path | str: ...
+def latest(run_folder: Source, *, storage_options: Mapping[str, Any] | None = None) -> Path | str:
     """Return the newest finished checkpoint of a run folder: its path, or its URL.
 
     That is the last line of its text file `checkpoint` that names a sub-folder with `index`, or
@@ -45,7 +48,8 @@ def latest(
     it is still copied, or was removed meanwhile. Blocks; `alatest` does not.
 
     Args:
-        run_folder: A path or a URL. Of HTTP, where no names are listed, a run with a `checkpoint`.
+        run_folder: A path, a URL, or a store of obstore, whose options the URL then needs. Of
+            HTTP, where no names are listed, a run with a `checkpoint`.
         storage_options: Of a URL, as `ReadOptions` has them.
 
     Raises:
@@ -62,28 +66,28 @@ async def alatest(
 ) -> Path: ...
 @overload
 async def alatest(
-    run_folder: str, *, storage_options: Mapping[str, Any] | None = None
+    run_folder: Source, *, storage_options: Mapping[str, Any] | None = None
 ) -> Path | str: ...
 async def alatest(
-    run_folder: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+    run_folder: Source, *, storage_options: Mapping[str, Any] | None = None
 ) -> Path | str:
     """Return what `latest` returns, without blocking the event loop; raises what it does."""
-    location = checked_source(run_folder, "run_folder")
     check_storage_options(storage_options)
+    location, storage_options = source_of(run_folder, "run_folder", storage_options)
     with Looks(location, stall_timeout=_STALL_TIMEOUT, storage_options=storage_options) as looks:
         name = await newest_version(looks, looks.folder(location), finished=True)
     return as_path(sub_folder(location, name))
 
 
 def versions(
-    run_folder: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+    run_folder: Source, *, storage_options: Mapping[str, Any] | None = None
 ) -> tuple[Version, ...]:
     """Return all sub-folders of a run folder, the newest last; see `aversions`."""
     return run_blocking(partial(aversions, run_folder, storage_options=storage_options))
 
 
 async def aversions(
-    run_folder: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+    run_folder: Source, *, storage_options: Mapping[str, Any] | None = None
 ) -> tuple[Version, ...]:
     """Return all sub-folders of a run folder, the newest last.
 
@@ -95,8 +99,8 @@ async def aversions(
         CheckpointNotFoundError: If there is no such folder.
         CheckpointError: If it cannot be listed, or there is no answer for two minutes.
     """
-    location = checked_source(run_folder, "run_folder")
     check_storage_options(storage_options)
+    location, storage_options = source_of(run_folder, "run_folder", storage_options)
     with Looks(
         location,
         stall_timeout=_STALL_TIMEOUT,

@@ -18,10 +18,10 @@ from ._arguments import (
     check_storage_options,
     check_switch,
     check_timeout,
-    checked_target,
 )
 from ._loading.checks import check_tables, check_tensors
 from ._loading.progress import Meter, listening
+from ._ready_stores import target_of
 from ._saving.run_list import check_layout
 from ._saving.save import Moment, Order, save
 from ._saving.states import States
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from ._loading.progress import Progress
+    from ._ready_stores import Source
     from ._saving.layout import WriteBlock
     from ._saving.report import SaveReport
     from ._storage.folder import TargetFolder
@@ -123,7 +124,7 @@ class Saver:
         shard_index: int = 0,
         shard_num: int = 1,
         parallel: int = 8,
-        path: str | os.PathLike[str] = ".",
+        path: Source = ".",
         hashtables: Mapping[str, SavableTable] | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
         filter_func: Callable[[list[WriteBlock]], list[WriteBlock]] = every_block,
@@ -151,13 +152,14 @@ class Saver:
         check_timeout(timeout)
         check_switch(overwrite, "overwrite")
         check_storage_options(storage_options)
-        check_layout(layout, extra, io_state, max_keep, path)
+        location, self._storage_options = target_of(path, "path", storage_options)
+        check_layout(layout, extra, io_state, max_keep, location)
         check_callable(filter_func, "filter_func")
         check_progress(progress)
         self._tables = adapted(as_dict(hashtables, "hashtables"))
         self._progress = progress
         self._order = Order(
-            path=checked_target(path, "path"),
+            path=location,
             rank=shard_index,
             ranks=shard_num,
             parallel=parallel,
@@ -171,7 +173,6 @@ class Saver:
             for_recis=for_recis,
             overwrite=overwrite,
         )
-        self._storage_options = storage_options
         _check_key(self._order.path)
         self._extra, self._io_state = extra, io_state
         check_tables(self._tables, self._order.tensors, able="snapshot")
@@ -180,7 +181,7 @@ class Saver:
     @classmethod
     def to(
         cls,
-        path: str | os.PathLike[str],
+        path: Source,
         hashtables: Mapping[str, SavableTable] | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
         **options: Any,  # noqa: ANN401  # further arguments, each of its own type
@@ -200,10 +201,9 @@ class Saver:
         return cls(path=path, hashtables=hashtables, tensors=tensors, **options)
 
     def __repr__(self) -> str:
-        order = self._order
+        order, tables = self._order, len(self._tables)
         rank = f"rank {order.rank} of {order.ranks}, " if order.ranks > 1 else ""
-        what = f"{len(self._tables)} tables, {len(order.tensors)} tensors"
-        return f"<Saver {order.path!r}: {rank}{what}>"
+        return f"<Saver {order.path!r}: {rank}{tables} tables, {len(order.tensors)} tensors>"
 
     def asave(self) -> Coroutine[Any, Any, SaveReport]:
         """Save, on the caller's event loop, which goes on serving meanwhile.
@@ -241,9 +241,7 @@ class Saver:
             return error
 
     async def _asave(
-        self,
-        moment: Moment | Exception,
-        open_folder: Callable[[], TargetFolder],
+        self, moment: Moment | Exception, open_folder: Callable[[], TargetFolder]
     ) -> SaveReport:
         with listening(self._progress, "saving") as listener:
 
@@ -254,7 +252,7 @@ class Saver:
                 except OSError as error:  # or it would be taken for an error of the folder
                     raise RuntimeError(f"progress raised {error!r}") from error
 
-            meter = Meter(0, None if listener is None else tell)
+            meter = Meter(0, tell if listener else None)
             report = await save(self._order, moment, meter, open_folder)
         _log.info("%s", report)
         return report

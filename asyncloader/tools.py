@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._loading.progress import Progress
+    from ._ready_stores import Source
     from ._table.hashtable import HashTable
     from ._tools.converting import Conversion
     from ._tools.difference import Difference
@@ -62,7 +63,7 @@ def _blocking(call: Callable[P, Coroutine[object, object, T]]) -> Callable[P, T]
 
 
 async def ainspect(
-    path: str | os.PathLike[str], *, options: ReadOptions | None = None
+    path: Source, *, options: ReadOptions | None = None
 ) -> CheckpointSummary | RunSummary:
     """Say what a checkpoint holds. Reads its names and headers alone.
 
@@ -81,11 +82,11 @@ async def ainspect(
     """
     from ._tools.inspecting import look_into
 
-    return await look_into(checked_source(path, "path"), ReadOptions.of(options, {}))
+    return await look_into(*ReadOptions.of(options, {}).at(path, "path"))
 
 
 async def averify(
-    path: str | os.PathLike[str],
+    path: Source,
     *,
     progress: Callable[[Progress], object] | bool | None = None,
     options: ReadOptions | None = None,
@@ -113,9 +114,9 @@ async def averify(
     from ._tools.verifying import averify as run
 
     check_progress(progress)
-    how = ReadOptions.of(options, {})
+    location, how = ReadOptions.of(options, {}).at(path, "path")
     with listening(progress, "verifying") as listener:
-        return await run(checked_source(path, "path"), progress=listener, options=how)
+        return await run(location, progress=listener, options=how)
 
 
 async def adiff(
@@ -219,7 +220,7 @@ async def aconvert(
 
 
 async def aempty_like(
-    path: str | os.PathLike[str], *, options: ReadOptions | None = None
+    path: Source, *, options: ReadOptions | None = None
 ) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     """Make empty tables, and tensors of zeros, for all that a checkpoint holds.
 
@@ -246,7 +247,7 @@ async def aempty_like(
     """
     from ._tools.allocation import allocate
 
-    made = await allocate(checked_source(path, "path"), ReadOptions.of(options, {}))
+    made = await allocate(*ReadOptions.of(options, {}).at(path, "path"))
     return made.tables, made.tensors
 
 
