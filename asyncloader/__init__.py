@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from ._threads.lag import LoopLag as LoopLag
     from ._tools.converting import Conversion as Conversion
     from ._tools.difference import Difference as Difference
-    from ._tools.inspecting import CheckpointSummary as CheckpointSummary, RunSummary as RunSummary
+    from ._tools.inspecting import CheckpointSummary as CheckpointSummary
+    from ._tools.run_summary import RunSummary as RunSummary
     from ._tools.verifying import Verification as Verification
     from .errors import (
         AsyncLoaderError as AsyncLoaderError,
@@ -106,7 +107,8 @@ _MODULES = {
     "_threads.lag": "LoopLag",
     "_tools.converting": "Conversion",
     "_tools.difference": "Difference",
-    "_tools.inspecting": "CheckpointSummary RunSummary",
+    "_tools.inspecting": "CheckpointSummary",
+    "_tools.run_summary": "RunSummary",
     "_tools.verifying": "Verification",
     "errors": (
         "AsyncLoaderError CheckpointChangedError CheckpointError CheckpointNotFoundError "

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ._table.hashtable import HashTable
     from ._tools.converting import Conversion
     from ._tools.difference import Difference
-    from ._tools.inspecting import CheckpointSummary, RunSummary
+    from ._tools.inspecting import CheckpointSummary
+    from ._tools.run_summary import RunSummary
     from ._tools.verifying import Verification
 
 __all__ = [

@@ -21,14 +21,14 @@ from asyncloader import CheckpointNotFoundError, __version__, ainspect
 from asyncloader._display import escaped
 from asyncloader._tools.inspecting import (
     CheckpointSummary,
-    RunSummary,
     TableSummary,
     TensorSummary,
-    VersionSummary,
 )
+from asyncloader._tools.run_summary import RunSummary, VersionSummary
 from asyncloader.cli._app import run as run_here
 from asyncloader.cli._common import print_json
-from asyncloader.cli._content_views import checkpoint_view, run_view
+from asyncloader.cli._content_views import checkpoint_view
+from asyncloader.cli._run_view import run_view
 from asyncloader.cli._terminal import middle_cut, shown
 from tests.checkpoints import GENUINE, save
 from tests.oracle import (
@@ -221,7 +221,14 @@ async def test_a_run_folder_lists_its_versions_the_newest_last(a_run: Path) -> N
         location=str(a_run),
         latest="1",
         versions=tuple(
-            VersionSummary(name=name, committed=done, modified=time, bytes=size, latest=name == "1")
+            VersionSummary(
+                name=name,
+                committed=done,
+                modified=time,
+                bytes=size,
+                latest=name == "1",
+                saving=() if done else (".saving-1-x/",),
+            )
             for name, done, time, size in versions
         ),
     )

@@ -20,7 +20,7 @@ from asyncloader import (
 )
 from asyncloader._checkpoint.run_folder import newest_version
 from asyncloader._storage.looks import Looks
-from asyncloader.cli._content_views import run_view
+from asyncloader.cli._run_view import run_view
 from asyncloader.runs import versions
 from tests.genuine import NAMES, NEWEST, RUN, copy_of_run
 

@@ -16,7 +16,7 @@ from .part import parse_part
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from asyncloader._storage.folder import RenamingFolder, WritableFolder
+    from asyncloader._storage.folder import Folder, RenamingFolder, WritableFolder
 
 
 OLD = "old"
@@ -93,13 +93,22 @@ def old_files(folder: WritableFolder, *, whole: bool = False) -> list[str]:
     return old
 
 
-def _listed(folder: WritableFolder, at: str) -> frozenset[str]:
+def _listed(folder: Folder, at: str) -> frozenset[str]:
     """Return the shard files that the old `index` names, also those with names of their own."""
     try:
         names = dict(orjson.loads(folder.read(f"{at}/{INDEX}".lstrip("/")))["file_index"])
     except (ValueError, TypeError, KeyError):
         return frozenset()  # damaged: it is replaced all the same
     return frozenset(name for name in names if _LISTED.fullmatch(str(name)))
+
+
+def left_of_saves(folder: Folder) -> tuple[str, ...]:
+    """Return what saves that are under way, or dead, have in a folder: files and folders (`…/`)."""
+    files = folder.files("")
+    listed = _listed(folder, "") if INDEX in files else frozenset()
+    shards = [name for name in files if is_shard(name) and name not in listed]
+    names = [*files, *(f"{name}/" for name in folder.folders(""))]
+    return tuple(sorted([*shards, *(name for name in names if name.startswith(STAGING))]))
 
 
 def _told(folder: WritableFolder, at: str) -> frozenset[str]:

@@ -6,30 +6,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._checkpoint.finished import has_file
-from asyncloader._checkpoint.format import RUN_LIST, SIDECAR, STAGING
+from asyncloader._checkpoint.format import SIDECAR, STAGING
 from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID
-from asyncloader._checkpoint.run_folder import find_versions, is_run_folder, newest_version
 from asyncloader._loading.runtime import open_session
-from asyncloader._storage.looks import Looks
-from asyncloader._threads.jobs import for_each, run_jobs
+from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 
 from .beside import Beside, look_beside
 from .content import read_headers, shards_of, stored_slot
+from .run_summary import sum_up_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from asyncloader._checkpoint.manifest import Manifest
-    from asyncloader._checkpoint.run_folder import Version
-    from asyncloader._storage.folder import Folder
     from asyncloader.options import ReadOptions
+
+    from .run_summary import RunSummary
 
 
 _GHOSTS = 20
-_LOOKERS = 8
 
 Kind = Literal["RecIS checkpoint", "Hugging Face folder", "safetensors file", "file of torch.save"]
 Digests = Literal["present", "ignored", "absent"]
@@ -108,49 +105,13 @@ class CheckpointSummary:
     tensors: tuple[TensorSummary, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionSummary:
-    """A sub-folder of a run folder.
-
-    Attributes:
-        modified: When it was committed, or else last changed, in seconds since 1970.
-        bytes: Of all files in it.
-        latest: Whether it is the one to load.
-        lack: What is still missing of it, as while it is copied; empty if it is finished, or not
-            committed.
-    """
-
-    name: str
-    committed: bool
-    modified: float
-    bytes: int
-    latest: bool
-    lack: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSummary:
-    """A folder in which a trainer keeps its checkpoints.
-
-    Attributes:
-        kind: Always `run folder`.
-        latest: The sub-folder to load; `None` if none is finished.
-        versions: The newest last.
-    """
-
-    location: str
-    kind: str = "run folder"
-    latest: str | None
-    versions: tuple[VersionSummary, ...]
-
-
 async def look_into(path: str, options: ReadOptions) -> CheckpointSummary | RunSummary:
     """Sum up a checkpoint, or a run folder; see `asyncloader.tools.inspect`."""
     async with open_session(path, options) as session:
         try:
             manifest = await read_headers(session, whole=False)
         except CheckpointNotFoundError:
-            run = await _run_folder(path, options)
+            run = await sum_up_run(path, options)
             if run is not None:
                 return run
             raise
@@ -244,47 +205,3 @@ def _oddities(tables: Iterable[TableSummary]) -> Iterator[str]:
         for slot in table.slots:
             if slot.rows != table.ids:
                 yield f"table {table.name!r} has {table.ids:,} ids, but {slot.rows:,} {slot.name!r}"
-
-
-async def _run_folder(path: str, options: ReadOptions) -> RunSummary | None:
-    """Sum up a run folder; return `None` if it is none, or raise `CheckpointError`."""
-    with Looks(
-        path,
-        stall_timeout=options.stall_timeout,
-        storage_options=options.storage_options,
-        threads=_LOOKERS,
-    ) as looks:
-        folder = looks.folder(path)
-        if not await looks(_is_run_folder, folder):
-            return None
-        return await _summed_up(looks, folder)
-
-
-def _is_run_folder(folder: Folder) -> bool:
-    return has_file(folder, RUN_LIST) or is_run_folder(folder)
-
-
-async def _summed_up(looks: Looks, folder: Folder) -> RunSummary:
-    try:
-        newest = await newest_version(looks, folder, finished=True)
-    except CheckpointNotFoundError:
-        newest = None
-    found = await find_versions(looks, folder)
-    sizes: dict[str, int] = {}
-
-    async def measure(version: Version) -> None:
-        sizes[version.name] = await looks(folder.total, version.name)
-
-    await for_each(found, measure, workers=_LOOKERS, name="asyncloader-look")
-    versions = tuple(
-        VersionSummary(
-            name=version.name,
-            committed=version.committed,
-            modified=version.modified,
-            bytes=sizes[version.name],
-            latest=version.name == newest,
-            lack=version.lack,
-        )
-        for version in found
-    )
-    return RunSummary(location=folder.location, latest=newest, versions=versions)

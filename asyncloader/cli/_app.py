@@ -12,7 +12,7 @@ import typer
 
 from asyncloader import __version__
 
-from . import _looking, _moving
+from . import _listing, _looking, _moving
 from ._common import EXPECTED, drop_output, examples, message_of, prepare, print_json
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ app = typer.Typer(
     invoke_without_command=True,
     epilog=examples(
         ("asyncloader inspect runs/ctr/1200", "what does it hold?"),
+        ("asyncloader versions runs/ctr", "which checkpoints are there?"),
         ("asyncloader show runs/ctr/1200 item_emb --id 42", "what does it know of item 42?"),
         ("asyncloader load runs/ctr/1200", "can it be loaded, and how fast?"),
         ("asyncloader verify runs/ctr/1200", "is all of it as it was written?"),
@@ -65,6 +66,7 @@ def _asyncloader(
 
 
 app.command("inspect", epilog=_looking.INSPECT_EPILOG)(_looking.inspect)
+app.command("versions", epilog=_listing.EPILOG)(_listing.versions)
 app.command("show", epilog=_looking.SHOW_EPILOG)(_looking.show_one)
 app.command("load", epilog=_moving.LOAD_EPILOG)(_moving.load)
 app.command("verify", epilog=_looking.VERIFY_EPILOG)(_looking.verify)

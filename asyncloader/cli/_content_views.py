@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -10,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncloader._checkpoint.parts import ID
-from asyncloader._display import escaped, size_text
-from asyncloader._tools.inspecting import RunSummary
+from asyncloader._display import size_text
+from asyncloader._tools.run_summary import RunSummary
 
 from ._facts import beside_facts, metadata_facts
+from ._run_view import run_view
 from ._terminal import (
     Name,
     Numbers,
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
         CheckpointSummary,
         TableSummary,
         TensorSummary,
-        VersionSummary,
     )
     from asyncloader._tools.showing import FoundId, ShownTable, ShownTensor
     from asyncloader._tools.values import Statistics
@@ -53,8 +52,6 @@ _DIGESTS = {
     "ignored": Text("not those of this save, so nothing can be verified", "yellow"),
     "absent": Text("none, so nothing can be verified", "dim"),
 }
-
-_LACK = 60  # letters of what a version lacks
 
 
 def inspection_view(found: CheckpointSummary | RunSummary, *, everything: bool) -> RenderableType:
@@ -107,47 +104,6 @@ def _tensors(tensors: Sequence[TensorSummary]) -> RenderableType:
         shape, size = shape_text(tensor.shape), size_text(tensor.bytes)
         grid.add_row(Name(tensor.name), Text(tensor.dtype, "cyan"), shape, size)
     return grid
-
-
-def run_view(run: RunSummary, *, everything: bool) -> RenderableType:
-    """Show a run folder."""
-    committed = sum(version.committed for version in run.versions)
-    newest = Text("none", "yellow") if run.latest is None else Text(escaped(run.latest), "green")
-    lines: list[Fact] = [
-        path_fact(run.location),
-        ("holds", f"{plural(len(run.versions), 'version')}, {count(committed)} committed"),
-        ("latest", newest),
-    ]
-    newest_first = run.versions[::-1]
-    versions = section(newest_first, _versions, "older ones", everything=everything)
-    return Group(facts(run.kind, lines), *versions)
-
-
-def _versions(newest_first: Sequence[VersionSummary]) -> RenderableType:
-    titles = ("version", "state", "written", "size", "")
-    grid = grid_of_numbers(*titles, left=("state", "written", ""))
-    for version in reversed(newest_first):
-        written = dt.datetime.fromtimestamp(version.modified, dt.UTC).astimezone()
-        grid.add_row(
-            Name(version.name, "bold" if version.latest else ""),
-            _state(version),
-            f"{written:%Y-%m-%d %H:%M}" if version.modified else "",  # no time of a store's folder
-            size_text(version.bytes),
-            Text("← latest", "green") if version.latest else Text(_short(version.lack)),
-        )
-    return grid
-
-
-def _short(lack: str) -> str:
-    """Leave room for the other columns; `--json` has all of it."""
-    text = escaped(lack)
-    return text if len(text) <= _LACK else f"{text[: _LACK - 1]}…"
-
-
-def _state(version: VersionSummary) -> Text:
-    if not version.committed:
-        return Text("not committed", "yellow")
-    return Text("incomplete", "yellow") if version.lack else Text("committed", "green")
 
 
 def view_of(found: FoundId | ShownTable | ShownTensor) -> RenderableType:
