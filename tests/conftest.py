@@ -67,7 +67,7 @@ def _place(kind: str, folder: Path) -> Iterator[Place]:
     from tests.servers import places  # noqa: PLC0415  # `make test-lowest` has no obstore
     from tests.servers.child import or_skip  # noqa: PLC0415
 
-    server = {"s3": places.on_s3, "azure": places.on_azure, "http": places.on_http}[kind]
+    server = getattr(places, f"on_{kind}")
     with or_skip(server(folder)) as found:
         yield found
 
@@ -85,19 +85,25 @@ def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with _place("gcs", tmp_path_factory.mktemp("gcs")) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with _place("http", tmp_path_factory.mktemp("nginx")) as found:
         yield found
 
 
-@pytest.fixture(params=["s3", "azure", "http"])
+@pytest.fixture(params=["s3", "azure", "gcs", "http"])
 def place(request: pytest.FixtureRequest) -> Place:
     """Each kind of server, with the genuine run."""
     found: Place = request.getfixturevalue(request.param)
     return found
 
 
-@pytest.fixture(params=["s3", "azure"])
+@pytest.fixture(params=["s3", "azure", "gcs"])
 def bucket(request: pytest.FixtureRequest) -> Place:
     """Each kind of store, with the genuine run; tests write beneath prefixes of their own."""
     found: Place = request.getfixturevalue(request.param)

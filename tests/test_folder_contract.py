@@ -23,7 +23,7 @@ FILES = {path.name: path.read_bytes() for path in (RUN / NEWEST).iterdir()}
 PART = 8 << 20
 
 
-@pytest.fixture(params=["disk", "s3", "azure", "http"])
+@pytest.fixture(params=["disk", "s3", "azure", "gcs", "http"])
 def run(request: pytest.FixtureRequest) -> Folder:
     """Open the folder of the genuine run."""
     if request.param == "disk":
@@ -32,7 +32,7 @@ def run(request: pytest.FixtureRequest) -> Folder:
     return Folders(place.options).at(place.run)
 
 
-@pytest.fixture(params=["disk", "s3", "azure"])
+@pytest.fixture(params=["disk", "s3", "azure", "gcs"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> TargetFolder:
     """Open an empty folder that can be written to."""
     if request.param == "disk":

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("obstore")
 
-from obstore.store import AzureStore, HTTPStore, LocalStore, MemoryStore, S3Store
+from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, MemoryStore, S3Store
 
 CLIENT: Any = {"allow_http": True}
 
@@ -42,6 +42,8 @@ def store_of(place: Place, prefix: str) -> ObjectStore:
         return S3Store("models", prefix=prefix, config=config, client_options=CLIENT)
     if place.run.startswith("az"):
         return AzureStore("models", prefix=prefix, config=config, client_options=CLIENT)
+    if place.run.startswith("gs"):
+        return GCSStore("models", prefix=prefix, config=config, client_options=CLIENT)
     return HTTPStore.from_url(place.run + prefix.removeprefix("ctr"), client_options=CLIENT)
 
 

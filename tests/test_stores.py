@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import obstore
 import pytest
 import torch
-from obstore.store import AzureStore, S3Store
+from obstore.store import S3Store
 from safetensors.torch import save
 
 from asyncloader import (
@@ -82,15 +82,11 @@ def test_a_checkpoint_is_converted_into_a_store(bucket: Place, tmp_path: Path) -
         convert(bucket.url, f"{bucket.url}/", overwrite=True, options=options)
 
 
-@pytest.mark.parametrize("kind", ["s3", "azure"])
-def test_files_beside_the_tensors_are_found_where_names_are_listed(
-    request: pytest.FixtureRequest, kind: str
-) -> None:
-    place: Place = request.getfixturevalue(kind)
-    options = ReadOptions(storage_options=place.options)
-    assert int(read_extra(place.url, options=options)["global_step"]) == 30
-    assert "train_io" in read_io_state(place.url, 0, options=options)
-    assert inspect(place.url, options=options).beside.global_step == 30  # type: ignore[union-attr]
+def test_files_beside_the_tensors_are_found_where_names_are_listed(bucket: Place) -> None:
+    options = ReadOptions(storage_options=bucket.options)
+    assert int(read_extra(bucket.url, options=options)["global_step"]) == 30
+    assert "train_io" in read_io_state(bucket.url, 0, options=options)
+    assert inspect(bucket.url, options=options).beside.global_step == 30  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -114,17 +110,13 @@ def test_what_cannot_be_read_is_one_clear_line(
     assert str(s3.options["secret_access_key"]) not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["s3", "azure"])
-def test_keys_are_any_text_and_a_folder_is_listed(
-    request: pytest.FixtureRequest, kind: str
-) -> None:
-    place: Place = request.getfixturevalue(kind)
-    bucket: dict[str, Any] = {"client_options": {"allow_http": True}, **place.options}
-    store = S3Store("models", **bucket) if kind == "s3" else AzureStore("models", **bucket)
-    from_here = (RUN / NEWEST / "model-000001-of-000004.safetensors").read_bytes()
-    obstore.put(store, "odd/a b%20ü+/model.fp16.safetensors", from_here)
-    root = place.run.removesuffix("ctr")
-    assert load_tensors(f"{root}odd/a b%20ü+", storage_options=place.options)
+def test_keys_are_any_text_and_a_folder_is_listed(bucket: Place) -> None:
+    """Such a signed URL is wrong for Google's store; then the client reads."""
+    tensor = torch.arange(200_000.0)  # more than comes with the first look
+    obstore.put(bucket.store, "odd/a b%20ü+/model.fp16.safetensors", save({"w": tensor}))
+    root = bucket.run.removesuffix("ctr")
+    found = load_tensors(f"{root}odd/a b%20ü+", storage_options=bucket.options)
+    assert torch.equal(found["w"], tensor)
 
 
 def test_the_command_line_takes_the_environment(

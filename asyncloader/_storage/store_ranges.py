@@ -104,10 +104,11 @@ class StoreRanges:
         if target.url is not None and (self._signs or self._root is not None):
             try:
                 return self._by_url.read(target, offset, views, reading, flight)
-            except PermissionError:
+            except (PermissionError, FileNotFoundError) as error:
                 if self._root is not None:
                     raise
-                self._signs = False
+                # Not there by its URL: it may be signed wrongly, as of some keys of Google's.
+                self._signs = isinstance(error, FileNotFoundError)
         end = end_of(target, offset, views)
         if end <= offset:
             return 0

@@ -11,6 +11,7 @@ from obstore.store import AzureStore, S3Store
 
 from tests.genuine import NEWEST, RUN
 from tests.servers.azurite import ACCOUNT, KEY, azurite
+from tests.servers.gcs import gcs
 from tests.servers.nginx import nginx
 from tests.servers.swift import swift
 
@@ -97,6 +98,17 @@ def on_azure(folder: Path) -> Iterator[Place]:
         store = AzureStore("models", config=config, client_options={"allow_http": True})
         upload(store, RUN, "ctr")
         yield Place(run="az://models/ctr", options=options, client=store)
+
+
+@contextlib.contextmanager
+def on_gcs(folder: Path) -> Iterator[Place]:
+    """Google Cloud Storage's API before Swift, with the run in a bucket."""
+    with gcs(folder) as server:
+        server.make_bucket("models")
+        store = server.store("models")
+        upload(store, RUN, "ctr")
+        options: dict[str, Any] = {"service_account_key": server.service_account}
+        yield Place(run="gs://models/ctr", options=options, client=store)
 
 
 @contextlib.contextmanager
