@@ -171,7 +171,7 @@ DAMAGES: list[Damage] = [
     (
         "tensorkey.json is missing",
         lambda p: (p / "tensorkey.json").unlink(),
-        "tensorkey.json: cannot be opened: [Errno 2] No such file",
+        "tensorkey.json: cannot be opened: No such file",
     ),
     (
         "a name is no name",

@@ -24,6 +24,8 @@ from asyncloader import (
     read_extra,
     read_io_state,
 )
+from asyncloader._storage.retrying import LaterError, RetryingStorage
+from asyncloader.cli import run
 from asyncloader.tools import ainspect, averify
 from tests.genuine import NEWEST, RUN, truth
 from tests.servers.liar import Answer, Asked, liar
@@ -268,3 +270,44 @@ def test_over_tls_a_certificate_has_to_be_trusted(tmp_path: Path) -> None:
         check(load_tensors(f"{server.url}/{FILE}", storage_options={"client_options": trusted}))
         blind: dict[str, Any] = {"allow_invalid_certificates": True}
         check(load_tensors(f"{server.url}/{FILE}", storage_options={"client_options": blind}))
+
+
+def test_a_server_that_is_busy_is_told_of_and_waited_for(
+    server: Liar, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a command would be silent for a minute; and it comes back no sooner than it may."""
+    busy = {0: Answer(status=503), 1: Answer(status=429, headers={"Retry-After": "0"})}
+    server.script = lambda asked: busy.get(asked.number, Answer())
+    assert run(["load", f"{server.url}/{FILE}"]) == 0
+    told = capsys.readouterr().err
+    assert "trying again, 1 of 8" in told
+    assert told.count("503") == 1
+    assert "Traceback" not in told
+
+
+async def test_progress_tells_of_retries(server: Liar) -> None:
+    server.script = lambda asked: Answer(status=503) if asked.number < 3 else Answer()
+    seen = []
+    await load(server, progress=lambda moment: seen.append(moment.retries))
+    assert seen[-1] == 3
+
+
+@pytest.mark.parametrize("wish", ["1", "1000000", "x", "-1", "Wed, 21 Oct 2065 07:28:00 GMT", "²"])
+async def test_who_asks_for_a_pause_gets_it_within_bounds(wish: str) -> None:
+    pauses: list[float] = []
+
+    class Busy:
+        location, lost, resumed = "https://host/x", 0, 0
+
+        async def size(self, _: str, /) -> int:
+            if len(pauses) < 2:
+                raise LaterError("503", wish)
+            return 7
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    storage: Any = Busy()
+    assert await RetryingStorage(storage, sleep=sleep).size("x") == 7
+    least = {"1": 1, "1000000": 30}.get(wish, 0)
+    assert all(least <= pause <= least + 0.2 for pause in pauses)

@@ -169,3 +169,8 @@ def test_no_save_goes_where_a_load_would_look_for_one_file(end: str) -> None:
 def test_an_endpoint_that_is_no_url_is_refused() -> None:
     with pytest.raises(ValueError, match=r"endpoint='127\.0\.0\.1:1' is no URL"):
         latest("s3://bucket/run", storage_options={"endpoint": "127.0.0.1:1"})
+
+
+def test_a_url_without_its_colon_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "s3//models/ctr"]) == 2
+    assert "of a URL, a colon is missing: s3://" in capsys.readouterr().err

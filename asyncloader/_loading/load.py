@@ -69,6 +69,7 @@ class Load:
         self.plan = plan
         self.tensors = tensors
         self.meter = meter
+        meter.retries = lambda: session.retries
         self.tracer = tracer or Tracer(None)
         self.verifier = verifier or session.verifier
         self.threads = session.threads

@@ -30,12 +30,14 @@ class Progress(AsDict):
         bytes_total: All of them; an estimate where only some rows of a block are wanted.
         seconds: Since the load began.
         current: The tensor or table that the last bytes belong to.
+        retries: How often something was read again that the storage had failed at.
     """
 
     bytes_done: int
     bytes_total: int
     seconds: float
     current: str
+    retries: int = 0
 
 
 class Meter:
@@ -45,6 +47,9 @@ class Meter:
         total: Bytes to read.
         listener: Called on the event loop, at most ten times a second and once at the end.
         clock: Seconds, ever growing.
+
+    Attributes:
+        retries: Says how often the storage tried again.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Meter:
         self.read = 0
         self.verified = 0
         self.reads = 0
+        self.retries: Callable[[], int] = int
         self._listener = listener
         self._clock = clock
         self._start = clock()
@@ -96,6 +102,7 @@ class Meter:
                 bytes_total=max(total, self.wanted),
                 seconds=self.seconds,
                 current=self._current,
+                retries=self.retries(),
             )
         )
 
@@ -218,6 +225,8 @@ def progress_bar(
         def show(moment: Progress) -> None:
             done, total = moment.bytes_done, moment.bytes_total or None
             text = label(moment.current or doing)
+            if moment.retries:
+                text += f", {moment.retries} retries"
             bar.update(task, completed=done, total=total, description=text)
             if not bar.live.is_started and (not total or time.monotonic() - begin >= after):
                 stack.enter_context(bar)

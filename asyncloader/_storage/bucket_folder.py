@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .folder import Entry
-from .stores import NO_BUCKET, explained, identity_of
+from .store_errors import NO_BUCKET, explained
+from .stores import identity_of
 from .uploads import Upload
 
 if TYPE_CHECKING:

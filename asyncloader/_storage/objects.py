@@ -21,8 +21,9 @@ from .cached_ranges import CachedRanges
 from .flight import Flight, Target
 from .opening import FileChangedError
 from .protocol import Traffic, scatter
+from .store_errors import explained
 from .store_ranges import StoreRanges
-from .stores import explained, identity_of, open_store
+from .stores import identity_of, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -90,7 +91,7 @@ class ObjectStorage:
         self._reads: Ranges = self._cached or ranges
         self._targets: dict[str, Target] = {}
         self._starts: dict[str, bytes] = {}  # the first bytes of objects that were found last
-        self._absent: set[str] = set()
+        self._absent: dict[str, str] = {}  # and why
         self._finding: dict[str, asyncio.Lock] = {}
         self._asked = 0
 
@@ -212,7 +213,7 @@ class ObjectStorage:
         async with self._finding.setdefault(name, asyncio.Lock()):
             found = self._targets.get(name)
             if name in self._absent:  # so it is for this load
-                raise FileNotFoundError(errno.ENOENT, "no such object", self._url(name))
+                raise FileNotFoundError(errno.ENOENT, self._absent[name], self._url(name))
             if found is None:
                 found = self._targets[name] = await self._first_look(name)
             elif time.monotonic() > found.until:
@@ -225,15 +226,15 @@ class ObjectStorage:
         import obstore  # noqa: PLC0415  # an extra
 
         key, known = self._prefix + name, self._cached is not None and self._cached.knows(name)
-        with explained(self._url(name)):
-            try:
+        try:
+            with explained(self._url(name)):
                 if known:
                     meta, start = await self._ask(obstore.head_async(self._store, key)), b""
                 else:
                     meta, start = await self._started(key)
-            except FileNotFoundError:
-                self._absent.add(name)
-                raise
+        except FileNotFoundError as error:
+            self._absent[name] = error.strerror or ""
+            raise
         url, until = await self._ranges.url_of(name)
         if self._seen.setdefault(name, identity_of(meta)) != identity_of(meta):
             raise FileChangedError(name)

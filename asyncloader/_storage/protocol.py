@@ -152,11 +152,14 @@ def read_error(name: str, offset: int, length: int, error: OSError) -> ReadError
         )
         return ReadError(name, offset, length, problem)
     kind = ReadStalledError if isinstance(error, StalledError) else ReadError
-    return kind(name, offset, length, _in_words(error))
+    return kind(name, offset, length, _in_words(error, name))
 
 
-def _in_words(error: OSError) -> str:
-    return ", ".join((str(error), *getattr(error, "__notes__", ())))
+def _in_words(error: OSError, name: str) -> str:
+    """Say what is wrong with a file that the message names already."""
+    named = error.strerror and str(error.filename).rpartition("/")[2] == name
+    text = str(error.strerror) if named else str(error)
+    return ", ".join((text, *getattr(error, "__notes__", ())))
 
 
 def opening_error(location: str, name: str, error: OSError) -> ReadError | CheckpointError:
@@ -165,7 +168,7 @@ def opening_error(location: str, name: str, error: OSError) -> ReadError | Check
         return ReadStalledError(name, 0, 0, str(error))
     if isinstance(error, RefusedFileError):
         return CheckpointError(location, str(error), name)
-    return CheckpointError(location, f"cannot be opened: {_in_words(error)}", name)
+    return CheckpointError(location, f"cannot be opened: {_in_words(error, name)}", name)
 
 
 def _ends_early(name: str, offset: int, length: int, done: int) -> ReadError:

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from asyncloader._addresses import is_url
 from asyncloader._threads.call import StalledError
 
 from .opening import FileChangedError
@@ -145,13 +146,16 @@ class RetryingStorage:
         if not is_transient(error):
             return None
         if attempt == self._attempts:
-            error.add_note(f"{self._attempts} times in a row; look at the disk or the network")
+            place = "the server and the network" if is_url(self.location) else "the disk"
+            error.add_note(f"{self._attempts} times in a row; look at {place}")
             return None
         self._retries += 1
         # The first one is news; the report will count the others.
         level = logging.WARNING if self._retries == 1 else logging.DEBUG
         where = f"{self.location}: {name}"
-        text = f"{where}: {error}; trying again, {attempt} of {self._attempts - 1}"
+        text = (
+            f"{where}: {error.strerror or error}; trying again, {attempt} of {self._attempts - 1}"
+        )
         if told is None:
             _log.log(level, "%s", text)
         else:

@@ -16,7 +16,7 @@ import numpy as np
 from .flight import end_of
 from .opening import FileChangedError
 from .ranges import RangeReader
-from .stores import explained
+from .store_errors import explained
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

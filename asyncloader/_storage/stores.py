@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import re
 from datetime import timedelta
@@ -12,11 +10,8 @@ from typing import TYPE_CHECKING, Any
 from asyncloader._addresses import AZURE, GCS, S3
 from asyncloader.errors import CheckpointError
 
-from .folder import StoreRefusalError
-from .opening import FileChangedError
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from obstore import ObjectMeta
     from obstore.store import ObjectStore
@@ -26,16 +21,10 @@ if TYPE_CHECKING:
 
 # Also those of the environment.
 _ENDPOINT = re.compile(r"((aws|azure|azure_storage)_)?endpoint(_url)?(_s3)?", re.IGNORECASE)
-NO_BUCKET = "no such bucket"
 _SETTINGS = ("client_options", "retry_config", "credential_provider")
+_RETRY_SETTINGS = {"backoff", "max_retries", "retry_timeout"}
 _SLOWEST = 1e6  # bytes a second: a link on which a request still ends in time
 _SECONDS = 30
-_STATUS = re.compile(r"status code: (\d\d\d)")
-_PASSING = {408, 425, 429}
-_UNTRUSTED = re.compile(r"InvalidCertificate\(\s*(\w+)")
-# Of messages: what follows a URL's `?` may be a signature.
-_QUERY = re.compile(r"\?[^\s)\"']*")
-_LONGEST = 300
 
 
 def open_store(
@@ -63,6 +52,9 @@ def open_store(
         raise CheckpointError(address.url, problem) from error
     config: Any = dict(options or {})
     _check_endpoints(address, config)
+    if unknown := {*config.get("retry_config", {})} - _RETRY_SETTINGS:
+        names, known = (", ".join(sorted(one)) for one in (unknown, _RETRY_SETTINGS))
+        raise ValueError(f"{address.url}: retry_config has no {names}, but {known}")
     given: dict[str, Any] = {name: config.pop(name) for name in _SETTINGS if name in config}
     _set_times(given, max(_SECONDS, round(read_bytes / _SLOWEST)), retries)
     try:
@@ -108,39 +100,3 @@ def identity_of(meta: ObjectMeta) -> tuple[object, ...]:
     """Return what changes when another object takes a key."""
     tag = meta["e_tag"]
     return meta["size"], tag, None if tag else meta["last_modified"]
-
-
-@contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Raise an `OSError` in place of what obstore raises; no secret of a URL is in it."""
-    import obstore.exceptions as errors  # noqa: PLC0415  # an extra
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "no such object", what) from error
-    except errors.PreconditionError as error:
-        raise FileChangedError(what.rpartition("/")[2]) from error
-    except errors.NotSupportedError as error:
-        raise OSError(errno.ENOTSUP, _in_words(error), what) from error
-    except errors.BaseError as error:
-        status = _STATUS.search(str(error))
-        code = int(status[1]) if status else 0
-        refused = isinstance(error, errors.PermissionDeniedError | errors.UnauthenticatedError)
-        if refused or code in {401, 403}:
-            problem = f"refused; do the credentials allow it? ({_in_words(error)})"
-            raise StoreRefusalError(errno.EACCES, problem, what) from error
-        if code == 404:  # of a list  # noqa: PLR2004  # of HTTP
-            raise FileNotFoundError(errno.ENOENT, NO_BUCKET, what) from error
-        if (why := _UNTRUSTED.search(str(error))) is not None:
-            problem = f"the server's certificate is not trusted: {why[1]}"
-            raise OSError(errno.EPROTO, problem, what) from error
-        if code == 501:  # noqa: PLR2004  # of HTTP
-            raise OSError(errno.ENOTSUP, _in_words(error), what) from error
-        stays = 400 <= code < 500 and code not in _PASSING  # noqa: PLR2004  # of HTTP
-        raise OSError(errno.EPROTO if stays else errno.EIO, _in_words(error), what) from error
-
-
-def _in_words(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _QUERY.sub("?…", lines[0].partition(": <")[0])[:_LONGEST]  # no page of a server

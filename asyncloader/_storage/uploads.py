@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 
 import numpy as np
 
-from .stores import explained
+from .store_errors import explained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

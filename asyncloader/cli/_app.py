@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asyncloader import __version__
+from asyncloader._storage import retrying
 
 from . import _listing, _looking, _moving
 from ._common import EXPECTED, drop_output, examples, message_of, prepare, print_json
@@ -85,14 +87,28 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code; expected failures are one line on stderr."""
     prepare()
-    # Commands print warnings as a part of their results.
+    # Commands print warnings as a part of their results, but for what a person waits meanwhile.
     logging.getLogger("asyncloader").addHandler(logging.NullHandler())
+    logging.getLogger(retrying.__name__).addHandler(_TELLING)
     as_json = "--json" in arguments
     try:
         return _carry_out(arguments, as_json=as_json)
     except (BrokenPipeError, SystemExit):  # the second is typer's own, where it prints help
         drop_output()
         return _PIPE_CLOSED
+
+
+class _Telling(logging.Handler):
+    """Tells on stderr why nothing seems to happen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from ._terminal import complain
+
+        with contextlib.suppress(OSError):  # it is no reason to fail
+            complain(record.getMessage())
+
+
+_TELLING = _Telling(logging.WARNING)
 
 
 def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ EXPECTED = (AsyncLoaderError, KeyError, OSError, ValueError, MemoryError)
 """Errors that are no bug: the checkpoint, the system, or the arguments are to blame."""
 
 _STDERR = 2
+_SCHEME = re.compile(r"(s3|gs|az|abfss|https?)/")
 _MICRO = 1e6
 _DIGITS = 3
 # The largest whole number up to which programs are exact whose numbers are doubles, as jq is.
@@ -209,7 +211,9 @@ def _not_found(error: CheckpointNotFoundError) -> str:
     from asyncloader.runs import latest
 
     if not is_url(error.location) and not os.path.lexists(error.location):
-        return f"{error.location}: no such file or folder"
+        scheme = _SCHEME.match(error.location)
+        hint = f"; of a URL, a colon is missing: {scheme[1]}://…" if scheme else ""
+        return f"{error.location}: no such file or folder{hint}"
     try:
         if not is_run_folder(Folders().at(error.location)):
             return str(error)
