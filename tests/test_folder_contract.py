@@ -117,6 +117,8 @@ def test_a_file_is_what_was_written(target: TargetFolder, size: int) -> None:
     assert target.size("a b/ü+%20") == size
     assert target.names("") == ["a b/"]
     target.remove("a b/ü+%20")
+    if not target.location.startswith("/"):
+        target.remove("a b/ü+%20")  # as where the first answer was lost
     target.remove_folder("a b")
     assert target.names("") == []
 

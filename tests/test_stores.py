@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_one_clear_line(
 
 
 def test_keys_are_any_text_and_a_folder_is_listed(bucket: Place) -> None:
-    """Such a signed URL is wrong for Google's store; then the client reads."""
+    """Those of Google's store are signed by obstore as if they were quoted already."""
     tensor = torch.arange(200_000.0)  # more than comes with the first look
     obstore.put(bucket.store, "odd/a b%20ü+/model.fp16.safetensors", save({"w": tensor}))
     root = bucket.run.removesuffix("ctr")

@@ -166,9 +166,10 @@ def test_no_save_goes_where_a_load_would_look_for_one_file(end: str) -> None:
         Saver(path=f"s3://bucket/model{end}")
 
 
-def test_an_endpoint_that_is_no_url_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"endpoint='127\.0\.0\.1:1' is no URL"):
-        latest("s3://bucket/run", storage_options={"endpoint": "127.0.0.1:1"})
+@pytest.mark.parametrize(("scheme", "option"), [("s3", "endpoint"), ("gs", "base_url")])
+def test_an_endpoint_that_is_no_url_is_refused(scheme: str, option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option}='127\.0\.0\.1:1' is no URL"):
+        latest(f"{scheme}://bucket/run", storage_options={option: "127.0.0.1:1"})
 
 
 def test_a_url_without_its_colon_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,10 +231,7 @@ class StoreCommit(Ranks):
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in sorted(names):
-            with (
-                telling(self.told, f"{name!r} could not be removed"),
-                contextlib.suppress(FileNotFoundError),
-            ):
+            with telling(self.told, f"{name!r} could not be removed"):
                 self.folder.remove(name)
 
     def outcome(self) -> str:

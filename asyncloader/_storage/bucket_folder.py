@@ -202,11 +202,11 @@ class BucketFolder:
         return max((_entry(one).modified for one in found["objects"]), default=0.0)
 
     def remove(self, name: str, /) -> None:
-        """Remove an object; fine for most stores if it is not there."""
+        """Remove an object; fine if it is not there, as after a request whose answer was lost."""
         client = self._bucket.client
         import obstore  # noqa: PLC0415  # an extra
 
-        with explained(f"{self._url}/{name}"):
+        with explained(f"{self._url}/{name}"), contextlib.suppress(FileNotFoundError):
             obstore.delete(client, self._at(name))
 
     def make(self, name: str, /) -> None:

@@ -51,8 +51,10 @@ class StoreRanges:
     def __init__(
         self, store: ObjectStore, prefix: str, options: Mapping[str, Any] | None = None
     ) -> None:
-        from obstore.store import HTTPStore  # noqa: PLC0415  # an extra
+        from obstore.store import GCSStore, HTTPStore  # noqa: PLC0415  # an extra
 
+        # obstore puts Google's keys into URLs as they are.
+        self._quote = quote if isinstance(store, GCSStore) else str
         self._store = store
         self._prefix = prefix
         self._root = store.url.rstrip("/") if isinstance(store, HTTPStore) else None
@@ -86,7 +88,7 @@ class StoreRanges:
         if self._signs:
             store: Any = self._store
             try:
-                return await obstore.sign_async(store, "GET", key, _SIGNED), until
+                return await obstore.sign_async(store, "GET", self._quote(key), _SIGNED), until
             except (obstore.exceptions.BaseError, PermissionError, ValueError, TypeError):
                 self._signs = False
         return None, math.inf
@@ -104,11 +106,10 @@ class StoreRanges:
         if target.url is not None and (self._signs or self._root is not None):
             try:
                 return self._by_url.read(target, offset, views, reading, flight)
-            except (PermissionError, FileNotFoundError) as error:
+            except PermissionError:
                 if self._root is not None:
                     raise
-                # Not there by its URL: it may be signed wrongly, as of some keys of Google's.
-                self._signs = isinstance(error, FileNotFoundError)
+                self._signs = False
         end = end_of(target, offset, views)
         if end <= offset:
             return 0

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 # Also those of the environment.
-_ENDPOINT = re.compile(r"((aws|azure|azure_storage)_)?endpoint(_url)?(_s3)?", re.IGNORECASE)
+_ENDPOINT = re.compile(
+    r"((aws|azure|azure_storage)_)?endpoint(_url)?(_s3)?|((google|gcs)_)?base_url", re.IGNORECASE
+)
 _SETTINGS = ("client_options", "retry_config", "credential_provider")
 _RETRY_SETTINGS = {"backoff", "max_retries", "retry_timeout"}
 _SLOWEST = 1e6  # bytes a second: a link on which a request still ends in time
