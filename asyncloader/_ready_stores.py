@@ -1,7 +1,7 @@
 """obstore's stores in place of URLs: what they are made of is taken, and clients are made anew.
 
-A client of ours waits for as long as a read takes, and tries again what it may; a store that was
-made for something else does not.
+A client of ours waits for as long as a read takes, and what fails is tried again here: a store that
+was made for something else need not, so its `retry_config` is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ _STORES = {
     "GCSStore": ("gs", "bucket"),
     "AzureStore": ("az", "container_name"),
 }
-_SETTINGS = ("client_options", "retry_config", "credential_provider")
 
 
 def source_of(source: Source, name: str, options: Options) -> tuple[str, Options]:
@@ -57,12 +56,17 @@ def _taken_apart(
         raise ValueError(f"{name} is a store, which has options of its own: no storage_options")
     if kind == "LocalStore" and store.prefix is not None:
         return str(store.prefix), None
+    settings = {"client_options": store.client_options} if hasattr(store, "client_options") else {}
     if kind == "HTTPStore":
-        return store.url, {"client_options": store.client_options or {}}
+        return store.url, settings
     if kind not in _STORES:
         raise ValueError(f"{name}: no client but its own can read from this {kind}")
     scheme, bucket = _STORES[kind]
     found: dict[str, Any] = dict(store.config)
-    url = f"{scheme}://{found.pop(bucket)}/{store.prefix or ''}"
-    given = {setting: getattr(store, setting) for setting in _SETTINGS}
-    return url, found | {setting: one for setting, one in given.items() if one is not None}
+    if (root := found.pop(bucket, None)) is None:
+        raise ValueError(f"{name}: the {kind} does not say which {bucket} it is of: name it")
+    prefix = store.prefix or ""
+    if {"?", "#"} & {*prefix}:
+        raise ValueError(f"{name}: the {kind}'s prefix has '?' or '#' in it, which no URL can have")
+    settings["credential_provider"] = store.credential_provider
+    return f"{scheme}://{root}/{prefix}", found | {n: one for n, one in settings.items() if one}

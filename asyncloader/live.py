@@ -12,6 +12,7 @@ from ._ready_stores import source_of
 from ._serving.model import Settings
 from ._serving.service import Service
 from ._serving.sought import Sought
+from .options import ReadOptions
 
 if TYPE_CHECKING:
     import os
@@ -96,8 +97,10 @@ class Live:
     ) -> None:
         options = {"strict": True, **as_dict(loader_options, "loader_options")}
         if source is not None:
-            source, storage = source_of(source, "source", options.pop("storage_options", None))
-            options["storage_options"] = storage
+            how = options.get("options")
+            given = how.storage_options if isinstance(how, ReadOptions) else None
+            given = options.get("storage_options", given)
+            source, options["storage_options"] = source_of(source, "source", given)
         sought = Sought.of(source, bank)
         if isinstance(build, nn.Module):  # it can be called, and so would be
             raise TypeError(

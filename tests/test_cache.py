@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
+import contextlib
+import fcntl
 import logging
 import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,24 +21,24 @@ from safetensors.torch import save
 
 from asyncloader import (
     CheckpointChangedError,
-    CheckpointError,
     Loader,
     LoadReport,
     ReadOptions,
+    ReadStalledError,
     Saver,
     load_tensors,
 )
-from asyncloader._storage.extents import Extents
+from asyncloader._storage.cached_copy import Piece, Pieces
 from asyncloader.tools import verify
 from tests.genuine import NEWEST, truth
 from tests.servers.liar import Answer, liar
-from tests.support import rows_in, rows_on_disk
+from tests.support import nothing_left_behind, rows_in, rows_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.servers.liar import Liar
+    from tests.servers.liar import Asked, Liar
     from tests.servers.places import Place
 
 pytest.importorskip("obstore")
@@ -137,76 +139,6 @@ def test_what_has_no_strong_etag_is_not_kept(server: Liar, cache: Path) -> None:
     assert copies(cache) == []
 
 
-@pytest.mark.parametrize("what", ["a file", "shut", "a loop"])
-def test_a_folder_that_cannot_be_used_fails_no_load(
-    server: Liar, cache: Path, caplog: pytest.LogCaptureFixture, what: str
-) -> None:
-    if what == "a file":
-        cache.touch()
-    elif what == "a loop":
-        cache.symlink_to(cache)
-    else:
-        cache.mkdir()
-        (cache / ".lock").mkdir()
-    report = load(f"{server.url}/{FILE}", cache_dir=cache)
-    assert report.bytes_cached == 0
-    [line] = [one for one in caplog.records if one.levelno == logging.WARNING]
-    assert str(cache) in line.getMessage()
-    assert "copies were not used" in line.getMessage()
-
-
-def test_after_a_new_start_of_the_machine_nothing_counts(server: Liar, cache: Path) -> None:
-    """What a record says may not have come to the disk then."""
-    url = f"{server.url}/{FILE}"
-    load(url, cache_dir=cache)
-    [record] = cache.glob("*.json")
-    said = json.loads(record.read_bytes())
-    assert said["url"] == url
-    record.write_text(json.dumps(said | {"boot": "another"}))
-    assert load(url, cache_dir=cache).bytes_cached == 0
-    assert load(url, cache_dir=cache).bytes_cached > 0
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b'{"ranges": [[0]], "boot": null}', b'{"ranges": [["x", 1]]}']
-)
-def test_a_record_that_makes_no_sense_counts_for_nothing(
-    server: Liar, cache: Path, text: bytes
-) -> None:
-    url = f"{server.url}/{FILE}"
-    load(url, cache_dir=cache)
-    [record] = cache.glob("*.json")
-    record.write_bytes(text)
-    assert load(url, cache_dir=cache).bytes_cached == 0
-    assert load(url, cache_dir=cache).bytes_cached > 0
-
-
-def test_a_copy_that_was_cut_is_not_believed(server: Liar, cache: Path) -> None:
-    url = f"{server.url}/{FILE}"
-    load(url, cache_dir=cache)
-    [copy] = copies(cache)
-    os.truncate(copy, 1_000_000)
-    assert load(url, cache_dir=cache).bytes_cached == 0
-
-
-def test_what_does_not_fit_its_digest_is_forgotten(tmp_path: Path, cache: Path) -> None:
-    Saver.to(tmp_path / "ckpt", {}, TENSORS, parallel=1).save()
-    files = {f"c/{path.name}": path.read_bytes() for path in (tmp_path / "ckpt").iterdir()}
-    with liar(files) as server:
-        url = f"{server.url}/c"
-        load(url, cache_dir=cache)
-        kept = len(copies(cache))
-        largest = max(copies(cache), key=lambda copy: copy.stat().st_size)
-        damaged = bytearray(largest.read_bytes())
-        damaged[-5] ^= 1
-        largest.write_bytes(damaged)
-        assert verify(url, options=ReadOptions(cache_dir=cache)).problems == ()
-        with pytest.raises(CheckpointError, match="are not those that were written"):
-            load(url, cache_dir=cache)
-        assert len(copies(cache)) == kept - 1
-        assert load(url, cache_dir=cache).bytes_cached > 0  # of the others
-
-
 def test_what_was_not_used_for_longest_goes_first(cache: Path) -> None:
     content = save(TENSORS)
     with liar(dict.fromkeys(("1.pt", "a.safetensors", "b.safetensors"), content)) as server:
@@ -228,50 +160,6 @@ def test_what_was_not_used_for_longest_goes_first(cache: Path) -> None:
         assert sum(copy.stat().st_blocks * 512 for copy in copies(cache)) <= room
 
 
-def test_where_there_is_no_room_the_rest_is_read_from_the_store(server: Liar, cache: Path) -> None:
-    url = f"{server.url}/{FILE}"
-    for _ in range(2):
-        load(url, cache_dir=cache, cache_bytes=1 << 20)
-    assert sum(copy.stat().st_blocks * 512 for copy in copies(cache)) <= 1 << 20
-
-
-async def test_loads_at_once_fill_it_together(server: Liar, cache: Path) -> None:
-    url = f"{server.url}/{FILE}"
-    for names in ("ab", "ba", "a", "b"):
-        jobs = [asyncio.to_thread(load, url, name, cache_dir=cache) for name in names]
-        await asyncio.gather(*jobs)
-    assert (await asyncio.to_thread(load, url, cache_dir=cache)).bytes_cached > 0
-
-
-KILLED = """
-import os, signal, sys
-from asyncloader import load_tensors
-from asyncloader._storage import cached_copy
-how = sys.argv[3]
-taking = cached_copy.Copy.record
-def dying(copy):
-    if how == "after":
-        taking(copy)
-    os.kill(os.getpid(), signal.SIGKILL)
-cached_copy.Copy.record = dying
-load_tensors(sys.argv[1], cache_dir=sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize("how", ["before", "after"])
-def test_a_process_that_is_killed_leaves_nothing_that_misleads(
-    server: Liar, cache: Path, how: str
-) -> None:
-    url = f"{server.url}/{FILE}"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, url, str(cache), how], check=False, timeout=60
-    )
-    assert done.returncode == -signal.SIGKILL
-    report = load(url, cache_dir=cache)
-    assert (report.bytes_cached > 0) == (how == "after")
-    assert load(url, cache_dir=cache).bytes_cached > report.bytes_cached * (how == "before")
-
-
 def test_programming_errors_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without cache_dir"):
         ReadOptions(cache_bytes=5)
@@ -283,18 +171,248 @@ def test_programming_errors_are_told_at_once(tmp_path: Path) -> None:
         ReadOptions(cache_dir=5)  # type: ignore[arg-type]
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30))))
-def test_extents_are_what_a_set_of_bytes_is(ranges: list[tuple[int, int]]) -> None:
-    extents, there = Extents(), set[int]()
-    for begin, end in ranges:
-        extents.add(begin, end)
-        there |= {*range(begin, end)}
-        assert {at for pair in extents.pairs() for at in range(*pair)} == there
-        edges = [edge for pair in extents.pairs() for edge in pair]
-        assert edges == sorted({*edges})  # none touch
+# What is in the folder need not be what was put there.
+
+
+@pytest.mark.parametrize("how", ["a byte", "cut", "gone", "zeros"])
+@pytest.mark.parametrize("then", ["ab", "ba", "b"])
+def test_what_a_copy_holds_is_compared(server: Liar, cache: Path, how: str, then: str) -> None:
+    """The rest of it is read anew first, so that the file is as long again as it was."""
+    url = f"{server.url}/{FILE}"
+    load(url, cache_dir=cache)
+    [copy] = copies(cache)
+    if how == "a byte":
+        damaged = bytearray(copy.read_bytes())
+        damaged[-5] ^= 1
+        copy.write_bytes(damaged)
+    elif how == "cut":
+        os.truncate(copy, 100_000)
+    elif how == "gone":
+        copy.unlink()
+    else:
+        copy.write_bytes(bytes(copy.stat().st_size))
+    for name in then:
+        load(url, name, cache_dir=cache)
+    for _ in range(2):
+        load(url, cache_dir=cache)
+    so_far = len(server.asked)
+    load(url, cache_dir=cache)
+    assert len(server.asked) == so_far
+
+
+def test_verify_reads_past_the_copies(tmp_path: Path, cache: Path) -> None:
+    Saver.to(tmp_path / "ckpt", {}, TENSORS, parallel=1).save()
+    files = {f"c/{path.name}": path.read_bytes() for path in (tmp_path / "ckpt").iterdir()}
+    with liar(files) as server:
+        load(url := f"{server.url}/c", cache_dir=cache)
+        shard = next(name for name in server.files if name.endswith(".safetensors"))
+        damaged = bytearray(server.files[shard])
+        damaged[-5] ^= 1
+        server.files[shard] = bytes(damaged)
+        assert verify(url, options=ReadOptions(cache_dir=cache)).problems
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b'{"pieces": [[0]]}', b'{"pieces": [["x", 1, ""]]}', b'{"pieces": {}}',
+     b'{"pieces": [[0, 99999999999, ""]]}', b'{"pieces": [[-5, 7, ""], [7, 6, ""]]}'],
+)  # fmt: skip
+def test_a_record_that_makes_no_sense_fails_no_load(server: Liar, cache: Path, text: bytes) -> None:
+    url = f"{server.url}/{FILE}"
+    load(url, cache_dir=cache)
+    [record] = cache.glob("*.json")
+    record.write_bytes(text)
+    load(url, cache_dir=cache)
+    load(url, cache_dir=cache)
+    so_far = len(server.asked)
+    load(url, cache_dir=cache)
+    assert len(server.asked) == so_far
+
+
+@pytest.mark.parametrize("what", ["a file", "no lock", "a loop", "open to all", "locked"])
+def test_a_folder_that_cannot_be_used_fails_no_load(
+    server: Liar, cache: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    held = contextlib.ExitStack()
+    if what == "a file":
+        cache.touch()
+    elif what == "a loop":
+        cache.symlink_to(cache)
+    else:
+        cache.mkdir()
+        cache.chmod(0o777 if what == "open to all" else 0o700)
+        if what == "locked":  # by a process that is stopped, say
+            lock = held.enter_context((cache / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        elif what == "no lock":
+            (cache / ".lock").mkdir()
+    with held:
+        report = load(f"{server.url}/{FILE}", cache_dir=cache, stall_timeout=30)
+    assert report.bytes_cached == 0
+    [line] = [one for one in caplog.records if one.levelno == logging.WARNING]
+    assert str(cache) in line.getMessage()
+    assert "not all was kept" in line.getMessage()
+
+
+def test_only_this_user_may_read_it_and_no_link_is_followed(
+    server: Liar, cache: Path, tmp_path: Path
+) -> None:
+    url, victim = f"{server.url}/{FILE}", tmp_path / "victim"
+    victim.write_text("mine")
+    load(url, "a", cache_dir=cache)
+    [copy] = copies(cache)
+    copy.with_suffix(".new").symlink_to(victim)
+    load(url, cache_dir=cache)
+    assert victim.read_text() == "mine"
+    assert {stat.S_IMODE(path.lstat().st_mode) for path in cache.iterdir()} == {0o600}
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+def test_files_of_others_stay(server: Liar, cache: Path) -> None:
+    cache.mkdir(mode=0o700)
+    for name in ("tokens.bytes", "tokens.json"):
+        (cache / name).write_bytes(bytes(9 << 20))
+    load(f"{server.url}/{FILE}", cache_dir=cache, cache_bytes=4 << 20)
+    assert len(list(cache.glob("tokens.*"))) == 2
+
+
+def test_where_there_is_no_room_the_rest_is_read_from_the_store(
+    server: Liar, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"{server.url}/{FILE}"
+    for _ in range(2):
+        report = load(url, cache_dir=cache, cache_bytes=2 << 20, chunk_bytes=1 << 20)
+        assert sum(copy.stat().st_blocks * 512 for copy in copies(cache)) <= 2 << 20
+    assert report.bytes_cached > 0
+    assert "full of what is being loaded" in caplog.text
+
+
+def test_what_another_load_uses_stays(cache: Path) -> None:
+    """Else the disk would hold it all the same, and nobody would count it."""
+    content = save(TENSORS)
+    with liar(dict.fromkeys(("a.safetensors", "b.safetensors"), content)) as server:
+
+        def meanwhile(asked: Asked) -> Answer:
+            if asked.path.startswith("a") and asked.begin:
+                server.script = lambda _: Answer()
+                load(f"{server.url}/b.safetensors", cache_dir=cache, cache_bytes=4 << 20)
+            return Answer()
+
+        load(f"{server.url}/a.safetensors", "a", cache_dir=cache, cache_bytes=4 << 20)
+        server.script = meanwhile
+        load(f"{server.url}/a.safetensors", "b", cache_dir=cache, cache_bytes=4 << 20)
+        so_far = len(server.asked)
+        load(f"{server.url}/a.safetensors", cache_dir=cache, cache_bytes=4 << 20)
+        assert len(server.asked) == so_far
+
+
+def test_a_read_that_was_given_up_leaves_no_byte(server: Liar, cache: Path) -> None:
+    """Its thread comes back when the memory is another's."""
+    url, come_back = f"{server.url}/{FILE}", threading.Event()
+
+    def script(asked: Asked) -> Answer:
+        return Answer(waits=come_back if asked.begin else None)
+
+    server.script = script
+    into = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    with pytest.raises(ReadStalledError):
+        Loader(url, tensors=into, cache_dir=cache, stall_timeout=0.5).load()
+    for tensor in into.values():
+        tensor.fill_(-1)
+    come_back.set()
+    server.script = lambda _: Answer()
+    load(url, cache_dir=cache)
+    load(url, cache_dir=cache)
+
+
+WORKER = """
+import random, signal, sys, threading, os
+import torch
+from asyncloader import Loader
+url, cache, seed = sys.argv[1:]
+choose = random.Random(int(seed))
+if choose.random() < 0.5:
+    threading.Timer(choose.random() * 0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+for _ in range(6):
+    number = choose.randrange(4)
+    wanted = {name: torch.arange(400_000.0) + at for at, name in enumerate("ab")}
+    names = choose.choice(["ab", "a", "b"])
+    into = {name: torch.zeros(400_000) for name in names}
+    Loader(
+        f"{url}/{number}.safetensors", tensors=into, cache_dir=cache,
+        cache_bytes=choose.choice([4, 8, 40]) << 20, chunk_bytes=choose.choice([1, 3, 16]) << 20,
+    ).load()
+    for name, tensor in into.items():
+        assert torch.equal(tensor, wanted[name]), "wrong bytes"
+print("fine")
+os._exit(0)
+"""
+
+
+def test_processes_share_it_and_are_killed_at_any_time(cache: Path) -> None:
+    """They fill it at once, and remove each other's copies."""
+    content = save(TENSORS)
+    with liar({f"{at}.safetensors": content for at in range(4)}) as server:
+        start = [sys.executable, "-c", WORKER, server.url, str(cache)]
+        to: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running = [subprocess.Popen([*start, str(at)], **to) for at in range(6)]
+        said = [process.communicate(timeout=100) for process in running]
+        codes = [process.returncode for process in running]
+        assert {*codes} <= {0, -signal.SIGKILL}, said
+        for at in range(4):
+            load(f"{server.url}/{at}.safetensors", cache_dir=cache)
+
+
+KILLED = """
+import os, signal, sys
+from asyncloader import load_tensors
+from asyncloader._storage import cached_copy
+how = sys.argv[3]
+record = cached_copy.Copy.record
+def dying(copy):
+    if how == "after":
+        record(copy)
+    os.kill(os.getpid(), signal.SIGKILL)
+cached_copy.Copy.record = dying
+load_tensors(sys.argv[1], cache_dir=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("how", ["before", "after"])
+def test_of_a_process_that_is_killed_what_it_recorded_counts(
+    server: Liar, cache: Path, how: str
+) -> None:
+    url = f"{server.url}/{FILE}"
+    command = [sys.executable, "-c", KILLED, url, str(cache), how]
+    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+    assert (load(url, cache_dir=cache).bytes_cached > 0) == (how == "after")
+
+
+def test_no_descriptor_stays_open(server: Liar, cache: Path) -> None:
+    load(f"{server.url}/{FILE}", cache_dir=cache)
+    with nothing_left_behind():
+        load(f"{server.url}/{FILE}", cache_dir=cache)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.booleans())))
+def test_pieces_are_what_a_set_of_bytes_is(steps: list[tuple[int, int, bool]]) -> None:
+    pieces, there = Pieces(), dict[int, Piece]()
+    for begin, end, add in steps:
+        piece, bytes_ = Piece(begin, end, ""), range(begin, end)
+        is_free = begin < end and not there.keys() & {*bytes_}
+        if add:
+            assert pieces.add(piece) == is_free
+            there |= dict.fromkeys(bytes_, piece) if is_free else {}
+        else:
+            pieces.drop(piece)
+            there = {at: one for at, one in there.items() if one != piece}
+        assert pieces.all() == sorted({*there.values()})
         for at in range(31):
-            if at in there:
-                assert extents.end_of(at) == min({*range(at, 32)} - there)
-            else:
-                assert extents.end_of(at) is None
-                assert extents.next_after(at, 40) == min({*range(at, 31)} & there, default=40)
+            next_ = min((one.begin for one in there.values() if one.begin > at), default=40)
+            assert pieces.next_after(at, 40) == next_
+            run = []
+            for byte in range(at, 25):
+                if byte not in there:
+                    break
+                run.append(there[byte])
+            assert pieces.following(at, 25) == list(dict.fromkeys(run))

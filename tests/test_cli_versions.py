@@ -43,6 +43,7 @@ def test_with_all_what_saves_have_left_is_listed_too(
     for left in (f"half/{STRANGE}", f"{NEWEST}/{STRANGE}", f"{NEWEST}/.saving-2-x/"):
         assert left in out
     assert "model-000000-of-000004" not in out  # its index names it
+    (folder / NAMES[0] / "index").write_text("{")  # may name any of them
     assert run(["versions", str(folder), "--json"]) == 0
     found = {one["name"]: one["saving"] for one in json.loads(capsys.readouterr().out)["versions"]}
     assert found == {NAMES[0]: [], NEWEST: [".saving-2-x/", STRANGE], "half": [STRANGE]}

@@ -18,8 +18,10 @@ from asyncloader import (
     CheckpointError,
     CheckpointNotFoundError,
     CheckpointReader,
+    HashTable,
     Loader,
     ReadError,
+    Saver,
     load_tensors,
     read_extra,
     read_io_state,
@@ -311,3 +313,32 @@ async def test_who_asks_for_a_pause_gets_it_within_bounds(wish: str) -> None:
     assert await RetryingStorage(storage, sleep=sleep).size("x") == 7
     least = {"1": 1, "1000000": 30}.get(wish, 0)
     assert all(least <= pause <= least + 0.2 for pause in pauses)
+
+
+@pytest.mark.parametrize("what", ["a tensor", "a table"])
+async def test_a_pause_that_a_server_asks_for_ends_with_the_load(tmp_path: Path, what: str) -> None:
+    """On the loop, and on a thread; and it is no stall."""
+    tables, tensors = {"t": HashTable([64], name="t")}, {"w": torch.ones(200_000)}
+    tables["t"].insert(torch.arange(2_000), torch.ones(2_000, 64))
+    held = ({"t": tables["t"]}, {}) if what == "a table" else ({}, tensors)
+    Saver.to(tmp_path / "c", *held, parallel=1).save()
+    asked, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def script(one: Asked) -> Answer:
+        if one.end - one.begin <= 256 << 10:
+            return Answer()
+        loop.call_soon_threadsafe(asked.set)
+        return Answer(status=503, headers={"Retry-After": "30"})
+
+    with liar({f"c/{path.name}": path.read_bytes() for path in (tmp_path / "c").iterdir()}) as far:
+        far.script = script
+        into = ({"t": HashTable([64], name="t")}, {}) if what == "a table" else ({}, tensors)
+        loader = Loader(f"{far.url}/c", *into, stall_timeout=1, verify="off")
+        loading = asyncio.ensure_future(loader.aload())
+        await asked.wait()
+        done, _ = await asyncio.wait([loading], timeout=2)
+        assert not done
+        loading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(10):
+                await loading

@@ -12,6 +12,7 @@ from asyncloader import (
     HashTable,
     Live,
     Loader,
+    ReadOptions,
     Saver,
     latest,
     load_tensors,
@@ -74,6 +75,21 @@ async def test_a_store_stands_for_a_url_where_one_is_saved_to_and_followed(bucke
             assert model.tensors["w"].tolist() == [1, 1, 1]
 
 
+async def test_live_takes_the_options_that_come_with_options(s3: Place) -> None:
+    options = ReadOptions(storage_options=s3.options)
+    with pytest.raises(ValueError, match="has options of its own"):
+        Live(S3Store("models"), lambda: ({}, {}), loader_options={"options": options})
+    await Saver(
+        path=f"{s3.run}-served/1", tensors={"w": torch.ones(3)}, storage_options=s3.options
+    ).asave()
+    live = Live(
+        f"{s3.run}-served", lambda: ({}, {"w": torch.zeros(3)}), loader_options={"options": options}
+    )
+    async with live:
+        with live.use() as model:
+            assert model.tensors["w"].tolist() == [1, 1, 1]
+
+
 def test_a_local_store_is_its_folder() -> None:
     assert load_tensors(LocalStore(RUN / NEWEST)).keys() == truth(NEWEST).tensors.keys()
 
@@ -82,6 +98,9 @@ def test_what_makes_no_sense_is_told_at_once(tmp_path: Path) -> None:
     for other in (MemoryStore(), LocalStore()):
         with pytest.raises(ValueError, match="checkpoint_path: no client but its own"):
             Loader(other)
+    for prefix in ("a?b", "a#b"):
+        with pytest.raises(ValueError, match="which no URL can have"):
+            Loader(S3Store("models", prefix=prefix))
     secret: Any = {"access_key_id": "key", "secret_access_key": "geheim", "region": "r"}
     store = S3Store("models", config=secret)
     with pytest.raises(ValueError, match="has options of its own") as caught:

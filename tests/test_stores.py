@@ -155,6 +155,19 @@ async def test_where_signed_urls_are_refused_the_client_reads(s3: Place) -> None
         assert torch.equal(tensor, held.tensors[name])
 
 
+@pytest.mark.parametrize(("skips", "signed"), [({}, True), ({"skip_signature": False}, True)])
+async def test_urls_are_signed_unless_that_is_switched_off(
+    s3: Place, skips: dict[str, bool], signed: bool
+) -> None:
+    tensor = torch.arange(200_000.0)  # more than comes with the first look
+    obstore.put(s3.store, "plain/model.safetensors", save({"w": tensor}))
+    async with faulty_proxy(port_of(s3), lambda _: Fault(), SIGNED) as proxy:
+        through = s3.options | skips | {"endpoint": proxy.endpoint}
+        found = await aload_tensors("s3://models/plain", storage_options=through)
+        assert (proxy.connections > 0) == signed
+    assert torch.equal(found["w"], tensor)
+
+
 async def test_what_the_client_reads_is_one_object(s3: Place) -> None:
     """It is replaced once the first signed URL has been refused."""
     tensors = {name: torch.arange(400_000.0) + at for at, name in enumerate("ab")}

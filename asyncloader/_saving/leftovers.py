@@ -104,10 +104,15 @@ def _listed(folder: Folder, at: str) -> frozenset[str]:
 
 def left_of_saves(folder: Folder) -> tuple[str, ...]:
     """Return what saves that are under way, or dead, have in a folder: files and folders (`…/`)."""
-    files = folder.files("")
+    try:
+        files, folders = folder.files(""), folder.folders("")
+    except FileNotFoundError:  # it was removed meanwhile
+        return ()
     listed = _listed(folder, "") if INDEX in files else frozenset()
-    shards = [name for name in files if is_shard(name) and name not in listed]
-    names = [*files, *(f"{name}/" for name in folder.folders(""))]
+    # An `index` that cannot be read may name any of them.
+    known = listed or INDEX not in files
+    shards = [name for name in files if known and is_shard(name) and name not in listed]
+    names = [*files, *(f"{name}/" for name in folders)]
     return tuple(sorted([*shards, *(name for name in names if name.startswith(STAGING))]))
 
 

@@ -8,14 +8,16 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
+import stat
 import threading
+import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._threads.call import nbytes_of
 
-from .cached_copy import DATA, RECORD, Copy, last_use
-from .protocol import views_after
+from .cached_copy import DATA, Copy, Piece, last_use, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,108 +27,107 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
+_PATIENCE = 1.0  # seconds for the lock, which is held for moments, but by a process that is stopped
 # Written at a time before room is looked for, and what is there is recorded: a killed load loses
 # no more, and processes go beyond the bound by no more.
 _STEP = 256 << 20
 _STEPS = 16  # or as many of all that there may be
 _MOST_OPEN = 128
 _SPARE = 0.1  # of a disk, where no bound is given
-_NAME_LETTERS = 32
+_LETTERS = 32
+_NAME = re.compile(rf"[0-9a-f]{{{_LETTERS}}}-[0-9a-f]{{{_LETTERS}}}{re.escape(DATA)}")
 _BLOCK = 512  # bytes of which `st_blocks` counts
 
 
-class Cache:
-    """Copies of objects in a folder: of each a sparse file, and a record of the ranges it holds.
+class Object(NamedTuple):
+    """What there is a copy of: an object, as it is now."""
 
-    A copy is named by the object's URL, and by its ETag and length: it never changes. So processes
-    that fill it at once write the same bytes to the same places. A range counts once it is
-    recorded, and a record counts until the machine is started anew: then nobody knows which bytes
-    had come to the disk. Ranges, not whole objects, as a rank reads its share of each.
+    url: str
+    tag: str
+    size: int
+
+
+class Cache:
+    """Copies of objects in a folder: of each a sparse file, and a record of its pieces.
+
+    A copy is named by the object's URL, ETag and length: what it holds never changes. So processes
+    may fill it at once. A piece is a MiB, or what came of it; its digest was taken as it came, and
+    is compared whenever it is taken from the copy. So it need not be known what became of the file
+    meanwhile: whether it came to the disk before the power went, was cut, or written to.
 
     Nothing fails because of a copy: what cannot be read or written is read from the store. For
-    threads; all but `trouble` and `taken` may wait for the disk.
+    threads; all but the attributes may wait for the disk.
 
     Args:
-        folder: Is made, for this user alone. Who can write to it is trusted.
+        folder: Is made, for this user alone. One that belongs to another, or that others can write
+            to, is not used.
         most: Bytes that it may hold; `None` leaves a tenth of the disk free. Copies that were not
-            used for longest are removed for others.
+            used for longest are removed for others, those alone that no load has open.
 
     Attributes:
         taken: Bytes that came from copies of earlier loads.
-        trouble: What kept a copy from being read or written; none is since then.
-        is_full: Whether bytes were not kept, as there was no room for them.
     """
 
     def __init__(self, folder: Path, most: int | None) -> None:
         self.taken = 0
-        self.trouble: OSError | None = None
-        self.is_full = False
-        self.folder = folder
+        self._folder = folder
         self._most = most
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._known: set[str] = set()
         self._copies: OrderedDict[str, Copy] = OrderedDict()
-        self._used: set[str] = set()
         self._room = 0
-        self._is_closed = False
+        self._keeps = False  # whether what is read is written
+        self._is_open = False
+        self._trouble: Exception | None = None
+        self._damaged = 0
 
     def open(self) -> None:
         """Make the folder, and look which objects it has copies of."""
         with self._bearing():
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._known = {file.name.partition("-")[0] for file in self.folder.iterdir()}
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self._folder.stat()
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise PermissionError(errno.EPERM, "others can write to it", str(self._folder))
+            self._known = {file.name.partition("-")[0] for file in self._folder.iterdir()}
+            self._is_open = self._keeps = True
 
     def knows(self, url: str) -> bool:
         """Say whether there was a copy of an object, maybe an older one."""
         return _digest(url) in self._known
 
-    def extent(self, url: str, tag: str, size: int, offset: int) -> tuple[bool, int]:
-        """Say whether a byte of an object is here, and from which byte on that is different."""
-        if self.trouble is None:
-            with self._bearing(), self._using(url, tag, size) as copy, self._lock:
-                if (end := copy.extents.end_of(offset)) is not None:
-                    return True, end
-                return False, copy.extents.next_after(offset, size)
-        return False, size
-
-    def read(self, url: str, tag: str, size: int, offset: int, views: Sequence[memoryview]) -> int:
-        """Fill views with what is here, and return how many bytes came; 0 if none could be read."""
+    def read(self, what: Object, offset: int, views: Sequence[memoryview]) -> int:
+        """Fill views with what is here, and return how many bytes came; 0 if none is here."""
         count = 0
-        with self._bearing(), self._using(url, tag, size) as copy:
-            count = os.preadv(copy.fd, views, offset)
-            if not count:
-                raise OSError(errno.EIO, "a copy is shorter than it was", str(copy.path))
+        with self._bearing(), self._using(what) as copy:
             with self._lock:
-                self.taken += count * copy.was_here
+                end = offset + nbytes_of(views)
+                pieces = [] if copy is None else copy.pieces.following(offset, end)
+            if copy is not None and pieces:
+                count, damaged = copy.read(pieces, offset, views)
+                with self._lock:
+                    self.taken += count * copy.earlier(pieces)
+                    if damaged is not None:
+                        copy.pieces.drop(damaged)
+                        self._damaged += 1
         return count
 
-    def write(
-        self, url: str, tag: str, size: int, offset: int, views: Sequence[memoryview]
+    def next_after(self, what: Object, offset: int) -> int:
+        """Return the first byte behind this one that is here; the object's length if none is."""
+        found = what.size
+        with self._bearing(), self._using(what) as copy, self._lock:
+            if copy is not None:
+                found = copy.pieces.next_after(offset, what.size)
+        return found
+
+    def keep(
+        self, what: Object, offset: int, views: Sequence[memoryview], pieces: Sequence[Piece]
     ) -> None:
         """Keep what was read of an object."""
-        nbytes = nbytes_of(views)
-        if self.trouble is not None:
-            return
-        with self._bearing(), self._using(url, tag, size) as copy:
-            if not self._make_room(nbytes):
-                return
-            end = offset
-            while end < offset + nbytes:
-                end += os.pwritev(copy.fd, views_after(views, end - offset), end)
-            with self._lock:
-                copy.extents.add(offset, end)
-                copy.is_new = True
-
-    def forget(self, url: str) -> None:
-        """Remove the copies of objects of which one makes no sense: the copy may be to blame.
-
-        Args:
-            url: Of the object, or a folder's: then all that was used is removed.
-        """
-        with self._bearing(), self._lock, self._locked():
-            mine = {name for name in self._used if name.startswith(_digest(url))}
-            for name in mine or self._used:
-                self._remove(self.folder / name)
+        with self._bearing(), self._using(what) as copy:
+            if copy is not None and self._has_room(nbytes_of(views)):
+                copy.write(offset, views)
+                with self._lock:
+                    copy.add(pieces)
 
     def close(self) -> None:
         """Record what is here.
@@ -134,116 +135,119 @@ class Cache:
         A thread that was given up may still use a copy; it closes that copy when it is done.
         """
         with self._lock:
-            self._is_closed = True
-            for name in list(self._copies):
+            self._is_open = False
+            while self._copies:
                 with self._bearing():
-                    self._leave(name)
+                    self._leave(next(iter(self._copies)))
 
     def tell(self) -> None:
         """Log what went wrong. For the event loop's thread: others may not log (`retrying.py`)."""
-        if self.trouble is not None:
-            _log.warning("%s: copies were not used: %s", self.folder, self.trouble)
-        elif self.is_full:
-            _log.info("%s: full of what is being loaded, so some of it was not kept", self.folder)
+        if self._trouble is not None:
+            _log.warning("%s: not all was kept: %s", self._folder, self._trouble)
+        if self._damaged:
+            text = "%s: %d pieces had other bytes than were kept, and were read from the store"
+            _log.warning(text, self._folder, self._damaged)
 
     @contextlib.contextmanager
     def _bearing(self) -> Iterator[None]:
-        """Go on without copies if something fails."""
+        """Go on, but keep no more, if something fails."""
         try:
             yield
-        except OSError as error:
-            self.trouble = error
+        except Exception as error:  # noqa: BLE001  # nothing fails because of a copy
+            self._trouble, self._keeps = error, False
 
     @contextlib.contextmanager
-    def _using(self, url: str, tag: str, size: int) -> Iterator[Copy]:
-        name = f"{_digest(url)}-{_digest(f'{size} {tag}')}{DATA}"
+    def _using(self, what: Object) -> Iterator[Copy | None]:
+        """Lend the copy of an object; `None` if there shall be none."""
+        name = f"{_digest(what.url)}-{_digest(f'{what.size} {what.tag}')}{DATA}"
         with self._lock:
-            if self._is_closed:  # its thread was given up
-                raise OSError(errno.EBADF, "the cache is closed")
             copy = self._copies.get(name)
-            if copy is None:
-                while len(self._copies) >= _MOST_OPEN:
-                    idle = (name for name, copy in self._copies.items() if not copy.users)
-                    if (longest := next(idle, None)) is None:
-                        break
-                    self._leave(longest)
-                copy = self._copies[name] = self._opened(self.folder / name, url)
-                self._used.add(name)
-            self._copies.move_to_end(name)
-            copy.users += 1
+            if copy is None and self._is_open:
+                self._leave_one()
+                copy = self._copies[name] = Copy(self._folder / name, what.url)
+            if copy is not None:
+                self._copies.move_to_end(name)
+                copy.users += 1
         try:
             yield copy
         finally:
-            with self._lock:
-                copy.users -= 1
-                copy.end()
+            if copy is not None:
+                with self._lock:
+                    copy.users -= 1
+                    copy.end()
 
-    def _opened(self, path: Path, url: str) -> Copy:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        copy = Copy(path, url, os.open(path, flags, 0o600))
-        with self._locked():
-            copy.take_record()
-        return copy
+    def _leave_one(self) -> None:
+        """Make room for one more, if so many are open, and one is idle."""
+        idle = (name for name, copy in self._copies.items() if not copy.users)
+        if len(self._copies) >= _MOST_OPEN and (name := next(idle, None)) is not None:
+            self._leave(name)
 
     def _leave(self, name: str) -> None:
         """Record what a copy holds, and close it."""
         copy = self._copies.pop(name)
         try:
-            self._record(copy)
+            with self._locked():
+                copy.record()
         finally:
             copy.leave()
 
-    def _record(self, copy: Copy) -> None:
-        with self._locked():
-            copy.record()
-
-    def _make_room(self, nbytes: int) -> bool:
+    def _has_room(self, nbytes: int) -> bool:
         """Say whether so many bytes may be written."""
         with self._lock:
-            if self._room < nbytes and not self.is_full:
-                for copy in self._copies.values():
-                    if copy.is_new:
-                        self._record(copy)
+            if self._room < nbytes and self._keeps:
                 with self._locked():
+                    for copy in self._copies.values():
+                        if copy.is_new:
+                            copy.record()
                     self._room = self._evict(nbytes)
-            if self._room < nbytes:
-                self.is_full = True
-                return False
-            self._room -= nbytes
-            return True
+                if self._room < nbytes:
+                    problem = "full of what is being loaded"
+                    raise OSError(errno.ENOSPC, problem, str(self._folder))
+            self._room -= nbytes * self._keeps
+            return self._keeps
 
     def _evict(self, nbytes: int) -> int:
         """Remove what was not used for longest, until there is room; return how much to use."""
-        copies = sorted((last_use(path), path) for path in self.folder.glob(f"*{DATA}"))
-        sizes = {path: path.stat().st_blocks * _BLOCK for _, path in copies}
+        mine = [file for file in self._folder.iterdir() if _NAME.fullmatch(file.name)]
+        copies = sorted((last_use(path), path) for path in mine)
+        sizes = {path: path.lstat().st_blocks * _BLOCK for path in mine}
         held, most = sum(sizes.values()), self._most
         if most is None:
-            disk = os.statvfs(self.folder)
+            disk = os.statvfs(self._folder)
             most = round((held + disk.f_bavail * disk.f_frsize) * (1 - _SPARE))
         step = max(nbytes, min(_STEP, most // _STEPS))
         for _, path in copies:
             if held + step <= most:
                 break
-            if path.name not in self._used:
-                self._remove(path)
+            if remove(path):
                 held -= sizes[path]
         return min(most - held, step)
-
-    def _remove(self, path: Path) -> None:
-        # The record first: of a copy that is killed in between, none of the bytes count.
-        for file in (path.with_suffix(RECORD), path):
-            file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other processes from records for the length of the block."""
-        fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(
+            self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
+            until = time.monotonic() + _PATIENCE
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise BlockingIOError(
+                            errno.EAGAIN, "another process holds its lock", str(self._folder)
+                        ) from None
+                time.sleep(_PATIENCE / 100)
+            try:
+                yield
+            finally:
+                fcntl.flock(fd, fcntl.LOCK_UN)  # a child of this process may have it open, too
         finally:
             os.close(fd)
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_NAME_LETTERS]
+    return hashlib.sha256(text.encode()).hexdigest()[:_LETTERS]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .cache import Object
+from .cached_copy import pieces_of
 from .flight import Flight, Ranges, Target, end_of
 from .protocol import views_within
 
@@ -37,8 +39,8 @@ class CachedRanges:
     def keep(self, target: Target, data: bytes) -> None:
         """Keep the first bytes of an object."""
         if target.tag is not None:
-            view = memoryview(data)
-            self._cache.write(self._url(target.name), target.tag, target.size, 0, [view])
+            views = [memoryview(data)]
+            self._cache.keep(self._object(target, target.tag), 0, views, pieces_of(0, views))
 
     def read(
         self,
@@ -53,16 +55,21 @@ class CachedRanges:
         last = end_of(target, offset, views)
         if target.tag is None or offset >= last:
             return self._inner.read(target, offset, views, reading, flight)
-        what = (self._url(target.name), target.tag, target.size)
-        is_here, end = self._cache.extent(*what, offset)
-        views = views_within(views, min(end, last) - offset)
-        if is_here:
-            reading.unsure = True  # the gate goes by the thread's time
-            if count := self._cache.read(*what, offset, views):
-                return count
+        what = self._object(target, target.tag)
+        reading.unsure = True  # the gate goes by the thread's time
+        if count := self._cache.read(what, offset, views_within(views, last - offset)):
+            return count
+        end = min(self._cache.next_after(what, offset), last)
+        views = views_within(views, end - offset)
         count = self._inner.read(target, offset, views, reading, flight)
-        self._cache.write(*what, offset, views_within(views, count))
+        views = views_within(views, count)
+        pieces = pieces_of(offset, views)
+        if not reading.is_lost:  # once it is, the memory is another's, and digests would be of that
+            self._cache.keep(what, offset, views, pieces)
         return count
+
+    def _object(self, target: Target, tag: str) -> Object:
+        return Object(self._url(target.name), tag, target.size)
 
     def _url(self, name: str) -> str:
         return f"{self._location}/{name}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from asyncloader._threads.call import Reading
+
+
+_SIGN_OF_LIFE = 0.1  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +45,24 @@ class Flight:
 
     def __init__(self) -> None:
         self._stop: Callable[[], object] | None = None
-        self._is_over = False
+        self._over = threading.Event()
 
     def interrupt(self) -> None:
         """Have the thread come back with an error, at once."""
-        self._is_over = True
+        self._over.set()
         if self._stop is not None:
             self._stop()
 
     def check(self, stop: Callable[[], object] | None) -> None:
         """Note what ends the present wait, if there is one; raise if the request was given up."""
         self._stop = stop
-        if self._is_over:  # noted first, looked at second; `interrupt` does it the other way
+        if self._over.is_set():  # noted first, looked at second; `interrupt` does it the other way
             raise OSError(errno.ECANCELED, "the read was given up")
+
+    def rest(self, seconds: float) -> None:
+        """Wait, on the thread; raise if the request is given up meanwhile."""
+        self._over.wait(seconds)
+        self.check(None)
 
 
 class Ranges(Protocol):
@@ -74,6 +84,28 @@ class Ranges(Protocol):
             OSError: If that failed.
         """
         ...
+
+
+class Reader:
+    """Reads an object for a job on a thread that is lent: see `ThreadedStorage`."""
+
+    def __init__(self, ranges: Ranges, target: Target, reading: Reading, flight: Flight) -> None:
+        self._ranges = ranges
+        self._target = target
+        self._reading = reading
+        self._flight = flight
+
+    def __call__(self, offset: int, views: Sequence[memoryview], /) -> int:
+        """Fill views from `offset` on."""
+        self._reading.begin(offset, views)
+        return self._ranges.read(self._target, offset, views, self._reading, self._flight)
+
+    def rest(self, seconds: float) -> None:
+        """Wait before the next try: the storage has answered, so it is no stall."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._reading.begun += 1
+            self._flight.rest(min(left, _SIGN_OF_LIFE))
 
 
 def end_of(target: Target, offset: int, views: Sequence[memoryview]) -> int:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from asyncloader._addresses import FILES, address_of
 from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.jobs import for_each
-from asyncloader.errors import CheckpointError
 
 from .cache import Cache
 from .cached_ranges import CachedRanges
-from .flight import Flight, Target
+from .flight import Flight, Reader, Target
 from .opening import FileChangedError
 from .protocol import Traffic, scatter
 from .store_errors import explained
@@ -119,15 +118,14 @@ class ObjectStorage:
             await self._at_cache(self._cache.open)
         return self
 
-    async def __aexit__(self, _: object, error: object, __: object) -> None:
-        if (cache := self._cache) is not None:
-            if isinstance(error, CheckpointError):
-                suspect = self._location if error.shard is None else self._url(error.shard)
-                await self._at_cache(partial(cache.forget, suspect))
-            await self._at_cache(cache.close)
-            cache.tell()
-        self._ranges.close()
-        self._disk.close()
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            if self._cache is not None:
+                await self._at_cache(self._cache.close)
+                self._cache.tell()
+        finally:
+            self._ranges.close()
+            self._disk.close()
 
     async def _at_cache(self, job: Callable[[], None]) -> None:
         with contextlib.suppress(StalledError):  # nothing fails because of a copy
@@ -202,10 +200,7 @@ class ObjectStorage:
         flight = Flight()
         reading = Reading(name, interrupt=flight.interrupt)
 
-        def read(offset: int, views: Sequence[memoryview]) -> int:
-            reading.begin(offset, views)
-            return self._reads.read(target, offset, views, reading, flight)
-
+        read = Reader(self._reads, target, reading, flight)
         return await self._disk.call(partial(job, read), reading=reading)
 
     async def _find(self, name: str) -> Target:

@@ -168,7 +168,8 @@ class RetryingStorage:
 class ThreadedRetryingStorage(RetryingStorage):
     """The same for a storage that lends threads.
 
-    What is tried again on one of these pauses there: cancelling waits for up to 1.5 s then.
+    What is tried again on one of these pauses there: by an attribute `rest` of its `read`, if it
+    has one, which can be interrupted. Else cancelling waits for the pause, of up to 1.5 s.
     """
 
     def __init__(self, inner: ThreadedStorage, **pauses: Any) -> None:  # noqa: ANN401  # as above
@@ -182,6 +183,8 @@ class ThreadedRetryingStorage(RetryingStorage):
         told: list[tuple[int, str]] = []
 
         def with_read(read: ReadInto) -> T:
+            rest = getattr(read, "rest", self._rest)
+
             def persistent(offset: int, views: Sequence[memoryview]) -> int:
                 attempt = 0
                 while True:
@@ -191,7 +194,7 @@ class ThreadedRetryingStorage(RetryingStorage):
                         attempt += 1
                         if (pause := self._pause(error, name, attempt, told)) is None:
                             raise
-                    self._rest(pause)
+                    rest(pause)
 
             return job(persistent)
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 _SIGNED = timedelta(hours=1)
+_PATIENCE = 10.0  # seconds for a signature, which some stores are asked for
+_YES = {"1", "true", "on", "yes", "y"}  # as obstore reads a text
 
 
 class StoreRanges:
@@ -59,7 +61,8 @@ class StoreRanges:
         self._prefix = prefix
         self._root = store.url.rstrip("/") if isinstance(store, HTTPStore) else None
         self._by_url = RangeReader(options)
-        self._signs = not getattr(store, "config", {}).get("skip_signature")
+        skips = str(getattr(store, "config", {}).get("skip_signature", "")).lower()
+        self._signs = skips not in _YES
         self._asked: list[None] = []
         self._loop = asyncio.get_running_loop()
 
@@ -88,8 +91,9 @@ class StoreRanges:
         if self._signs:
             store: Any = self._store
             try:
-                return await obstore.sign_async(store, "GET", self._quote(key), _SIGNED), until
-            except (obstore.exceptions.BaseError, PermissionError, ValueError, TypeError):
+                async with asyncio.timeout(_PATIENCE):
+                    return await obstore.sign_async(store, "GET", self._quote(key), _SIGNED), until
+            except (obstore.exceptions.BaseError, OSError, ValueError, TypeError):
                 self._signs = False
         return None, math.inf
 
@@ -115,12 +119,14 @@ class StoreRanges:
             return 0
         reading.unsure = True  # the gate goes by the thread's time
         coming = asyncio.run_coroutine_threadsafe(self._get(target, offset, end), self._loop)
-        flight.check(coming.cancel)
         try:
+            flight.check(coming.cancel)
             data = np.frombuffer(memoryview(coming.result()), np.uint8)
+            flight.check(None)
         except concurrent.futures.CancelledError as error:
             raise OSError(errno.ECANCELED, "the read was given up") from error
-        flight.check(None)
+        finally:
+            coming.cancel()  # it may have begun when the read was over already
         for view in views:
             piece, data = data[: view.nbytes], data[view.nbytes :]
             # Unlike an assignment to the view, it lets other threads run.

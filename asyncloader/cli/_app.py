@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asyncloader import __version__
+from asyncloader._display import escaped
 from asyncloader._storage import retrying
 
 from . import _listing, _looking, _moving
@@ -102,10 +103,8 @@ class _Telling(logging.Handler):
     """Tells on stderr why nothing seems to happen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from ._terminal import complain
-
         with contextlib.suppress(OSError):  # it is no reason to fail
-            complain(record.getMessage())
+            typer.echo(f"asyncloader: {escaped(record.getMessage())}", err=True)
 
 
 _TELLING = _Telling(logging.WARNING)

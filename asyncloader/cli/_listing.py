@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from asyncloader import tools
+from asyncloader import runs, tools
 from asyncloader._checkpoint.run_folder import sub_folder
 from asyncloader._tools.run_summary import RunSummary
 from asyncloader.errors import CheckpointNotFoundError
@@ -37,6 +37,12 @@ def versions(
 
     Print the path or URL of each checkpoint that is finished, a line for each, the newest last.
     """
+    if not (all_ or json):
+        finished = [one.name for one in runs.versions(path) if one.committed and not one.lack]
+        for name in finished:
+            typer.echo(sub_folder(path, name))
+        if finished:
+            return
     found = tools.inspect(path)
     if not isinstance(found, RunSummary):
         problem = "is a checkpoint itself, no folder of checkpoints: asyncloader inspect shows it"
@@ -48,7 +54,3 @@ def versions(
         from ._terminal import show
 
         show(run_view(found, everything=True))
-    else:
-        for version in found.versions:
-            if version.committed and not version.lack:
-                typer.echo(sub_folder(found.location, version.name))
