@@ -68,8 +68,8 @@ class ReadOptions:
             `credential_provider`. What is not given comes from the environment, as each cloud's own
             tools take it. In no message and no `repr`.
         cache_dir: Of a URL: a folder of the local disk that keeps what is read, for the next loads,
-            of this process or others; they ask the store only whether an object is still the same.
-            It is made for this user alone; who can write to it is trusted.
+            of this process or others; they ask the store only whether an object is still the same,
+            and compare each MiB with its digest. It is made for this user alone.
         cache_bytes: The most that `cache_dir` holds, in bytes, about; what was not used for longest
             goes first. `None` leaves a tenth of the disk free.
         max_loop_lag: Seconds by which the reading may make the caller's event loop late. A timer on
