@@ -250,7 +250,7 @@ class ObjectStorage:
         try:
             options: Any = {"range": (0, _START)}
             result = await self._ask(obstore.get_async(self._store, key, options=options))
-            return result.meta, bytes(await self._ask(result.bytes_async()))
+            return result.meta, bytes(await self._in_time(result.bytes_async()))
         except obstore.exceptions.GenericError:
             meta = await self._ask(obstore.head_async(self._store, key))
             if meta["size"]:  # else no range of it can be asked for
@@ -261,11 +261,14 @@ class ObjectStorage:
         return f"{self._location}/{name}"
 
     async def _ask(self, request: Awaitable[T]) -> T:
-        """Await a request, for no longer than was agreed."""
         self._asked += 1
+        return await self._in_time(request)
+
+    async def _in_time(self, answer: Awaitable[T]) -> T:
+        """Await an answer, for no longer than was agreed."""
         try:
             async with asyncio.timeout(self._stall_timeout):
-                return await request
+                return await answer
         except TimeoutError as error:
             raise StalledError(self._stall_timeout or 0.0) from error
 
