@@ -41,6 +41,7 @@ soak: .venv/installed ## swap a model a thousand times under readers, load 500 t
 	$(RUN) pytest tests/test_live_soak.py tests/test_soak.py tests/test_saving_meanwhile.py \
 		--soak-swaps 1000 --soak-loads 500 --soak-seconds 60 $(PATIENT) $(ARGS)
 	$(RUN) pytest tests/test_save_faults.py tests/test_save_cancellation.py tests/test_cancellation.py \
+		tests/test_save_run.py tests/test_store_saving.py tests/test_store_runs.py \
 		--every-step --both-loops $(PATIENT) $(ARGS)
 
 fuzz: .venv/installed-fuzz ## look for inputs that break a promise; ARGS='load -runs=1000' for one target

@@ -104,6 +104,13 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 
 @pytest.fixture(params=["s3", "azure", "gcs"])
+def any_bucket(request: pytest.FixtureRequest) -> Place:
+    """Each kind of store, where its ways with conditions, versions and keys matter."""
+    found: Place = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(params=["s3", "azure", pytest.param("gcs", marks=pytest.mark.every_step)])
 def bucket(request: pytest.FixtureRequest) -> Place:
     """Each kind of store, with the genuine run; tests write beneath prefixes of their own."""
     found: Place = request.getfixturevalue(request.param)
@@ -133,13 +140,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run files with slow tests first, so that no worker is left alone with one in the end.
 
-    And leave tests out on asyncio's own loop where nothing depends on which loop it is.
+    And leave tests out on asyncio's own loop where nothing depends on which loop it is; and those
+    that only `--every-step` is patient enough for.
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    if config.getoption("both_loops"):
-        return
-    left_out = [item for item in items if _on_asyncio(item) and not _wants_both(item)]
+    left_out = []
+    if not config.getoption("both_loops"):
+        left_out += [item for item in items if _on_asyncio(item) and not _wants_both(item)]
+    if not config.getoption("every_step"):
+        left_out += [item for item in items if item.get_closest_marker("every_step")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 

@@ -109,6 +109,18 @@ def test_no_byte_comes_twice(server: Liar, cache: Path) -> None:
     assert len(copies(cache)) == 1
 
 
+def test_what_was_read_along_is_kept_as_it_is(cache: Path) -> None:
+    """All gaps of a read are received into one memory, which holds the last of them then."""
+    tensors = {f"{at:03}": torch.full([1000 + at], float(at)) for at in range(300)}
+    with liar({FILE: save(tensors)}) as server:
+        for names in ([*tensors][::3], [*tensors], [*tensors][1::3]):
+            into = {name: torch.zeros_like(tensors[name]) for name in names}
+            report = Loader(f"{server.url}/{FILE}", tensors=into, cache_dir=cache).load()
+            for name, tensor in into.items():
+                assert torch.equal(tensor, tensors[name]), name
+        assert report.bytes_cached >= report.bytes_read
+
+
 def test_another_object_of_that_name_is_read_anew(server: Liar, cache: Path) -> None:
     url = f"{server.url}/{FILE}"
     load(url, cache_dir=cache)

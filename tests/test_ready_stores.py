@@ -65,11 +65,13 @@ def test_a_store_stands_for_a_url_where_a_checkpoint_is_read(place: Place) -> No
     assert int(read_extra(run)["global_step"]) == 30
 
 
-async def test_a_store_stands_for_a_url_where_one_is_saved_to_and_followed(bucket: Place) -> None:
-    target = store_of(bucket, "ready/1")
+async def test_a_store_stands_for_a_url_where_one_is_saved_and_followed(
+    any_bucket: Place,
+) -> None:
+    target = store_of(any_bucket, "ready/1")
     await Saver(path=target, tensors={"w": torch.ones(3)}, layout="run").asave()
-    assert [one.name for one in versions(store_of(bucket, "ready"))] == ["1"]
-    live = Live(store_of(bucket, "ready"), lambda: ({}, {"w": torch.zeros(3)}))
+    assert [one.name for one in versions(store_of(any_bucket, "ready"))] == ["1"]
+    live = Live(store_of(any_bucket, "ready"), lambda: ({}, {"w": torch.zeros(3)}))
     async with live:
         with live.use() as model:
             assert model.tensors["w"].tolist() == [1, 1, 1]

@@ -111,12 +111,12 @@ def test_what_cannot_be_read_is_one_clear_line(
     assert str(s3.options["secret_access_key"]) not in str(caught.value)
 
 
-def test_keys_are_any_text_and_a_folder_is_listed(bucket: Place) -> None:
+def test_keys_are_any_text_and_a_folder_is_listed(any_bucket: Place) -> None:
     """Those of Google's store are signed by obstore as if they were quoted already."""
     tensor = torch.arange(200_000.0)  # more than comes with the first look
-    obstore.put(bucket.store, "odd/a b%20ü+/model.fp16.safetensors", save({"w": tensor}))
-    root = bucket.run.removesuffix("ctr")
-    found = load_tensors(f"{root}odd/a b%20ü+", storage_options=bucket.options)
+    obstore.put(any_bucket.store, "odd/a b%20ü+/model.fp16.safetensors", save({"w": tensor}))
+    root = any_bucket.run.removesuffix("ctr")
+    found = load_tensors(f"{root}odd/a b%20ü+", storage_options=any_bucket.options)
     assert torch.equal(found["w"], tensor)
 
 

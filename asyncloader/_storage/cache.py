@@ -96,7 +96,10 @@ class Cache:
         return _digest(url) in self._known
 
     def read(self, what: Object, offset: int, views: Sequence[memoryview]) -> int:
-        """Fill views with what is here, and return how many bytes came; 0 if none is here."""
+        """Fill views with what is here, and return how many bytes came; 0 if none is here.
+
+        The views are apart: of memory that is filled twice, no digest is right.
+        """
         count = 0
         with self._bearing(), self._using(what) as copy:
             with self._lock:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from .cache import Object
 from .cached_copy import pieces_of
 from .flight import Flight, Ranges, Target, end_of
-from .protocol import views_within
+from .protocol import scatter, views_within
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,7 @@ class CachedRanges:
         self._inner = inner
         self._cache = cache
         self._location = location
+        self._local = threading.local()
 
     def knows(self, name: str) -> bool:
         """Say whether there was a copy of an object, maybe an older one."""
@@ -55,18 +57,28 @@ class CachedRanges:
         last = end_of(target, offset, views)
         if target.tag is None or offset >= last:
             return self._inner.read(target, offset, views, reading, flight)
-        what = self._object(target, target.tag)
+        what, length = self._object(target, target.tag), last - offset
         reading.unsure = True  # the gate goes by the thread's time
-        if count := self._cache.read(what, offset, views_within(views, last - offset)):
-            return count
-        end = min(self._cache.next_after(what, offset), last)
-        views = views_within(views, end - offset)
-        count = self._inner.read(target, offset, views, reading, flight)
-        views = views_within(views, count)
-        pieces = pieces_of(offset, views)
-        if not reading.is_lost:  # once it is, the memory is another's, and digests would be of that
-            self._cache.keep(what, offset, views, pieces)
+        # Of several views, some may be one memory: that of the gaps between what is wanted.
+        apart = len(views) == 1
+        found = views_within(views, length) if apart else [self._buffer(length)]
+        if not (count := self._cache.read(what, offset, found)):
+            end = min(self._cache.next_after(what, offset), last)
+            found, apart = [self._buffer(end - offset)], False
+            count = self._inner.read(target, offset, found, reading, flight)
+            kept = views_within(found, count)
+            self._cache.keep(what, offset, kept, pieces_of(offset, kept))
+        if not apart:
+            flight.check(None)
+            scatter(found[0][:count], views_within(views, count))
         return count
+
+    def _buffer(self, nbytes: int) -> memoryview:
+        """Return memory of the thread's own: nobody else changes it before it is kept."""
+        held: memoryview | None = getattr(self._local, "held", None)
+        if held is None or held.nbytes < nbytes:
+            held = self._local.held = memoryview(bytearray(nbytes))
+        return held[:nbytes]
 
     def _object(self, target: Target, tag: str) -> Object:
         return Object(self._url(target.name), tag, target.size)

@@ -6,6 +6,8 @@ import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+import numpy as np
+
 from asyncloader._threads.call import StalledError, nbytes_of
 from asyncloader.errors import CheckpointError, ReadError, ReadStalledError
 
@@ -19,6 +21,7 @@ T = TypeVar("T")
 ReadInto: TypeAlias = "Callable[[int, Sequence[memoryview]], int]"
 
 _STEP = 1 << 20
+_LARGE = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,11 @@ def scatter(source: bytes | memoryview, views: Sequence[memoryview]) -> None:
     """Copy bytes to where they belong; the views together are as long."""
     begin = 0
     for view in views:
-        view[:] = source[begin : begin + view.nbytes]
+        piece = source[begin : begin + view.nbytes]
+        if view.nbytes < _LARGE:
+            view[:] = piece
+        else:  # other threads run meanwhile
+            np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(piece, np.uint8))
         begin += view.nbytes
 
 

@@ -11,10 +11,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import numpy as np
-
 from .flight import end_of
 from .opening import FileChangedError
+from .protocol import scatter, views_within
 from .ranges import RangeReader
 from .store_errors import explained
 
@@ -121,16 +120,13 @@ class StoreRanges:
         coming = asyncio.run_coroutine_threadsafe(self._get(target, offset, end), self._loop)
         try:
             flight.check(coming.cancel)
-            data = np.frombuffer(memoryview(coming.result()), np.uint8)
+            data = memoryview(coming.result())
             flight.check(None)
         except concurrent.futures.CancelledError as error:
             raise OSError(errno.ECANCELED, "the read was given up") from error
         finally:
             coming.cancel()  # it may have begun when the read was over already
-        for view in views:
-            piece, data = data[: view.nbytes], data[view.nbytes :]
-            # Unlike an assignment to the view, it lets other threads run.
-            np.copyto(np.frombuffer(view, np.uint8)[: piece.size], piece)
+        scatter(data, views_within(views, end - offset))
         return end - offset
 
     async def _get(self, target: Target, offset: int, end: int) -> Bytes:

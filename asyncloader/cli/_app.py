@@ -13,7 +13,6 @@ import typer
 
 from asyncloader import __version__
 from asyncloader._display import escaped
-from asyncloader._storage import retrying
 
 from . import _listing, _looking, _moving
 from ._common import EXPECTED, drop_output, examples, message_of, prepare, print_json
@@ -90,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
     prepare()
     # Commands print warnings as a part of their results, but for what a person waits meanwhile.
     logging.getLogger("asyncloader").addHandler(logging.NullHandler())
-    logging.getLogger(retrying.__name__).addHandler(_TELLING)
+    logging.getLogger("asyncloader._storage.retrying").addHandler(_TELLING)
     as_json = "--json" in arguments
     try:
         return _carry_out(arguments, as_json=as_json)

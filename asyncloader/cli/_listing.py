@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from asyncloader import runs, tools
-from asyncloader._checkpoint.run_folder import sub_folder
-from asyncloader._tools.run_summary import RunSummary
+from asyncloader import tools
 from asyncloader.errors import CheckpointNotFoundError
 
 from ._common import JsonFlag, PathArgument, examples, print_json
@@ -37,6 +35,10 @@ def versions(
 
     Print the path or URL of each checkpoint that is finished, a line for each, the newest last.
     """
+    from asyncloader import runs
+    from asyncloader._checkpoint.run_folder import sub_folder
+    from asyncloader._tools.run_summary import RunSummary
+
     if not (all_ or json):
         finished = [one.name for one in runs.versions(path) if one.committed and not one.lack]
         for name in finished:
