@@ -87,7 +87,8 @@ class Cache:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self._folder.stat()
             if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise PermissionError(errno.EPERM, "others can write to it", str(self._folder))
+                problem = "others can write to it: name a folder in it, which will be made"
+                raise PermissionError(errno.EPERM, problem, str(self._folder))
             self._known = {file.name.partition("-")[0] for file in self._folder.iterdir()}
             self._is_open = self._keeps = True
 

@@ -100,10 +100,10 @@ class Copy:
         self._url = url
         self._own: set[Piece] = set()  # of this load, which brought them here
         self._is_left = False
+        self._add(_recorded(path))
         self._fd = os.open(path, os.O_RDWR | _CREATE, 0o600)
         with contextlib.suppress(OSError):  # nobody removes it meanwhile, who sees that it is used
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        self._add(_recorded(path))
 
     def leave(self) -> None:
         """Close it once no thread uses it."""
