@@ -89,6 +89,8 @@ class LoadReport(AsDict):
         ]
         if self.bytes_verified:
             parts.append(self.verified)
+        if self.bytes_cached:
+            parts.append(f"{size_text(self.bytes_cached)} from the cache")
         for count, what in (
             (len(self.missing), "missing"),
             (len(self.unexpected), "unexpected"),

@@ -65,6 +65,14 @@ DirectFlag = Annotated[
     ),
 ]
 
+CacheFolder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Of a URL: keep what is read there, for later loads on this machine (cache_dir).",
+    ),
+]
+
 LinksFlag = Annotated[
     bool,
     typer.Option(

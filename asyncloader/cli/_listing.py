@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from asyncloader import tools
-from asyncloader.errors import CheckpointNotFoundError
+from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 
 from ._common import JsonFlag, PathArgument, examples, print_json
 
@@ -45,10 +45,14 @@ def versions(
             typer.echo(sub_folder(path, name))
         if finished:
             return
-    found = tools.inspect(path)
+    try:
+        found = tools.inspect(path)
+    except CheckpointNotFoundError as error:
+        problem = "holds no checkpoints: give the folder of a training run, which does"
+        raise CheckpointError(error.location, problem) from error
     if not isinstance(found, RunSummary):
         problem = "is a checkpoint itself, no folder of checkpoints: asyncloader inspect shows it"
-        raise CheckpointNotFoundError(found.location, problem)
+        raise CheckpointError(found.location, problem)
     if json:
         print_json(found)
     elif all_:

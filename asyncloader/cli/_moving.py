@@ -19,6 +19,7 @@ from asyncloader._loading.progress import Progress
 from asyncloader.options import ReadOptions
 
 from ._common import (
+    CacheFolder,
     DirectFlag,
     JsonFlag,
     LinksFlag,
@@ -112,6 +113,7 @@ def load(
     verify: _Verify = VerifyChoice.AUTO,
     trace: _Trace = None,
     direct_io: DirectFlag = False,
+    cache_dir: CacheFolder = None,
     follow_symlinks: LinksFlag = False,
     cast: _Cast = None,
     json: JsonFlag = False,
@@ -129,6 +131,7 @@ def load(
         verify=verify.value,
         direct_io=direct_io,
         follow_symlinks=follow_symlinks,
+        cache_dir=cache_dir,
     )
     from asyncloader._threads.blocking import run_blocking
 
