@@ -228,7 +228,7 @@ def test_a_save_of_two_ranks_of_which_any_call_fails_leaves_the_old_checkpoint_o
         save_old(tmp_path / "clean")
         calls = [(await save_rank(tmp_path / "clean", rank, fine)).calls for rank in (1, 0)]
         share = FAILURES.index(how)
-        for number in sites(calls[1 - failing_rank], every=every_step, share=share, shares=2):
+        for number in sites(calls[1 - failing_rank], every=every_step, share=share, shares=3):
             await save_ranks(tmp_path / str(number), failing_rank, number, how)
 
     asyncio.run(try_all())

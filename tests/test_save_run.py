@@ -184,6 +184,7 @@ def test_torch_reads_every_kind_of_tensor_back_and_each_checksum_fits(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.every_step
 def test_tens_of_thousands_of_tensors_are_one_archive(tmp_path: Path) -> None:
     """More than 65,535 entries need the long form of a zip's end."""
     tensors = {f"w{number}": torch.tensor(number) for number in range(65_600)}
@@ -551,7 +552,7 @@ def test_a_run_of_which_any_call_fails_is_the_old_one_or_the_new(
         assert check_run(tmp_path / "clean", overwriting=overwriting) == "new"
         outcomes = set()
         share = FAILURES.index(how) + len(FAILURES) * overwriting
-        for number in sites(calls, every=every_step, share=share, shares=4):
+        for number in sites(calls, every=every_step, share=share, shares=6):
             run = tmp_path / str(number)
             save_old(run)
             failure = None

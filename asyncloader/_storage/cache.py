@@ -75,7 +75,8 @@ class Cache:
         self._lock = threading.Lock()
         self._known: set[str] = set()
         self._copies: OrderedDict[str, Copy] = OrderedDict()
-        self._room = 0
+        self._room = 0  # bytes that may be written before room is looked for again
+        self._writing = 0  # bytes that the disk may not show yet
         self._keeps = False  # whether what is read is written
         self._is_open = False
         self._trouble: Exception | None = None
@@ -127,11 +128,17 @@ class Cache:
         self, what: Object, offset: int, views: Sequence[memoryview], pieces: Sequence[Piece]
     ) -> None:
         """Keep what was read of an object."""
+        nbytes = nbytes_of(views)
         with self._bearing(), self._using(what) as copy:
-            if copy is not None and self._has_room(nbytes_of(views)):
+            if copy is None or not self._has_room(nbytes):
+                return
+            try:
                 copy.write(offset, views)
+            finally:
                 with self._lock:
-                    copy.add(pieces)
+                    self._writing -= nbytes
+            with self._lock:
+                copy.add(pieces)
 
     def close(self) -> None:
         """Record what is here.
@@ -207,7 +214,9 @@ class Cache:
                 if self._room < nbytes:
                     problem = "full of what is being loaded"
                     raise OSError(errno.ENOSPC, problem, str(self._folder))
-            self._room -= nbytes * self._keeps
+            if self._keeps:
+                self._room -= nbytes
+                self._writing += nbytes
             return self._keeps
 
     def _evict(self, nbytes: int) -> int:
@@ -215,7 +224,7 @@ class Cache:
         mine = [file for file in self._folder.iterdir() if _NAME.fullmatch(file.name)]
         copies = sorted((last_use(path), path) for path in mine)
         sizes = {path: path.lstat().st_blocks * _BLOCK for path in mine}
-        held, most = sum(sizes.values()), self._most
+        held, most = sum(sizes.values()) + self._writing, self._most
         if most is None:
             disk = os.statvfs(self._folder)
             most = round((held + disk.f_bavail * disk.f_frsize) * (1 - _SPARE))
