@@ -25,8 +25,8 @@ serve: .venv/installed-serve ## serve a model in a browser's sight while new ver
 serve-s3: .venv/installed ## run a server of S3 on this machine (Swift), for make serve SOURCE=s3://…
 	@$(RUN) tests.servers
 
-test: .venv/installed ## run the tests, four at a time: some of them wait
-	$(RUN) pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: .venv/installed ## run the tests, three at a time: some of them wait
+	$(RUN) pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-lowest: .venv-lowest/installed ## run some of the tests on the lowest releases that are declared
 	.venv-lowest/bin/python -m pytest -p no:cacheprovider $(LOWEST) $(ARGS)

@@ -187,7 +187,7 @@ def test_programming_errors_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["a byte", "cut", "gone", "zeros"])
-@pytest.mark.parametrize("then", ["ab", "ba", "b"])
+@pytest.mark.parametrize("then", ["ab", "b"])
 def test_what_a_copy_holds_is_compared(server: Liar, cache: Path, how: str, then: str) -> None:
     """The rest of it is read anew first, so that the file is as long again as it was."""
     url = f"{server.url}/{FILE}"
@@ -367,7 +367,7 @@ def test_processes_share_it_and_are_killed_at_any_time(cache: Path) -> None:
     with liar({f"{at}.safetensors": content for at in range(4)}) as server:
         start = [sys.executable, "-c", WORKER, server.url, str(cache)]
         to: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        running = [subprocess.Popen([*start, str(at)], **to) for at in range(6)]
+        running = [subprocess.Popen([*start, str(at)], **to) for at in range(4)]
         said = [process.communicate(timeout=100) for process in running]
         codes = [process.returncode for process in running]
         assert {*codes} <= {0, -signal.SIGKILL}, said
