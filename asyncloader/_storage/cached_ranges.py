@@ -13,8 +13,6 @@ from .protocol import scatter, views_within
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncloader._threads.call import Reading
-
     from .cache import Cache
 
 
@@ -45,27 +43,21 @@ class CachedRanges:
             self._cache.keep(self._object(target, target.tag), 0, views, pieces_of(0, views))
 
     def read(
-        self,
-        target: Target,
-        offset: int,
-        views: Sequence[memoryview],
-        reading: Reading,
-        flight: Flight,
-        /,
+        self, target: Target, offset: int, views: Sequence[memoryview], flight: Flight, /
     ) -> int:
         """Fill views; see `Ranges`."""
         last = end_of(target, offset, views)
         if target.tag is None or offset >= last:
-            return self._inner.read(target, offset, views, reading, flight)
+            return self._inner.read(target, offset, views, flight)
         what, length = self._object(target, target.tag), last - offset
-        reading.unsure = True  # the gate goes by the thread's time
+        flight.reading.unsure = True  # the gate goes by the thread's time
         # Of several views, some may be one memory: that of the gaps between what is wanted.
         apart = len(views) == 1
         found = views_within(views, length) if apart else [self._buffer(length)]
         if not (count := self._cache.read(what, offset, found)):
             end = min(self._cache.next_after(what, offset), last)
             found, apart = [self._buffer(end - offset)], False
-            count = self._inner.read(target, offset, found, reading, flight)
+            count = self._inner.read(target, offset, found, flight)
             kept = views_within(found, count)
             self._cache.keep(what, offset, kept, pieces_of(offset, kept))
         if not apart:

@@ -41,9 +41,15 @@ class Target:
 
 
 class Flight:
-    """A thread's request under way, which the event loop may end."""
+    """What a thread is at, which the event loop may end.
 
-    def __init__(self) -> None:
+    Attributes:
+        reading: What it reads, and where to.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        reading.interrupt = self.interrupt
         self._stop: Callable[[], object] | None = None
         self._over = threading.Event()
 
@@ -69,13 +75,7 @@ class Ranges(Protocol):
     """Reads ranges of objects, on threads."""
 
     def read(
-        self,
-        target: Target,
-        offset: int,
-        views: Sequence[memoryview],
-        reading: Reading,
-        flight: Flight,
-        /,
+        self, target: Target, offset: int, views: Sequence[memoryview], flight: Flight, /
     ) -> int:
         """Fill views from `offset` on, as far as one request goes; return the bytes read.
 
@@ -89,22 +89,21 @@ class Ranges(Protocol):
 class Reader:
     """Reads an object for a job on a thread that is lent: see `ThreadedStorage`."""
 
-    def __init__(self, ranges: Ranges, target: Target, reading: Reading, flight: Flight) -> None:
+    def __init__(self, ranges: Ranges, target: Target, flight: Flight) -> None:
         self._ranges = ranges
         self._target = target
-        self._reading = reading
         self._flight = flight
 
     def __call__(self, offset: int, views: Sequence[memoryview], /) -> int:
         """Fill views from `offset` on."""
-        self._reading.begin(offset, views)
-        return self._ranges.read(self._target, offset, views, self._reading, self._flight)
+        self._flight.reading.begin(offset, views)
+        return self._ranges.read(self._target, offset, views, self._flight)
 
     def rest(self, seconds: float) -> None:
         """Wait before the next try: the storage has answered, so it is no stall."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            self._reading.begun += 1
+            self._flight.reading.begun += 1
             self._flight.rest(min(left, _SIGN_OF_LIFE))
 
 

@@ -185,22 +185,20 @@ class ObjectStorage:
     async def readinto(self, name: str, offset: int, views: Sequence[memoryview], /) -> int:
         """Fill `views` from `offset` on; see `Storage`."""
         target = await self._find(name)
-        reading, flight = Reading(name, offset, views), Flight()
+        reading = Reading(name, offset, views)
         start = self._starts.get(name, b"")
         if offset + reading.length <= len(start):
             scatter(start[offset : offset + reading.length], views)
             return reading.length
-        reading.interrupt = flight.interrupt
-        job = partial(self._reads.read, target, offset, views, reading, flight)
+        job = partial(self._reads.read, target, offset, views, Flight(reading))
         return await self._disk.call(job, reading=reading)
 
     async def on_thread(self, name: str, job: Callable[[ReadInto], T], /) -> T:
         """Run `job` on one of the disk's threads; see `ThreadedStorage`."""
         target = await self._find(name)
-        flight = Flight()
-        reading = Reading(name, interrupt=flight.interrupt)
+        reading = Reading(name)
 
-        read = Reader(self._reads, target, reading, flight)
+        read = Reader(self._reads, target, Flight(reading))
         return await self._disk.call(partial(job, read), reading=reading)
 
     async def _find(self, name: str) -> Target:

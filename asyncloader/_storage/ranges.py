@@ -28,8 +28,6 @@ from .retrying import LaterError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from asyncloader._threads.call import Reading
-
     from .flight import Flight, Target
 
 _SILENCE = 20.0  # seconds without a byte
@@ -76,12 +74,7 @@ class RangeReader:
             connection.close()
 
     def read(
-        self,
-        target: Target,
-        offset: int,
-        views: Sequence[memoryview],
-        reading: Reading,
-        flight: Flight,
+        self, target: Target, offset: int, views: Sequence[memoryview], flight: Flight, /
     ) -> int:
         """Fill views from `offset` on, as far as one request goes; return the bytes read.
 
@@ -92,12 +85,12 @@ class RangeReader:
         end = end_of(target, offset, views)
         if end <= offset:
             return 0
-        reading.unsure = True  # the gate goes by the thread's time
+        flight.reading.unsure = True  # the gate goes by the thread's time
         done = 0
         try:
             for piece in self._pieces(target, offset, end, views, flight):
                 done += piece
-                reading.begun += 1  # whoever waits for it waits for the next piece
+                flight.reading.begun += 1  # whoever waits for it waits for the next piece
         except (OSError, http.client.HTTPException) as error:
             flight.check(None)
             if done < _WORTH:

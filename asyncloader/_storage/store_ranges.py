@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from obstore import Bytes
     from obstore.store import ObjectStore
 
-    from asyncloader._threads.call import Reading
-
     from .flight import Flight, Target
 
 
@@ -97,18 +95,12 @@ class StoreRanges:
         return None, math.inf
 
     def read(
-        self,
-        target: Target,
-        offset: int,
-        views: Sequence[memoryview],
-        reading: Reading,
-        flight: Flight,
-        /,
+        self, target: Target, offset: int, views: Sequence[memoryview], flight: Flight, /
     ) -> int:
         """Fill views; see `Ranges`."""
         if target.url is not None and (self._signs or self._root is not None):
             try:
-                return self._by_url.read(target, offset, views, reading, flight)
+                return self._by_url.read(target, offset, views, flight)
             except PermissionError:
                 if self._root is not None:
                     raise
@@ -116,7 +108,7 @@ class StoreRanges:
         end = end_of(target, offset, views)
         if end <= offset:
             return 0
-        reading.unsure = True  # the gate goes by the thread's time
+        flight.reading.unsure = True  # the gate goes by the thread's time
         coming = asyncio.run_coroutine_threadsafe(self._get(target, offset, end), self._loop)
         try:
             flight.check(coming.cancel)
