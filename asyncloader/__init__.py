@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._checkpoint.slices import Slice as Slice, gen_slice as gen_slice
+    from ._disk_table.stats import TableStats as TableStats
+    from ._disk_table.table import DiskTable as DiskTable
     from ._loading.progress import Progress as Progress, Span as Span
     from ._loading.report import LoadReport as LoadReport
     from ._loading.runtime import Runtime as Runtime
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from ._tools.inspecting import CheckpointSummary as CheckpointSummary
     from ._tools.run_summary import RunSummary as RunSummary
     from ._tools.verifying import Verification as Verification
+    from .disk import open_table as open_table
     from .errors import (
         AsyncLoaderError as AsyncLoaderError,
         CheckpointChangedError as CheckpointChangedError,
@@ -87,6 +90,8 @@ __version__ = "0.1.0"
 # A name is imported when it is first used: torch takes seconds, and many commands do without.
 _MODULES = {
     "_checkpoint.slices": "Slice gen_slice",
+    "_disk_table.stats": "TableStats",
+    "_disk_table.table": "DiskTable",
     "_loading.progress": "Progress Span",
     "_loading.report": "LoadReport",
     "_loading.runtime": "Runtime",
@@ -110,6 +115,7 @@ _MODULES = {
     "_tools.inspecting": "CheckpointSummary",
     "_tools.run_summary": "RunSummary",
     "_tools.verifying": "Verification",
+    "disk": "open_table",
     "errors": (
         "AsyncLoaderError CheckpointChangedError CheckpointError CheckpointNotFoundError "
         "LoadTimeoutError PlanError ReadError ReadStalledError "

@@ -131,3 +131,15 @@ def check_progress(progress: object) -> None:
     if not callable(progress):
         raise TypeError(f"progress must be callable, True or None, got {progress!r}")
     check_callable(progress, "progress")
+
+
+def check_row_options(
+    concurrency: object, cache_bytes: object, stall_timeout: float | None, *, prefix: str = ""
+) -> None:
+    """Refuse options of lookups that make no sense; `prefix` begins their names."""
+    check_count(concurrency, f"{prefix}concurrency")
+    if type(cache_bytes) is not int:
+        raise TypeError(f"{prefix}cache_bytes must be an int, got {cache_bytes!r}")
+    if cache_bytes < 0:
+        raise ValueError(f"{prefix}cache_bytes is 0 or more, got {cache_bytes!r}")
+    check_timeout(stall_timeout, f"{prefix}stall_timeout")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ._disk_table.table import DiskTable
 from ._display import listed
 from ._table.hashtable import HashTable
 
@@ -30,7 +31,7 @@ _WRAPPERS = {
 would take seconds."""
 
 
-def targets(model: nn.Module) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
+def targets(model: nn.Module) -> tuple[dict[str, HashTable | DiskTable], dict[str, Tensor]]:
     """Return the hash tables of a model by their names, and the tensors of its `state_dict()`.
 
     Both are the model's own, not copies: a load into them is a load into the model. Values of the
@@ -55,10 +56,10 @@ def targets(model: nn.Module) -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    tables: dict[str, HashTable] = {}
+    tables: dict[str, HashTable | DiskTable] = {}
     paths: dict[str, str] = {}
     for path, table in model.named_modules():  # each once
-        if not isinstance(table, HashTable):
+        if not isinstance(table, HashTable | DiskTable):
             continue
         if table.name in tables:
             raise ValueError(

@@ -6,6 +6,7 @@ from ._storage.protocol import ReadInto, Storage, ThreadedStorage
 from ._table.protocol import (
     LoadableTable,
     LoadableUpdate,
+    LocatingUpdate,
     Placed,
     PlacingUpdate,
     SavableSnapshot,
@@ -16,6 +17,7 @@ from ._table.protocol import (
 __all__ = [
     "LoadableTable",
     "LoadableUpdate",
+    "LocatingUpdate",
     "Placed",
     "PlacingUpdate",
     "ReadInto",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from asyncloader import HashTable, Slice
+from asyncloader import DiskTable, HashTable, Slice
 from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._loading.checks import describe_tables
@@ -116,7 +116,7 @@ def table_for(
     return table
 
 
-def rows_in(table: HashTable, child: str | None = None) -> dict[int, dict[str, bytes]]:
+def rows_in(table: HashTable | DiskTable, child: str | None = None) -> dict[int, dict[str, bytes]]:
     """Return all that a table holds, by id."""
     return rows_of(table.ids(child), {slot: table.rows(slot, child) for slot in table.slots()})
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._planning.targets import Targets
     from asyncloader._storage.folder import Folder
+    from asyncloader._storage.kept import KeptFile
     from asyncloader.options import ReadOptions
 
     from .destinations import Destinations
@@ -91,10 +92,16 @@ async def open_bank(
             next(iter(sources.values())) if sources else await stack.enter_async_context(opening),
             location=bank.location,
             file=None,
+            keep_open=partial(_keep_open, sources),
             traffic=lambda: sum((one.traffic() for one in sources.values()), Traffic()),
             storage=UnpackingStorage(JoinedStorage(storages, bank.location)),
         )
         yield OpenBank(session=session, sources=sources, entries=entries, bank=bank)
+
+
+async def _keep_open(sources: Mapping[str, Session], name: str) -> KeptFile:
+    path, file = split_shard(name)
+    return await sources[path].keep(file)
 
 
 async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | None]]:

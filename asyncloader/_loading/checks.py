@@ -11,6 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from asyncloader._checkpoint.dtypes import BY_TORCH, TensorType
+from asyncloader._disk_table.table import DiskTable
 from asyncloader._planning.targets import TableTarget
 
 if TYPE_CHECKING:
@@ -170,6 +171,9 @@ def describe_tables(tables: Mapping[str, LoadableTable]) -> dict[str, TableTarge
                 raise ValueError(f"hashtables[{name!r}]: no checkpoint can hold {slot.dtype}")
             slots[slot.name] = TensorType(dtype, slot.shape)
         children = tuple(table.children)
-        target = TableTarget(name=name, children=children, slice=table.slice, slots=slots)
+        locates = isinstance(table, DiskTable)
+        target = TableTarget(
+            name=name, children=children, slice=table.slice, slots=slots, locates=locates
+        )
         targets |= dict.fromkeys(children, target)
     return targets

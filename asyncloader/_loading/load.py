@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._planning.reads import plan_reads
-from asyncloader._table.protocol import PlacingUpdate
+from asyncloader._table.protocol import LocatingUpdate, PlacingUpdate
 from asyncloader._threads.jobs import run_jobs, undisturbed
 from asyncloader.errors import AsyncLoaderError
 
@@ -98,6 +98,10 @@ class Load:
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
+        for load in self.plan.tables:
+            update = self._updates[load.name]
+            if isinstance(update, LocatingUpdate):
+                update.keep({name: await self.session.keep(name) for name in load.row_shards})
 
     async def finish(self) -> None:
         """Make the new rows ready for `commit`. Everything has been read."""
@@ -208,6 +212,11 @@ class Load:
             for part in table.parts:
                 yield from self._row_pieces(table, part, update, turns)
             return
+        if table.locates and self.verifier.widen:  # the rows are read this once, to be compared
+            blocks = [block for part in table.parts for block in part.slots.values()]
+            self.meter.total += sum(block.nbytes for block in blocks)
+            for block in blocks:
+                self.sinks.add(Sink(table.name, block, None, None))
         for number, slots in enumerate(table.layers):
             expected = sum(part.expected for part in table.parts if part.layer == number)
             update.layer(slots, expected)
@@ -233,6 +242,9 @@ class Load:
         if ids.memory is None:
             raise TypeError(f"table {table.name!r}: its ids are not in plain host memory")
         self.sinks.add(ids)
+        if isinstance(update, LocatingUpdate):
+            update.locate(part.layer, first, range(part.rows), part.slots)
+            return
         for slot, block in part.slots.items():
             self.sinks.add(Sink.of(table.name, update.view(slot, first, part.rows), block))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from asyncloader._addresses import is_url
 from asyncloader._planning.choice import choose
 from asyncloader._planning.hints import did_you_mean
 from asyncloader._planning.planner import plan_load
@@ -118,8 +119,17 @@ class Planner:
             catalog.whole()
         return into, catalog, choice, choice.shards()
 
-    def _problems(self, choice: Choice) -> list[str]:
+    def _problems(self, choice: Choice, location: str) -> list[str]:
         """Return what tables themselves say against being filled."""
+        remote = [
+            f"table {part.target.name!r}: its rows would stay in {part.ids.shard} of {location}, "
+            "which is not on a disk of this machine: copy the checkpoint to one (`asyncloader "
+            "convert`), or load it into a HashTable"
+            for part in choice.parts
+            if part.target.locates and (is_url(location) or is_url(part.ids.shard))
+        ]
+        if remote:
+            return list(dict.fromkeys(remote))
         wanted: dict[str, set[str]] = {}
         for part in choice.parts:
             wanted.setdefault(part.target.name, set()).update(part.slots)
@@ -135,7 +145,7 @@ class Planner:
     ) -> tuple[LoadPlan, list[str]]:
         """Return the plan, and warnings."""
         choice.problems += [*into.overlaps(choice.tensors), *into.unsafe(choice.tensors)]
-        choice.problems += self._problems(choice)
+        choice.problems += self._problems(choice, manifest.location)
         plan = plan_load(manifest, choice, strict=self.strict, casting=self.cast)
         warnings = list(plan.warnings)
         if plan.missing:

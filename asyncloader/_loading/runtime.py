@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from asyncloader._addresses import is_url
-from asyncloader._arguments import check_callable
+from asyncloader._arguments import check_callable, check_row_options
 from asyncloader._checkpoint.catalog import is_weight_map
 from asyncloader._checkpoint.format import INDEX, MODEL, SIDECAR, TENSORKEY
 from asyncloader._storage.descriptors import Descriptors
@@ -33,6 +34,8 @@ from .session import Session, in_time, on_disk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from asyncloader._disk_table.readers import RowReaders
 
 
 _LEAST_REQUEST = 1 << 20
@@ -69,6 +72,11 @@ class Runtime:
         wrap_storage: Gets the files of each checkpoint, a `protocols.ThreadedStorage`, and returns
             what is read from in their place: one that counts, say, or that fails, to see what your
             service does then.
+        row_cache_bytes: Memory for hot rows of all `DiskTable`s that are made with this runtime, in
+            bytes; 0 is none. It outlives a version of a model: while the next one comes in, both
+            share it.
+        row_concurrency: Lookups in all those tables that read at a time.
+        row_stall_timeout: Seconds after which such a lookup is given up; `None` waits for ever.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -83,8 +91,13 @@ class Runtime:
         max_loop_lag: float | None = None,
         pressure: Callable[[], float] | None = None,
         wrap_storage: Callable[[ThreadedStorage], ThreadedStorage] = _as_it_is,
+        row_cache_bytes: int = 0,
+        row_concurrency: int = 8,
+        row_stall_timeout: float | None = 120.0,
     ) -> None:
         check_callable(wrap_storage, "wrap_storage")
+        check_row_options(row_concurrency, row_cache_bytes, row_stall_timeout, prefix="row_")
+        self._row_options = row_concurrency, row_cache_bytes, row_stall_timeout
         self._options = ReadOptions(
             parallel=parallel,
             max_inflight_bytes=max_inflight_bytes,
@@ -99,6 +112,14 @@ class Runtime:
         if held.value is None:
             return "<Runtime: not entered>"
         return f"<Runtime: {held.users} loads, {held.value.budget!r}>"
+
+    @functools.cached_property
+    def row_readers(self) -> RowReaders:
+        """What all `DiskTable`s of this runtime share; on any thread, entered or not."""
+        from asyncloader._disk_table.readers import RowReaders  # noqa: PLC0415  # numba
+
+        concurrency, cache_bytes, seconds = self._row_options
+        return RowReaders(concurrency=concurrency, cache_bytes=cache_bytes, stall_timeout=seconds)
 
     async def __aenter__(self) -> Self:
         if self._held.is_entered:
@@ -245,6 +266,7 @@ async def open_files(
             location=path if is_url(path) else str(Path(path)),
             file=file,
             entries=files.entries,
+            keep_open=files.keep,
             gap_bytes=files.gap_bytes,
             traffic=files.traffic,
             # A wrapper need not count lost reads: the files do.

@@ -21,7 +21,7 @@ import torch
 from asyncloader._checkpoint.format import SIDECAR
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._storage.protocol import fill, read_error
-from asyncloader._table.protocol import COPIED_BYTES, PlacingUpdate
+from asyncloader._table.protocol import COPIED_BYTES, LocatingUpdate, PlacingUpdate
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, ReadError
 
@@ -79,6 +79,11 @@ async def _load_piece(piece: RowPiece, load: Load, verifier_of_ids: Verifier) ->
     room = update.view("id", first, len(rows))
     await run_jobs(kernels, [lambda: room.copy_(torch.from_numpy(kept))])
     load.arrivals.put_nowait(Arrival(update, part.layer, part.child, first, len(rows), None))
+    if isinstance(update, LocatingUpdate):
+        one_by_one = int(rows[-1]) - int(rows[0]) >= len(rows)
+        there = rows if one_by_one else range(int(rows[0]), int(rows[-1]) + 1)
+        update.locate(part.layer, first, there, part.slots)
+        return
     for slot, block in part.slots.items():
         target = update.view(slot, first, len(rows))
         await _load_rows(piece, load, Filling(block, rows, target, load.verifier))

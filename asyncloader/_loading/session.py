@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.header import ShardHeader
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
+    from asyncloader._storage.kept import KeptFile
     from asyncloader._storage.unpacking import UnpackingStorage
     from asyncloader._threads.disk import Disk
     from asyncloader._threads.jobs import ByteBudget
@@ -113,6 +115,10 @@ async def _none() -> Mapping[str, int | None]:
     return {}
 
 
+async def _kept_nowhere(name: str) -> KeptFile:
+    raise OSError(errno.EINVAL, "rows stay on a disk of this machine only", name)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """A checkpoint that is open for reading, on one event loop."""
@@ -129,6 +135,8 @@ class Session:
     traffic: Callable[[], Traffic] = Traffic  # what there was with an object store
     # The names beside each other, and how long the files are.
     entries: Callable[[], Awaitable[Mapping[str, int | None]]] = _none
+    # Opens a file that stays open when the session has ended.
+    keep_open: Callable[[str], Awaitable[KeptFile]] = _kept_nowhere
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # tasks take turns to read names
 
     @property
@@ -167,6 +175,20 @@ class Session:
             raise read_error(shards[0], 0, 0, error) from error
         if changed:
             raise CheckpointChangedError(self.location, _CHANGED, changed[0])
+
+    async def keep(self, name: str) -> KeptFile:
+        """Open a file that stays open when the session has ended.
+
+        Raises:
+            CheckpointError: If it cannot be opened.
+            CheckpointChangedError: If it is another one than the session has read.
+        """
+        try:
+            return await self.keep_open(name)
+        except FileChangedError as error:
+            raise CheckpointChangedError(self.location, _CHANGED, name) from error
+        except OSError as error:
+            raise opening_error(self.location, name, error) from error
 
     async def on_disk(self, job: Callable[[], T]) -> T:
         """Have a thread do a job that looks at files, but reads none."""

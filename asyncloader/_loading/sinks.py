@@ -37,7 +37,7 @@ class Sink:
 
     name: str  # the tensor or table that the memory belongs to
     block: Block
-    tensor: torch.Tensor
+    tensor: torch.Tensor | None  # `None` where bytes are only compared with their digests
     memory: memoryview | None  # the tensor's, if a file's bytes can go there as they lie
     arrived: Callable[[int, int], None] | None = None  # gets the first row with ids, and how many
 
@@ -71,14 +71,16 @@ class Sink:
 
     def filled(self, position: int, view: memoryview) -> Callable[[], None] | None:
         """Take note that a view is filled; return the rest of the work, for a kernel thread."""
+        if self.tensor is None:
+            return None
         if self.memory is None:
-            return partial(self._copy, position, view)
+            return partial(self._copy, self.tensor, position, view)
         if self.arrived is not None:
             self.arrived(position // 8, view.nbytes // 8)
         return None
 
-    def _copy(self, position: int, view: memoryview) -> None:
-        tensor, dtype = self.tensor, torch_dtype(self.block.dtype)
+    def _copy(self, tensor: torch.Tensor, position: int, view: memoryview) -> None:
+        dtype = torch_dtype(self.block.dtype)
         start = position // dtype.itemsize
         values = torch.frombuffer(view, dtype=dtype)
         # For another device torch converts in host memory first, of its own: a part at a time.

@@ -148,6 +148,7 @@ class TableLoad:
         layers: The slots that the rows of each layer bring.
         fills: The numbers of layers that bring no ids: they fill rows of ids that are there.
         cleared: The children whose ids are taken out first.
+        locates: Whether rows stay in the checkpoint, and only ids are read.
     """
 
     name: str
@@ -156,6 +157,13 @@ class TableLoad:
     parts: tuple[PartLoad, ...]
     fills: frozenset[int] = frozenset()
     cleared: tuple[str, ...] = ()
+    locates: bool = False
+
+    @property
+    def row_shards(self) -> tuple[str, ...]:
+        """The shards that its rows stand in."""
+        blocks = (block for part in self.parts for block in part.slots.values())
+        return tuple(dict.fromkeys(block.shard for block in blocks))
 
     @property
     def most(self) -> int:
@@ -170,7 +178,10 @@ class TableLoad:
     @property
     def nbytes(self) -> int:
         """Bytes to read, about; exact where every part is certain."""
-        return sum(8 * len(part.reach) + part.expected * part.row_bytes for part in self.parts)
+        ids = sum(8 * len(part.reach) for part in self.parts)
+        if self.locates:
+            return ids
+        return ids + sum(part.expected * part.row_bytes for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from asyncloader.errors import PlanError
 
 from .hints import did_you_mean
 from .plan import LoadPlan, PartLoad, TableLoad, TensorLoads
-from .targets import Cast, misfit
+from .targets import Cast, can_read_as, misfit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -272,6 +272,8 @@ class _TableBuilder:
             name = f"{part.source}@{slot}"
             want, have = self.target.slots[slot], TensorType(block.dtype, block.shape[1:])
             hint = misfit(have, want, self.casting) if block.shape else ""
+            if hint is None and self.target.locates:
+                hint = self._kept_as_it_is(slot, block, want)
             if hint is None:
                 problems += map(str, count_problems(name, ids, block))
             else:
@@ -281,6 +283,18 @@ class _TableBuilder:
                 )
         return problems
 
+    def _kept_as_it_is(self, slot: str, block: Block, want: TensorType) -> str | None:
+        """Return why rows cannot stay on the disk as they are; `None` if they can."""
+        if block.dtype != want.dtype and not can_read_as(block.dtype, want.dtype):
+            return (
+                "; rows that stay on the disk are converted from bfloat16 and float16 to float32 "
+                "only"
+            )
+        stored = {part.slots[slot].dtype for part in self.parts if slot in part.slots}
+        if stored - {block.dtype}:
+            return "; rows that stay on the disk are of one dtype in all parts"
+        return None
+
     def build(self) -> TableLoad:
         return TableLoad(
             name=self.target.name,
@@ -289,4 +303,5 @@ class _TableBuilder:
             parts=tuple(self.parts),
             fills=frozenset(n for n, ((_, fills), _) in enumerate(self.layers) if fills),
             cleared=tuple(self.cleared),
+            locates=self.target.locates,
         )

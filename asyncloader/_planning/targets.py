@@ -71,6 +71,7 @@ class TableTarget:
     children: tuple[str, ...]
     slice: Slice
     slots: Mapping[str, TensorType]  # a row of each slot but the ids
+    locates: bool = False  # whether rows stay in the checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +131,11 @@ def can_cast(source: DType, target: DType, casting: Casting | None) -> bool:
     if casting == "widen":
         return target.torch in _WIDER.get(source.torch, ())
     return any({source.torch, target.torch} <= kind for kind in (_FLOATS, _INTEGERS))
+
+
+def can_read_as(source: DType, target: DType) -> bool:
+    """Say whether rows that stay on the disk may be converted while they are looked up."""
+    return source.torch in {"bfloat16", "float16"} and target.torch == "float32"
 
 
 def misfit(have: TensorType, want: TensorType, casting: Casting | None) -> str | None:

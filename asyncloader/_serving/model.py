@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from torch import nn
 
 from asyncloader._addresses import as_path
+from asyncloader._disk_table.table import DiskTable
 from asyncloader._table.recis import RecISTable, is_of_recis
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.model import targets
@@ -34,12 +35,16 @@ if TYPE_CHECKING:
 
 # The id itself, and two words of the index, which begins half full.
 _ID_BYTES = 8 + 16
+# Of a table whose rows stay on the disk: the id, and the number of its row where ids come unsorted.
+_LOCATED_BYTES = 8 + 4
 _SHORT = 80
 
-Built: TypeAlias = "tuple[Mapping[str, HashTable] | None, Mapping[str, Tensor] | None] | nn.Module"
+Table: TypeAlias = "HashTable | DiskTable"
+
+Built: TypeAlias = "tuple[Mapping[str, Table] | None, Mapping[str, Tensor] | None] | nn.Module"
 """The values that a user's `build` may return."""
 
-_Contents: TypeAlias = "tuple[Mapping[str, HashTable], Mapping[str, Tensor], nn.Module | None]"
+_Contents: TypeAlias = "tuple[Mapping[str, Table], Mapping[str, Tensor], nn.Module | None]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +81,7 @@ class Model:
     def __init__(
         self,
         version: Candidate,
-        tables: Mapping[str, HashTable],
+        tables: Mapping[str, Table],
         tensors: Mapping[str, Tensor],
         module: nn.Module | None,
     ) -> None:
@@ -95,7 +100,7 @@ class Model:
         return f"<Model {self.version!r}: {len(tables)} tables, {len(tensors)} tensors>"
 
     @property
-    def tables(self) -> Mapping[str, HashTable]:
+    def tables(self) -> Mapping[str, Table]:
         """By the names that `build` gave them, or, of a module, by their own."""
         return self._held[0]
 
@@ -153,13 +158,17 @@ def row_bytes(plan: LoadPlan, model: Model) -> int:
     """
     total = 0
     for load in plan.tables:
-        slots = model.tables[load.name].slots().values()
+        table = model.tables[load.name]
+        if isinstance(table, DiskTable):
+            total += load.expected * _LOCATED_BYTES + table.cache_bytes
+            continue
+        slots = table.slots().values()
         row = sum(math.prod(slot.shape) * slot.dtype.itemsize for slot in slots)
         total += load.expected * (_ID_BYTES + row)
     return total
 
 
-def _identities(tables: Mapping[str, HashTable], tensors: Mapping[str, Tensor]) -> set[int]:
+def _identities(tables: Mapping[str, Table], tensors: Mapping[str, Tensor]) -> set[int]:
     """Return numbers that tell tables and tensors from those of another model."""
     storages = (tensor.untyped_storage() for tensor in tensors.values())
     memory = {storage.data_ptr() for storage in storages if storage.nbytes()}

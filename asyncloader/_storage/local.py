@@ -14,6 +14,7 @@ from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.jobs import for_each, settled
 
 from .descriptors import Descriptors, OpenFile, close_aside
+from .kept import KeptFile
 from .opening import O_DIRECT, FileChangedError, identity, open_regular, status_of
 from .preadv import DirectReader
 from .preadv import preadv as through_cache
@@ -172,6 +173,23 @@ class LocalStorage:
         async with self._using(name) as file:
             file.start = b""
             return await self._disk.call(partial(job, read), reading=reading)
+
+    async def keep(self, name: str) -> KeptFile:
+        """Open a file anew, for one that outlives this storage.
+
+        Raises:
+            FileChangedError: If it is not the one any more that was opened first.
+            OSError: If it cannot be opened.
+        """
+
+        def opened() -> KeptFile:
+            fd, status = open_regular(self._root / name, os.O_RDONLY, follow=self._follow)
+            file = KeptFile(self.location, name, fd, status)
+            if self._seen.setdefault(name, identity(status)) != identity(status):
+                raise FileChangedError(name)
+            return file
+
+        return await self._disk.call(opened, label=name)
 
     def _read(self, file: OpenFile, reading: Reading) -> int:
         """Read, on a thread."""

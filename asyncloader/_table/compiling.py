@@ -20,7 +20,7 @@ from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numba.core.base import BaseContext
     from numba.core.typing.context import Context
@@ -58,15 +58,20 @@ class _Checked(CompileResultCacheImpl):
 
 
 class KernelCache(FunctionCache):
-    """Numba's cache on disk; its methods raise `OSError`, or any error if a file is damaged."""
+    """Numba's cache on disk; its methods raise `OSError`, or any error if a file is damaged.
+
+    Args:
+        function: The kernel.
+        shared: Files with functions that it calls.
+    """
 
     _impl_class = _Checked
 
-    def __init__(self, function: Callable[..., object]) -> None:
+    def __init__(self, function: Callable[..., object], shared: Sequence[str] = ()) -> None:
         super().__init__(function)  # type: ignore[no-untyped-call]
         # Numba's own goes by the time and length of the kernel's file. Files that come out of a
-        # wheel may all be of one time, and the functions that kernels share are in this file.
-        sources = _digest(function.__code__.co_filename), _digest(__file__)
+        # wheel may all be of one time, and functions that kernels share are in other files.
+        sources = tuple(map(_digest, (function.__code__.co_filename, __file__, *shared)))
         place = self._cache_path, self._impl.filename_base
         self._cache_file = IndexDataCacheFile(*place, sources)  # type: ignore[no-untyped-call]
 

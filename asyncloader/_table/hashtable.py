@@ -176,6 +176,12 @@ class HashTable(torch.nn.Module):
         wanted, shape = as_ids(ids)
         return state.lookup(slot, self._encoding.encode(wanted, child)).view(*shape, *spec.shape)
 
+    async def alookup(
+        self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None
+    ) -> torch.Tensor:
+        """Do as `lookup`, at once: what awaits rows need not know whether they stay on the disk."""
+        return self.lookup(ids, slot, child)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of ids of any shape; zeros for ids not there."""
         return self.lookup(ids)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from asyncloader._checkpoint.blocks import Block
     from asyncloader._checkpoint.slices import Slice
+    from asyncloader._storage.kept import KeptFile
 
     from .schema import Flags, Longs, Slot
     from .snapshot import SortedRows
@@ -140,6 +142,28 @@ class LoadableUpdate(Protocol):
     def commit(self) -> UpdateCounts: ...
     def abort(self) -> None: ...
     def abandon(self) -> None: ...
+
+
+@runtime_checkable
+class LocatingUpdate(LoadableUpdate, Protocol):
+    """An update of a table whose rows stay in the checkpoint: only their ids are read."""
+
+    def locate(
+        self, layer: int, first: int, rows: range | Longs, slots: Mapping[str, Block]
+    ) -> None:
+        """Note where the rows of reserved ids stand, at once after `reserve`.
+
+        Args:
+            layer: Their layer.
+            first: What `reserve` has returned for them.
+            rows: Their positions in the blocks, ascending.
+            slots: The blocks.
+        """
+        ...
+
+    def keep(self, files: Mapping[str, KeptFile]) -> None:
+        """Take the files that rows stay in, by the names that blocks give them."""
+        ...
 
 
 class Placed(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -116,6 +116,8 @@ class Children(tuple[str, ...]):
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """Turns ids of children into ids of the table, and back."""
+
+    BITS: ClassVar = _BITS
 
     table: str
     children: Children

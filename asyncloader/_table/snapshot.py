@@ -171,7 +171,7 @@ def sort_keys(ids: Longs, size: int) -> Words:
 
 
 def order_of(keys: Words) -> Longs:
-    """Return the positions that sort different keys, as `np.argsort` does, in a third of the time.
+    """Return the positions that sort keys, as a stable `np.argsort` does, in a third of the time.
 
     numpy sorts plain numbers seven times faster than positions of numbers (4 million in 22 ms
     instead of 158). So each key carries its position in its lowest bits. If that pushes bits of the
@@ -179,7 +179,7 @@ def order_of(keys: Words) -> Longs:
     are, and are put right; if they are many, `np.argsort` sorts after all.
     """
     if len(keys) < _FEW:
-        return np.argsort(keys)
+        return np.argsort(keys, kind="stable")
     low, high = int(keys.min()), int(keys.max())
     bits = (len(keys) - 1).bit_length()
     lost = max((high - low).bit_length() + bits - 64, 0)
@@ -188,7 +188,7 @@ def order_of(keys: Words) -> Longs:
     packed.sort()
     packed &= np.uint64((1 << bits) - 1)
     order = packed.view(np.int64)
-    return order if not lost or _put_right(keys, order) else np.argsort(keys)
+    return order if not lost or _put_right(keys, order) else np.argsort(keys, kind="stable")
 
 
 def _put_right(keys: Words, order: Longs) -> bool:

@@ -244,10 +244,10 @@ class Threads:
         self.kernel_count = min(processors(), _MOST_KERNELS)
         self.gate = gate or Gate(most=reads)
         self.reads = WorkerPool(
-            reads, name="asyncloader-read", gate=self.gate, initializer=_step_back
+            reads, name="asyncloader-read", gate=self.gate, initializer=step_back
         )
         self.kernels = WorkerPool(
-            self.kernel_count, name="asyncloader-kernel", gate=self.gate, initializer=_step_back
+            self.kernel_count, name="asyncloader-kernel", gate=self.gate, initializer=step_back
         )
 
     async def __aenter__(self) -> Self:
@@ -269,7 +269,7 @@ class Threads:
             self.kernels.shutdown()
 
 
-def _step_back() -> None:
+def step_back() -> None:
     """Let the event loop's thread go first where there are too few processors for all."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # some sandboxes forbid it

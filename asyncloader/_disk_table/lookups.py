@@ -1,0 +1,139 @@
+"""Carries out the lookups of one table: cuts them into requests, and counts what they come to."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from .request import Form, Request, cut
+from .stats import Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from asyncloader._table.schema import Longs, Slot
+
+    from .hot import HotIds
+    from .places import DiskState
+    from .readers import RowReaders
+    from .reading import RowReader
+    from .stats import TableStats
+
+
+_PIECE = 16 << 10
+"""Ids. Larger lookups are cut: between two pieces, other lookups have their turn."""
+
+_AT_ONCE = 512
+"""Ids. So few are looked for in the cache on the caller's thread: that is less than a hand-over."""
+
+_FORMS = {(torch.bfloat16, torch.float32): 1, (torch.float16, torch.float32): 2}
+"""How rows are copied whose dtype for the caller is another one than that on the disk."""
+
+
+class Lookups:
+    """Looks ids up.
+
+    Args:
+        table: The table's name, for messages.
+        readers: Carry requests out.
+        read: Reads rows from files.
+    """
+
+    def __init__(self, table: str, readers: RowReaders, read: RowReader) -> None:
+        self._table = table
+        self._readers = readers
+        self._read = read
+        self._tally = Tally()
+
+    async def run(self, state: DiskState, slot: Slot, ids: Longs, out: torch.Tensor) -> None:
+        """Fill `out` with the rows of ids, encoded, `[n]`."""
+        with self._counted():
+            for request in self._requests(state, slot, ids, out):
+                if len(request.ids) > _AT_ONCE or not request.hits():
+                    await self._readers.carry_out(request)
+
+    def run_here(self, state: DiskState, slot: Slot, ids: Longs, out: torch.Tensor) -> None:
+        """Do the same, and block the calling thread meanwhile."""
+        with self._counted():
+            for request in self._requests(state, slot, ids, out):
+                if len(request.ids) > _AT_ONCE or not request.hits():
+                    self._readers.carry_out_here(request)
+
+    async def warm(
+        self, state: DiskState, slot: Slot, ids: Longs, counts: Longs | None = None
+    ) -> None:
+        """Bring rows into the cache, as if each had been asked for `counts` times, `[n]`."""
+        for request in self._requests(state, slot, ids, None, counts):
+            await self._readers.carry_out(request)
+
+    def prefetch(self, state: DiskState, slot: Slot, ids: Longs) -> None:
+        """Begin to bring rows into the cache; wait for nothing."""
+        for request in self._requests(state, slot, ids, None):
+            self._readers.begin(request)
+
+    def hot(self, state: DiskState) -> dict[str, HotIds]:
+        """Return the ids in the cache, encoded, and how often each was asked for; by slot."""
+        hot = self._readers.hot
+        if hot is None:
+            return {}
+        return {
+            slot: hot.of(owner, state.places[slot].width) for slot, owner in state.owners.items()
+        }
+
+    def close(self) -> None:
+        """End the threads, if they are this table's own."""
+        self._readers.close()
+
+    def join(self, width: int) -> int:
+        """Return the number of a new owner of rows in the cache; 0 where there is none."""
+        hot = self._readers.hot
+        return 0 if hot is None else hot.join(width)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for hot rows, in bytes; 0 if there is no cache."""
+        return 0 if self._readers.hot is None else self._readers.hot.nbytes
+
+    def stats(self, state: DiskState) -> TableStats:
+        """Return what all lookups came to."""
+        return self._tally.stats(nbytes=state.nbytes, cache_bytes=self.cache_bytes)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self._tally.add(failures=1)
+            raise
+        self._tally.ended(time.perf_counter() - start)
+
+    def _requests(
+        self,
+        state: DiskState,
+        slot: Slot,
+        ids: Longs,
+        out: torch.Tensor | None,
+        counts: Longs | None = None,
+    ) -> Iterator[Request]:
+        places = state.places.get(slot.name)
+        number = 0 if places is None else _FORMS.get((places.dtype, slot.dtype), 0)
+        form = Form(slot=slot.name, out_width=slot.row_bytes, number=number)
+        memory = None
+        if out is not None and out.numel():
+            memory = out.detach().reshape(-1).view(torch.uint8).numpy().data
+        for low, high in cut(len(ids), _PIECE):
+            yield Request(
+                table=self._table,
+                state=state,
+                form=form,
+                ids=ids[low:high],
+                out=memory and memory[low * form.out_width : high * form.out_width],
+                counts=None if counts is None else counts[low:high],
+                hot=self._readers.hot,
+                tally=self._tally,
+                read=self._read,
+            )

@@ -1,0 +1,377 @@
+"""The table whose rows stay on the disk: what users make, hand to a loader, and look ids up in."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from asyncloader._checkpoint.slices import Slice, gen_slice
+from asyncloader._table.schema import Encoding, as_ids, as_slot
+from asyncloader._threads.blocking import run_blocking
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from asyncloader._table.protocol import SavableSnapshot
+    from asyncloader._table.schema import Children, Longs, Slot
+
+    from .places import DiskState
+    from .readers import RowReaders
+    from .stats import TableStats
+    from .update import DiskUpdate
+
+
+EMBEDDING = "embedding"
+ID = "id"
+
+_NEVER = (
+    "a DiskTable is read-only: its rows stay in the checkpoint. To change rows, load them into a "
+    "HashTable, and save that"
+)
+
+
+class HasReaders(Protocol):
+    """A `Runtime`, whose module this one may not import."""
+
+    @property
+    def row_readers(self) -> RowReaders: ...
+
+
+class DiskTable(torch.nn.Module):
+    """Ids (any int64) → rows that stay on the disk: for tables that do not fit into memory.
+
+    A `Loader` or a `Live` "loads" it as it does a `HashTable`: ids are read, and where the rows of
+    each slot stand is noted; 8 bytes an id where the checkpoint has them sorted, as our `Saver`
+    writes them, 12 otherwise. Rows are read when they are asked for, from the shards, which must
+    lie on a file system of this machine, and stay as they are. The files are held open: after their
+    checkpoint was removed or replaced, rows are those of the one that was loaded; after it was
+    written to, a lookup is a `CheckpointChangedError`, and never a wrong row. A row has no digest
+    of its own: `verify="require"` reads and compares all rows once, while the table is loaded.
+
+    ```python
+    table = DiskTable([64], name="item_emb", cache_bytes=2 << 30)
+    await Loader(path, {"item_emb": table}).aload()
+    rows = await table.alookup(ids)  # [*ids.shape, 64]; zeros for ids not there
+    ```
+
+    Any number of lookups may run at a time, on any event loops and threads. Names, slices, slots
+    and children are those of `HashTable`.
+
+    Args:
+        embedding_shape: Shape of one row.
+        dtype: The dtype of the embedding for the caller. It may be float32 where that on the disk
+            is bfloat16 or float16, with `cast="widen"` of the loader.
+        coalesced: Whether the table merges `children`.
+        children: Their names on disk, at most 4094; by default the table's own name.
+        slice: The ids that the table accepts, by their position on disk; by default all.
+        name: The table's name on disk.
+        cache_bytes: Memory for rows that are asked for often, in bytes; 0 is none.
+        concurrency: Lookups that read at a time, each on one thread; the others wait in order.
+        direct_io: Whether rows are read past the page cache (Linux AIO, `O_DIRECT`), where that is
+            possible: a third less processor time a row that the page cache has not, and more for
+            one that it has.
+        stall_timeout: Seconds after which a lookup is given up with `ReadStalledError` if the disk
+            gives no answer; `None` waits for ever.
+        runtime: Its threads and its cache are used, in place of `cache_bytes`, `concurrency` and
+            `stall_timeout`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        embedding_shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        *,
+        coalesced: bool = False,
+        children: Sequence[str] | None = None,
+        slice: Slice | None = None,  # noqa: A002  # RecIS's name
+        name: str = "hashtable",
+        cache_bytes: int = 0,
+        concurrency: int = 8,
+        direct_io: bool = False,
+        stall_timeout: float | None = 120.0,
+        runtime: HasReaders | None = None,
+    ) -> None:
+        super().__init__()
+        from asyncloader._table.state import Turn  # noqa: PLC0415  # numba, which takes half a second
+
+        from .lookups import Lookups  # noqa: PLC0415  # as above
+        from .places import DiskState  # noqa: PLC0415
+        from .readers import RowReaders  # noqa: PLC0415
+        from .reading import DirectReader, RowReader  # noqa: PLC0415
+
+        if slice is not None and not isinstance(slice, Slice):
+            raise TypeError(f"slice must be a Slice, as gen_slice() makes, got {slice!r}")
+        self.name = name
+        self.slice = gen_slice() if slice is None else slice
+        self._encoding = Encoding.of(name, children, coalesced=coalesced)
+        self._slots = {EMBEDDING: as_slot(EMBEDDING, embedding_shape, dtype, 0.0)}
+        if runtime is None:
+            readers = RowReaders(
+                concurrency=concurrency, cache_bytes=cache_bytes, stall_timeout=stall_timeout
+            )
+        else:
+            readers = runtime.row_readers
+        self._owns_readers = runtime is None
+        self._turn = Turn()
+        self._state = DiskState()
+        self._lookups = Lookups(name, readers, DirectReader() if direct_io else RowReader())
+
+    def extra_repr(self) -> str:
+        slots = ", ".join(
+            f"{slot.name}: {list(slot.shape)} {str(slot.dtype).removeprefix('torch.')}"
+            for slot in self._slots.values()
+        )
+        family = f", children={list(self.children)}" if self.coalesced else ""
+        return f"{self.name!r}, {len(self)} ids, slots=({slots}), slice={self.slice}{family}"
+
+    def __len__(self) -> int:
+        return self._state.count
+
+    def __bool__(self) -> bool:
+        return True  # otherwise `if table:` would ask whether it holds ids
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for hot rows of its own, in bytes; 0 if there is none, or it is a runtime's."""
+        return self._lookups.cache_bytes if self._owns_readers else 0
+
+    @property
+    def coalesced(self) -> bool:
+        """Whether the table merges several children."""
+        return self._encoding.coalesced
+
+    @property
+    def children(self) -> Children:  # RecIS's name, and callable too
+        """The names of its ids on disk; its own name, unless it is coalesced."""
+        return self._encoding.children
+
+    def slots(self) -> Mapping[str, Slot]:
+        """Return the slots by name, `embedding` first."""
+        return dict(self._slots)
+
+    def add_slot(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+        """Add a slot, such as an optimizer's state; loads that follow say where its rows stand.
+
+        Raises:
+            ValueError: If there is such a slot already, or the name is `id`.
+        """
+        if name == ID or name in self._slots:
+            raise ValueError(f"table {self.name!r} already has a slot {name!r}")
+        self._slots[name] = as_slot(name, shape, dtype, 0.0)
+
+    def ids(self, child: str | None = None) -> torch.Tensor:
+        """Return the ids, int64 `[n]`: a child's as they stand on disk, or all, encoded."""
+        ids = self._state.all_ids()
+        if child is not None:
+            ids = self._encoding.decode(ids[self._encoding.are_of(ids, child)])
+        return torch.from_numpy(ids)
+
+    def rows(self, slot: str = EMBEDDING, child: str | None = None) -> torch.Tensor:
+        """Read all rows of a slot, `[n, *shape]`, in the order of `ids(child)`, and block."""
+        return self.lookup(self.ids(child), slot, child)
+
+    def contains(self, ids: torch.Tensor, child: str | None = None) -> torch.Tensor:
+        """Say which ids are there: bool, of the shape of `ids`. Reads nothing."""
+        wanted, shape = as_ids(ids)
+        return torch.from_numpy(self._state.has(self._encoding.encode(wanted, child))).view(shape)
+
+    async def alookup(
+        self,
+        ids: torch.Tensor,
+        slot: str = EMBEDDING,
+        child: str | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the rows of ids of any shape, `[*ids.shape, *shape]`; zeros for ids not there.
+
+        The event loop is free meanwhile; each lookup reads on one thread. One that is cancelled
+        ends what its thread does, and waits for that: a moment.
+
+        Args:
+            ids: Of any shape and whole-number dtype; an id that is there twice is read once.
+            slot: The slot.
+            child: The child whose ids they are; without it, ids of a coalesced table are encoded.
+            out: Where the rows go, in place of new memory: contiguous, in host memory, of the shape
+                and dtype of the result. After an error its values are anything.
+
+        Raises:
+            KeyError: If there is no such slot or child.
+            TypeError: If the ids are not integers, or `out` is of another dtype.
+            ValueError: If `out` is of another shape, or is not contiguous host memory.
+            CheckpointChangedError: If a shard was written to since the load.
+            ReadError: If the disk failed, again and again.
+            ReadStalledError: If the disk gave no answer for `stall_timeout`.
+        """
+        wanted, result = self._wanted(ids, slot, child, out)
+        await self._lookups.run(self._state, self._slots[slot], wanted, result)
+        return result
+
+    def lookup(
+        self,
+        ids: torch.Tensor,
+        slot: str = EMBEDDING,
+        child: str | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Do as `alookup`, and block the calling thread meanwhile: for scripts."""
+        wanted, result = self._wanted(ids, slot, child, out)
+        self._lookups.run_here(self._state, self._slots[slot], wanted, result)
+        return result
+
+    def prefetch(self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None) -> None:
+        """Begin to read rows that will soon be asked for, and wait for nothing.
+
+        They come into the cache of hot rows, if there is one and they earn a place there, and into
+        the page cache, unless `direct_io` goes past it. A failure is only counted (`stats()`).
+
+        Raises:
+            KeyError: If there is no such slot or child.
+            TypeError: If the ids are not integers.
+        """
+        wanted = self._encoding.encode(as_ids(ids)[0], child)
+        self._lookups.prefetch(self._state, self._slot(slot), wanted)
+
+    async def awarm(
+        self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None
+    ) -> None:
+        """Bring rows into the cache of hot rows, those first that are asked for most.
+
+        Raises:
+            KeyError: If there is no such slot or child.
+            TypeError: If the ids are not integers.
+            ReadError: As of `alookup`.
+        """
+        wanted = self._encoding.encode(as_ids(ids)[0], child)
+        await self._lookups.warm(self._state, self._slot(slot), wanted)
+
+    async def asave_hot(self, path: str | os.PathLike[str]) -> int:
+        """Write the ids of the rows in the cache to a file, for `aload_hot`; return how many.
+
+        A file that is there is replaced once the new one is whole. It holds ids, no rows.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        from .hot_file import write_hot  # noqa: PLC0415  # numpy's files, which few need
+
+        hot = self._lookups.hot(self._state)
+        return await asyncio.to_thread(write_hot, path, hot, self._encoding)
+
+    async def aload_hot(self, path: str | os.PathLike[str]) -> int:
+        """Bring the rows of a file of `asave_hot` into the cache; return how many ids it has.
+
+        The rows are read from the checkpoint that the table has now. Slots, children and ids that
+        are not there are passed over.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If it is no such file.
+            ReadError: As of `alookup`.
+        """
+        from .hot_file import read_hot  # noqa: PLC0415  # as above
+
+        hot = await asyncio.to_thread(read_hot, path, self._encoding)
+        for slot, (ids, counts) in hot.items():
+            if slot in self._slots:
+                await self._lookups.warm(self._state, self._slots[slot], ids, counts)
+        return sum(len(ids) for ids, _ in hot.values())
+
+    def warm(self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None) -> None:
+        """Do as `awarm`, and block the calling thread meanwhile."""
+        run_blocking(partial(self.awarm, ids, slot, child))
+
+    def save_hot(self, path: str | os.PathLike[str]) -> int:
+        """Do as `asave_hot`, and block the calling thread meanwhile."""
+        return run_blocking(partial(self.asave_hot, path))
+
+    def load_hot(self, path: str | os.PathLike[str]) -> int:
+        """Do as `aload_hot`, and block the calling thread meanwhile."""
+        return run_blocking(partial(self.aload_hot, path))
+
+    def close(self) -> None:
+        """Let go of ids and files; a lookup that is under way ends well. It may be loaded again."""
+        from .places import DiskState  # noqa: PLC0415  # numba
+
+        self._state = DiskState()
+        if self._owns_readers:
+            self._lookups.close()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of ids, as `lookup` does."""
+        return self.lookup(ids)
+
+    def stats(self) -> TableStats:
+        """Return what the lookups came to since the table was made."""
+        return self._lookups.stats(self._state)
+
+    def begin(self, *, most: int, expected: int) -> DiskUpdate:  # noqa: ARG002  # of the Protocol
+        """Begin a load; see `LoadableTable`."""
+        from .update import DiskUpdate  # noqa: PLC0415  # numba
+
+        self._turn.begin(self.name)
+        try:
+            return DiskUpdate(
+                self._state,
+                self._encoding,
+                most=most,
+                publish=self._publish,
+                join=self._lookups.join,
+            )
+        except BaseException:
+            self._turn.end()
+            raise
+
+    def insert(self, *_: object, **__: object) -> None:
+        """Raise `TypeError`: the table is read-only."""
+        raise TypeError(_NEVER)
+
+    delete = clear = insert
+
+    def snapshot(self) -> SavableSnapshot:
+        """Raise `TypeError`: what is in the checkpoint need not be saved."""
+        raise TypeError(
+            f"table {self.name!r} is a DiskTable: its rows are in a checkpoint already; copy that "
+            "(`asyncloader convert`)"
+        )
+
+    def _publish(self, state: DiskState | None) -> None:
+        if state is not None:
+            self._state = state
+        self._turn.end()
+
+    def _slot(self, name: str) -> Slot:
+        if name not in self._slots:
+            known = ", ".join(self._slots)
+            raise KeyError(f"table {self.name!r} has no slot {name!r}, only {known}")
+        return self._slots[name]
+
+    def _wanted(
+        self, ids: torch.Tensor, slot: str, child: str | None, out: torch.Tensor | None
+    ) -> tuple[Longs, torch.Tensor]:
+        """Return ids, encoded, and the memory of the result."""
+        spec = self._slot(slot)
+        wanted, shape = as_ids(ids)
+        result = _checked_out(out, (*shape, *spec.shape), spec.dtype)
+        return self._encoding.encode(wanted, child), result
+
+
+def _checked_out(
+    out: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    if out is None:
+        return torch.empty(tuple(shape), dtype=dtype)
+    if out.dtype != dtype:
+        raise TypeError(f"out is {out.dtype}, the rows are {dtype}")
+    if tuple(out.shape) != tuple(shape):
+        raise ValueError(f"out has shape {list(out.shape)}, the rows have {list(shape)}")
+    if not out.is_cpu or not out.is_contiguous() or out.requires_grad:
+        raise ValueError("out must be contiguous host memory that needs no gradient")
+    return out

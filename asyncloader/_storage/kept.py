@@ -1,0 +1,99 @@
+"""Files that stay open when the load that has opened them is over."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import weakref
+from typing import TYPE_CHECKING, Final
+
+from .opening import O_DIRECT, FileChangedError, identity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+_BLOCKS = (512, 4096)
+"""What devices and file systems are content with."""
+
+
+class KeptFile:
+    """A file that is open until nothing refers to this object any more.
+
+    A thread that reads holds it, so that its descriptor never becomes another file's.
+
+    Args:
+        location: The checkpoint, for messages.
+        name: The file's name in it.
+        fd: Its descriptor, which belongs to this object from now on.
+        status: What it was when it was opened first.
+        fstat: Looks at a descriptor.
+
+    Attributes:
+        location: The checkpoint, for messages.
+        name: The file's name in it.
+        fd: Its descriptor.
+        nbytes: Its length.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        name: str,
+        fd: int,
+        status: os.stat_result,
+        *,
+        fstat: Callable[[int], os.stat_result] = os.fstat,
+    ) -> None:
+        self.location: Final = location
+        self.name: Final = name
+        self.fd: Final = fd
+        self.nbytes: Final = status.st_size
+        self._identity = identity(status)
+        self._fstat = fstat
+        self._direct: tuple[int, int] | tuple[()] | None = None
+        weakref.finalize(self, _close, fd).atexit = False
+
+    def __repr__(self) -> str:
+        return f"<KeptFile {self.name!r} of {self.location!r}, {self.nbytes} bytes>"
+
+    def check(self) -> None:
+        """Make sure that nothing was written to it. What its name leads to by now is no matter.
+
+        Raises:
+            FileChangedError: If something was.
+        """
+        if identity(self._fstat(self.fd)) != self._identity:
+            raise FileChangedError(self.name)
+
+    def past_cache(self) -> tuple[int, int] | None:
+        """Open the same file for reads past the page cache, once.
+
+        Returns:
+            A descriptor, and what places and lengths in the file are to be multiples of; `None`
+            where the file system reads all files through the cache.
+        """
+        if self._direct is None:
+            self._direct = self._opened_past_cache()
+        return self._direct or None
+
+    def _opened_past_cache(self) -> tuple[int, int] | tuple[()]:
+        if not O_DIRECT:
+            return ()
+        try:  # by its descriptor, as another file may have its name by now
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC | O_DIRECT)
+        except OSError:
+            return ()
+        weakref.finalize(self, _close, fd).atexit = False
+        with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
+            for block in _BLOCKS:
+                with contextlib.suppress(OSError):
+                    os.preadv(fd, [view[:block]], block)
+                    return fd, block
+        return ()
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):  # nothing was written: nothing is lost
+        os.close(fd)
