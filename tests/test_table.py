@@ -918,7 +918,7 @@ def test_rows_of_a_segment_that_was_let_go_are_not_counted_any_more() -> None:
     table.insert(-many, -many[:, None].expand(60, 2).float())
     rows, missing = before.find(many.numpy())
     assert missing == 0
-    assert before.segments.gather("embedding", rows)[:, 0].tolist() == many.tolist()
+    assert before.gather("embedding", rows)[:, 0].tolist() == many.tolist()
     assert table(-many)[:, 0].tolist() == (-many).tolist()
     assert not table.contains(many).any()
 

@@ -10,7 +10,7 @@ from asyncloader._table.compiling import hash_of, inline, prefetch
 
 from .kernels import LANES, kernel
 from .moving import fetch_row, put_row
-from .native import copy
+from asyncloader._table.native import copy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

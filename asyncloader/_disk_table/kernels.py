@@ -13,9 +13,11 @@ import numpy as np
 
 from asyncloader._table.compiling import Compiler, KernelCache, hash_of, inline, prefetch
 
-from . import moving, native
+from asyncloader._table import native
+
+from . import moving
 from .moving import put_row
-from .native import wipe
+from asyncloader._table.native import wipe
 
 if TYPE_CHECKING:
     from asyncloader._table.schema import Longs

@@ -9,7 +9,7 @@ import numpy as np
 from asyncloader._table.compiling import inline
 
 from .kernels import kernel
-from .native import call4, call5, call6, copy, errno
+from asyncloader._table.native import call4, call5, call6, copy, errno
 
 if TYPE_CHECKING:
     from asyncloader._table.schema import Longs

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from . import read_kernels as _kernels
-from .native import SystemCalls
+from asyncloader._table.native import SystemCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

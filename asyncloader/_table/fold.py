@@ -176,7 +176,7 @@ class Fold:
         for slot in slots:
             step = _step(slot)
             for i in range(0, len(old), step):
-                values = segments.gather(slot.name, old[i : i + step])
+                values = segments.gather(slot, old[i : i + step])
                 segments.scatter(slot.name, new[i : i + step], values)
 
     def tidy(self) -> Iterator[Jobs]:
@@ -218,7 +218,7 @@ class Fold:
         for slot in state.slots.values():
             step = _step(slot)
             for i in range(0, len(moved), step):
-                values = state.segments.gather(slot.name, moved[i : i + step])
+                values = state.segments.gather(slot, moved[i : i + step])
                 segments.view(slot.name, first + i, len(values)).copy_(values)
         # By way of rows that are beyond all others: a number must not mean two rows meanwhile.
         state.index.relocate(moved, state.end)

@@ -30,11 +30,13 @@ avoided.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.ma  # Numba imports it at the first call of a kernel, which is within a load
 
+from . import native
 from .compiling import (
     LINE,
     ONE,
@@ -51,15 +53,23 @@ from .compiling import (
     tag_of,
 )
 
+from .native import copy, fetch, wipe
+
 if TYPE_CHECKING:
     from .schema import Flags, Longs, Words
 
 
 BATCH = 128
+AHEAD = 8
+"""Rows that are fetched into the cache before they are copied."""
+
+MOST_FETCHED = 512
+"""Bytes of a row that are fetched; the processor fetches what follows by itself."""
+
 _MAX = np.uint64(2**64 - 1)
 _OPEN = -2  # the row of an id whose line is full of others, until it is found
 
-_kernel = Compiler(KernelCache)
+_kernel = Compiler(partial(KernelCache, shared=(native.__file__,)))
 
 
 @inline
@@ -257,3 +267,41 @@ def merge(
             if wins:
                 words[slot] = entry
     return new, both
+
+
+@inline
+def _owner_of(firsts: Longs, row: np.int64) -> np.int64:
+    """Return the number of the segment of a row."""
+    low, high = 0, firsts.shape[0]
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if firsts[middle] <= row:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@_kernel("void(i8[::1], i8[::1], i8[::1], i8, i8)")
+def gather(
+    firsts: Longs,  # [segments], ascending: the first row of each
+    addresses: Longs,  # [segments], where each begins in memory
+    rows: Longs,  # [n]; -1: zeros
+    width: int,  # bytes of a row
+    out: int,  # the address of memory for them
+) -> None:
+    """Copy rows out, on this thread."""
+    count = rows.shape[0]
+    for at in range(count):
+        ahead = at + AHEAD
+        if ahead < count and rows[ahead] >= 0:
+            owner = _owner_of(firsts, rows[ahead])
+            place = addresses[owner] + (rows[ahead] - firsts[owner]) * width
+            for line in range(0, min(width, MOST_FETCHED), 64):
+                fetch(place + line)
+        row = rows[at]
+        if row < 0:
+            wipe(out + at * width, width)
+            continue
+        owner = _owner_of(firsts, row)
+        copy(out + at * width, addresses[owner] + (row - firsts[owner]) * width, width)
