@@ -16,6 +16,7 @@ from asyncloader import (
     AsyncLoaderError,
     CheckpointError,
     CheckpointReader,
+    DiskTable,
     HashTable,
     Live,
     Loader,
@@ -419,3 +420,55 @@ def test_a_program_ends_though_its_threads_wait_for_a_dead_disk(case: Case, what
     with case.disk.stopped():
         done = python("-c", ENDS, path, timeout=40)
     assert (done.returncode, done.stdout) == (0, "given up\n"), done.stderr
+
+
+async def on_disk(case: Case, **how: Any) -> DiskTable:  # noqa: ANN401  # of DiskTable
+    table = DiskTable([2], name="t", **how)
+    await Loader(case.disk.path, {"t": table}).aload()
+    return table
+
+
+async def test_a_lookup_on_a_disk_that_gives_no_answer_is_given_up(case: Case) -> None:
+    shard = shard_holding(case.disk.path, "t.embedding/part_0_1").name
+    table = await on_disk(case, stall_timeout=STALL)
+    ids, out = torch.tensor([3, 4000]), torch.full((2, 2), -1.0)
+    case.disk.hang(shard)
+    with pytest.raises(ReadStalledError, match=r"no answer from the storage for 0\.3 seconds"):
+        await table.alookup(ids, out=out)
+    with pytest.raises(ReadStalledError, match=r"wanted by 't'"):
+        await asyncio.to_thread(table.lookup, ids, out=out)
+    case.disk.heal()
+    assert torch.equal(await table.alookup(ids), CONTENT.slots["embedding"][ids])
+    assert bool((out == -1).all()), "a thread that was given up hands nothing out"
+    table.close()
+
+
+async def test_a_lookup_that_is_cancelled_waits_for_its_thread_as_long_as_for_any(
+    case: Case,
+) -> None:
+    shard = shard_holding(case.disk.path, "t.embedding/part_0_1").name
+    table = await on_disk(case, stall_timeout=STALL)
+    case.disk.hang(shard)
+    looking = asyncio.create_task(table.alookup(torch.tensor([3])))
+    await asyncio.to_thread(case.disk.until_somebody_waits)
+    looking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await looking
+    case.disk.heal()
+    assert (await table.alookup(torch.tensor([3]))).tolist() == [
+        CONTENT.slots["embedding"][3].tolist()
+    ]
+    table.close()
+
+
+@pytest.mark.parametrize("direct_io", [False, True])
+async def test_rows_come_from_a_disk_that_gives_little_and_fails_for_a_moment(
+    case: Case, direct_io: bool
+) -> None:
+    shard = shard_holding(case.disk.path, "t.embedding/part_0_1").name
+    table = await on_disk(case, direct_io=direct_io)
+    ids = torch.arange(0, 5000, 37)
+    case.disk.fail(shard, EIO, times=2)
+    assert torch.equal(await table.alookup(ids), CONTENT.slots["embedding"][ids])
+    assert table.stats().retries >= 1
+    table.close()

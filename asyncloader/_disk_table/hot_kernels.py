@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asyncloader._table.compiling import hash_of, inline, prefetch
+from asyncloader._table.native import copy
 
 from .kernels import LANES, kernel
 from .moving import fetch_row, put_row
-from asyncloader._table.native import copy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -129,7 +129,7 @@ class SortedIds:
 
     def numbers(self, places: Longs) -> Longs:
         """Return the number of the row of each place, -1 for -1."""
-        if self.rows is None:
+        if self.rows is None or not len(self.ids):
             return places
         found: Longs = self.rows[places].astype(np.int64)  # -1 takes the last one's
         found[places < 0] = -1

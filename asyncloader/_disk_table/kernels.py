@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncloader._table.compiling import Compiler, KernelCache, hash_of, inline, prefetch
-
 from asyncloader._table import native
+from asyncloader._table.compiling import Compiler, KernelCache, hash_of, inline, prefetch
+from asyncloader._table.native import wipe
 
 from . import moving
 from .moving import put_row
-from asyncloader._table.native import wipe
 
 if TYPE_CHECKING:
     from asyncloader._table.schema import Longs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from asyncloader._table.compiling import inline
-
 from asyncloader._table.native import copy, fetch, half_at, put_word
 
 _SIGN, _EXPONENT, _FRACTION = np.uint64(0x8000), np.uint64(0x1F), np.uint64(0x3FF)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asyncloader._table.compiling import inline
+from asyncloader._table.native import call4, call5, call6, copy, errno
 
 from .kernels import kernel
-from asyncloader._table.native import call4, call5, call6, copy, errno
 
 if TYPE_CHECKING:
     from asyncloader._table.schema import Longs

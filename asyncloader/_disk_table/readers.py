@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._arguments import check_row_options
+from asyncloader._table.native import SystemCalls
 from asyncloader._threads.call import Call, StalledError
 from asyncloader._threads.disk import Disk
 from asyncloader._threads.gate import Gate
@@ -17,6 +18,7 @@ from asyncloader._threads.pool import WorkerPool, step_back
 from asyncloader.errors import ReadStalledError
 
 from .hot import HotRows
+from .reading import DirectReader, RowReader
 
 if TYPE_CHECKING:
     from .request import Request
@@ -36,22 +38,33 @@ class RowReaders:
         cache_bytes: Memory for hot rows, in bytes; 0 is no cache.
         stall_timeout: Seconds after which a request is given up if the disk gives no answer; `None`
             waits for ever.
+        calls: What kernels call; `None` is what this system has.
 
     Attributes:
         hot: The cache; `None` if there is none.
     """
 
     def __init__(
-        self, *, concurrency: int = 8, cache_bytes: int = 0, stall_timeout: float | None = 120.0
+        self,
+        *,
+        concurrency: int = 8,
+        cache_bytes: int = 0,
+        stall_timeout: float | None = 120.0,
+        calls: SystemCalls | None = None,
     ) -> None:
         check_row_options(concurrency, cache_bytes, stall_timeout)
         self.hot = HotRows(cache_bytes) if cache_bytes else None
         self._concurrency = concurrency
+        self._calls = SystemCalls.of_system() if calls is None else calls
         self._seconds = stall_timeout
         self._begin()
 
     def __repr__(self) -> str:
         return f"<RowReaders: {self._concurrency} at a time, {self.hot!r}>"
+
+    def reader(self, *, direct_io: bool) -> RowReader:
+        """Return what reads rows, through the page cache or past it."""
+        return DirectReader(self._calls) if direct_io else RowReader(self._calls)
 
     async def carry_out(self, request: Request) -> None:
         """Have a thread fill a request; raises what `Request.run` does.

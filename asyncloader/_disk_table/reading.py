@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from . import read_kernels as _kernels
 from asyncloader._table.native import SystemCalls
+
+from . import read_kernels as _kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from asyncloader._table.native import SystemCalls
     from asyncloader._table.schema import Longs
 
     from .places import Places
@@ -29,12 +31,12 @@ class RowReader:
     """Reads rows to an address, and tells how far it came.
 
     Args:
-        calls: What the kernel calls; `None` is what this system has.
+        calls: What the kernel calls; `None` where there is no such call.
         window: Rows that the device is asked for at a time.
     """
 
-    def __init__(self, calls: SystemCalls | None = None, *, window: int = _WINDOW) -> None:
-        self._calls = SystemCalls.of_system() if calls is None else calls
+    def __init__(self, calls: SystemCalls | None, *, window: int = _WINDOW) -> None:
+        self._calls = calls
         self._window = window
 
     def __call__(
@@ -69,11 +71,11 @@ class DirectReader(RowReader):
     which many a container may not use.
 
     Args:
-        calls: What the kernel calls; `None` is what this system has.
+        calls: What the kernel calls; `None` where there is no such call.
         depth: Reads that the device has at a time.
     """
 
-    def __init__(self, calls: SystemCalls | None = None, *, depth: int = 64) -> None:
+    def __init__(self, calls: SystemCalls | None, *, depth: int = 64) -> None:
         super().__init__(calls)
         self._depth = depth
         self._of_thread = threading.local()

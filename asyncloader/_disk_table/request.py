@@ -57,6 +57,23 @@ class Form:
     number: int
 
 
+@dataclass(slots=True, eq=False)
+class Stop:
+    """Tells the thread of a request that its rows are not wanted any more.
+
+    Attributes:
+        flag: For kernels, `[1]`; not 0 says so.
+        event: The same, for pauses.
+    """
+
+    flag: Longs = field(default_factory=lambda: np.zeros(1, np.int64))
+    event: threading.Event = field(default_factory=threading.Event)
+
+    def end(self) -> None:
+        self.flag[0] = 1
+        self.event.set()
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
     """Rows of some ids, of one slot, from one version of a table.
@@ -83,14 +100,12 @@ class Request:
     tally: Tally
     read: Callable[[Places, Longs, int, Longs], tuple[int, int, int]]
     counts: Longs | None = None
+    stop: Stop = field(default_factory=Stop)
     reading: Reading = field(init=False)
-    _stop: Longs = field(init=False)
-    _stopped: threading.Event = field(init=False)
 
     def __post_init__(self) -> None:
-        self._stop = np.zeros(1, np.int64)
-        self._stopped = threading.Event()
-        self.reading = Reading(self.table, interrupt=self.end)
+        # Not a method of this object: a cycle would keep files open until the next collection.
+        self.reading = Reading(self.table, interrupt=self.stop.end)
         self.reading.is_large = len(self.ids) > _LARGE
         self.reading.waited = False
 
@@ -98,11 +113,6 @@ class Request:
     def address(self) -> int:
         """Where `out` is."""
         return 0 if self.out is None else np.frombuffer(self.out, np.uint8).ctypes.data
-
-    def end(self) -> None:
-        """Have the thread end soon: what it reads is not wanted any more."""
-        self._stop[0] = 1
-        self._stopped.set()
 
     def hits(self) -> bool:
         """Take all rows from the cache, if it has them and nobody else uses it; never waits."""
@@ -143,7 +153,7 @@ class Request:
         waits = self._read_all(places, found, rows)
         for file in places.files_of(found):
             self._check(file)
-        if self.reading.is_lost or self._stop[0]:
+        if self.reading.is_lost or self.stop.flag[0]:
             raise OSError(errno.ECANCELED, "the lookup was given up")
         source = rows.ctypes.data
         if self.hot is not None:
@@ -190,7 +200,7 @@ class Request:
         address = rows.ctypes.data
         while done < len(numbers):
             start = address + done * places.width
-            error, at, waited = self.read(places, numbers[done:], start, self._stop)
+            error, at, waited = self.read(places, numbers[done:], start, self.stop.flag)
             waits += waited
             self.reading.waited |= waited > 0
             if not error:
@@ -199,7 +209,7 @@ class Request:
             done += at
             self._explain(places, int(numbers[done]), error, attempt)
             self.tally.add(retries=1)
-            self._stopped.wait(random.uniform(0, _FIRST_PAUSE * 2 ** (attempt - 1)))  # noqa: S311  # no secret
+            self.stop.event.wait(random.uniform(0, _FIRST_PAUSE * 2 ** (attempt - 1)))  # noqa: S311  # no secret
         return waits
 
     def _explain(self, places: Places, number: int, error: int, attempt: int) -> None:

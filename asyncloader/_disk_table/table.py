@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from asyncloader._arguments import check_switch
 from asyncloader._checkpoint.slices import Slice, gen_slice
 from asyncloader._table.schema import Encoding, as_ids, as_slot
 from asyncloader._threads.blocking import run_blocking
@@ -105,7 +106,6 @@ class DiskTable(torch.nn.Module):
         from .lookups import Lookups  # noqa: PLC0415  # as above
         from .places import DiskState  # noqa: PLC0415
         from .readers import RowReaders  # noqa: PLC0415
-        from .reading import DirectReader, RowReader  # noqa: PLC0415
 
         if slice is not None and not isinstance(slice, Slice):
             raise TypeError(f"slice must be a Slice, as gen_slice() makes, got {slice!r}")
@@ -122,7 +122,8 @@ class DiskTable(torch.nn.Module):
         self._owns_readers = runtime is None
         self._turn = Turn()
         self._state = DiskState()
-        self._lookups = Lookups(name, readers, DirectReader() if direct_io else RowReader())
+        check_switch(direct_io, "direct_io")
+        self._lookups = Lookups(name, readers, readers.reader(direct_io=direct_io))
 
     def extra_repr(self) -> str:
         slots = ", ".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import weakref
@@ -88,9 +89,13 @@ class KeptFile:
         weakref.finalize(self, _close, fd).atexit = False
         with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
             for block in _BLOCKS:
-                with contextlib.suppress(OSError):
+                try:
                     os.preadv(fd, [view[:block]], block)
-                    return fd, block
+                except OSError as error:
+                    if error.errno == errno.EINVAL:
+                        continue  # it wants larger ones
+                    return fd, _BLOCKS[-1]  # a row's own read will say what is wrong
+                return fd, block
         return ()
 
 

@@ -52,7 +52,6 @@ from .compiling import (
     seek,
     tag_of,
 )
-
 from .native import copy, fetch, wipe
 
 if TYPE_CHECKING:
