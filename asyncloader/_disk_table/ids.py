@@ -1,4 +1,4 @@
-"""The ids of a table whose rows stay on the disk: sorted, with a directory. 8 bytes an id.
+"""The ids of a table whose rows stay on the disk: sorted, with a directory. 8.3 bytes an id.
 
 Ids ascend by their position in a slice of 65,536, then by themselves (both unsigned): the order in
 which our Saver writes them, so that nothing is to be built. Ids that come in another order are
@@ -66,12 +66,17 @@ class SortedIds:
         rows: uint32 or int64 `[n]`, the number of each one's row; `None`: its place in `ids`.
         directory: int64 `[buckets + 1]`, where each bucket begins.
         shift: Of an id's key, to its bucket.
+        samples: int64 `[n / 32]`, every 32nd id: to look there first spares half of the misses.
     """
 
     ids: Longs = field(default_factory=_NO_IDS.copy)
     rows: NDArray[np.uint32] | Longs | None = None
     directory: Longs = field(default_factory=lambda: np.zeros(3, np.int64))
     shift: np.uint64 = _NO_SHIFT
+    samples: Longs = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.ids[:: _kernels.RUN].copy())
 
     def __repr__(self) -> str:
         return f"<SortedIds {len(self)}, {self.nbytes} bytes>"
@@ -82,7 +87,7 @@ class SortedIds:
     @property
     def nbytes(self) -> int:
         rows = 0 if self.rows is None else self.rows.nbytes
-        return self.ids.nbytes + rows + self.directory.nbytes
+        return self.ids.nbytes + rows + self.directory.nbytes + self.samples.nbytes
 
     @classmethod
     def counted(cls, ids: Longs, buckets: Buckets) -> SortedIds:
@@ -123,8 +128,8 @@ class SortedIds:
         if not len(self.ids):
             places.fill(-1)
             return places
-        scratch = np.empty((2, _kernels.LANES), np.int64)
-        _kernels.find(self.ids, self.directory, self.shift, wanted, places, scratch)
+        scratch = np.empty((3, _kernels.LANES), np.int64)
+        _kernels.find(self.ids, self.samples, self.directory, self.shift, wanted, places, scratch)
         return places
 
     def numbers(self, places: Longs) -> Longs:

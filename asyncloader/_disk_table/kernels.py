@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 LANES = 64
 """Ids that are looked for side by side."""
 
+RUN = 32
+"""Ids from one sample to the next."""
+
+_MOST_SAMPLES = 64  # of a bucket, that are fetched before they are looked at
+
 _TOP, _REST = np.uint64(48), np.uint64(16)
 
 kernel = Compiler(partial(KernelCache, shared=(moving.__file__, native.__file__)))
@@ -50,46 +55,56 @@ def scan(ids: Longs, shift: np.uint64, counts: Longs) -> bool:
     return ascending
 
 
-@kernel("void(i8[::1], i8[::1], u8, i8[::1], i8[::1], i8[:, ::1])")
+@inline
+def _last_not_above(ids: Longs, first: int, count: int, key: np.uint64) -> int:
+    """Return the place of the last of `count` ascending ids from `first` on that is not above."""
+    at = first
+    while count > 1:
+        half = count >> 1
+        at += half * (_key(ids[at + half]) <= key)
+        count -= half
+    return at
+
+
+@kernel("void(i8[::1], i8[::1], i8[::1], u8, i8[::1], i8[::1], i8[:, ::1])")
 def find(
     ids: Longs,  # [n], ascending
+    samples: Longs,  # [n / RUN, rounded up], the first of each run of ids
     directory: Longs,  # [buckets + 1], where each bucket begins
     shift: np.uint64,  # of a key, to its bucket
     wanted: Longs,  # [m], the ids to find
     places: Longs,  # [m]; receives their places, or -1
-    scratch: Longs,  # [2, LANES]
+    scratch: Longs,  # [3, LANES]
 ) -> None:
-    """Look ids up: a binary search of many at a time, so that memory is not waited for."""
-    lows, lengths = scratch[0], scratch[1]
+    """Look ids up: the samples of a bucket, then a run of ids; many side by side.
+
+    Each of the three steps fetches what the next one looks at, so that memory is waited for by all
+    of a batch together.
+    """
+    lows, highs, runs = scratch[0], scratch[1], scratch[2]
     for start in range(0, wanted.shape[0], LANES):
         size = min(LANES, wanted.shape[0] - start)
         for i in range(size):
             prefetch(directory, np.int64(_key(wanted[start + i]) >> shift))
-        longest = 0
         for i in range(size):
             bucket = np.int64(_key(wanted[start + i]) >> shift)
-            low = directory[bucket]
-            length = directory[bucket + 1] - low
-            lows[i] = low
-            lengths[i] = length
-            longest = max(longest, length)
-            prefetch(ids, low + max(length >> 1, 1) - 1)
-        while longest > 1:
-            for i in range(size):
-                half = lengths[i] >> 1
-                low = lows[i]
-                key = _key(wanted[start + i])
-                below = (half > 0) & (_key(ids[low + max(half, 1) - 1]) < key)
-                low += half * below
-                length = lengths[i] - half
-                lows[i] = low
-                lengths[i] = length
-                prefetch(ids, low + max(length >> 1, 1) - 1)
-            longest -= longest >> 1
+            low, high = directory[bucket], directory[bucket + 1]
+            lows[i], highs[i] = low, high
+            for at in range(low // RUN, min(high // RUN + 1, low // RUN + _MOST_SAMPLES), 8):
+                prefetch(samples, at)
         for i in range(size):
-            # One is left, or none was there to begin with.
-            at = min(lows[i], ids.shape[0] - 1)
-            found = (lengths[i] > 0) & (ids[at] == wanted[start + i])
+            first, last = lows[i] // RUN, max(highs[i] - 1, lows[i]) // RUN
+            run = _last_not_above(samples, first, last + 1 - first, _key(wanted[start + i]))
+            runs[i] = run
+            for at in range(run * RUN, run * RUN + RUN, 8):
+                prefetch(ids, at)
+        for i in range(size):
+            begin = max(lows[i], runs[i] * RUN)
+            end = min(highs[i], runs[i] * RUN + RUN)
+            at = _last_not_above(ids, begin, end - begin, _key(wanted[start + i]))
+            found = end > begin
+            if found:
+                found = ids[at] == wanted[start + i]
             places[start + i] = at if found else -1
 
 
@@ -139,3 +154,9 @@ def spread(
             wipe(target, out_width)
         else:
             put_row(target, rows + slot * width, width, form)
+
+
+@kernel("void(i8, i8)")
+def wipe_rows(address: int, nbytes: int) -> None:
+    """Write zeros to an address."""
+    wipe(address, nbytes)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import TYPE_CHECKING
 
 import torch
 
-from .request import Form, Request, cut
+from .request import Request, cut
 from .stats import Tally
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from asyncloader._table.schema import Longs, Slot
 
     from .hot import HotIds
-    from .places import DiskState
+    from .places import DiskState, Places
     from .readers import RowReaders
     from .reading import RowReader
     from .stats import TableStats
@@ -50,17 +49,40 @@ class Lookups:
 
     async def run(self, state: DiskState, slot: Slot, ids: Longs, out: torch.Tensor) -> None:
         """Fill `out` with the rows of ids, encoded, `[n]`."""
-        with self._counted():
-            for request in self._requests(state, slot, ids, out):
-                if len(request.ids) > _AT_ONCE or not request.hits():
+        start = time.perf_counter()
+        try:
+            if not self._hit(state, slot, ids, out):
+                for request in self._requests(state, slot, ids, out):
                     await self._readers.carry_out(request)
+        except BaseException:
+            self._tally.add(failures=1)
+            raise
+        self._tally.ended(time.perf_counter() - start)
 
     def run_here(self, state: DiskState, slot: Slot, ids: Longs, out: torch.Tensor) -> None:
         """Do the same, and block the calling thread meanwhile."""
-        with self._counted():
-            for request in self._requests(state, slot, ids, out):
-                if len(request.ids) > _AT_ONCE or not request.hits():
+        start = time.perf_counter()
+        try:
+            if not self._hit(state, slot, ids, out):
+                for request in self._requests(state, slot, ids, out):
                     self._readers.carry_out_here(request)
+        except BaseException:
+            self._tally.add(failures=1)
+            raise
+        self._tally.ended(time.perf_counter() - start)
+
+    def _hit(self, state: DiskState, slot: Slot, ids: Longs, out: torch.Tensor) -> bool:
+        """Take few rows from the cache, if it has all of them and nobody uses it; never waits."""
+        places, hot = state.places.get(slot.name), self._readers.hot
+        if hot is None or places is None or len(ids) > _AT_ONCE:
+            return False
+        target, form = (out.data_ptr(), slot.row_bytes), _form(places, slot)
+        owner = state.owners[slot.name]
+        missed = hot.take(owner, places.width, ids, target, form, wait=False)
+        if missed is None or len(missed):
+            return False
+        self._tally.add(ids=len(ids), hits=len(ids))
+        return True
 
     async def warm(
         self, state: DiskState, slot: Slot, ids: Longs, counts: Longs | None = None
@@ -101,16 +123,6 @@ class Lookups:
         """Return what all lookups came to."""
         return self._tally.stats(nbytes=state.nbytes, cache_bytes=self.cache_bytes)
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        except BaseException:
-            self._tally.add(failures=1)
-            raise
-        self._tally.ended(time.perf_counter() - start)
-
     def _requests(
         self,
         state: DiskState,
@@ -120,20 +132,24 @@ class Lookups:
         counts: Longs | None = None,
     ) -> Iterator[Request]:
         places = state.places.get(slot.name)
-        number = 0 if places is None else _FORMS.get((places.dtype, slot.dtype), 0)
-        form = Form(slot=slot.name, out_width=slot.row_bytes, number=number)
-        memory = None
-        if out is not None and out.numel():
-            memory = out.detach().reshape(-1).view(torch.uint8).numpy().data
+        form = 0 if places is None else _form(places, slot)
+        address, wide = 0 if out is None else out.data_ptr(), slot.row_bytes
         for low, high in cut(len(ids), _PIECE):
             yield Request(
                 table=self._table,
                 state=state,
-                form=form,
+                slot=slot.name,
                 ids=ids[low:high],
-                out=memory and memory[low * form.out_width : high * form.out_width],
-                counts=None if counts is None else counts[low:high],
+                out=out,
+                address=0 if out is None else address + low * wide,
+                out_width=0 if out is None else wide,
+                form=form,
                 hot=self._readers.hot,
                 tally=self._tally,
                 read=self._read,
+                counts=None if counts is None else counts[low:high],
             )
+
+
+def _form(places: Places, slot: Slot) -> int:
+    return _FORMS.get((places.dtype, slot.dtype), 0)

@@ -138,7 +138,7 @@ def read_direct(
         if stop[0] and not error:
             error = STOPPED
         count = 0
-        if not error and (unused >= depth >> 2 or begun + unused >= numbers.shape[0]):
+        if not error and (unused >= depth >> 3 or begun + unused >= numbers.shape[0]):
             while unused and begun + count < numbers.shape[0]:
                 unused -= 1
                 slot = free[unused]

@@ -135,7 +135,7 @@ class RowReaders:
 def _stalled(request: Request, error: StalledError) -> ReadStalledError:
     failure = ReadStalledError("rows", 0, 0, str(error))
     failure.names = (request.table,)
-    places = request.state.places.get(request.form.slot)
+    places = request.state.places.get(request.slot)
     if places is not None and places.files:
         failure.location = places.files[0].location
     return failure

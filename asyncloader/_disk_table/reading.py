@@ -75,7 +75,7 @@ class DirectReader(RowReader):
         depth: Reads that the device has at a time.
     """
 
-    def __init__(self, calls: SystemCalls | None, *, depth: int = 64) -> None:
+    def __init__(self, calls: SystemCalls | None, *, depth: int = 128) -> None:
         super().__init__(calls)
         self._depth = depth
         self._of_thread = threading.local()

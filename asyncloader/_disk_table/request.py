@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import random
-import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,13 @@ from asyncloader._threads.call import Reading
 from asyncloader.errors import CheckpointChangedError, ReadError
 
 from . import kernels as _kernels
+from .kernels import wipe_rows
 from .read_kernels import ENDS_EARLY, STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from asyncloader._storage.kept import KeptFile
     from asyncloader._table.schema import Longs
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 
 _ATTEMPTS = 5
 _FIRST_PAUSE = 0.1
+_LOOK_AGAIN = 0.01
+"""Seconds. A pause is cut short that nobody waits for any more."""
+
 _LARGE = 2048
 """Ids. Of larger requests only so many run at a time that there is a thread for smaller ones."""
 
@@ -42,36 +48,26 @@ _CHANGED = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
-    """How rows of a slot are handed out.
-
-    Attributes:
-        slot: Its name.
-        out_width: Bytes of a row for the caller.
-        number: How rows are copied; see the kernels.
-    """
-
-    slot: str
-    out_width: int
-    number: int
-
-
-@dataclass(slots=True, eq=False)
 class Stop:
     """Tells the thread of a request that its rows are not wanted any more.
 
     Attributes:
         flag: For kernels, `[1]`; not 0 says so.
-        event: The same, for pauses.
     """
 
-    flag: Longs = field(default_factory=lambda: np.zeros(1, np.int64))
-    event: threading.Event = field(default_factory=threading.Event)
+    __slots__ = ("flag",)
+
+    def __init__(self) -> None:
+        self.flag: Longs = np.zeros(1, np.int64)
 
     def end(self) -> None:
         self.flag[0] = 1
-        self.event.set()
+
+    def rest(self, seconds: float) -> None:
+        """Pause, unless rows are no longer wanted."""
+        end = time.monotonic() + seconds
+        while not self.flag[0] and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK_AGAIN))
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -81,21 +77,28 @@ class Request:
     Attributes:
         table: The table's name, for messages.
         state: The version.
+        slot: The slot.
         ids: Encoded, `[n]`.
-        out: The memory that rows go to, uint8 `[n, out_width]`; `None` if only the cache is to have
+        out: What rows go to; held, so that its memory stays. `None` if only the cache is to have
             them. Rows that were read go there once all are there and the files are known to be the
             same, so a thread that was given up writes nothing there.
+        address: Where in `out` the first row goes.
+        out_width: Bytes of a row there.
+        form: How rows are copied; see the kernels.
         hot: The cache of hot rows, if there is one.
-        counts: How often each id is worth being counted as asked for, `[n]`; `None` is once.
         tally: Counts what was done.
         read: Reads rows.
+        counts: How often each id is worth being counted as asked for, `[n]`; `None` is once.
     """
 
     table: str
     state: DiskState
-    form: Form
+    slot: str
     ids: Longs
-    out: memoryview | None
+    out: torch.Tensor | None
+    address: int
+    out_width: int
+    form: int
     hot: HotRows | None
     tally: Tally
     read: Callable[[Places, Longs, int, Longs], tuple[int, int, int]]
@@ -109,24 +112,6 @@ class Request:
         self.reading.is_large = len(self.ids) > _LARGE
         self.reading.waited = False
 
-    @property
-    def address(self) -> int:
-        """Where `out` is."""
-        return 0 if self.out is None else np.frombuffer(self.out, np.uint8).ctypes.data
-
-    def hits(self) -> bool:
-        """Take all rows from the cache, if it has them and nobody else uses it; never waits."""
-        owner = self.state.owners.get(self.form.slot)
-        if self.hot is None or owner is None or self.out is None:
-            return False
-        places = self.state.places[self.form.slot]
-        target = self.address, self.form.out_width
-        missed = self.hot.take(owner, places.width, self.ids, target, self.form.number, wait=False)
-        if missed is None or len(missed):
-            return False
-        self.tally.add(ids=len(self.ids), hits=len(self.ids))
-        return True
-
     def run(self) -> None:
         """Fill `out`; belongs on a thread.
 
@@ -134,10 +119,9 @@ class Request:
             ReadError: If the disk failed, five times in a row.
             CheckpointChangedError: If a file was written to.
         """
-        places = self.state.places.get(self.form.slot)
+        places = self.state.places.get(self.slot)
         if places is None:  # no checkpoint has brought a row of it
-            if self.out is not None:
-                np.frombuffer(self.out, np.uint8).fill(0)
+            wipe_rows(self.address, len(self.ids) * self.out_width)
             self.tally.add(ids=len(self.ids), absent=len(self.ids))
             return
         missed = self._missed(places)
@@ -146,7 +130,7 @@ class Request:
             self.tally.add(ids=len(self.ids), hits=hits)
             return
         which, ids, counts = self._different(missed)
-        numbers = self.state.find(self.form.slot, ids)
+        numbers = self.state.find(self.slot, ids)
         there = numbers >= 0
         found = numbers[there]
         rows = np.empty(len(found) * places.width, np.uint8)
@@ -157,13 +141,12 @@ class Request:
             raise OSError(errno.ECANCELED, "the lookup was given up")
         source = rows.ctypes.data
         if self.hot is not None:
-            owner = self.state.owners[self.form.slot]
+            owner = self.state.owners[self.slot]
             self.hot.offer(owner, places.width, ids[there], counts[there], source)
         if self.out is not None:
             at = np.where(there, np.cumsum(there) - 1, -1)
-            form = self.form
             _kernels.spread(
-                missed, which, at, source, places.width, self.address, form.out_width, form.number
+                missed, which, at, source, places.width, self.address, self.out_width, self.form
             )
         self.tally.add(
             ids=len(self.ids),
@@ -176,11 +159,10 @@ class Request:
 
     def _missed(self, places: Places) -> Longs:
         """Take what the cache has; return the positions of the rest."""
-        owner = self.state.owners.get(self.form.slot)
-        if self.hot is None or owner is None or self.out is None:
+        if self.hot is None or self.out is None:
             return np.arange(len(self.ids))
-        target = self.address, self.form.out_width
-        missed = self.hot.take(owner, places.width, self.ids, target, self.form.number)
+        owner, target = self.state.owners[self.slot], (self.address, self.out_width)
+        missed = self.hot.take(owner, places.width, self.ids, target, self.form)
         assert missed is not None, "it has waited"
         return missed
 
@@ -209,7 +191,7 @@ class Request:
             done += at
             self._explain(places, int(numbers[done]), error, attempt)
             self.tally.add(retries=1)
-            self.stop.event.wait(random.uniform(0, _FIRST_PAUSE * 2 ** (attempt - 1)))  # noqa: S311  # no secret
+            self.stop.rest(random.uniform(0, _FIRST_PAUSE * 2 ** (attempt - 1)))  # noqa: S311  # no secret
         return waits
 
     def _explain(self, places: Places, number: int, error: int, attempt: int) -> None:
@@ -244,6 +226,8 @@ def _failed(table: str, file: KeptFile, begin: int, length: int, problem: str) -
 
 def cut(count: int, most: int) -> Sequence[tuple[int, int]]:
     """Cut so many ids into pieces of at most `most`, each about as long."""
+    if 0 < count <= most:  # nearly always
+        return [(0, count)]
     pieces = -(-count // most)
     cuts = [count * number // pieces for number in range(pieces + 1)] if pieces else []
     return list(itertools.pairwise(cuts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ class Tally:
 
     def ended(self, seconds: float) -> None:
         """Count a lookup that went well."""
-        bucket = sum(seconds > bound for bound in BOUNDS)
+        bucket = bisect_left(BOUNDS, seconds)
         with self._lock:
             self._counts["lookups"] += 1
             self._seconds += seconds

@@ -185,6 +185,9 @@ class LocalStorage:
         def opened() -> KeptFile:
             fd, status = open_regular(self._root / name, os.O_RDONLY, follow=self._follow)
             file = KeptFile(self.location, name, fd, status)
+            if hasattr(os, "posix_fadvise"):  # neighbours of a row are not wanted
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
             if self._seen.setdefault(name, identity(status)) != identity(status):
                 raise FileChangedError(name)
             return file
