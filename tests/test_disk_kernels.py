@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncloader._disk_table import hot_kernels, kernels, read_kernels
-from asyncloader._disk_table.hot import HotRows
+from asyncloader._disk_table.hot import HotRows, Owner
 from asyncloader._disk_table.ids import SortedIds, bits_for
 from asyncloader._disk_table.places import Places
 from asyncloader._disk_table.reading import DirectReader, RowReader, read_slowly
@@ -166,8 +166,8 @@ def test_what_the_cache_gives_is_what_it_was_given(
     hot = HotRows(nbytes)
     known = [hot.join(16) for _ in range(owners)]
 
-    def rows(owner: int, ids: list[int]) -> bytes:
-        return b"".join(random.Random(f"{owner} {id_}").randbytes(16) for id_ in ids)
+    def rows(owner: Owner, ids: list[int]) -> bytes:
+        return b"".join(random.Random(f"{owner.number} {id_}").randbytes(16) for id_ in ids)
 
     for number, ids in enumerate(rounds):
         owner = known[number % owners]
@@ -230,7 +230,7 @@ def numbers(count: int) -> Longs:
 
 def slow(places: Places, wanted: Longs) -> bytes:
     rows = np.zeros(len(wanted) * places.width, np.uint8)
-    assert read_slowly(places, wanted, rows.ctypes.data, np.zeros(1, np.int64))[0] == 0
+    assert read_slowly(places, wanted, rows.ctypes.data, np.zeros(2, np.int64))[0] == 0
     return rows.tobytes()
 
 
@@ -250,7 +250,7 @@ def test_rows_are_read_as_the_slow_version_reads_them(
 ) -> None:
     wanted = numbers(count)
     rows = np.zeros(count * places.width + 1, np.uint8)
-    error, _, _ = reader()(places, wanted, rows.ctypes.data, np.zeros(1, np.int64))
+    error, _, _ = reader()(places, wanted, rows.ctypes.data, np.zeros(2, np.int64))
     assert error == 0
     assert rows[:-1].tobytes() == slow(places, wanted)
     assert rows[-1] == 0, "nothing is written behind them"
@@ -263,7 +263,7 @@ def test_a_row_behind_the_end_of_its_file_is_told(
     cut = Places.of(torch.float32, 24, [(0, places.files[1], 3)])
     wanted = longs([0, 199, 200, 5])
     rows = np.zeros(4 * 24, np.uint8)
-    error, at, _ = reader()(cut, wanted, rows.ctypes.data, np.zeros(1, np.int64))
+    error, at, _ = reader()(cut, wanted, rows.ctypes.data, np.zeros(2, np.int64))
     assert (error, at) == (read_kernels.ENDS_EARLY, 2)
     assert rows[:48].tobytes() == slow(cut, wanted[:2])
 
@@ -273,7 +273,7 @@ def test_a_read_that_is_no_longer_wanted_ends(
     reader: Callable[[], RowReader], places: Places
 ) -> None:
     rows = np.zeros(1000 * 24, np.uint8)
-    error, _, _ = reader()(places, numbers(1000), rows.ctypes.data, np.ones(1, np.int64))
+    error, _, _ = reader()(places, numbers(1000), rows.ctypes.data, np.ones(2, np.int64))
     assert error == read_kernels.STOPPED
 
 
@@ -298,7 +298,7 @@ def test_short_reads_and_interrupted_ones_are_gone_on_with(
     wanted = longs([*range(50), 3, 3])
     rows = np.zeros(52 * 24, np.uint8)
     error, _, _ = RowReader(fake.calls, window=window)(
-        one, wanted, rows.ctypes.data, np.zeros(1, np.int64)
+        one, wanted, rows.ctypes.data, np.zeros(2, np.int64)
     )
     assert error == 0
     assert rows.tobytes() == slow(one, wanted)
@@ -320,7 +320,7 @@ def test_of_a_failing_read_it_is_told_which_row_and_all_before_it_are_there(
     rows = np.zeros(12 * 24, np.uint8)
     fake = FakeReads(answer)
     error, at, waited = RowReader(fake.calls, window=4)(
-        places, wanted, rows.ctypes.data, np.zeros(1, np.int64)
+        places, wanted, rows.ctypes.data, np.zeros(2, np.int64)
     )
     assert (error, at) == (errno.EIO, bad)
     assert rows[: bad * 24].tobytes() == slow(places, wanted[:bad])
@@ -340,6 +340,33 @@ def test_where_a_refused_read_begins_nothing_the_device_is_told(places: Places) 
     calls = fake.calls._replace(fadvise=address)
     wanted = numbers(20)
     rows = np.zeros(20 * 24, np.uint8)
-    error, _, waited = RowReader(calls)(places, wanted, rows.ctypes.data, np.zeros(1, np.int64))
+    error, _, waited = RowReader(calls)(places, wanted, rows.ctypes.data, np.zeros(2, np.int64))
     assert (error, waited, told) == (0, 20, [24] * 20)
     assert rows.tobytes() == slow(places, wanted)
+
+
+def test_after_a_failure_to_collect_reads_past_the_cache_no_late_one_is_taken_for_another(
+    places: Places,
+) -> None:
+    real = SystemCalls.of_system()
+    if real is None:
+        pytest.skip("no system calls by number here")
+    kind = ctypes.CFUNCTYPE(ctypes.c_long, *[ctypes.c_long] * 6, use_errno=True)
+    call, failures = kind(real.syscall), [1]
+
+    def answer(number: int, *rest: int) -> int:
+        if len(rest) == 5 and rest[1] == 1 and failures:  # io_getevents waits for one at least
+            failures.pop()
+            ctypes.set_errno(errno.EIO)
+            return -1
+        return int(call(number, *rest))
+
+    fake = kind(answer)
+    address = ctypes.cast(fake, ctypes.c_void_p).value or 0
+    reader = DirectReader(real._replace(syscall=address))
+    one, other = numbers(60), numbers(61)
+    rows = np.zeros(61 * 24, np.uint8)
+    reader(places, one, rows.ctypes.data, np.zeros(2, np.int64))
+    error, _, _ = reader(places, other, rows.ctypes.data, np.zeros(2, np.int64))
+    assert (error, failures) == (0, [])
+    assert rows.tobytes() == slow(places, other)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
+import gc
 import os
+import pickle
 import random
 import shutil
 import tempfile
 import threading
+import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -352,6 +357,14 @@ def arrays(save: Callable[..., None] = np.savez, **named: Any) -> Callable[[Path
     return spoil
 
 
+def declare_more(path: Path) -> None:
+    """Have an array say that it takes a petabyte."""
+    arrays(names=HOT, ids0=np.zeros(3, np.int64), counts0=np.zeros(3, np.uint8))(path)
+    header = b"'shape': (3,), }"
+    text = path.read_bytes().replace(header, b"'shape': (1%s,), }" % (b"0" * 15), 1)
+    path.write_bytes(text.replace(b" " * 15 + b"\n", b"\n", 1))
+
+
 HOT = np.array(["1", "embedding"])
 SPOILT: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
@@ -362,6 +375,8 @@ SPOILT: dict[str, Callable[[Path], object]] = {
     "other arrays": arrays(x=np.zeros(3)),
     "too short": arrays(names=HOT, ids0=np.zeros(3, np.int64), counts0=np.zeros(2, np.uint8)),
     "floats": arrays(names=HOT, ids0=np.zeros(3), counts0=np.zeros(3, np.uint8)),
+    "counts below 0": arrays(names=HOT, ids0=np.zeros(3, np.int64), counts0=np.full(3, -(2**32))),
+    "more than there is": declare_more,
 }
 
 
@@ -379,7 +394,42 @@ async def test_a_spoilt_file_of_hot_ids_is_refused(
         await table.aload_hot(tmp_path / "none")
 
 
+async def test_a_cache_is_shared_out_among_the_tables_that_are_left(tmp_path: Path) -> None:
+    runtime = Runtime(row_cache_bytes=40_000)
+    for width in (3, 4, 5, 6):
+        content = data(list(range(300)), width=width)
+        write_checkpoint(tmp_path / str(width), {"t": content}, {})
+        table = await loaded(tmp_path / str(width), content, runtime=runtime)
+        for _ in range(2):
+            await table.alookup(content.ids)
+        table.close()  # its rows are nobody's by the time the next one joins
+    assert table.stats().hits > 250
+
+
+async def test_a_copy_has_the_same_rows_and_loads_by_itself(path: Path, tmp_path: Path) -> None:
+    table = await loaded(path, cache_bytes=1000)
+    for other in (copy.deepcopy(table), copy.copy(table)):
+        assert same(await other.alookup(SOME), wanted(CONTENT, SOME))
+        write_checkpoint(tmp_path / "new", {"t": data([7], width=3)}, {})
+        await Loader(tmp_path / "new", {"t": other}).aload()
+        assert (await other.alookup(torch.tensor([7]))).tolist() == [[1, 2, 3]]
+        assert same(await table.alookup(SOME), wanted(CONTENT, SOME))
+        other.close()
+    with pytest.raises(TypeError, match="holds files open"):
+        pickle.dumps(table)
+
+
 # --- loads
+
+
+async def test_loads_of_the_same_ids_do_not_pile_up(path: Path) -> None:
+    table = await loaded(path)
+    before = table.stats().nbytes, len(files_of(path))
+    for _ in range(5):
+        await Loader(path, {"t": table}).aload()
+        gc.collect()
+        assert (table.stats().nbytes, len(files_of(path))) == before
+    assert same(await table.alookup(SOME), wanted(CONTENT, SOME))
 
 
 async def test_only_ids_are_read_and_verified(tmp_path: Path) -> None:
@@ -477,14 +527,67 @@ async def test_a_table_is_opened_without_a_loader(path: Path) -> None:
         await asyncio.sleep(0)
     assert same(await late, wanted(CONTENT, SOME)), "it had begun"
     assert len(table) == 0
-    assert not (await table.alookup(SOME)).any()
+    with pytest.raises(RuntimeError, match="table 't' is closed"):
+        await table.alookup(SOME)
     assert not files_of(path)
     with pytest.raises(KeyError, match=r"did you mean 't@embedding'"):
         async with open_table(path, "u"):
             pass
 
 
+async def test_a_table_may_be_closed_while_lookups_wait_for_a_thread(path: Path) -> None:
+    table = await loaded(path, concurrency=1)
+    asked = [CONTENT.ids[at : at + 500] for at in range(0, 2500, 500)]
+    tasks = [asyncio.create_task(table.alookup(ids)) for ids in asked]
+    await asyncio.sleep(0)
+    table.close()
+    for ids, task in zip(asked, tasks, strict=True):
+        assert same(await task, wanted(CONTENT, ids))
+
+
 # --- faults
+
+
+async def test_a_failure_of_what_nobody_awaits_is_counted(path: Path) -> None:
+    failed = threading.Event()
+
+    def answer(_number: int, may_wait: bool) -> int | None:
+        if may_wait:
+            failed.set()
+        return -errno.EACCES if may_wait else -errno.EAGAIN
+
+    fake = FakeReads(answer)
+    table = await loaded(path, runtime=Handed(calls=fake.calls, concurrency=1))
+    table.prefetch(SOME)
+    await asyncio.to_thread(failed.wait, 20)
+    with pytest.raises(ReadError):  # on the one thread, so behind it
+        await table.awarm(SOME)
+    assert table.stats().failures == 2
+
+
+def test_who_waits_for_a_thread_is_not_given_up_and_a_slow_disk_is_no_dead_one(
+    path: Path,
+) -> None:
+    """Each read takes a fifth of the time-out; all of a lookup, and the wait, take longer."""
+
+    def answer(_number: int, may_wait: bool) -> int | None:
+        if may_wait:
+            time.sleep(0.05)
+        return no_such_call(0, may_wait)
+
+    fake = FakeReads(answer)
+    table = asyncio.run(
+        loaded(path, runtime=Handed(calls=fake.calls, concurrency=1, stall_timeout=0.25))
+    )
+    found: list[Tensor] = []
+    ids = CONTENT.ids[:12]
+    threads = [threading.Thread(target=lambda: found.append(table.lookup(ids))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert all(same(rows, wanted(CONTENT, ids)) for rows in found)
 
 
 @pytest.mark.parametrize("bad", range(6))
@@ -652,8 +755,16 @@ def test_a_forked_process_has_threads_of_its_own(path: Path) -> None:
 
 def test_loops_that_come_and_go_may_share_a_table(path: Path) -> None:
     table = asyncio.run(loaded(path, cache_bytes=1000))
-    for _ in range(3):
-        assert same(asyncio.run(table.alookup(SOME)), wanted(CONTENT, SOME))
+    loops = []
+
+    async def look() -> Tensor:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        return await table.alookup(CONTENT.ids)
+
+    for _ in range(5):
+        assert same(asyncio.run(look()), wanted(CONTENT, CONTENT.ids))
+    gc.collect()
+    assert sum(loop() is not None for loop in loops) <= 1, "none is kept but the last"
     assert same(table.lookup(SOME), wanted(CONTENT, SOME))
 
 

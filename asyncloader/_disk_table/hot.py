@@ -12,6 +12,7 @@ import itertools
 import os
 import threading
 import weakref
+from collections import Counter, deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from asyncloader._memory.allocation import zeros
 
 from . import hot_kernels as _kernels
+from .forked import renew_after_fork
 from .kernels import LANES
 
 if TYPE_CHECKING:
@@ -36,6 +38,13 @@ class HotIds(NamedTuple):
 
     ids: Longs
     counts: Longs
+
+
+class Owner:
+    """Whose rows they are: one slot of one version of a table."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class _Rows:
@@ -57,7 +66,8 @@ class HotRows:
     """Keeps rows that are asked for often, of any number of tables, within `nbytes` together.
 
     Rows of one width share one part; the parts share the bytes evenly. Where rows of another width
-    come in, all parts are made anew, empty. May be used on any thread.
+    come in, or the last owner of a width is gone by then, all parts are made anew, empty. May be
+    used on any thread.
 
     Args:
         nbytes: Memory, in bytes, what it takes to find rows included.
@@ -68,30 +78,42 @@ class HotRows:
         self._seed = np.uint64(int.from_bytes(os.urandom(8), "little"))
         self._owners = itertools.count(1)
         self._parts: dict[int, _Rows] = {}
+        self._users: Counter[int] = Counter()  # owners of rows of each width
+        self._left: deque[int] = deque()  # widths of which an owner is gone
         self._lock = threading.Lock()  # held for microseconds a hundred ids
-        _all.add(self)
+        renew_after_fork(self)
 
     def __repr__(self) -> str:
         return f"<HotRows {self.nbytes} bytes, rows of {sorted(self._parts)} bytes>"
 
-    def renew_lock(self) -> None:
-        """Forget who held the lock: in a child process, a thread that is not here."""
+    def renew(self) -> None:
+        """Forget, in a child process, who held the lock; and all rows, of which one may be half."""
+        if self._lock.locked():
+            for part in self._parts.values():
+                part.words.fill(0)  # not by torch, whose threads are not here either
         self._lock = threading.Lock()
 
-    def join(self, width: int) -> int:
-        """Have room for rows of a width; return a number for their owner, another one each time."""
+    def join(self, width: int) -> Owner:
+        """Have room for rows of a width, for as long as their owner lives."""
         with self._lock:
-            if width not in self._parts:
-                widths = [*self._parts, width]
-                self._parts = {one: _Rows(self.nbytes // len(widths), one) for one in widths}
-            owner = next(self._owners)
-        if owner > _MOST_OWNERS:
+            while self._left:
+                self._users[self._left.popleft()] -= 1
+            self._users[width] += 1
+            widths = sorted(+self._users)
+            if widths != sorted(self._parts):
+                share = self.nbytes // len(widths)
+                self._parts = {one: _Rows(share, one) for one in widths}
+            number = next(self._owners)
+        if number > _MOST_OWNERS:
             raise RuntimeError("a cache of hot rows has had too many owners: make a new one")
+        owner = Owner(number)
+        # No lock is taken: the garbage collector may call it at any time, on any thread.
+        weakref.finalize(owner, self._left.append, width).atexit = False
         return owner
 
     def take(
         self,
-        owner: int,
+        owner: Owner,
         width: int,
         wanted: Longs,
         out: tuple[int, int],
@@ -120,40 +142,28 @@ class HotRows:
             rows = self._parts[width]
             count = _kernels.take_hot(
                 rows.lines, rows.words, rows.address, width, self._seed,
-                np.uint32(owner << _SHIFT), wanted, *out, form, missed, scratch,
+                np.uint32(owner.number << _SHIFT), wanted, *out, form, missed, scratch,
             )  # fmt: skip
         finally:
             self._lock.release()
         return missed[:count]
 
-    def offer(self, owner: int, width: int, ids: Longs, counts: Longs, source: int) -> int:
+    def offer(self, owner: Owner, width: int, ids: Longs, counts: Longs, source: int) -> int:
         """Offer rows, each but once, at an address; return how many were taken in."""
         with self._lock:
             rows = self._parts[width]
             return _kernels.offer_hot(
                 rows.lines, rows.words, rows.address, width, self._seed,
-                np.uint32(owner << _SHIFT), ids, counts, source,
+                np.uint32(owner.number << _SHIFT), ids, counts, source,
             )  # fmt: skip
 
-    def of(self, owner: int, width: int) -> HotIds:
+    def of(self, owner: Owner, width: int) -> HotIds:
         """Return the ids of an owner's rows that are here, the most used first."""
         with self._lock:
             rows = self._parts[width]
             words = rows.words[:, 2 * _kernels.WAYS : 3 * _kernels.WAYS].copy()
             lines = rows.lines[:, : _kernels.WAYS].copy()
-        mine = words >> _SHIFT == owner
+        mine = words >> _SHIFT == owner.number
         counts = (words[mine] & 15).astype(np.int64)
         order = np.argsort(-counts, kind="stable")
         return HotIds(lines[mine][order], counts[order] + 1)
-
-
-_all: weakref.WeakSet[HotRows] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for hot in _all:
-        hot.renew_lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import zipfile
@@ -57,7 +58,7 @@ def read_hot(path: str | os.PathLike[str], encoding: Encoding) -> dict[str, HotI
             found = {
                 slot: HotIds(
                     arrays[f"ids{number}"].astype(np.int64, casting="safe"),
-                    arrays[f"counts{number}"].astype(np.int64),
+                    arrays[f"counts{number}"].astype(np.uint8, casting="safe").astype(np.int64),
                 )
                 for number, slot in enumerate(slots)
             }
@@ -72,11 +73,18 @@ def read_hot(path: str | os.PathLike[str], encoding: Encoding) -> dict[str, HotI
 
 
 def _check_plain(path: str | os.PathLike[str]) -> None:
-    """Refuse what is compressed: a few bytes may become any number."""
+    """Refuse what takes more memory than the file is long."""
     with zipfile.ZipFile(path) as archive:
         for one in archive.infolist():
             if one.compress_type:
                 raise ValueError(f"{one.filename} is compressed")
+            with archive.open(one) as member:
+                version = np.lib.format.read_magic(member)
+                if version != (1, 0):
+                    raise ValueError(f"{one.filename} is of version {version}")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+                if math.prod(shape) * dtype.itemsize != one.file_size - member.tell():
+                    raise ValueError(f"{one.filename} is not as long as it says")
 
 
 def _renumbered(hot: HotIds, children: list[str], encoding: Encoding) -> HotIds:

@@ -121,7 +121,7 @@ def offer_hot(
             words[at, _OWNERS + least] = word - _STEP
             continue
         lines[at, least] = ids[i]
-        words[at, _OWNERS + least] = owner | np.uint32(min(counts[i], 15) - 1)
+        words[at, _OWNERS + least] = owner | np.uint32(max(min(counts[i], 15), 1) - 1)
         copy(rows + (at * WAYS + least) * width, source + i * width, width)
         taken += 1
     return taken

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from .hot import Owner
 from .request import Request, cut
 from .stats import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
 
     from asyncloader._table.schema import Longs, Slot
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from .reading import RowReader
     from .stats import TableStats
 
+
+T = TypeVar("T")
 
 _PIECE = 16 << 10
 """Ids. Larger lookups are cut: between two pieces, other lookups have their turn."""
@@ -88,13 +92,21 @@ class Lookups:
         self, state: DiskState, slot: Slot, ids: Longs, counts: Longs | None = None
     ) -> None:
         """Bring rows into the cache, as if each had been asked for `counts` times, `[n]`."""
-        for request in self._requests(state, slot, ids, None, counts):
-            await self._readers.carry_out(request)
+        try:
+            for request in self._requests(state, slot, ids, None, counts):
+                await self._readers.carry_out(request)
+        except BaseException:
+            self._tally.add(failures=1)
+            raise
 
     def prefetch(self, state: DiskState, slot: Slot, ids: Longs) -> None:
         """Begin to bring rows into the cache; wait for nothing."""
         for request in self._requests(state, slot, ids, None):
-            self._readers.begin(request)
+            self._readers.begin(request, self._noted)
+
+    def _noted(self, future: Future[None]) -> None:
+        if not future.cancelled() and future.exception() is not None:
+            self._tally.add(failures=1)
 
     def hot(self, state: DiskState) -> dict[str, HotIds]:
         """Return the ids in the cache, encoded, and how often each was asked for; by slot."""
@@ -109,10 +121,14 @@ class Lookups:
         """End the threads, if they are this table's own."""
         self._readers.close()
 
-    def join(self, width: int) -> int:
-        """Return the number of a new owner of rows in the cache; 0 where there is none."""
+    def join(self, width: int) -> Owner:
+        """Return a new owner of rows in the cache; nobody where there is none."""
         hot = self._readers.hot
-        return 0 if hot is None else hot.join(width)
+        return Owner(0) if hot is None else hot.join(width)
+
+    async def on_thread(self, job: Callable[[], T], label: str) -> T:
+        """Return what a job results in that may block."""
+        return await self._readers.on_thread(job, label)
 
     @property
     def cache_bytes(self) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from asyncloader._storage.kept import KeptFile
     from asyncloader._table.schema import Flags, Longs
 
+    from .hot import Owner
     from .ids import SortedIds
 
 
@@ -115,13 +116,13 @@ class DiskState:
     Attributes:
         places: By slot; a slot of which no row was brought has none.
         count: Ids.
-        owners: The number by which each slot's rows are known to the cache of hot rows.
+        owners: Who each slot's rows are, in the cache of hot rows.
     """
 
     layers: tuple[Layer, ...] = ()
     places: Mapping[str, Places] = field(default_factory=dict)
     count: int = 0
-    owners: Mapping[str, int] = field(default_factory=dict)
+    owners: Mapping[str, Owner] = field(default_factory=dict)
 
     @property
     def room(self) -> int:
@@ -180,3 +181,13 @@ class DiskState:
             places=joined,
             count=self.count + len(ids) - int(known),
         )
+
+    def without_first(self, count: int) -> DiskState:
+        """Return a version without the lowest layers, of which no row is wanted any more."""
+        start = self.layers[count].first
+        places = {}
+        for slot, one in self.places.items():
+            parts = [part for part in one.parts() if part[0] >= start]
+            if parts:
+                places[slot] = Places.of(one.dtype, one.width, parts)
+        return replace(self, layers=self.layers[count:], places=places)

@@ -46,8 +46,8 @@ def read_ahead(
     rows: int,  # the address of the memory for them, [n, width]
     width: int,
     ring: Longs,  # [window], rows that the device was asked for
-    stop: Longs,  # [1]; not 0: end as soon as may be
-    seen: Longs,  # [4]; receives: the error, which row it is of, rows waited for, rows done
+    stop: Longs,  # [2]; the first not 0: end as soon as may be; the second counts rows that came
+    seen: Longs,  # [4]; receives the error, which row it is of, rows waited for, rows under way
 ) -> int:
     """Read rows, each by a call: ask the device for many, and collect them later.
 
@@ -70,6 +70,7 @@ def read_ahead(
             begin = offsets[part] + (numbers[at] - firsts[part]) * width
             vector[0], vector[1] = rows + at * width, width
             if call5(preadv2, fds[part], there, 1, begin, _NOWAIT) == width:
+                stop[1] += 1
                 continue
             if fadvise:
                 call4(fadvise, fds[part], begin, width, _WILLNEED)
@@ -89,6 +90,7 @@ def read_ahead(
             count = call5(preadv2, fds[part], there, 1, begin + done, 0)
             if count > 0:
                 done += count
+                stop[1] += 1
                 continue
             error = ENDS_EARLY if count == 0 else errno(errno_location)
             if error == _EINTR and not stop[0]:
@@ -117,12 +119,12 @@ def read_direct(
     room: int,  # enough for a row, wherever it begins in a block
     requests: Longs,  # [depth, 8], a `struct iocb` each
     events: Longs,  # [depth + 1, 4], a `struct io_event` each; the last row is for `struct iocb *`
-    stop: Longs,  # [1]
+    stop: Longs,  # [2], as of `read_ahead`
     seen: Longs,  # [4], as of `read_ahead`
 ) -> int:
     """Read rows past the page cache, many at a time: Linux AIO.
 
-    Returns 0, or the number of the error; no read is under way any more then.
+    Returns 0, or the number of the error; no read is under way then, unless `seen` says so.
     """
     syscall, errno_location, submit, getevents = calls
     depth = requests.shape[0]
@@ -197,8 +199,9 @@ def read_direct(
             free[unused] = slot
             unused += 1
         ended += max(count, 0)
+        stop[1] += max(count, 0)
         if count < 0 and errno(errno_location) != _EINTR:
-            seen[0], seen[1], seen[2] = errno(errno_location), 0, begun
+            seen[0], seen[1], seen[2], seen[3] = errno(errno_location), 0, begun, begun - ended
             return seen[0]
     seen[0], seen[1], seen[2] = error, failed % max(numbers.shape[0], 1), begun
     return error

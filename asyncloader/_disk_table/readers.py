@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import contextlib
 import os
+import threading
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from asyncloader._arguments import check_row_options
 from asyncloader._table.native import SystemCalls
@@ -21,10 +22,18 @@ from .hot import HotRows
 from .reading import DirectReader, RowReader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+
     from .request import Request
+
+T = TypeVar("T")
 
 _SPARE = 1
 """Threads that large requests leave to small ones."""
+
+_SLOW = 1.0
+"""Seconds. The thread of a request that takes longer without a row is replaced."""
 
 
 class RowReaders:
@@ -57,6 +66,7 @@ class RowReaders:
         self._concurrency = concurrency
         self._calls = SystemCalls.of_system() if calls is None else calls
         self._seconds = stall_timeout
+        self._finalizer: weakref.finalize[..., RowReaders] | None = None
         self._begin()
 
     def __repr__(self) -> str:
@@ -74,61 +84,122 @@ class RowReaders:
         Raises:
             ReadStalledError: If the disk gave no answer.
         """
-        disk = self._disk()
-        try:
-            await disk.call(request.run, reading=request.reading)
-        except StalledError as error:
-            raise _stalled(request, error) from error
+        with self._in_use():
+            try:
+                await self._disk().call(request.run, reading=request.reading)
+            except StalledError as error:
+                raise _stalled(request, error) from error
 
     def carry_out_here(self, request: Request) -> None:
         """Do the same, and block the calling thread meanwhile."""
-        call = self.begin(request)
-        try:
-            call.future.result(self._seconds)
-        except concurrent.futures.TimeoutError as error:
-            if isinstance(error, StalledError) or self._seconds is None:
+        with self._in_use():
+            call = self._begun(request)
+            try:
+                while not self._has_ended(call):
+                    pass
+            except StalledError as error:
+                raise _stalled(request, error) from error
+            except BaseException:  # Ctrl-C, say
+                call.withdraw()
                 raise
-            call.give_up(self._seconds)
-            self._pool_here().replace(call)
-            raise _stalled(request, StalledError(self._seconds)) from error
-        except BaseException:  # Ctrl-C, say
-            call.withdraw()
-            raise
 
-    def begin(self, request: Request) -> Call[None]:
-        """Have a thread carry a request out, and wait for nothing."""
-        call: Call[None] = Call(request.run, reading=request.reading, label=request.reading)
-        self._pool_here().put(call)
-        return call
+    def begin(self, request: Request, done: Callable[[Future[None]], object]) -> None:
+        """Have a thread carry a request out, and wait for nothing; `done` is called on it."""
+        using = self._in_use()
+        using.__enter__()
+        call = self._begun(request)
+        call.future.add_done_callback(lambda _: using.__exit__(None, None, None))
+        call.future.add_done_callback(done)
+
+    async def on_thread(self, job: Callable[[], T], label: str) -> T:
+        """Return what a job results in that may block.
+
+        Raises:
+            OSError: If the job did, or the disk gave no answer.
+        """
+        with self._in_use():
+            return await self._disk().call(job, label=label)
 
     def close(self) -> None:
-        """End the threads when they have done what waits for them; more requests start others."""
-        pool = self._pool
-        self._begin()
-        pool.shutdown(wait=False)
+        """End the threads once they have nothing to do; more requests start others."""
+        with self._lock:
+            self._is_closing = True
+            idle = not self._using
+        if idle:
+            self._end()
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Have threads for the length of the block."""
+        if self._process != os.getpid():  # the threads of the other process are not here
+            self._begin()
+        with self._lock:
+            self._using += 1
+            self._is_closing = False
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._using -= 1
+                ends = self._is_closing and not self._using
+            if ends:
+                self._end()
 
     def _begin(self) -> None:
         self._process = os.getpid()
+        self._lock = threading.Lock()  # for the two below
+        self._using = 0
+        self._is_closing = False
         # So many large ones at a time as are of use, as of loads; small ones run beside them.
         gate = Gate(most=max(self._concurrency - _SPARE, 1))
         self._pool = WorkerPool(
             self._concurrency, name="asyncloader-rows", gate=gate, initializer=step_back
         )
-        self._disks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Disk] = (
-            weakref.WeakKeyDictionary()
-        )
-        weakref.finalize(self, partial(self._pool.shutdown, wait=False)).atexit = False
+        self._disks: dict[asyncio.AbstractEventLoop, Disk] = {}
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, partial(self._pool.shutdown, wait=False))
+        self._finalizer.atexit = False
 
-    def _pool_here(self) -> WorkerPool:
-        if self._process != os.getpid():  # the threads of the other process are not here
-            self._begin()
-        return self._pool
+    def _end(self) -> None:
+        pool = self._pool
+        self._begin()
+        pool.shutdown(wait=False)
+
+    def _begun(self, request: Request) -> Call[None]:
+        call: Call[None] = Call(request.run, reading=request.reading, label=request.reading)
+        self._pool.put(call)
+        return call
+
+    def _has_ended(self, call: Call[None]) -> bool:
+        """Wait a while for a call; replace its thread if it is slow, give it up in the end.
+
+        Does what `Disk` does on an event loop.
+        """
+        slow = _SLOW if self._seconds is None else min(_SLOW, self._seconds / 2)
+        period = slow / 4
+        try:
+            call.future.result(period)
+        except TimeoutError:
+            if call.future.done():
+                raise  # its own
+        else:
+            return True
+        waited = call.passed(period)
+        if waited > slow and not call.is_slow:
+            call.is_slow = True
+            self._pool.replace(call)
+        if self._seconds is not None and waited > self._seconds:
+            call.give_up(self._seconds)
+        return False
 
     def _disk(self) -> Disk:
-        pool, loop = self._pool_here(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         disk = self._disks.get(loop)
         if disk is None:
-            disk = self._disks[loop] = Disk(pool, seconds=self._seconds)
+            for other in [one for one in self._disks if one.is_closed()]:
+                del self._disks[other]
+            disk = self._disks[loop] = Disk(self._pool, seconds=self._seconds)
         return disk
 
 

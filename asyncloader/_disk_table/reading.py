@@ -48,7 +48,7 @@ class RowReader:
             places: Where rows stand.
             numbers: The rows, `[n]`.
             address: Memory for them.
-            stop: `[1]`; once it is not 0, the call ends soon.
+            stop: `[2]`; once the first is not 0, the call ends soon; the second counts what came.
 
         Returns:
             The number of the error, 0 for none (see the kernels); the first row that was not read;
@@ -95,6 +95,9 @@ class DirectReader(RowReader):
             places.firsts, fds, places.offsets, numbers, address, places.width, block,
             queue.staging.ctypes.data, queue.room, queue.requests, queue.events, stop, seen,
         )  # fmt: skip
+        if seen[3]:  # the kernel may yet write to its memory: this waits for that
+            queue.close()
+            self._of_thread.queue = None
         return error, int(seen[1]), int(seen[2])
 
     def _queue(self, block: int, width: int) -> _Queue | None:
@@ -117,7 +120,10 @@ class _Queue:
         self.staging = flat[-flat.ctypes.data % _PAGE :]
         self.requests = np.zeros((depth, 8), np.int64)
         self.events = np.zeros((depth, 4), np.int64)
-        weakref.finalize(self, _destroy, numbers.destroy, context).atexit = False
+        self.close = weakref.finalize(self, _destroy, numbers.destroy, context)
+        """Wait for what is under way, and end it."""
+
+        self.close.atexit = False
 
     @classmethod
     def of(cls, depth: int, room: int) -> _Queue | None:

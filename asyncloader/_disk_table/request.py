@@ -52,13 +52,14 @@ class Stop:
     """Tells the thread of a request that its rows are not wanted any more.
 
     Attributes:
-        flag: For kernels, `[1]`; not 0 says so.
+        flag: For kernels, `[2]`. The first is not 0 once rows are not wanted; the second counts
+            the rows that were waited for and came.
     """
 
     __slots__ = ("flag",)
 
     def __init__(self) -> None:
-        self.flag: Longs = np.zeros(1, np.int64)
+        self.flag: Longs = np.zeros(2, np.int64)
 
     def end(self) -> None:
         self.flag[0] = 1
@@ -108,7 +109,7 @@ class Request:
 
     def __post_init__(self) -> None:
         # Not a method of this object: a cycle would keep files open until the next collection.
-        self.reading = Reading(self.table, interrupt=self.stop.end)
+        self.reading = Reading(self.table, interrupt=self.stop.end, ticks=self.stop.flag[1:])
         self.reading.is_large = len(self.ids) > _LARGE
         self.reading.waited = False
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from asyncloader._display import AsDict
 
+from .forked import renew_after_fork
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -68,6 +70,11 @@ class Tally:
         )  # fmt: skip
         self._seconds = 0.0
         self._latency = [0] * (len(BOUNDS) + 1)
+        renew_after_fork(self)
+
+    def renew(self) -> None:
+        """Forget who held the lock."""
+        self._lock = threading.Lock()
 
     def add(self, **counts: int) -> None:
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import copy
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -120,6 +120,7 @@ class DiskTable(torch.nn.Module):
         else:
             readers = runtime.row_readers
         self._owns_readers = runtime is None
+        self._is_closed = False
         self._turn = Turn()
         self._state = DiskState()
         check_switch(direct_io, "direct_io")
@@ -138,6 +139,27 @@ class DiskTable(torch.nn.Module):
 
     def __bool__(self) -> bool:
         return True  # otherwise `if table:` would ask whether it holds ids
+
+    def __deepcopy__(self, memo: dict[int, object]) -> DiskTable:
+        """Return a table of the same rows, files and cache, which loads by itself."""
+        other = type(self).__new__(type(self))
+        torch.nn.Module.__init__(other)
+        for name, value in vars(self).items():
+            if not hasattr(other, name):
+                setattr(other, name, value)
+        other._slots, other._turn = dict(self._slots), type(self._turn)()  # noqa: SLF001  # its own
+        other._owns_readers = False  # noqa: SLF001
+        memo[id(self)] = other
+        return other
+
+    def __copy__(self) -> DiskTable:
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            f"table {self.name!r} is a DiskTable, which holds files open: make one in the other "
+            "process, and load it there"
+        )
 
     @property
     def cache_bytes(self) -> int:
@@ -170,7 +192,7 @@ class DiskTable(torch.nn.Module):
 
     def ids(self, child: str | None = None) -> torch.Tensor:
         """Return the ids, int64 `[n]`: a child's as they stand on disk, or all, encoded."""
-        ids = self._state.all_ids()
+        ids = self._held().all_ids()
         if child is not None:
             ids = self._encoding.decode(ids[self._encoding.are_of(ids, child)])
         return torch.from_numpy(ids)
@@ -182,7 +204,7 @@ class DiskTable(torch.nn.Module):
     def contains(self, ids: torch.Tensor, child: str | None = None) -> torch.Tensor:
         """Say which ids are there: bool, of the shape of `ids`. Reads nothing."""
         wanted, shape = as_ids(ids)
-        return torch.from_numpy(self._state.has(self._encoding.encode(wanted, child))).view(shape)
+        return torch.from_numpy(self._held().has(self._encoding.encode(wanted, child))).view(shape)
 
     async def alookup(
         self,
@@ -206,13 +228,14 @@ class DiskTable(torch.nn.Module):
         Raises:
             KeyError: If there is no such slot or child.
             TypeError: If the ids are not integers, or `out` is of another dtype.
+            RuntimeError: If the table was closed.
             ValueError: If `out` is of another shape, or is not contiguous host memory.
             CheckpointChangedError: If a shard was written to since the load.
             ReadError: If the disk failed, again and again.
             ReadStalledError: If the disk gave no answer for `stall_timeout`.
         """
         wanted, result = self._wanted(ids, slot, child, out)
-        await self._lookups.run(self._state, self._slots[slot], wanted, result)
+        await self._lookups.run(self._held(), self._slots[slot], wanted, result)
         return result
 
     def lookup(
@@ -224,7 +247,7 @@ class DiskTable(torch.nn.Module):
     ) -> torch.Tensor:
         """Do as `alookup`, and block the calling thread meanwhile: for scripts."""
         wanted, result = self._wanted(ids, slot, child, out)
-        self._lookups.run_here(self._state, self._slots[slot], wanted, result)
+        self._lookups.run_here(self._held(), self._slots[slot], wanted, result)
         return result
 
     def prefetch(self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None) -> None:
@@ -238,7 +261,7 @@ class DiskTable(torch.nn.Module):
             TypeError: If the ids are not integers.
         """
         wanted = self._encoding.encode(as_ids(ids)[0], child)
-        self._lookups.prefetch(self._state, self._slot(slot), wanted)
+        self._lookups.prefetch(self._held(), self._slot(slot), wanted)
 
     async def awarm(
         self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None
@@ -251,7 +274,7 @@ class DiskTable(torch.nn.Module):
             ReadError: As of `alookup`.
         """
         wanted = self._encoding.encode(as_ids(ids)[0], child)
-        await self._lookups.warm(self._state, self._slot(slot), wanted)
+        await self._lookups.warm(self._held(), self._slot(slot), wanted)
 
     async def asave_hot(self, path: str | os.PathLike[str]) -> int:
         """Write the ids of the rows in the cache to a file, for `aload_hot`; return how many.
@@ -263,8 +286,12 @@ class DiskTable(torch.nn.Module):
         """
         from .hot_file import write_hot  # noqa: PLC0415  # numpy's files, which few need
 
-        hot = self._lookups.hot(self._state)
-        return await asyncio.to_thread(write_hot, path, hot, self._encoding)
+        state = self._held()
+
+        def write() -> int:
+            return write_hot(path, self._lookups.hot(state), self._encoding)
+
+        return await self._lookups.on_thread(write, str(path))
 
     async def aload_hot(self, path: str | os.PathLike[str]) -> int:
         """Bring the rows of a file of `asave_hot` into the cache; return how many ids it has.
@@ -279,10 +306,11 @@ class DiskTable(torch.nn.Module):
         """
         from .hot_file import read_hot  # noqa: PLC0415  # as above
 
-        hot = await asyncio.to_thread(read_hot, path, self._encoding)
+        reading = partial(read_hot, path, self._encoding)
+        hot = await self._lookups.on_thread(reading, str(path))
         for slot, (ids, counts) in hot.items():
             if slot in self._slots:
-                await self._lookups.warm(self._state, self._slots[slot], ids, counts)
+                await self._lookups.warm(self._held(), self._slots[slot], ids, counts)
         return sum(len(ids) for ids, _ in hot.values())
 
     def warm(self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None) -> None:
@@ -298,10 +326,13 @@ class DiskTable(torch.nn.Module):
         return run_blocking(partial(self.aload_hot, path))
 
     def close(self) -> None:
-        """Let go of ids and files; a lookup that is under way ends well. It may be loaded again."""
+        """Let go of ids and files; lookups that are under way end well, others raise an error.
+
+        It may be loaded again.
+        """
         from .places import DiskState  # noqa: PLC0415  # numba
 
-        self._state = DiskState()
+        self._state, self._is_closed = DiskState(), True
         if self._owns_readers:
             self._lookups.close()
 
@@ -345,8 +376,18 @@ class DiskTable(torch.nn.Module):
 
     def _publish(self, state: DiskState | None) -> None:
         if state is not None:
-            self._state = state
+            self._state, self._is_closed = state, False
         self._turn.end()
+
+    def _held(self) -> DiskState:
+        """Return the version that there is.
+
+        Raises:
+            RuntimeError: If the table was closed: zeros would look like rows.
+        """
+        if self._is_closed:
+            raise RuntimeError(f"table {self.name!r} is closed: load it again, or look up before")
+        return self._state
 
     def _slot(self, name: str) -> Slot:
         if name not in self._slots:

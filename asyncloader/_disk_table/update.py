@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from asyncloader._storage.kept import KeptFile
     from asyncloader._table.schema import Encoding, Flags, Longs
 
+    from .hot import Owner
+
 
 class DiskUpdate:
     """The next version of a table, built beside the one that is served: a `LocatingUpdate`.
@@ -33,8 +35,7 @@ class DiskUpdate:
         encoding: Of the table.
         most: Rows at most.
         publish: Gets the next version when the update ends; `None` if there is none.
-        join: Gets the width of rows, in bytes, and returns the number by which the cache of hot
-            rows knows their owner.
+        join: Gets the width of rows, in bytes, and returns their owner in the cache of hot rows.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class DiskUpdate:
         *,
         most: int,
         publish: Callable[[DiskState | None], None],
-        join: Callable[[int], int],
+        join: Callable[[int], Owner],
     ) -> None:
         self._base = state
         self._encoding = encoding
@@ -184,7 +185,7 @@ class DiskUpdate:
 
     def _finish(self) -> None:
         base = self._without_cleared()
-        state, unknown, replaced, joined = base, 0, 0, 0
+        state, unknown, replaced, joined, hidden = base, 0, 0, 0, False
         for layer in self._layers:
             ids, places = layer.built(self._ids[: self._end], self._files)
             if layer.fills and not (known := state.has(ids.ids)).all():
@@ -192,10 +193,15 @@ class DiskUpdate:
                 ids = ids.only(known)
                 unknown -= len(ids)
             above = replace(state, layers=state.layers[len(base.layers) :])
-            again = int(np.count_nonzero(base.has(ids.ids) & ~above.has(ids.ids)))
+            there = base.has(ids.ids)
+            if layer.slots >= base.places.keys() and np.count_nonzero(there) == base.count:
+                hidden = True  # each of its rows has another one above it
+            again = int(np.count_nonzero(there & ~above.has(ids.ids)))
             replaced += again
             joined += len(ids) - again if layer.fills else 0
             state = state.with_layer(layer.slots, ids, places)
+        if hidden and base.layers:
+            state = state.without_first(len(base.layers))
         owners = {slot: self._join(places.width) for slot, places in state.places.items()}
         self._next = replace(state, owners=owners)
         taken, new = self._taken - unknown - joined, state.count - base.count

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from queue import SimpleQueue
 
+    from numpy.typing import NDArray
+
 
 T = TypeVar("T")
 
@@ -62,6 +64,8 @@ class Reading:
             look.
         unsure: Whether the system could not say that; then its thread's time tells.
         begun: Reads that were begun; each is waited for by itself.
+        ticks: Counted up, `[1]`, by what reads many small things, each of which is waited for by
+            itself; `None` where there is no such.
         interrupt: Ends the wait of its thread, on the event loop's thread; `None` where that cannot
             be.
         is_lost: Whether its caller was let go: other loads may have the memory by now.
@@ -75,6 +79,7 @@ class Reading:
     waited: bool = field(init=False)
     unsure: bool = False
     begun: int = 0
+    ticks: NDArray[np.int64] | None = None
     interrupt: Callable[[], object] | None = None
     is_lost: bool = False
 
@@ -87,6 +92,11 @@ class Reading:
         if self.views is None:
             return self.name
         return f"{self.name}: bytes [{self.offset}, {self.offset + self.length})"
+
+    @property
+    def answers(self) -> int:
+        """A number that grows while the storage answers."""
+        return self.begun + (0 if self.ticks is None else int(self.ticks[0]))
 
     def begin(self, offset: int, views: Sequence[memoryview]) -> None:
         """Note the next read of this thread.
@@ -153,8 +163,8 @@ class Call(Generic[T]):
         """Note that time has passed; return for how long the storage has given no answer."""
         if self.thread is None or self.is_over:
             return 0.0
-        if self.reading is not None and self._reads != self.reading.begun:
-            self._reads = self.reading.begun
+        if self.reading is not None and self._reads != (reads := self.reading.answers):
+            self._reads = reads
             self.waited = 0.0
         self.waited += seconds
         return self.waited
