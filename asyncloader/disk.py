@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from ._disk_table.table import EMBEDDING, DiskTable
+from ._disk_table.table import DiskTable
+from ._disk_table.warming import EMBEDDING
 from .loader import Loader
 from .options import ReadOptions
 from .reader import CheckpointReader
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ._checkpoint.slices import Slice
-    from ._disk_table.table import HasReaders
+    from ._disk_table.readers import HasReaders
     from ._ready_stores import Source
 
 __all__ = ["open_table"]

@@ -14,7 +14,7 @@ from ._checkpoint.catalog import read_file
 from ._checkpoint.format import EXTRA, IO_COUNT, IO_STATE
 from ._loading.banking import checkpoint_of
 from ._loading.extras import LIMIT, check_no_pickle, read_values
-from ._loading.runtime import open_session
+from ._loading.opening import open_session
 from ._storage.looks import Looks
 from ._threads.blocking import run_blocking
 from .errors import CheckpointError

@@ -16,10 +16,10 @@ from ._loading.checks import check_tables
 from ._loading.claims import Claim
 from ._loading.destinations import describe_tensors
 from ._loading.load import Load
+from ._loading.opening import checked_runtime, open_session
 from ._loading.planner import Planner, identity
 from ._loading.progress import Meter, Tracer, listening
 from ._loading.report import LoadReport, report_of
-from ._loading.runtime import checked_runtime, open_session
 from ._loading.transaction import or_take_back, run
 from ._planning.bank import Bank
 from ._planning.targets import checked_cast

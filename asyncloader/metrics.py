@@ -5,6 +5,7 @@ Needs prometheus_client: `pip install 'asyncloader[metrics]'`.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +15,12 @@ from ._serving import events
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-    from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        InfoMetricFamily,
+    )
 except ImportError as error:
     raise ImportError(
         "asyncloader.metrics needs prometheus-client: pip install 'asyncloader[metrics]'",
@@ -22,10 +28,11 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
     from prometheus_client.core import Metric
 
+    from ._disk_table.stats import TableStats
     from ._loading.report import LoadReport
     from ._serving.events import LiveState
 
@@ -67,6 +74,19 @@ _STATE_GAUGES = {
     "serving_version_age_seconds": "Time since the version that serves was loaded",
 }
 """Read from the state of each `Live` when the registry is scraped; by name."""
+
+_OF_TABLES = {
+    "lookups": "Lookups that ended well",
+    "failures": "Lookups that raised an error",
+    "ids": "Ids that were asked for",
+    "hits": "Ids whose rows the cache had",
+    "absent": "Ids without a row",
+    "rows_read": "Rows that were read from files",
+    "bytes_read": "Bytes of those rows",
+    "waits": "Rows read that were not in the page cache",
+    "retries": "Reads that were tried again",
+}
+"""Of each `DiskTable` of the version that serves, from 0 again with each version; by name."""
 
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 """Seconds: from a small model in the page cache to a terabyte from a cold disk."""
@@ -253,9 +273,26 @@ class _Families:
                     serving.add_metric([model], {"version": version.version})
             for name, value in values.items():
                 gauges[name].add_metric([model], float(value))
-        return [*gauges.values(), serving]
+        return [*gauges.values(), serving, *_of_tables((m, live.state.tables) for m, live in lives)]
 
     describe = collect  # called once, at registration
+
+
+def _of_tables(found: Iterable[tuple[str, Mapping[str, TableStats]]]) -> Iterator[Metric]:
+    labels = ["model", "table"]
+    counters = {
+        name: CounterMetricFamily(f"asyncloader_table_{name}", meaning, labels=labels)
+        for name, meaning in _OF_TABLES.items()
+    }
+    name = "asyncloader_table_lookup_seconds"
+    seconds = HistogramMetricFamily(name, "How long lookups took", labels=labels)
+    for model, tables in found:
+        for table, stats in tables.items():
+            for name, family in counters.items():
+                family.add_metric([model, table], getattr(stats, name))
+            buckets = zip(stats.latency, itertools.accumulate(stats.latency.values()), strict=True)
+            seconds.add_metric([model, table], list(buckets), stats.seconds)
+    yield from (*counters.values(), seconds)
 
 
 # A registry takes a name once, and cannot say which names it has.

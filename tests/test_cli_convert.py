@@ -27,7 +27,7 @@ from asyncloader import (
     SaveError,
     aconvert,
 )
-from asyncloader._loading.runtime import open_session
+from asyncloader._loading.opening import open_session
 from asyncloader._tools.source import read_source
 from asyncloader._tools.target import target_of
 from asyncloader._tools.writing import write_file

@@ -17,8 +17,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from asyncloader._checkpoint.manifest import stored_tensor
+from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
-from asyncloader._loading.runtime import open_session
 from asyncloader._tools.scanning import scan
 from asyncloader._tools.showing import FoundId, ShownTable, ShownTensor, look_at, look_for
 from asyncloader._tools.values import Statistics, combine, measure, values_of

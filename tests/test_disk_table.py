@@ -487,7 +487,7 @@ async def test_what_cannot_stay_where_it_is_is_refused_in_the_plan(tmp_path: Pat
     content = TableData(ids=torch.arange(5), slots={"embedding": torch.zeros(5, 2)})
     write_checkpoint(tmp_path, {"t": content}, {})
     table = DiskTable([2], dtype=torch.float64, name="t")
-    with pytest.raises(PlanError, match="bfloat16 and float16 to float32 only"):
+    with pytest.raises(PlanError, match="from bfloat16 and float16 to float32 only"):
         await Loader(tmp_path, {"t": table}, cast="widen").aload()
     with pytest.raises(PlanError, match=r'cast="widen" converts it'):
         await Loader(tmp_path, {"t": table}).aload()

@@ -446,3 +446,24 @@ def test_relocate_points_moved_rows_to_their_new_places_in_order(
     ]
     index.relocate(longs(moved), 1000)
     assert index.words.tolist() == expected
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    width=st.sampled_from([1, 3, 4, 64, 600]),
+    data=st.data(),
+)
+def test_gather_copies_rows_of_all_segments_and_zeros_for_none(
+    sizes: list[int], width: int, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(width)
+    segments = [rng.integers(1, 255, (size, width), np.uint8) for size in sizes]
+    rows = data.draw(st.lists(st.integers(-1, sum(sizes) - 1), max_size=40))
+    firsts = np.cumsum([0, *sizes[:-1]])
+    addresses = np.array([segment.ctypes.data for segment in segments])
+    out = np.full((len(rows) + 1, width), 255, np.uint8)
+    kernels.gather(firsts, addresses, np.array(rows, np.int64), width, out.ctypes.data)
+
+    every = np.concatenate([*segments, np.zeros((1, width), np.uint8)])
+    assert np.array_equal(out[:-1], every[rows])
+    assert (out[-1] == 255).all(), "nothing is written behind them"

@@ -10,9 +10,9 @@ import torch
 
 from asyncloader import ReadOptions
 from asyncloader._loading.load import Load
+from asyncloader._loading.opening import open_session
 from asyncloader._loading.planner import Planner, identity
 from asyncloader._loading.progress import Meter, Tracer
-from asyncloader._loading.runtime import open_session
 from tests.oracle import write_checkpoint
 from tests.support import data, rows_in, table_for
 

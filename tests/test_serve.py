@@ -24,6 +24,7 @@ import psutil
 import pytest
 import uvicorn
 import uvloop
+from prometheus_client import generate_latest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
@@ -324,7 +325,7 @@ async def test_a_bucket_is_written_to_and_served(
     service = create_app(run).state.service
     async with service.live:
         with service.live.use() as held:
-            assert model.rank(held, user=1, items=[2]).isfinite().all()
+            assert (await model.rank(held, user=1, items=[2])).isfinite().all()
 
 
 @pytest.mark.slow
@@ -393,3 +394,21 @@ def test_a_person_rolls_back_and_resumes(server: Process, browser: webdriver.Chr
     until(lambda: shown("answered").replace(",", "").isdecimal() and shown("rps") != "0")
     press("traffic")
     assert browser.execute("getLog", {"type": "browser"})["value"] == []
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+async def test_rows_are_served_from_the_disk(tmp_path: Path, cache_bytes: int) -> None:
+    await written(str(tmp_path), until="v2")
+    service = create_app(tmp_path, disk=True, cache_bytes=cache_bytes).state.service
+    async with service.live:
+        with service.live.use() as held:
+            for _ in range(2):
+                scores = await model.rank(held, user=1, items=[2, 9])
+                version = model.number_of(held.version)
+                assert scores.tolist() == model.expected(version, user=1, items=[2, 9])
+            rows = service.rows.seen(service.live.state.tables.values())
+            text = generate_latest(service.registry).decode()
+    assert rows is not None
+    assert rows["cache_bytes"] == cache_bytes
+    assert 'asyncloader_table_lookups_total{model="default",table="user_emb"} 3.0' in text
+    assert 'asyncloader_table_lookup_seconds_count{model="default",table="user_emb"} 3.0' in text

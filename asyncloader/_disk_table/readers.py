@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from asyncloader._arguments import check_row_options
 from asyncloader._table.native import SystemCalls
@@ -201,6 +201,13 @@ class RowReaders:
                 del self._disks[other]
             disk = self._disks[loop] = Disk(self._pool, seconds=self._seconds)
         return disk
+
+
+class HasReaders(Protocol):
+    """A `Runtime`, whose module this one may not import."""
+
+    @property
+    def row_readers(self) -> RowReaders: ...
 
 
 def _stalled(request: Request, error: StalledError) -> ReadStalledError:

@@ -33,8 +33,8 @@ class TableStats(AsDict):
         waits: Of the rows read, how many were not in the page cache.
         retries: Reads that were tried again after an error.
         seconds: All lookups together took so long.
-        latency: Lookups by how long they took: `{upper bound in seconds: lookups}`; each counts
-            once, `inf` has the longest.
+        latency: Lookups by how long they took: `{upper bound in seconds: lookups}`, the bounds as
+            text; each counts once, `+Inf` has the longest.
         nbytes: Memory for ids, in bytes.
         cache_bytes: Memory for hot rows, in bytes; 0 if there is no cache.
     """
@@ -49,7 +49,7 @@ class TableStats(AsDict):
     waits: int = 0
     retries: int = 0
     seconds: float = 0.0
-    latency: Mapping[float, int] = field(default_factory=dict)
+    latency: Mapping[str, int] = field(default_factory=dict)
     nbytes: int = 0
     cache_bytes: int = 0
 
@@ -94,7 +94,7 @@ class Tally:
             return TableStats(
                 **self._counts,
                 seconds=self._seconds,
-                latency=dict(zip((*BOUNDS, float("inf")), self._latency, strict=True)),
+                latency=dict(zip((*map(str, BOUNDS), "+Inf"), self._latency, strict=True)),
                 nbytes=nbytes,
                 cache_bytes=cache_bytes,
             )

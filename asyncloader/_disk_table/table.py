@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from asyncloader._arguments import check_switch
 from asyncloader._checkpoint.slices import Slice, gen_slice
-from asyncloader._table.schema import Encoding, as_ids, as_slot
-from asyncloader._threads.blocking import run_blocking
+from asyncloader._table.schema import Encoding, as_ids, as_slot, checked_out, shown
+
+from .warming import EMBEDDING, Warming
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
     from asyncloader._table.protocol import SavableSnapshot
     from asyncloader._table.schema import Children, Longs, Slot
 
     from .places import DiskState
-    from .readers import RowReaders
+    from .readers import HasReaders
     from .stats import TableStats
     from .update import DiskUpdate
 
 
-EMBEDDING = "embedding"
 ID = "id"
 
 _NEVER = (
@@ -35,14 +33,7 @@ _NEVER = (
 )
 
 
-class HasReaders(Protocol):
-    """A `Runtime`, whose module this one may not import."""
-
-    @property
-    def row_readers(self) -> RowReaders: ...
-
-
-class DiskTable(torch.nn.Module):
+class DiskTable(Warming):
     """Ids (any int64) → rows that stay on the disk: for tables that do not fit into memory.
 
     A `Loader` or a `Live` "loads" it as it does a `HashTable`: ids are read, and where the rows of
@@ -127,12 +118,7 @@ class DiskTable(torch.nn.Module):
         self._lookups = Lookups(name, readers, readers.reader(direct_io=direct_io))
 
     def extra_repr(self) -> str:
-        slots = ", ".join(
-            f"{slot.name}: {list(slot.shape)} {str(slot.dtype).removeprefix('torch.')}"
-            for slot in self._slots.values()
-        )
-        family = f", children={list(self.children)}" if self.coalesced else ""
-        return f"{self.name!r}, {len(self)} ids, slots=({slots}), slice={self.slice}{family}"
+        return shown(self.name, len(self), self._slots.values(), self.slice, self._encoding)
 
     def __len__(self) -> int:
         return self._state.count
@@ -250,81 +236,6 @@ class DiskTable(torch.nn.Module):
         self._lookups.run_here(self._held(), self._slots[slot], wanted, result)
         return result
 
-    def prefetch(self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None) -> None:
-        """Begin to read rows that will soon be asked for, and wait for nothing.
-
-        They come into the cache of hot rows, if there is one and they earn a place there, and into
-        the page cache, unless `direct_io` goes past it. A failure is only counted (`stats()`).
-
-        Raises:
-            KeyError: If there is no such slot or child.
-            TypeError: If the ids are not integers.
-        """
-        wanted = self._encoding.encode(as_ids(ids)[0], child)
-        self._lookups.prefetch(self._held(), self._slot(slot), wanted)
-
-    async def awarm(
-        self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None
-    ) -> None:
-        """Bring rows into the cache of hot rows, those first that are asked for most.
-
-        Raises:
-            KeyError: If there is no such slot or child.
-            TypeError: If the ids are not integers.
-            ReadError: As of `alookup`.
-        """
-        wanted = self._encoding.encode(as_ids(ids)[0], child)
-        await self._lookups.warm(self._held(), self._slot(slot), wanted)
-
-    async def asave_hot(self, path: str | os.PathLike[str]) -> int:
-        """Write the ids of the rows in the cache to a file, for `aload_hot`; return how many.
-
-        A file that is there is replaced once the new one is whole. It holds ids, no rows.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
-        from .hot_file import write_hot  # noqa: PLC0415  # numpy's files, which few need
-
-        state = self._held()
-
-        def write() -> int:
-            return write_hot(path, self._lookups.hot(state), self._encoding)
-
-        return await self._lookups.on_thread(write, str(path))
-
-    async def aload_hot(self, path: str | os.PathLike[str]) -> int:
-        """Bring the rows of a file of `asave_hot` into the cache; return how many ids it has.
-
-        The rows are read from the checkpoint that the table has now. Slots, children and ids that
-        are not there are passed over.
-
-        Raises:
-            OSError: If the file cannot be read.
-            ValueError: If it is no such file.
-            ReadError: As of `alookup`.
-        """
-        from .hot_file import read_hot  # noqa: PLC0415  # as above
-
-        reading = partial(read_hot, path, self._encoding)
-        hot = await self._lookups.on_thread(reading, str(path))
-        for slot, (ids, counts) in hot.items():
-            if slot in self._slots:
-                await self._lookups.warm(self._held(), self._slots[slot], ids, counts)
-        return sum(len(ids) for ids, _ in hot.values())
-
-    def warm(self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None) -> None:
-        """Do as `awarm`, and block the calling thread meanwhile."""
-        run_blocking(partial(self.awarm, ids, slot, child))
-
-    def save_hot(self, path: str | os.PathLike[str]) -> int:
-        """Do as `asave_hot`, and block the calling thread meanwhile."""
-        return run_blocking(partial(self.asave_hot, path))
-
-    def load_hot(self, path: str | os.PathLike[str]) -> int:
-        """Do as `aload_hot`, and block the calling thread meanwhile."""
-        return run_blocking(partial(self.aload_hot, path))
-
     def close(self) -> None:
         """Let go of ids and files; lookups that are under way end well, others raise an error.
 
@@ -379,41 +290,11 @@ class DiskTable(torch.nn.Module):
             self._state, self._is_closed = state, False
         self._turn.end()
 
-    def _held(self) -> DiskState:
-        """Return the version that there is.
-
-        Raises:
-            RuntimeError: If the table was closed: zeros would look like rows.
-        """
-        if self._is_closed:
-            raise RuntimeError(f"table {self.name!r} is closed: load it again, or look up before")
-        return self._state
-
-    def _slot(self, name: str) -> Slot:
-        if name not in self._slots:
-            known = ", ".join(self._slots)
-            raise KeyError(f"table {self.name!r} has no slot {name!r}, only {known}")
-        return self._slots[name]
-
     def _wanted(
         self, ids: torch.Tensor, slot: str, child: str | None, out: torch.Tensor | None
     ) -> tuple[Longs, torch.Tensor]:
         """Return ids, encoded, and the memory of the result."""
         spec = self._slot(slot)
         wanted, shape = as_ids(ids)
-        result = _checked_out(out, (*shape, *spec.shape), spec.dtype)
+        result = checked_out(out, (*shape, *spec.shape), spec.dtype)
         return self._encoding.encode(wanted, child), result
-
-
-def _checked_out(
-    out: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
-    if out is None:
-        return torch.empty(tuple(shape), dtype=dtype)
-    if out.dtype != dtype:
-        raise TypeError(f"out is {out.dtype}, the rows are {dtype}")
-    if tuple(out.shape) != tuple(shape):
-        raise ValueError(f"out has shape {list(out.shape)}, the rows have {list(shape)}")
-    if not out.is_cpu or not out.is_contiguous() or out.requires_grad:
-        raise ValueError("out must be contiguous host memory that needs no gradient")
-    return out

@@ -26,7 +26,7 @@ from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
 from asyncloader.errors import CheckpointError
 
 from .extras import read_words
-from .runtime import holding, open_files
+from .opening import holding, open_files
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence

@@ -22,8 +22,8 @@ from asyncloader.errors import CheckpointError
 from .destinations import describe_tensors
 from .hold import Hold
 from .load import Load
+from .opening import open_session
 from .progress import Meter
-from .runtime import open_session
 from .session import in_time
 from .transaction import complete
 

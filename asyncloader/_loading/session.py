@@ -115,7 +115,8 @@ async def _none() -> Mapping[str, int | None]:
     return {}
 
 
-async def _kept_nowhere(name: str) -> KeptFile:
+async def kept_nowhere(name: str) -> KeptFile:
+    """Refuse: a file of a store has no descriptor."""
     raise OSError(errno.EINVAL, "rows stay on a disk of this machine only", name)
 
 
@@ -136,7 +137,7 @@ class Session:
     # The names beside each other, and how long the files are.
     entries: Callable[[], Awaitable[Mapping[str, int | None]]] = _none
     # Opens a file that stays open when the session has ended.
-    keep_open: Callable[[str], Awaitable[KeptFile]] = _kept_nowhere
+    keep_open: Callable[[str], Awaitable[KeptFile]] = kept_nowhere
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # tasks take turns to read names
 
     @property

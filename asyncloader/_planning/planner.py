@@ -18,7 +18,7 @@ from asyncloader.errors import PlanError
 
 from .hints import did_you_mean
 from .plan import LoadPlan, PartLoad, TableLoad, TensorLoads
-from .targets import Cast, can_read_as, misfit
+from .targets import Cast, misfit, misfit_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -273,7 +273,8 @@ class _TableBuilder:
             want, have = self.target.slots[slot], TensorType(block.dtype, block.shape[1:])
             hint = misfit(have, want, self.casting) if block.shape else ""
             if hint is None and self.target.locates:
-                hint = self._kept_as_it_is(slot, block, want)
+                held = {other.slots[slot].dtype for other in self.parts if slot in other.slots}
+                hint = misfit_on_disk(block.dtype, want.dtype, held)
             if hint is None:
                 problems += map(str, count_problems(name, ids, block))
             else:
@@ -282,18 +283,6 @@ class _TableBuilder:
                     f"{name} in the checkpoint has {have}{hint}"
                 )
         return problems
-
-    def _kept_as_it_is(self, slot: str, block: Block, want: TensorType) -> str | None:
-        """Return why rows cannot stay on the disk as they are; `None` if they can."""
-        if block.dtype != want.dtype and not can_read_as(block.dtype, want.dtype):
-            return (
-                "; rows that stay on the disk are converted from bfloat16 and float16 to float32 "
-                "only"
-            )
-        stored = {part.slots[slot].dtype for part in self.parts if slot in part.slots}
-        if stored - {block.dtype}:
-            return "; rows that stay on the disk are of one dtype in all parts"
-        return None
 
     def build(self) -> TableLoad:
         return TableLoad(

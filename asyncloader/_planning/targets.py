@@ -12,6 +12,7 @@ from asyncloader._display import AsDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     from asyncloader._checkpoint.dtypes import DType
     from asyncloader._checkpoint.slices import Slice
@@ -133,11 +134,6 @@ def can_cast(source: DType, target: DType, casting: Casting | None) -> bool:
     return any({source.torch, target.torch} <= kind for kind in (_FLOATS, _INTEGERS))
 
 
-def can_read_as(source: DType, target: DType) -> bool:
-    """Say whether rows that stay on the disk may be converted while they are looked up."""
-    return source.torch in {"bfloat16", "float16"} and target.torch == "float32"
-
-
 def misfit(have: TensorType, want: TensorType, casting: Casting | None) -> str | None:
     """Return `None` if values fit, perhaps converted.
 
@@ -153,6 +149,18 @@ def misfit(have: TensorType, want: TensorType, casting: Casting | None) -> str |
     if can_cast(have.dtype, want.dtype, "any"):
         return '; cast="any" converts it as Tensor.to() does: it rounds, and may lose values'
     return "; cast= converts only floats to floats, and integers to integers"
+
+
+def misfit_on_disk(have: DType, want: DType, others: AbstractSet[DType]) -> str | None:
+    """Do as `misfit` for rows that stay on the disk, beside those of `others`."""
+    widens = have.torch in {"bfloat16", "float16"} and want.torch == "float32"
+    if have != want and not widens:
+        return (
+            "; rows that stay on the disk are converted from bfloat16 and float16 to float32 only"
+        )
+    if others - {have}:
+        return "; rows that stay on the disk are of one dtype in all parts"
+    return None
 
 
 def checked_cast(cast: object) -> Casting | None:

@@ -11,8 +11,9 @@ from asyncloader._display import AsDict, size_text
 from asyncloader.errors import AsyncLoaderError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from asyncloader._disk_table.stats import TableStats
     from asyncloader._loading.progress import Progress
     from asyncloader._loading.report import LoadReport
 
@@ -227,6 +228,7 @@ class LiveState(AsDict):
             written to, or that the newest version left in the folder is older than the one that
             serves; empty if nothing is.
         nbytes: Memory of all versions, in bytes.
+        tables: What the lookups of each `DiskTable` of the version that serves have come to.
     """
 
     versions: tuple[LiveVersion, ...]
@@ -236,6 +238,7 @@ class LiveState(AsDict):
     problem: LoadFailed | VersionRefused | None
     trouble: str = ""
     nbytes: int
+    tables: Mapping[str, TableStats] = field(default_factory=dict)
 
 
 class Teller:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from asyncloader._disk_table.stats import TableStats
     from asyncloader._loading.report import LoadReport
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._table.hashtable import HashTable
@@ -129,6 +130,13 @@ class Model:
                 "within the `with live.use()` block that pins it"
             )
         return self._contents
+
+    def table_stats(self) -> dict[str, TableStats]:
+        """Return what the lookups of each table came to whose rows stay on the disk."""
+        tables = {} if self._contents is None else self._contents[0]
+        return {
+            name: table.stats() for name, table in tables.items() if isinstance(table, DiskTable)
+        }
 
     def take_contents(self) -> object:
         """Return all that takes memory, which is given back when the caller drops it."""

@@ -84,6 +84,7 @@ class Service:
             problem=self._teller.problem,
             trouble=self._teller.trouble,
             nbytes=sum(version.nbytes for version in versions),
+            tables={} if serving is None else serving.model.table_stats(),
         )
 
     async def open(self) -> None:

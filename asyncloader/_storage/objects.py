@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from asyncloader.options import ReadOptions
 
     from .flight import Ranges
-    from .kept import KeptFile
     from .protocol import ReadInto
 
 
@@ -136,10 +135,6 @@ class ObjectStorage:
     def resumed(self) -> int:
         """How often a read went on at the last byte, after a connection had broken."""
         return self._ranges.resumed
-
-    async def keep(self, name: str) -> KeptFile:
-        """Raise an error: a file of a store has no descriptor."""
-        raise OSError(errno.EINVAL, "rows stay on a disk of this machine only", name)
 
     async def entries(self) -> dict[str, int | None]:
         """Return the names directly under the prefix, and their lengths; `None` of a folder.

@@ -10,7 +10,7 @@ import torch
 
 from asyncloader._checkpoint.slices import Slice, gen_slice
 
-from .schema import Encoding, Initializer, Slot, as_ids, as_slot
+from .schema import Encoding, Initializer, Slot, as_ids, as_slot, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -90,12 +90,8 @@ class HashTable(torch.nn.Module):
         self._state = TableState.empty({EMBEDDING: embedding}, torch.device(device), block_size)
 
     def extra_repr(self) -> str:
-        slots = ", ".join(
-            f"{slot.name}: {list(slot.shape)} {str(slot.dtype).removeprefix('torch.')}"
-            for slot in self._state.slots.values()
-        )
-        family = f", children={list(self.children)}" if self.coalesced else ""
-        return f"{self.name!r}, {len(self)} ids, slots=({slots}), slice={self.slice}{family}"
+        slots = self._state.slots.values()
+        return shown(self.name, len(self), slots, self.slice, self._encoding)
 
     def __len__(self) -> int:
         return self._state.index.count

@@ -72,16 +72,16 @@ _kernel = Compiler(partial(KernelCache, shared=(native.__file__,)))
 
 
 @inline
-def _rank(row: np.int64, run_first: Longs, run_order: Longs) -> np.int64:
-    """Return the rank of a row's run."""
-    low, high = 0, run_first.shape[0]
+def _owner_of(firsts: Longs, row: np.int64) -> np.int64:
+    """Return the number of the segment, or the run, of a row."""
+    low, high = 0, firsts.shape[0]
     while high - low > 1:
-        middle = (low + high) // 2
-        if run_first[middle] <= row:
+        middle = (low + high) >> 1
+        if firsts[middle] <= row:
             low = middle
         else:
             high = middle
-    return run_order[low]
+    return low
 
 
 @_kernel(
@@ -149,7 +149,8 @@ def insert_rows(
                 continue
             again += 1
             other = np.int64(there & ROW) - 1
-            rank, other_rank = _rank(row, run_first, run_order), _rank(other, run_first, run_order)
+            rank = run_order[_owner_of(run_first, row)]
+            other_rank = run_order[_owner_of(run_first, other)]
             if rank > other_rank or (rank == other_rank and row > other):
                 words[slot] = entry
     return new, again
@@ -266,19 +267,6 @@ def merge(
             if wins:
                 words[slot] = entry
     return new, both
-
-
-@inline
-def _owner_of(firsts: Longs, row: np.int64) -> np.int64:
-    """Return the number of the segment of a row."""
-    low, high = 0, firsts.shape[0]
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if firsts[middle] <= row:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 @_kernel("void(i8[::1], i8[::1], i8[::1], i8, i8)")

@@ -17,7 +17,7 @@ import torch
 from asyncloader._arguments import check_callable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -239,3 +239,26 @@ def as_ids(ids: torch.Tensor) -> tuple[Longs, torch.Size]:
         raise TypeError(f"ids are int64, got {tensor.dtype}")
     flat = tensor.detach().to("cpu", torch.int64).reshape(-1).contiguous()
     return flat.numpy(), tensor.shape
+
+
+def checked_out(out: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return the memory for a result: new, or the caller's, if it fits."""
+    if out is None:
+        return torch.empty(tuple(shape), dtype=dtype)
+    if out.dtype != dtype:
+        raise TypeError(f"out is {out.dtype}, the rows are {dtype}")
+    if tuple(out.shape) != tuple(shape):
+        raise ValueError(f"out has shape {list(out.shape)}, the rows have {list(shape)}")
+    if not out.is_cpu or not out.is_contiguous() or out.requires_grad:
+        raise ValueError("out must be contiguous host memory that needs no gradient")
+    return out
+
+
+def shown(name: str, count: int, slots: Iterable[Slot], slice_: Slice, encoding: Encoding) -> str:
+    """Describe a table, in the `repr` of its module."""
+    rows = ", ".join(
+        f"{slot.name}: {list(slot.shape)} {str(slot.dtype).removeprefix('torch.')}"
+        for slot in slots
+    )
+    family = f", children={list(encoding.children)}" if encoding.coalesced else ""
+    return f"{name!r}, {count} ids, slots=({rows}), slice={slice_}{family}"

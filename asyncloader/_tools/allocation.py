@@ -16,9 +16,9 @@ from asyncloader._checkpoint.slices import gen_slice
 from asyncloader._loading.checks import describe_tables
 from asyncloader._loading.destinations import describe_tensors
 from asyncloader._loading.load import Load
+from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.reading import has_dtype, torch_dtype
-from asyncloader._loading.runtime import open_session
 from asyncloader._loading.session import Verifier
 from asyncloader._loading.transaction import complete
 from asyncloader._memory.allocation import zeros

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._loading.banking import open_bank, read_names, resolve
-from asyncloader._loading.runtime import open_session
+from asyncloader._loading.opening import open_session
 from asyncloader._planning.names import ModelNames
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import PlanError

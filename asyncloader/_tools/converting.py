@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from asyncloader._loading.runtime import open_session
+from asyncloader._loading.opening import open_session
 from asyncloader.errors import SaveError
 
 from .beside import look_beside

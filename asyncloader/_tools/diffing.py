@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from asyncloader._checkpoint.slices import gen_slice
+from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter, Stages
 from asyncloader._loading.reading import has_numbers, read_stored
-from asyncloader._loading.runtime import open_session
 from asyncloader._threads.jobs import for_each, run_jobs
 
 from .allocation import load_part, row_bytes

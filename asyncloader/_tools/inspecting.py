@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from asyncloader._checkpoint.format import SIDECAR, STAGING
 from asyncloader._checkpoint.manifest import stored_tensor
 from asyncloader._checkpoint.parts import ID
-from asyncloader._loading.runtime import open_session
+from asyncloader._loading.opening import open_session
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError
 

@@ -12,9 +12,9 @@ import torch
 from asyncloader._checkpoint.manifest import Stored, stored_tensor
 from asyncloader._checkpoint.parts import ID, id_problems, without_rows
 from asyncloader._checkpoint.problems import Problems
+from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.reading import has_numbers, torch_dtype
-from asyncloader._loading.runtime import open_session
 from asyncloader.errors import CheckpointError
 
 from .content import ID_BYTES, find_table, stored_slot

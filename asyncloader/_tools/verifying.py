@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from asyncloader._checkpoint.problems import AllProblems, Problem
+from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
-from asyncloader._loading.runtime import open_session
 from asyncloader._threads.call import StalledError
 from asyncloader._threads.jobs import run_jobs
 from asyncloader.errors import CheckpointError, CheckpointNotFoundError, ReadStalledError

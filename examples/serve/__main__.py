@@ -23,6 +23,8 @@ from examples.serve.app import Server, create_app
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fastapi import FastAPI
+
 HOST = "127.0.0.1"
 _PATIENCE = 10.0
 _GRACE = 5
@@ -41,6 +43,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two versions")
     parser.add_argument("--ids", type=int, default=1_000_000, help="of each of two tables")
     parser.add_argument("--poll", type=float, default=1.0, help="seconds between looks for one")
+    parser.add_argument("--disk", action="store_true", help="leave the rows of tables on the disk")
+    parser.add_argument("--cache", type=int, default=16, help="MiB for rows of --disk; 0 for none")
     parser.add_argument("--run", help="the run folder, or its URL; without: one that is removed")
     return parser.parse_args()
 
@@ -61,14 +65,14 @@ def main() -> int:
         return 1
     with listener, run_folder(given.run) as run, writing(run, given.every, given.ids) as writer:
         wait_for_a_version(run, writer)
-        server = server_of(run, listener, poll=given.poll)
+        app = create_app(run, poll=given.poll, disk=given.disk, cache_bytes=given.cache << 20)
+        server = server_of(app, listener)
         uvloop.run(server.serve(sockets=[listener]))
     return 0 if server.started else 1
 
 
-def server_of(run: str, listener: socket.socket, *, poll: float) -> Server:
-    """Return what serves the newest version of a run folder."""
-    app = create_app(run, poll=poll)
+def server_of(app: FastAPI, listener: socket.socket) -> Server:
+    """Return what serves an app."""
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", timeout_graceful_shutdown=_GRACE
     )

@@ -6,6 +6,7 @@ import gc
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,12 @@ from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel, Field
 
-from asyncloader import AsyncLoaderError, Event, Live, LoadFinished
+from asyncloader import AsyncLoaderError, Event, Live, LoadFinished, Runtime
 from asyncloader.metrics import Metrics
 from examples.serve import model
 from examples.serve.feed import EventStream, Feed
 from examples.serve.pulse import Pulse
+from examples.serve.rows import Rows
 from examples.serve.status import event_message, history_message, model_status, state_message
 
 __all__ = ["Server", "Service", "create_app"]
@@ -41,14 +43,24 @@ class Service:
         keep: Versions that stay in memory.
         poll: Seconds between two looks at the folder.
         max_loop_lag: Seconds that a load may delay the event loop by; `None` takes no care.
+        disk: Whether rows of tables stay on the disk.
+        cache_bytes: Memory for those of them that are asked for often.
     """
 
     def __init__(
-        self, run: str | Path, *, keep: int, poll: float, max_loop_lag: float | None
+        self,
+        run: str | Path,
+        *,
+        keep: int,
+        poll: float,
+        max_loop_lag: float | None,
+        disk: bool,
+        cache_bytes: int,
     ) -> None:
+        runtime = Runtime(row_cache_bytes=cache_bytes)
         self.live = Live(
             run,
-            model.build,
+            partial(model.build_on_disk, runtime) if disk else model.build,
             keep=keep,
             poll=poll,
             loader_options={"max_loop_lag": max_loop_lag},
@@ -57,6 +69,7 @@ class Service:
         )
         self.feed = Feed()
         self.pulse = Pulse()
+        self.rows = Rows()
         self.registry = CollectorRegistry()
         self.events: deque[Event] = deque(maxlen=_REMEMBERED)
         self.last_load: LoadFinished | None = None
@@ -83,7 +96,8 @@ class Service:
         while True:
             await asyncio.sleep(_CALM if self.live.state.loading is None else _BUSY)
             if self.feed:
-                self.feed.show(state_message(self.live, self.last_load, self.pulse))
+                rows = self.rows.seen(self.live.state.tables.values())
+                self.feed.show(state_message(self.live, self.last_load, self.pulse, rows))
 
     def _note(self, event: Event) -> None:
         self._metrics(event)
@@ -94,10 +108,21 @@ class Service:
 
 
 def create_app(
-    run: str | Path, *, keep: int = 2, poll: float = 1.0, max_loop_lag: float | None = 0.005
+    run: str | Path,
+    *,
+    keep: int = 2,
+    poll: float = 1.0,
+    max_loop_lag: float | None = 0.005,
+    disk: bool = False,
+    cache_bytes: int = 0,
 ) -> FastAPI:
-    """Return the app that serves the newest version of a run folder, which has to hold one."""
-    service = Service(run, keep=keep, poll=poll, max_loop_lag=max_loop_lag)
+    """Return the app that serves the newest version of a run folder, which has to hold one.
+
+    For the arguments, see `Service`.
+    """
+    service = Service(
+        run, keep=keep, poll=poll, max_loop_lag=max_loop_lag, disk=disk, cache_bytes=cache_bytes
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -163,7 +188,7 @@ class Ranking(BaseModel):
 async def rank(query: Query, service: Asked) -> Ranking:
     """Score items for a user."""
     with service.live.use() as version:
-        scores = model.rank(version, user=query.user, items=query.items)
+        scores = await model.rank(version, user=query.user, items=query.items)
         service.pulse.answered += 1
         return Ranking(version=version.version, scores=scores.tolist())
 

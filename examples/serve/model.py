@@ -11,16 +11,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from asyncloader import HashTable
+from asyncloader import DiskTable, HashTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from asyncloader import Model
+    from asyncloader import Model, Runtime
 
-__all__ = ["TABLES", "build", "check", "expected", "fill", "name_of", "number_of", "rank", "tower"]
+__all__ = [
+    "TABLES",
+    "build",
+    "build_on_disk",
+    "check",
+    "expected",
+    "fill",
+    "name_of",
+    "number_of",
+    "rank",
+    "tower",
+]
 
 TABLES = ("user_emb", "item_emb")
 WIDTH = 32
@@ -42,20 +53,25 @@ def build() -> tuple[dict[str, HashTable], dict[str, Tensor]]:
     return {name: HashTable([WIDTH], name=name) for name in TABLES}, _zeros()
 
 
-def check(model: Model) -> None:
+def build_on_disk(runtime: Runtime) -> tuple[dict[str, DiskTable], dict[str, Tensor]]:
+    """Do as `build`, with tables whose rows stay on the disk; versions share a runtime's cache."""
+    return {name: DiskTable([WIDTH], name=name, runtime=runtime) for name in TABLES}, _zeros()
+
+
+async def check(model: Model) -> None:
     """Keep a version from serving that has no rows, or whose scores are no numbers."""
     for name, table in model.tables.items():
         if not len(table):
             raise ValueError(f"{name} is empty")
-    scores = rank(model, user=0, items=range(8))
+    scores = await rank(model, user=0, items=range(8))
     if not bool(scores.isfinite().all()):
         raise ValueError(f"scores are not finite: {scores.tolist()}")
 
 
-def rank(model: Model, *, user: int, items: Sequence[int]) -> Tensor:
+async def rank(model: Model, *, user: int, items: Sequence[int]) -> Tensor:
     """Return a user's score of each item, `[items]`. Ids that are not there have a row of zeros."""
-    users = model.tables["user_emb"].lookup(torch.tensor([user]))
-    rows = model.tables["item_emb"].lookup(torch.tensor(items, dtype=torch.int64))
+    users = await model.tables["user_emb"].alookup(torch.tensor([user]))
+    rows = await model.tables["item_emb"].alookup(torch.tensor(items, dtype=torch.int64))
     return score(model.tensors, users, rows)
 
 

@@ -34,7 +34,9 @@ def model_status(live: Live, last: LoadFinished | None) -> dict[str, Any]:
     }
 
 
-def state_message(live: Live, last: LoadFinished | None, pulse: Pulse) -> bytes:
+def state_message(
+    live: Live, last: LoadFinished | None, pulse: Pulse, rows: dict[str, Any] | None
+) -> bytes:
     """Return what changes all the time."""
     state = {
         "model": model_status(live, last),
@@ -42,6 +44,7 @@ def state_message(live: Live, last: LoadFinished | None, pulse: Pulse) -> bytes:
         "sample": pulse.samples[-1] if pulse.samples else None,
         "answered": pulse.answered,
         "requests_per_second": pulse.rate,
+        "rows": rows,
     }
     return message("state", orjson.dumps(state))
 
