@@ -11,7 +11,7 @@ PATIENT := --timeout=0 --override-ini faulthandler_timeout=0
 PIP_INSTALL := $(RUN) pip install $$(test -t 2 || echo --quiet) --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve serve-s3 test test-lowest soak fuzz check cover bench bench-remote bench-serving format dist clean
+.PHONY: help demo serve serve-s3 test test-lowest soak fuzz check cover bench bench-remote bench-disk bench-serving format dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -51,10 +51,13 @@ cover: .venv/installed ## run the tests, and fail where too few lines and branch
 	$(RUN) pytest --cov $(ARGS)
 
 bench: .venv/installed-bench ## measure, beside what others use instead
-	$(RUN) pytest bench --full $(PATIENT) --ignore=bench/serving --ignore=bench/remote $(ARGS)
+	$(RUN) pytest bench --full $(PATIENT) --ignore=bench/serving --ignore=bench/remote --ignore=bench/disk $(ARGS)
 
 bench-remote: .venv/installed-bench ## measure loads and saves over the network, beside what others use instead
 	$(RUN) pytest bench/remote --full $(PATIENT) $(ARGS)
+
+bench-disk: .venv/installed-bench ## measure lookups of rows that stay on the disk (12 GB, and fio), beside what others use
+	$(RUN) pytest bench/disk --full $(PATIENT) $(ARGS)
 
 bench-serving: .venv/installed-bench ## measure how late a service answers while a version comes in
 	$(RUN) pytest bench/serving --full $(PATIENT) $(ARGS)

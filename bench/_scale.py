@@ -32,6 +32,9 @@ class Scale:
     loads: tuple[int, ...]
     """Numbers of tensors, as large as the others, that are loaded."""
 
+    rows_on_disk: int
+    """Of 256 bytes."""
+
     served_ids: int
     """Of each of the two tables that are served."""
 
@@ -55,6 +58,7 @@ FULL = Scale(
     many_width=8,
     blocks=(1_000, 4_000, 16_000, 64_000, 256_000, 1_024_000),
     loads=(4, 8, 16, 32, 64, 128, 256),
+    rows_on_disk=47_000_000,
     served_ids=3_900_000,
     served_seconds=30,
 )
@@ -70,6 +74,7 @@ TINY = Scale(
     many_width=8,
     blocks=(100, 200),
     loads=(8, 16),
+    rows_on_disk=200_000,
     served_ids=20_000,
     served_seconds=1,
 )

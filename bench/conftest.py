@@ -66,8 +66,9 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
     console.width = max(console.width, 110)  # in a log
     console.print(tables_of(results))
     if results.scale == "full":
-        alone = results.latencies and not results.speeds
-        written = LATEST.with_stem("serving") if alone else LATEST
+        alone = not results.speeds
+        stem = "serving" if results.latencies else "disk"
+        written = LATEST.with_stem(stem) if alone else LATEST
         results.write(written)
         drawn = [] if alone else draw(results.speeds, results.growths, LATEST.parent)
         for path in (written, *drawn):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import errno
-import itertools
 import os
 import random
 from collections import Counter
@@ -94,15 +94,17 @@ def test_ids_of_one_position_or_of_all_are_found(count: int) -> None:
 
 
 @given(ids=id_lists)
-def test_a_scan_counts_buckets_and_sees_what_does_not_ascend(ids: list[int]) -> None:
-    shift = np.uint64(64 - bits_for(len(ids)))
-    counts = np.zeros(1 << bits_for(len(ids)), np.int64)
-    ascending = kernels.scan(longs(ids), shift, counts)
-    keys = [((id_ % UNSIGNED) << 48 | (id_ % UNSIGNED) >> 16) % UNSIGNED for id_ in ids]
-    assert ascending == all(one < other for one, other in itertools.pairwise(keys))
-    assert Counter({n: int(c) for n, c in enumerate(counts) if c}) == Counter(
-        one >> int(shift) for one in keys
-    )
+def test_it_is_seen_whether_ids_ascend_and_where_buckets_begin(ids: list[int]) -> None:
+    ordered = sorted(set(ids), key=key)
+    assert kernels.ascends(longs(ids)) == (ids == ordered)
+
+    shift = 64 - bits_for(len(ordered))
+    directory = np.empty((1 << bits_for(len(ordered))) + 1, np.int64)
+    kernels.find_buckets(longs(ordered), np.uint64(shift), directory)
+
+    keys = [((id_ % UNSIGNED) << 48 | (id_ % UNSIGNED) >> 16) % UNSIGNED for id_ in ordered]
+    buckets = [one >> shift for one in keys]
+    assert directory.tolist() == [bisect.bisect_left(buckets, n) for n in range(len(directory))]
 
 
 @given(wanted=st.lists(any_id, min_size=1, max_size=100), data=st.data())

@@ -462,7 +462,7 @@ def test_gather_copies_rows_of_all_segments_and_zeros_for_none(
     firsts = np.cumsum([0, *sizes[:-1]])
     addresses = np.array([segment.ctypes.data for segment in segments])
     out = np.full((len(rows) + 1, width), 255, np.uint8)
-    kernels.gather(firsts, addresses, np.array(rows, np.int64), width, out.ctypes.data)
+    _kernels.gather(firsts, addresses, np.array(rows, np.int64), width, out.ctypes.data)
 
     every = np.concatenate([*segments, np.zeros((1, width), np.uint8)])
     assert np.array_equal(out[:-1], every[rows])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from .ids import SIZE, Buckets, SortedIds
+from .ids import SIZE, SortedIds
 from .places import Places
 
 if TYPE_CHECKING:
@@ -35,21 +35,18 @@ class NewLayer:
 
     Args:
         slots: The slots of which it brings rows.
-        most: Ids at most.
 
     Attributes:
         fills: Whether it brings no ids, but rows of ids that are there.
         runs: By `first`.
-        buckets: How many of its ids each bucket has.
         ascending: First and length of ranges of ids that ascend.
         refused: Where ids stand that are not to come in.
     """
 
-    def __init__(self, slots: frozenset[str], most: int) -> None:
+    def __init__(self, slots: frozenset[str]) -> None:
         self.slots = slots
         self.fills = False
         self.runs: dict[int, Run] = {}
-        self.buckets = Buckets(most)
         self.ascending: set[tuple[int, int]] = set()
         self.refused: list[Longs] = []
 
@@ -72,7 +69,7 @@ class NewLayer:
             return self._sorted(memory, files)
         ends = itertools.accumulate(run.length for run in runs)
         firsts = [end - run.length for end, run in zip(ends, runs, strict=True)]
-        ids = SortedIds.counted(_joined(memory, runs), self.buckets)
+        ids = SortedIds(_joined(memory, runs))
         return ids, _places(files, firsts, runs)
 
     def _in_order(self, memory: Longs) -> list[Run] | None:

@@ -29,7 +29,6 @@ _BITS = 16
 _IN_A_BUCKET = 64
 _UINT32 = 2**32
 _NO_IDS: Longs = np.zeros(0, np.int64)
-_NO_SHIFT = np.uint64(63)
 
 
 def bits_for(count: int) -> int:
@@ -37,24 +36,9 @@ def bits_for(count: int) -> int:
     return min(max((count // _IN_A_BUCKET).bit_length(), 1), _BITS)
 
 
-class Buckets:
-    """How many ids each bucket of a directory has; threads count side by side, each for itself."""
-
-    def __init__(self, expected: int) -> None:
-        bits = bits_for(expected)
-        self.shift = np.uint64(64 - bits)
-        self._size = 1 << bits
-        self.counts = np.zeros(self._size, np.int64)
-
-    def scan(self, ids: Longs) -> tuple[Longs, bool]:
-        """Count ids; say also whether they ascend, each but once. Belongs on a thread."""
-        counts = np.zeros(self._size, np.int64)
-        ascending = _kernels.scan(ids, self.shift, counts)
-        return counts, ascending
-
-    def directory(self) -> Longs:
-        """Return where each bucket begins, and one past the last id."""
-        return np.concatenate([[np.int64(0)], np.cumsum(self.counts)])
+def ascend(ids: Longs) -> bool:
+    """Say whether ids are in order, each but once."""
+    return bool(_kernels.ascends(ids))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,11 +55,16 @@ class SortedIds:
 
     ids: Longs = field(default_factory=_NO_IDS.copy)
     rows: NDArray[np.uint32] | Longs | None = None
-    directory: Longs = field(default_factory=lambda: np.zeros(3, np.int64))
-    shift: np.uint64 = _NO_SHIFT
+    directory: Longs = field(init=False)
+    shift: np.uint64 = field(init=False)
     samples: Longs = field(init=False)
 
     def __post_init__(self) -> None:
+        bits = bits_for(len(self.ids))
+        directory, shift = np.empty((1 << bits) + 1, np.int64), np.uint64(64 - bits)
+        _kernels.find_buckets(self.ids, shift, directory)
+        object.__setattr__(self, "directory", directory)
+        object.__setattr__(self, "shift", shift)
         object.__setattr__(self, "samples", self.ids[:: _kernels.RUN].copy())
 
     def __repr__(self) -> str:
@@ -88,11 +77,6 @@ class SortedIds:
     def nbytes(self) -> int:
         rows = 0 if self.rows is None else self.rows.nbytes
         return self.ids.nbytes + rows + self.directory.nbytes + self.samples.nbytes
-
-    @classmethod
-    def counted(cls, ids: Longs, buckets: Buckets) -> SortedIds:
-        """Take ids that ascend, and were counted."""
-        return cls(ids, None, buckets.directory(), buckets.shift)
 
     @classmethod
     def sorted(cls, ids: Longs, rows: Longs) -> SortedIds:
@@ -109,13 +93,8 @@ class SortedIds:
 
     @classmethod
     def _with_rows(cls, ids: Longs, rows: Longs) -> SortedIds:
-        buckets = Buckets(len(ids))
-        buckets.counts, ascending = buckets.scan(ids)
-        assert ascending, "ids were sorted"
         fits = not len(rows) or int(rows.max()) < _UINT32
-        return cls(
-            ids, rows.astype(np.uint32) if fits else rows, buckets.directory(), buckets.shift
-        )
+        return cls(ids, rows.astype(np.uint32) if fits else rows)
 
     def only(self, kept: Flags) -> SortedIds:
         """Return some of the ids, bool `[n]`."""

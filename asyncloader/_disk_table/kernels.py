@@ -42,17 +42,35 @@ def _key(id_: np.int64) -> np.uint64:
     return (bits << _TOP) | (bits >> _REST)
 
 
-@kernel("b1(i8[::1], u8, i8[::1])")
-def scan(ids: Longs, shift: np.uint64, counts: Longs) -> bool:
-    """Count the ids of each bucket; say whether they ascend, none of them twice."""
-    ascending = True
-    last = np.uint64(0)
-    for at in range(ids.shape[0]):
-        key = _key(ids[at])
-        counts[key >> shift] += 1
-        ascending &= (key > last) | (at == 0)
-        last = key
-    return ascending
+@kernel("b1(i8[::1])")
+def ascends(ids: Longs) -> bool:
+    """Say whether ids ascend, none of them twice."""
+    wrong = 0
+    for at in range(1, ids.shape[0]):
+        wrong += _key(ids[at]) <= _key(ids[at - 1])
+    return wrong == 0
+
+
+@kernel("void(i8[::1], u8, i8[::1])")
+def find_buckets(ids: Longs, shift: np.uint64, directory: Longs) -> None:
+    """Write where each bucket of ascending ids begins, `[buckets + 1]`."""
+    low = 0
+    for bucket in range(directory.shape[0] - 1):
+        # The next one is near, if buckets are about as long: twice as far each time.
+        step = 1
+        high = low
+        while high < ids.shape[0] and np.int64(_key(ids[high]) >> shift) < bucket:
+            low = high + 1
+            high += step
+            step *= 2
+        high = min(high, ids.shape[0])
+        while low < high:
+            middle = (low + high) >> 1
+            below = np.int64(_key(ids[middle]) >> shift) < bucket
+            low = middle + 1 if below else low
+            high = high if below else middle
+        directory[bucket] = low
+    directory[directory.shape[0] - 1] = ids.shape[0]
 
 
 @inline

@@ -12,6 +12,7 @@ from asyncloader._memory.allocation import zeros
 from asyncloader._table.protocol import UpdateCounts
 
 from .building import NewLayer, Run
+from .ids import ascend
 from .places import DiskState
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class DiskUpdate:
 
     def layer(self, slots: frozenset[str], expected: int) -> int:  # noqa: ARG002  # of the Protocol
         """Begin a layer in which `slots` are given; see `TableUpdate`."""
-        self._layers.append(NewLayer(slots, len(self._ids)))
+        self._layers.append(NewLayer(slots))
         return len(self._layers) - 1
 
     def fill(self, layer: int) -> None:
@@ -143,9 +144,7 @@ class DiskUpdate:
         into = self._layers[layer]
 
         def look() -> tuple[int, int]:
-            counts, ascending = into.buckets.scan(self._ids[first : first + count])
-            into.buckets.counts += counts  # one range of a layer at a time
-            if ascending:
+            if ascend(self._ids[first : first + count]):
                 into.ascending.add((first, count))
             if refused is None:
                 return count, 0
@@ -193,10 +192,12 @@ class DiskUpdate:
                 ids = ids.only(known)
                 unknown -= len(ids)
             above = replace(state, layers=state.layers[len(base.layers) :])
-            there = base.has(ids.ids)
-            if layer.slots >= base.places.keys() and np.count_nonzero(there) == base.count:
-                hidden = True  # each of its rows has another one above it
-            again = int(np.count_nonzero(there & ~above.has(ids.ids)))
+            again = 0
+            if base.count:
+                there = base.has(ids.ids)
+                if layer.slots >= base.places.keys() and np.count_nonzero(there) == base.count:
+                    hidden = True  # each of its rows has another one above it
+                again = int(np.count_nonzero(there & ~above.has(ids.ids)))
             replaced += again
             joined += len(ids) - again if layer.fills else 0
             state = state.with_layer(layer.slots, ids, places)
