@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 from asyncloader import HashTable, Saver
 from examples.made_up import random_table, random_tensor
 from tests.oracle import TableData, write_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,3 +175,12 @@ def test_each_row_of_what_was_tried_is_a_test() -> None:
             )
             for part in re.findall(r"`(\w+)`", names):
                 assert any(part in name for name in defined), (file, part)
+
+
+async def test_the_code_in_the_guide_to_disk_tables_runs(tmp_path: Path) -> None:
+    names = await asyncio.to_thread(run_code, ROOT / "docs" / "disk-tables.md", tmp_path)
+    rows = await cast("Callable[[], Awaitable[torch.Tensor]]", names["serve"])()
+    assert rows.shape == (2, 2, 16)
+    assert not rows[1, 1].any()
+    rows = await cast("Callable[[], Awaitable[torch.Tensor]]", names["follow"])()
+    assert rows.shape == (2, 16)

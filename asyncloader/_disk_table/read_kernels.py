@@ -118,7 +118,7 @@ def read_direct(
     staging: int,  # the address of memory for whole blocks, [depth, room], aligned
     room: int,  # enough for a row, wherever it begins in a block
     requests: Longs,  # [depth, 8], a `struct iocb` each
-    events: Longs,  # [depth + 1, 4], a `struct io_event` each; the last row is for `struct iocb *`
+    events: Longs,  # [depth, 4], a `struct io_event` each
     stop: Longs,  # [2], as of `read_ahead`
     seen: Longs,  # [4], as of `read_ahead`
 ) -> int:

@@ -102,7 +102,7 @@ class DirectReader(RowReader):
 
     def _queue(self, block: int, width: int) -> _Queue | None:
         """Return this thread's queue of reads; `None` if the system has none to give."""
-        room = -(-width // block) * block + block
+        room = -(-(width + 2 * block) // _PAGE) * _PAGE  # of whole pages, whatever block comes next
         queue: _Queue | None = getattr(self._of_thread, "queue", None)
         if queue is None or queue.room < room:
             queue = self._of_thread.queue = _Queue.of(self._depth, room)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import random
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ from .kernels import wipe_rows
 from .read_kernels import ENDS_EARLY, STOPPED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -56,13 +58,28 @@ class Stop:
             the rows that were waited for and came.
     """
 
-    __slots__ = ("flag",)
+    __slots__ = ("_lock", "flag")
 
     def __init__(self) -> None:
         self.flag: Longs = np.zeros(2, np.int64)
+        self._lock = threading.Lock()
 
     def end(self) -> None:
-        self.flag[0] = 1
+        """Say so; when this has returned, the thread writes to the caller's memory no more."""
+        with self._lock:
+            self.flag[0] = 1
+
+    @contextlib.contextmanager
+    def unless_ended(self) -> Iterator[None]:
+        """Write to the caller's memory within the block.
+
+        Raises:
+            OSError: If it is not the caller's any more.
+        """
+        with self._lock:
+            if self.flag[0]:
+                raise OSError(errno.ECANCELED, "the lookup was given up")
+            yield
 
     def rest(self, seconds: float) -> None:
         """Pause, unless rows are no longer wanted."""
@@ -122,7 +139,8 @@ class Request:
         """
         places = self.state.places.get(self.slot)
         if places is None:  # no checkpoint has brought a row of it
-            wipe_rows(self.address, len(self.ids) * self.out_width)
+            with self.stop.unless_ended():
+                wipe_rows(self.address, len(self.ids) * self.out_width)
             self.tally.add(ids=len(self.ids), absent=len(self.ids))
             return
         missed = self._missed(places)
@@ -138,17 +156,14 @@ class Request:
         waits = self._read_all(places, found, rows)
         for file in places.files_of(found):
             self._check(file)
-        if self.reading.is_lost or self.stop.flag[0]:
-            raise OSError(errno.ECANCELED, "the lookup was given up")
         source = rows.ctypes.data
         if self.hot is not None:
             owner = self.state.owners[self.slot]
             self.hot.offer(owner, places.width, ids[there], counts[there], source)
         if self.out is not None:
-            at = np.where(there, np.cumsum(there) - 1, -1)
-            _kernels.spread(
-                missed, which, at, source, places.width, self.address, self.out_width, self.form
-            )
+            at, out = np.where(there, np.cumsum(there) - 1, -1), (self.address, self.out_width)
+            with self.stop.unless_ended():
+                _kernels.spread(missed, which, at, source, places.width, *out, self.form)
         self.tally.add(
             ids=len(self.ids),
             hits=hits,
@@ -163,7 +178,8 @@ class Request:
         if self.hot is None or self.out is None:
             return np.arange(len(self.ids))
         owner, target = self.state.owners[self.slot], (self.address, self.out_width)
-        missed = self.hot.take(owner, places.width, self.ids, target, self.form)
+        with self.stop.unless_ended():
+            missed = self.hot.take(owner, places.width, self.ids, target, self.form)
         assert missed is not None, "it has waited"
         return missed
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from asyncloader._arguments import check_switch
+from asyncloader._checkpoint.parts import ID
 from asyncloader._checkpoint.slices import Slice, gen_slice
 from asyncloader._table.schema import Encoding, as_ids, as_slot, checked_out, shown
 
@@ -25,12 +26,7 @@ if TYPE_CHECKING:
     from .update import DiskUpdate
 
 
-ID = "id"
-
-_NEVER = (
-    "a DiskTable is read-only: its rows stay in the checkpoint. To change rows, load them into a "
-    "HashTable, and save that"
-)
+_NEVER = "a DiskTable is read-only: to change rows, load them into a HashTable, and save that"
 
 
 class DiskTable(Warming):
@@ -133,8 +129,7 @@ class DiskTable(Warming):
         for name, value in vars(self).items():
             if not hasattr(other, name):
                 setattr(other, name, value)
-        other._slots, other._turn = dict(self._slots), type(self._turn)()  # noqa: SLF001  # its own
-        other._owns_readers = False  # noqa: SLF001
+        vars(other).update(_slots=dict(self._slots), _turn=type(self._turn)(), _owns_readers=False)
         memo[id(self)] = other
         return other
 
@@ -178,14 +173,16 @@ class DiskTable(Warming):
 
     def ids(self, child: str | None = None) -> torch.Tensor:
         """Return the ids, int64 `[n]`: a child's as they stand on disk, or all, encoded."""
-        ids = self._held().all_ids()
-        if child is not None:
-            ids = self._encoding.decode(ids[self._encoding.are_of(ids, child)])
-        return torch.from_numpy(ids)
+        ids = self._ids_of(self._held(), child)
+        return torch.from_numpy(ids if child is None else self._encoding.decode(ids))
 
     def rows(self, slot: str = EMBEDDING, child: str | None = None) -> torch.Tensor:
         """Read all rows of a slot, `[n, *shape]`, in the order of `ids(child)`, and block."""
-        return self.lookup(self.ids(child), slot, child)
+        state, spec = self._held(), self._slot(slot)
+        ids = self._ids_of(state, child)
+        rows = torch.empty((len(ids), *spec.shape), dtype=spec.dtype)
+        self._lookups.run_here(state, spec, ids, rows)
+        return rows
 
     def contains(self, ids: torch.Tensor, child: str | None = None) -> torch.Tensor:
         """Say which ids are there: bool, of the shape of `ids`. Reads nothing."""
@@ -289,6 +286,10 @@ class DiskTable(Warming):
         if state is not None:
             self._state, self._is_closed = state, False
         self._turn.end()
+
+    def _ids_of(self, state: DiskState, child: str | None) -> Longs:
+        ids = state.all_ids()
+        return ids if child is None else ids[self._encoding.are_of(ids, child)]
 
     def _wanted(
         self, ids: torch.Tensor, slot: str, child: str | None, out: torch.Tensor | None

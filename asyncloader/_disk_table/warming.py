@@ -48,7 +48,7 @@ class Warming(torch.nn.Module):
     async def awarm(
         self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None
     ) -> None:
-        """Bring rows into the cache of hot rows, those first that are asked for most.
+        """Bring rows into the cache of hot rows, as if they had been asked for.
 
         Raises:
             KeyError: If there is no such slot or child.

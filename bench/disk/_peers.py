@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import mmap
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import pytest
 import torch
+
+from bench._cache import cached, evict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +34,9 @@ class Peer(NamedTuple):
     """
 
     name: str
-    files: list[Path]
+    place: Path
+    """Its file, or its folder."""
+
     opened: Callable[[], contextlib.AbstractContextManager[Ask]]
 
 
@@ -61,11 +66,14 @@ def _mapped(case: RowsCase) -> Peer:
 
     @contextlib.contextmanager
     def opened() -> Iterator[Ask]:
-        memory = np.memmap(case.shard, np.float32, "c", case.rows, shape)
-        rows = torch.from_numpy(memory)
+        with case.shard.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped.madvise(mmap.MADV_RANDOM)  # else each row brings 128 KiB along
+        memory = np.frombuffer(mapped, np.float32, case.count * shape[1], case.rows)
+        rows = torch.from_numpy(memory).view(shape)
         yield lambda ids: rows.index_select(0, find(ids))
 
-    return Peer("mmap, index_select", [case.shard], opened)
+    return Peer("mmap, index_select", case.shard, opened)
 
 
 def _torch(case: RowsCase, path: Path) -> Peer:
@@ -80,7 +88,7 @@ def _torch(case: RowsCase, path: Path) -> Peer:
         rows = torch.load(path, mmap=True)
         yield lambda ids: rows.index_select(0, find(ids))
 
-    return Peer("torch.load(mmap)", [path], opened)
+    return Peer("torch.load(mmap)", path, opened)
 
 
 def _rocks(case: RowsCase, path: Path) -> list[Peer]:
@@ -110,7 +118,7 @@ def _rocks(case: RowsCase, path: Path) -> list[Peer]:
         with contextlib.closing(base):
             yield lambda ids: _tensor(b"".join(base.get(_keys(ids))), case)
 
-    return [Peer("RocksDB", [one for one in path.iterdir() if one.is_file()], opened)]
+    return [Peer("RocksDB", path, opened)]
 
 
 def _lmdb(case: RowsCase, path: Path) -> list[Peer]:
@@ -128,8 +136,8 @@ def _lmdb(case: RowsCase, path: Path) -> list[Peer]:
             for low in range(0, case.count, _AT_ONCE):
                 some = order[low : low + _AT_ONCE]
                 with base.begin(write=True) as transaction:
-                    pairs = [(ids[at].astype(">i8").tobytes(), rows[at].tobytes()) for at in some]
-                    transaction.cursor().putmulti(pairs, append=True)
+                    pairs = zip(_ordered(ids[some]), map(bytes, rows[some]), strict=True)
+                    transaction.cursor().putmulti(list(pairs), append=True)
             base.sync(True)  # its API
 
     @contextlib.contextmanager
@@ -138,12 +146,12 @@ def _lmdb(case: RowsCase, path: Path) -> list[Peer]:
 
             def ask(ids: torch.Tensor) -> torch.Tensor:
                 with base.begin(buffers=True) as transaction:
-                    wanted = [id_.astype(">i8").tobytes() for id_ in ids.numpy()]
-                    return _tensor(b"".join(map(transaction.get, wanted)), case)
+                    found = map(transaction.get, _ordered(ids.numpy()))
+                    return _tensor(b"".join(found), case)
 
             yield ask
 
-    return [Peer("LMDB", [path / "data.mdb"], opened)]
+    return [Peer("LMDB", path, opened)]
 
 
 def _rows(case: RowsCase) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
@@ -157,16 +165,21 @@ def _keys(ids: torch.Tensor) -> list[bytes]:
     return [id_.tobytes() for id_ in ids.numpy()]
 
 
+def _ordered(ids: NDArray[np.int64]) -> list[bytes]:
+    """Return keys that sort as ids of 0 and more do."""
+    packed = ids.astype(">i8").tobytes()
+    return [packed[at : at + 8] for at in range(0, len(packed), 8)]
+
+
 def _tensor(found: bytes, case: RowsCase) -> torch.Tensor:
     rows = torch.frombuffer(bytearray(found), dtype=torch.float32)
     return rows.view(-1, case.width // 4)
 
 
-def cold_or_skip(files: list[Path]) -> None:
-    """Have nothing of files in the page cache, or skip the case."""
-    from bench._cache import cached, evict  # noqa: PLC0415  # it maps files
-
+def cold_or_skip(place: Path) -> None:
+    """Have nothing of a file, or of a folder's, in the page cache, or skip the case."""
+    files = [one for one in place.iterdir() if one.is_file()] if place.is_dir() else [place]
     gc.collect()  # of what is mapped
     evict(files)
-    if cached(files[:1]) > 0.01:
-        pytest.skip(f"the page cache of {files[0].parent} cannot be emptied")
+    if cached(files) > 0.01:
+        pytest.skip(f"the page cache of {place} cannot be emptied")
