@@ -90,10 +90,11 @@ def check_count(count: object, name: str) -> None:
         raise ValueError(f"{name} must be positive, got {count}")
 
 
-def check_switch(value: object, name: str) -> None:
-    """Refuse all but a bool: `"no"` would be on."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is True or False, got {value!r}")
+def check_switch(value: object, name: str, *, also: str | None = None) -> None:
+    """Refuse all but a bool, and one other value: `"no"` would be on."""
+    if not isinstance(value, bool) and (also is None or value != also):
+        more = "" if also is None else f", or {also!r}"
+        raise TypeError(f"{name} is True or False{more}, got {value!r}")
 
 
 def check_names(names: object, name: str) -> None:

@@ -58,8 +58,10 @@ class ReadOptions:
             cannot be interrupted: its thread is left behind, with the memory that the thread may
             yet write to; the event loop and other loads go on.
         direct_io: Whether files are read past the page cache (`O_DIRECT`), if the file system
-            allows it. It is faster for files that are not in the cache, and slower for files that
-            are; other files stay in the cache. Takes 4 MiB of memory more for each read in flight.
+            allows it. `"auto"`: large reads of what is not in the cache, as long as no other load
+            reads from the same folder; several at a time share the cache. True: all, which is
+            slower for files that are in the cache; others stay there. False: none. Takes 4 MiB of
+            memory more for each read in flight.
         follow_symlinks: Whether a file of the checkpoint may be a symbolic link that leads out of
             its folder, as in the cache of Hugging Face. Then the author of the checkpoint chooses
             which files of this machine are read. (The path that you give may be a link anyway.)
@@ -91,7 +93,7 @@ class ReadOptions:
     verify: Verify = "auto"
     timeout: float | None = None
     stall_timeout: float | None = 120.0
-    direct_io: bool = False
+    direct_io: bool | Literal["auto"] = False
     follow_symlinks: bool = False
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     cache_dir: str | os.PathLike[str] | None = None
@@ -107,8 +109,8 @@ class ReadOptions:
             raise ValueError(f"verify is one of {known}, got {self.verify!r}")
         for name in ("timeout", "stall_timeout", "max_loop_lag"):
             check_timeout(getattr(self, name), name)
-        for name in ("direct_io", "follow_symlinks"):
-            check_switch(getattr(self, name), name)
+        check_switch(self.direct_io, "direct_io", also="auto")
+        check_switch(self.follow_symlinks, "follow_symlinks")
         check_storage_options(self.storage_options)
         if self.cache_dir is not None:
             checked_path(self.cache_dir, "cache_dir")
@@ -173,7 +175,7 @@ class LoadKeywords(TypedDict, total=False):
     verify: Verify
     timeout: float | None
     stall_timeout: float | None
-    direct_io: bool
+    direct_io: bool | Literal["auto"]
     follow_symlinks: bool
     storage_options: Mapping[str, Any] | None
     cache_dir: str | os.PathLike[str] | None

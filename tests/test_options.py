@@ -31,7 +31,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"verify": "always"}, ValueError, "verify is one of 'auto', 'require', 'off'"),
     ({"timeout": 0}, ValueError, "timeout must be positive"),
     ({"stall_timeout": "1"}, TypeError, "stall_timeout is a number"),
-    ({"direct_io": "no"}, TypeError, "direct_io is True or False"),
+    ({"direct_io": "no"}, TypeError, "direct_io is True or False, or 'auto'"),
     ({"follow_symlinks": 1}, TypeError, "follow_symlinks is True or False"),
     ({"max_loop_lag": -1.0}, ValueError, "max_loop_lag must be positive"),
     ({"pressure": 0.5}, TypeError, "pressure must be callable"),

@@ -315,7 +315,9 @@ async def test_within_async_with_files_and_threads_are_kept(checkpoint: Path) ->
             files, threads = open_files(), set(threading.enumerate())
             assert any(name.endswith(".safetensors") for name in files)
             await reader.aread_tensor("t@id")
-            assert (open_files(), set(threading.enumerate())) == (files, threads)
+            assert open_files() == files
+            # Others of the same pool may only be starting.
+            assert threads <= set(threading.enumerate())
 
 
 async def test_many_calls_share_one_reader(checkpoint: Path) -> None:

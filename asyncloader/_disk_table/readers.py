@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import threading
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from .request import Request
 
 T = TypeVar("T")
+
+_PATIENCE = 0.5
+"""Seconds that the end of the program waits for threads which are idle."""
 
 _SPARE = 1
 """Threads that large requests leave to small ones."""
@@ -160,6 +164,7 @@ class RowReaders:
             self._finalizer.detach()
         self._finalizer = weakref.finalize(self, partial(self._pool.shutdown, wait=False))
         self._finalizer.atexit = False
+        _pools.add(self._pool)
 
     def _end(self) -> None:
         pool = self._pool
@@ -201,6 +206,15 @@ class RowReaders:
                 del self._disks[other]
             disk = self._disks[loop] = Disk(self._pool, seconds=self._seconds)
         return disk
+
+
+_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    for pool in list(_pools):
+        pool.end(_PATIENCE)
 
 
 class HasReaders(Protocol):

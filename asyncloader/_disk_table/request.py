@@ -141,7 +141,7 @@ class Request:
         if places is None:  # no checkpoint has brought a row of it
             with self.stop.unless_ended():
                 wipe_rows(self.address, len(self.ids) * self.out_width)
-            self.tally.add(ids=len(self.ids), absent=len(self.ids))
+                self.tally.add(ids=len(self.ids), absent=len(self.ids))
             return
         missed = self._missed(places)
         hits = len(self.ids) - len(missed)
@@ -164,10 +164,11 @@ class Request:
             at, out = np.where(there, np.cumsum(there) - 1, -1), (self.address, self.out_width)
             with self.stop.unless_ended():
                 _kernels.spread(missed, which, at, source, places.width, *out, self.form)
+        asked = self.out is not None  # else nobody did, yet
         self.tally.add(
-            ids=len(self.ids),
+            ids=len(self.ids) * asked,
             hits=hits,
-            absent=int(np.count_nonzero(~there[which])),
+            absent=int(np.count_nonzero(~there[which])) * asked,
             rows_read=len(found),
             bytes_read=rows.nbytes,
             waits=waits,

@@ -100,6 +100,8 @@ class DiskTable(Warming):
         self.slice = gen_slice() if slice is None else slice
         self._encoding = Encoding.of(name, children, coalesced=coalesced)
         self._slots = {EMBEDDING: as_slot(EMBEDDING, embedding_shape, dtype, 0.0)}
+        if runtime is not None and cache_bytes:
+            raise ValueError("cache_bytes is the runtime's: give it row_cache_bytes")
         if runtime is None:
             readers = RowReaders(
                 concurrency=concurrency, cache_bytes=cache_bytes, stall_timeout=stall_timeout
@@ -141,11 +143,6 @@ class DiskTable(Warming):
             f"table {self.name!r} is a DiskTable, which holds files open: make one in the other "
             "process, and load it there"
         )
-
-    @property
-    def cache_bytes(self) -> int:
-        """Memory for hot rows of its own, in bytes; 0 if there is none, or it is a runtime's."""
-        return self._lookups.cache_bytes if self._owns_readers else 0
 
     @property
     def coalesced(self) -> bool:

@@ -31,6 +31,12 @@ class Warming(torch.nn.Module):
     _lookups: Lookups
     _state: DiskState
     _is_closed: bool
+    _owns_readers: bool
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for hot rows of its own, in bytes; 0 if there is none, or it is a runtime's."""
+        return self._lookups.cache_bytes if self._owns_readers else 0
 
     def prefetch(self, ids: torch.Tensor, slot: str = EMBEDDING, child: str | None = None) -> None:
         """Begin to read rows that will soon be asked for, and wait for nothing.
@@ -54,7 +60,9 @@ class Warming(torch.nn.Module):
             KeyError: If there is no such slot or child.
             TypeError: If the ids are not integers.
             ReadError: As of `alookup`.
+            RuntimeError: If the table has no cache, or was not loaded.
         """
+        self._check_cache()
         wanted = self._encoding.encode(as_ids(ids)[0], child)
         await self._lookups.warm(self._held(), self._slot(slot), wanted)
 
@@ -68,6 +76,7 @@ class Warming(torch.nn.Module):
         """
         from .hot_file import write_hot  # noqa: PLC0415  # numpy's files, which few need
 
+        self._check_cache()
         state = self._held()
 
         def write() -> int:
@@ -88,6 +97,7 @@ class Warming(torch.nn.Module):
         """
         from .hot_file import read_hot  # noqa: PLC0415  # as above
 
+        self._check_cache()
         reading = partial(read_hot, path, self._encoding)
         hot = await self._lookups.on_thread(reading, str(path))
         for slot, (ids, counts) in hot.items():
@@ -114,7 +124,7 @@ class Warming(torch.nn.Module):
             RuntimeError: If the table was closed: zeros would look like rows.
         """
         if self._is_closed:
-            raise RuntimeError(f"table {self.name!r} is closed: load it again, or look up before")
+            raise RuntimeError(f"table {self.name!r} is closed: load it again")
         return self._state
 
     def _slot(self, name: str) -> Slot:
@@ -122,3 +132,10 @@ class Warming(torch.nn.Module):
             known = ", ".join(self._slots)
             raise KeyError(f"table {self.name!r} has no slot {name!r}, only {known}")
         return self._slots[name]
+
+    def _check_cache(self) -> None:
+        if not self._lookups.cache_bytes:
+            problem = "has no cache for rows: make it with cache_bytes=, or a runtime that has one"
+            raise RuntimeError(f"table {self.name!r} {problem}")
+        if not self._held().layers:
+            raise RuntimeError(f"table {self.name!r} has no rows yet: load it first")

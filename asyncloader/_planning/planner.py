@@ -272,9 +272,9 @@ class _TableBuilder:
             name = f"{part.source}@{slot}"
             want, have = self.target.slots[slot], TensorType(block.dtype, block.shape[1:])
             hint = misfit(have, want, self.casting) if block.shape else ""
-            if hint is None and self.target.locates:
+            if self.target.locates and have.shape == want.shape:
                 held = {other.slots[slot].dtype for other in self.parts if slot in other.slots}
-                hint = misfit_on_disk(block.dtype, want.dtype, held)
+                hint = misfit_on_disk(block.dtype, want.dtype, held) or hint
             if hint is None:
                 problems += map(str, count_problems(name, ids, block))
             else:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from asyncloader._threads.jobs import for_each, settled
 
+from .past_cache import open_past_cache
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
 
@@ -51,6 +53,16 @@ class OpenFile:
         self._lock = threading.Lock()  # for the two below
         self._readers = 0
         self._is_closed = False
+        self._opening = threading.Lock()  # for the next
+        self._past: int | None = None  # -1: there is none
+
+    def past_cache(self) -> int | None:
+        """Return a descriptor for reads past the page cache, within `using`; `None` without one."""
+        with self._opening:
+            if self._past is None:
+                opened = open_past_cache(self._fd)
+                self._past = -1 if opened is None else opened[0]
+            return None if self._past < 0 else self._past
 
     @contextlib.contextmanager
     def using(self) -> Iterator[int]:
@@ -73,7 +85,12 @@ class OpenFile:
             self._readers -= 1
             is_last = self._is_closed and not self._readers
         if is_last:
-            os.close(self._fd)
+            self._close()
+
+    def _close(self) -> None:
+        if self._past is not None and self._past >= 0:
+            os.close(self._past)
+        os.close(self._fd)
 
     def close(self) -> None:
         """Close it; if a thread that was given up on still reads, that one does when it is done."""
@@ -81,7 +98,7 @@ class OpenFile:
             is_last = not self._is_closed and not self._readers
             self._is_closed = True
         if is_last:
-            os.close(self._fd)
+            self._close()
 
     async def aclose(self) -> None:
         """Close it on a thread."""

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import mmap
 import os
 import weakref
 from typing import TYPE_CHECKING, Final
 
-from .opening import O_DIRECT, FileChangedError, identity
+from .opening import FileChangedError, identity
+from .past_cache import open_past_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-_BLOCKS = (512, 4096)
-"""What devices and file systems are content with."""
 
 
 class KeptFile:
@@ -76,27 +71,10 @@ class KeptFile:
             where the file system reads all files through the cache.
         """
         if self._direct is None:
-            self._direct = self._opened_past_cache()
+            self._direct = open_past_cache(self.fd) or ()
+            if self._direct:
+                weakref.finalize(self, _close, self._direct[0]).atexit = False
         return self._direct or None
-
-    def _opened_past_cache(self) -> tuple[int, int] | tuple[()]:
-        if not O_DIRECT:
-            return ()
-        try:  # by its descriptor, as another file may have its name by now
-            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC | O_DIRECT)
-        except OSError:
-            return ()
-        weakref.finalize(self, _close, fd).atexit = False
-        with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
-            for block in _BLOCKS:
-                try:
-                    os.preadv(fd, [view[:block]], block)
-                except OSError as error:
-                    if error.errno == errno.EINVAL:
-                        continue  # it wants larger ones
-                    return fd, _BLOCKS[-1]  # a row's own read will say what is wrong
-                return fd, block
-        return ()
 
 
 def _close(fd: int) -> None:

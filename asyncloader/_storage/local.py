@@ -8,7 +8,7 @@ import errno
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
 
 from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.jobs import for_each, settled
@@ -16,6 +16,7 @@ from asyncloader._threads.jobs import for_each, settled
 from .descriptors import Descriptors, OpenFile, close_aside
 from .kept import KeptFile
 from .opening import O_DIRECT, FileChangedError, identity, open_regular, status_of
+from .past_cache import ChoosingReader, Company
 from .preadv import DirectReader
 from .preadv import preadv as through_cache
 from .protocol import Traffic, scatter
@@ -56,7 +57,8 @@ class LocalStorage:
         disk: Has threads read, and keeps to a stall time-out.
         descriptors: Keeps files open; `None` is one of its own.
         seen: Which files there were when they were first opened.
-        direct_io: Whether files are read past the page cache, where the file system lets us.
+        direct_io: Whether files are read past the page cache, where the file system lets us;
+            `"auto"` decides for each read.
         follow_symlinks: Whether a file may be a symbolic link that leads out of the folder.
         preadv: Reads; `None` asks the system to.
     """
@@ -72,13 +74,16 @@ class LocalStorage:
         disk: Disk,
         descriptors: Descriptors | None = None,
         seen: dict[str, tuple[object, ...]] | None = None,
-        direct_io: bool = False,
+        direct_io: bool | Literal["auto"] = False,
         follow_symlinks: bool = False,
         preadv: PReadV | None = None,
     ) -> None:
-        self._flags = O_DIRECT if direct_io else 0
+        self._flags = O_DIRECT if direct_io is True else 0
         self._preadv = preadv or (DirectReader().preadv if self._flags else through_cache)
         self._root = Path(root)
+        self._company = Company(self._root)
+        chooses = direct_io == "auto" and preadv is None
+        self._choosing = ChoosingReader(self._company.is_alone) if chooses else None
         self._disk = disk
         self._descriptors = descriptors or Descriptors()
         self._opening: dict[str, asyncio.Lock] = {}
@@ -113,6 +118,7 @@ class LocalStorage:
         else:
             await settled(asyncio.ensure_future(self._descriptors.close(self)))
         self._disk.close()
+        self._company.close()
 
     def traffic(self) -> Traffic:
         """Return nothing: a disk takes no requests."""
@@ -200,7 +206,11 @@ class LocalStorage:
         assert views is not None, "a read has begun"
         with file.using() as fd:
             try:
-                count = self._preadv(fd, views, reading.offset, reading)
+                if self._choosing is None:
+                    count = self._preadv(fd, views, reading.offset, reading)
+                else:
+                    past, at = file.past_cache, reading.offset
+                    count = self._choosing.preadv(fd, past, views, at, reading)
             except OSError as error:
                 if error.errno != errno.ESTALE:
                     raise
@@ -256,6 +266,8 @@ class LocalStorage:
         return file
 
     def _open_here(self, path: Path) -> OpenFile:
+        if self._choosing is not None:
+            self._company.join()
         fd, status = open_regular(path, os.O_RDONLY | self._flags, follow=self._follow)
         try:
             return OpenFile(fd, status, self._start(fd, status.st_size), disk=self._disk)

@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from concurrent.futures import Executor
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -119,6 +120,16 @@ class WorkerPool(Executor):
             if not thread.is_alive():
                 with self._lock:
                     self._threads.discard(thread)
+
+    def end(self, seconds: float) -> None:
+        """Shut down, and wait so long for threads that are idle: they end before Python does.
+
+        A thread that wakes up while the interpreter is being taken apart may end the process.
+        """
+        self.shutdown(wait=False)
+        until = time.monotonic() + seconds
+        for thread in list(self._threads):
+            thread.join(max(until - time.monotonic(), 0))
 
     def _start_missing(self) -> None:
         """Have the threads started that are missing. Waits for nothing.
