@@ -193,7 +193,8 @@ class Descriptors:
             while self._open >= most:
                 idle = next((key for key, file in self._files.items() if not file.users), None)
                 if idle is not None:
-                    await settled(asyncio.ensure_future(self._close(idle)))
+                    file = self._files.pop(idle)  # here: a task that runs first may want to use it
+                    await settled(asyncio.ensure_future(self._shut(file)))
                 else:
                     self._changed.clear()
                     await self._changed.wait()
@@ -202,10 +203,13 @@ class Descriptors:
     async def _close(self, key: tuple[object, str]) -> None:
         file = self._files.pop(key, None)  # before the await: no task may take it meanwhile
         if file is not None:
-            try:
-                await file.aclose()
-            finally:
-                self._free(1)
+            await self._shut(file)
+
+    async def _shut(self, file: OpenFile) -> None:
+        try:
+            await file.aclose()
+        finally:
+            self._free(1)
 
     def _free(self, places: int) -> None:
         self._open -= places
