@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncloader._table.compiling import inline
+from asyncloader._table.compiling import owner_of
 from asyncloader._table.native import call4, call5, call6, copy, errno
 
 from .kernels import kernel
@@ -20,18 +20,6 @@ _WILLNEED = 3
 
 ENDS_EARLY, STOPPED = -1, -2
 """In place of the number of an error: the file has no more bytes; the caller wants no more."""
-
-
-@inline
-def _part_of(firsts: Longs, number: int) -> int:
-    low, high = 0, firsts.shape[0]
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if firsts[middle] <= number:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 @kernel(
@@ -66,7 +54,7 @@ def read_ahead(
             seen[0] = STOPPED
             return STOPPED
         if at < numbers.shape[0]:
-            part = _part_of(firsts, numbers[at])
+            part = owner_of(firsts, numbers[at])
             begin = offsets[part] + (numbers[at] - firsts[part]) * width
             vector[0], vector[1] = rows + at * width, width
             if call5(preadv2, fds[part], there, 1, begin, _NOWAIT) == width:
@@ -82,7 +70,7 @@ def read_ahead(
             break
         which = ring[collected % window]
         collected += 1
-        part = _part_of(firsts, numbers[which])
+        part = owner_of(firsts, numbers[which])
         begin = offsets[part] + (numbers[which] - firsts[part]) * width
         done = 0
         while done < width:
@@ -145,7 +133,7 @@ def read_direct(
                 unused -= 1
                 slot = free[unused]
                 at = begun + count
-                part = _part_of(firsts, numbers[at])
+                part = owner_of(firsts, numbers[at])
                 begin = offsets[part] + (numbers[at] - firsts[part]) * width
                 low = begin - begin % block
                 high = begin + width + (-(begin + width)) % block
@@ -187,7 +175,7 @@ def read_direct(
         for i in range(count):
             slot = events[i, 0]
             at = which[slot]
-            part = _part_of(firsts, numbers[at])
+            part = owner_of(firsts, numbers[at])
             begin = offsets[part] + (numbers[at] - firsts[part]) * width
             ahead = begin % block
             got = events[i, 2]

@@ -88,18 +88,18 @@ class RowReaders:
         Raises:
             ReadStalledError: If the disk gave no answer.
         """
-        with self._in_use():
+        with self._in_use() as pool:
             try:
-                await self._disk().call(request.run, reading=request.reading)
+                await self._disk(pool).call(request.run, reading=request.reading)
             except StalledError as error:
                 raise _stalled(request, error) from error
 
     def carry_out_here(self, request: Request) -> None:
         """Do the same, and block the calling thread meanwhile."""
-        with self._in_use():
-            call = self._begun(request)
+        with self._in_use() as pool:
+            call = _begun(pool, request)
             try:
-                while not self._has_ended(call):
+                while not self._has_ended(pool, call):
                     pass
             except StalledError as error:
                 raise _stalled(request, error) from error
@@ -110,8 +110,7 @@ class RowReaders:
     def begin(self, request: Request, done: Callable[[Future[None]], object]) -> None:
         """Have a thread carry a request out, and wait for nothing; `done` is called on it."""
         using = self._in_use()
-        using.__enter__()
-        call = self._begun(request)
+        call = _begun(using.__enter__(), request)
         call.future.add_done_callback(lambda _: using.__exit__(None, None, None))
         call.future.add_done_callback(done)
 
@@ -121,39 +120,51 @@ class RowReaders:
         Raises:
             OSError: If the job did, or the disk gave no answer.
         """
-        with self._in_use():
-            return await self._disk().call(job, label=label)
+        with self._in_use() as pool:
+            return await self._disk(pool).call(job, label=label)
 
     def close(self) -> None:
         """End the threads once they have nothing to do; more requests start others."""
         with self._lock:
             self._is_closing = True
-            idle = not self._using
-        if idle:
-            self._end()
+            ended = self._ended()
+        if ended is not None:
+            ended.shutdown(wait=False)
 
     @contextlib.contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """Have threads for the length of the block."""
+    def _in_use(self) -> Iterator[WorkerPool]:
+        """Have threads for the length of the block: they are not ended meanwhile."""
         if self._process != os.getpid():  # the threads of the other process are not here
             self._begin()
         with self._lock:
             self._using += 1
             self._is_closing = False
+            pool = self._pool
         try:
-            yield
+            yield pool
         finally:
             with self._lock:
                 self._using -= 1
-                ends = self._is_closing and not self._using
-            if ends:
-                self._end()
+                ended = self._ended()
+            if ended is not None:
+                ended.shutdown(wait=False)
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._lock = threading.Lock()  # for the two below
+        self._lock = threading.Lock()  # for all that follows
         self._using = 0
         self._is_closing = False
+        self._new_pool()
+
+    def _ended(self) -> WorkerPool | None:
+        """Return threads that nobody has use for any more; others take their place."""
+        if not self._is_closing or self._using:
+            return None
+        pool, self._is_closing = self._pool, False
+        self._new_pool()
+        return pool
+
+    def _new_pool(self) -> None:
         # So many large ones at a time as are of use, as of loads; small ones run beside them.
         gate = Gate(most=max(self._concurrency - _SPARE, 1))
         self._pool = WorkerPool(
@@ -166,17 +177,7 @@ class RowReaders:
         self._finalizer.atexit = False
         _pools.add(self._pool)
 
-    def _end(self) -> None:
-        pool = self._pool
-        self._begin()
-        pool.shutdown(wait=False)
-
-    def _begun(self, request: Request) -> Call[None]:
-        call: Call[None] = Call(request.run, reading=request.reading, label=request.reading)
-        self._pool.put(call)
-        return call
-
-    def _has_ended(self, call: Call[None]) -> bool:
+    def _has_ended(self, pool: WorkerPool, call: Call[None]) -> bool:
         """Wait a while for a call; replace its thread if it is slow, give it up in the end.
 
         Does what `Disk` does on an event loop.
@@ -193,18 +194,18 @@ class RowReaders:
         waited = call.passed(period)
         if waited > slow and not call.is_slow:
             call.is_slow = True
-            self._pool.replace(call)
+            pool.replace(call)
         if self._seconds is not None and waited > self._seconds:
             call.give_up(self._seconds)
         return False
 
-    def _disk(self) -> Disk:
+    def _disk(self, pool: WorkerPool) -> Disk:
         loop = asyncio.get_running_loop()
         disk = self._disks.get(loop)
         if disk is None:
             for other in [one for one in self._disks if one.is_closed()]:
                 del self._disks[other]
-            disk = self._disks[loop] = Disk(self._pool, seconds=self._seconds)
+            disk = self._disks[loop] = Disk(pool, seconds=self._seconds)
         return disk
 
 
@@ -222,6 +223,12 @@ class HasReaders(Protocol):
 
     @property
     def row_readers(self) -> RowReaders: ...
+
+
+def _begun(pool: WorkerPool, request: Request) -> Call[None]:
+    call: Call[None] = Call(request.run, reading=request.reading, label=request.reading)
+    pool.put(call)
+    return call
 
 
 def _stalled(request: Request, error: StalledError) -> ReadStalledError:

@@ -67,7 +67,7 @@ class RowReader:
 class DirectReader(RowReader):
     """Reads rows past the page cache, by Linux AIO; as `RowReader` where that cannot be done.
 
-    A third less processor time a row, and what is in the page cache stays there. Not io_uring,
+    About half of the processor time a row, and what is in the page cache stays there. Not io_uring,
     which many a container may not use.
 
     Args:

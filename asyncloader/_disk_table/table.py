@@ -60,7 +60,7 @@ class DiskTable(Warming):
         cache_bytes: Memory for rows that are asked for often, in bytes; 0 is none.
         concurrency: Lookups that read at a time, each on one thread; the others wait in order.
         direct_io: Whether rows are read past the page cache (Linux AIO, `O_DIRECT`), where that is
-            possible: a third less processor time a row that the page cache has not, and more for
+            possible: half of the processor time a row that the page cache has not, and more for
             one that it has.
         stall_timeout: Seconds after which a lookup is given up with `ReadStalledError` if the disk
             gives no answer; `None` waits for ever.

@@ -219,3 +219,16 @@ def seek(
             slot -= capacity
         there = words[slot]
     return slot
+
+
+@inline
+def owner_of(firsts: Longs, row: int) -> int:
+    """Return the number of the segment, the run, or the part of a row, by their first rows."""
+    low, high = 0, firsts.shape[0]
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if firsts[middle] <= row:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -46,7 +46,7 @@ from .compiling import (
     KernelCache,
     hash_of,
     home_of,
-    inline,
+    owner_of,
     part_of,
     prefetch,
     seek,
@@ -69,19 +69,6 @@ _MAX = np.uint64(2**64 - 1)
 _OPEN = -2  # the row of an id whose line is full of others, until it is found
 
 _kernel = Compiler(partial(KernelCache, shared=(native.__file__,)))
-
-
-@inline
-def _owner_of(firsts: Longs, row: np.int64) -> np.int64:
-    """Return the number of the segment, or the run, of a row."""
-    low, high = 0, firsts.shape[0]
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if firsts[middle] <= row:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 @_kernel(
@@ -149,8 +136,8 @@ def insert_rows(
                 continue
             again += 1
             other = np.int64(there & ROW) - 1
-            rank = run_order[_owner_of(run_first, row)]
-            other_rank = run_order[_owner_of(run_first, other)]
+            rank = run_order[owner_of(run_first, row)]
+            other_rank = run_order[owner_of(run_first, other)]
             if rank > other_rank or (rank == other_rank and row > other):
                 words[slot] = entry
     return new, again
@@ -282,7 +269,7 @@ def gather(
     for at in range(count):
         ahead = at + AHEAD
         if ahead < count and rows[ahead] >= 0:
-            owner = _owner_of(firsts, rows[ahead])
+            owner = owner_of(firsts, rows[ahead])
             place = addresses[owner] + (rows[ahead] - firsts[owner]) * width
             for line in range(0, min(width, MOST_FETCHED), 64):
                 fetch(place + line)
@@ -290,5 +277,5 @@ def gather(
         if row < 0:
             wipe(out + at * width, width)
             continue
-        owner = _owner_of(firsts, row)
+        owner = owner_of(firsts, row)
         copy(out + at * width, addresses[owner] + (row - firsts[owner]) * width, width)

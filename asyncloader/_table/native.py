@@ -70,53 +70,35 @@ def _call(builder: ir.IRBuilder, values: list[ir.Value], result: ir.Type) -> ir.
     return builder.call(_pointer(builder, address, kind), rest)
 
 
+def _of_whole_numbers(count: int) -> Generated:
+    """Return what calls a function that takes so many whole numbers, and returns one."""
+
+    def generate(
+        _context: BaseContext, builder: ir.IRBuilder, _signature: Signature, values: list[ir.Value]
+    ) -> object:
+        return _call(builder, values, _LONG)
+
+    return types.int64(*[types.int64] * (1 + count)), generate
+
+
+# fmt: off
 @intrinsic
-def call4(
-    _typing: Context, _address: object, _a: object, _b: object, _c: object, _d: object
-) -> Generated:
+def call4(_typing: Context, _at: object, _a: object, _b: object, _c: object, _d: object) -> Generated:  # noqa: E501
     """Call the function at an address with four whole numbers."""
-
-    def generate(
-        _context: BaseContext, builder: ir.IRBuilder, _signature: Signature, values: list[ir.Value]
-    ) -> object:
-        return _call(builder, values, _LONG)
-
-    return types.int64(*[types.int64] * 5), generate
+    return _of_whole_numbers(4)
 
 
 @intrinsic
-def call5(
-    _typing: Context, _address: object, _a: object, _b: object, _c: object, _d: object, _e: object
-) -> Generated:
+def call5(_typing: Context, _at: object, _a: object, _b: object, _c: object, _d: object, _e: object) -> Generated:  # noqa: E501
     """Call the function at an address with five whole numbers."""
-
-    def generate(
-        _context: BaseContext, builder: ir.IRBuilder, _signature: Signature, values: list[ir.Value]
-    ) -> object:
-        return _call(builder, values, _LONG)
-
-    return types.int64(*[types.int64] * 6), generate
+    return _of_whole_numbers(5)
 
 
 @intrinsic
-def call6(
-    _typing: Context,
-    _address: object,
-    _a: object,
-    _b: object,
-    _c: object,
-    _d: object,
-    _e: object,
-    _f: object,
-) -> Generated:
+def call6(_typing: Context, _at: object, _a: object, _b: object, _c: object, _d: object, _e: object, _f: object) -> Generated:  # noqa: E501
     """Call the function at an address with six whole numbers."""
-
-    def generate(
-        _context: BaseContext, builder: ir.IRBuilder, _signature: Signature, values: list[ir.Value]
-    ) -> object:
-        return _call(builder, values, _LONG)
-
-    return types.int64(*[types.int64] * 7), generate
+    return _of_whole_numbers(6)
+# fmt: on
 
 
 @intrinsic
