@@ -45,7 +45,8 @@ async def open_table(
     ```
 
     Args:
-        checkpoint_path: A folder that holds `index`.
+        checkpoint_path: A folder that holds `index`, or its URL, which wants `cache_dir` in
+            `options`: rows stay in copies there.
         name: The table's name there.
         slots: Further slots to open, besides `embedding`.
         dtype: Of the embedding; `None` is that in the checkpoint. It may be float32 where that is
@@ -60,7 +61,7 @@ async def open_table(
     Raises:
         KeyError: If there is no such table or slot; it lists what there is.
         CheckpointError: If the checkpoint is missing, unreadable, or contradicts itself.
-        PlanError: If its rows cannot stay where they are: in an object store, say.
+        PlanError: If its rows cannot stay anywhere: of a URL without `cache_dir`.
         ReadError: If the storage failed.
     """
     how = ReadOptions.of(options, {})

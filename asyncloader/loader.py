@@ -79,8 +79,7 @@ class Loader:
             destination keeps its values, a warning is logged, and the report lists the name.
         progress: Called on the event loop with a `Progress`, at most ten times a second; `True`
             shows a bar on stderr.
-        trace: Called on the event loop with a `Span` after every step of the load. (To have them in
-            a file: `asyncloader load --trace FILE`.)
+        trace: Called on the event loop with a `Span` after every step of the load.
         on_plan: Called, or awaited, on the event loop with the `LoadPlan`, before tables take
             memory or a byte is written; an error that it raises ends the load.
         runtime: Threads and bytes that loads share; without one, a load makes its own. With one,
@@ -287,6 +286,7 @@ class Loader:
     async def _planned(self) -> AsyncIterator[tuple[Session, LoadPlan, Destinations]]:
         """Hold what is loaded from open, planned, for the length of the block."""
         if self._bank is None:
+            self._planner.check_place(self._path, self.options)
             async with open_session(self._path, self.options, runtime=self._runtime) as session:
                 yield session, *await self._planner.plan(session)
             return

@@ -60,8 +60,9 @@ class ReadOptions:
         direct_io: Whether files are read past the page cache (`O_DIRECT`), if the file system
             allows it. `"auto"`: large reads of what is not in the cache, as long as no other load
             reads from the same folder; several at a time share the cache. True: all, which is
-            slower for files that are in the cache; others stay there. False: none. Takes 4 MiB of
-            memory more for each read in flight.
+            slower for files that are in the cache; others stay there. False: none, so that the
+            cache has them for whoever reads them next. Past it, a read in flight takes 4 MiB of
+            memory more.
         follow_symlinks: Whether a file of the checkpoint may be a symbolic link that leads out of
             its folder, as in the cache of Hugging Face. Then the author of the checkpoint chooses
             which files of this machine are read. (The path that you give may be a link anyway.)
@@ -93,7 +94,7 @@ class ReadOptions:
     verify: Verify = "auto"
     timeout: float | None = None
     stall_timeout: float | None = 120.0
-    direct_io: bool | Literal["auto"] = False
+    direct_io: bool | Literal["auto"] = "auto"
     follow_symlinks: bool = False
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     cache_dir: str | os.PathLike[str] | None = None

@@ -89,6 +89,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HangingDisk]:
 
 @pytest.fixture
 def case(disk: HangingDisk) -> Iterator[Case]:
+    DiskTable([1])  # which imports kernels: no test is to do that on its loop
     threads = set(threading.enumerate())
     yield Case(disk, shard_holding(disk.path, "w^ ").name)
     disk.heal()

@@ -522,7 +522,7 @@ class Unruly:
         await self._later()
         return job(partial(self._read, name))
 
-    async def keep(self, name: str) -> KeptFile:
+    async def keep(self, name: str, _: Sequence[tuple[int, int]]) -> KeptFile:
         return await asyncio.to_thread(kept, self._folder / name)
 
     async def _later(self) -> None:

@@ -69,25 +69,26 @@ async def test_it_gets_there_if_that_is_wanted(shard: Path) -> None:
 
 
 async def test_several_loads_of_one_file_share_the_cache(shard: Path) -> None:
-    other = Company(shard.parent)
-    other.join()
+    other = Company(shard.parent, ["index"])
+    await asyncio.to_thread(other.join, shard)
     assert torch.equal(await loaded(shard), STORED["w"])
     assert in_cache(shard)
     other.close()
 
 
 def test_of_two_none_is_alone(tmp_path: Path) -> None:
-    one, other = Company(tmp_path), Company(tmp_path)
+    (tmp_path / "a").touch()
+    one, other = Company(tmp_path, ["gone", "a"]), Company(tmp_path, ["gone"])
     assert not one.is_alone(), "it has not joined"
-    one.join()
+    one.join(tmp_path / "b")
     assert one.is_alone()
-    other.join()
+    other.join(tmp_path / "a")
     assert not one.is_alone()
     assert not other.is_alone()
     one.close()
     assert other.is_alone()
     other.close()
-    other.join()
+    other.join(tmp_path / "a")
     assert not other.is_alone(), "it is closed"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from asyncloader._addresses import is_url
 from asyncloader._checkpoint.catalog import SHARDED, SINGLE
 from asyncloader._checkpoint.finished import has_file
 from asyncloader._checkpoint.format import INDEX
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from .destinations import Destinations
     from .planner import Planner
     from .runtime import Runtime
-    from .session import Session
+    from .session import Ranges, Session
 
 _log = logging.getLogger("asyncloader")
 
@@ -93,15 +94,16 @@ async def open_bank(
             location=bank.location,
             file=None,
             keep_open=partial(_keep_open, sources),
+            is_remote=lambda name: is_url(split_shard(name)[0]),
             traffic=lambda: sum((one.traffic() for one in sources.values()), Traffic()),
             storage=UnpackingStorage(JoinedStorage(storages, bank.location)),
         )
         yield OpenBank(session=session, sources=sources, entries=entries, bank=bank)
 
 
-async def _keep_open(sources: Mapping[str, Session], name: str) -> KeptFile:
+async def _keep_open(sources: Mapping[str, Session], name: str, ranges: Ranges) -> KeptFile:
     path, file = split_shard(name)
-    return await sources[path].keep(file)
+    return await sources[path].keep(file, ranges)
 
 
 async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | None]]:
@@ -169,7 +171,7 @@ async def _plan(planner: Planner, opened: OpenBank) -> tuple[LoadPlan, Destinati
     with planner.tracer.span("plan", "headers"):
         manifest = await _read_headers(opened, known, catalog, choice)
     with planner.tracer.span("plan", "plan"):
-        deciding = partial(planner.decide, manifest, choice, into)
+        deciding = partial(planner.decide, manifest, choice, into, session)
         [(plan, warnings)] = await run_jobs(kernels, [undisturbed(deciding)])
     planner.warn(session.location, warnings)
     return replace(plan, bank=resolution, extra=extra), into

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from asyncloader._checkpoint.blocks import Block
     from asyncloader._planning.plan import LoadPlan, PartLoad, TableLoad
     from asyncloader._planning.reads import Read
+    from asyncloader._storage.kept import KeptFile
     from asyncloader._table.protocol import LoadableTable, LoadableUpdate, UpdateCounts
 
     from .claims import Claim
@@ -98,13 +99,11 @@ class Load:
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
-        for load in self.plan.tables:
-            update = self._updates[load.name]
-            if isinstance(update, LocatingUpdate):
-                update.keep({name: await self.session.keep(name) for name in load.row_shards})
+        await self._keep_files(read=False)
 
     async def finish(self) -> None:
         """Make the new rows ready for `commit`. Everything has been read."""
+        await self._keep_files(read=True)
         for name, update in self._updates.items():
             if isinstance(update, PlacingUpdate):
                 await run_jobs(self.threads.kernels, [update.finish])
@@ -175,6 +174,23 @@ class Load:
             return most
         return max(most // DIGEST_CHUNK, 1) * DIGEST_CHUNK
 
+    async def _keep_files(self, *, read: bool) -> None:
+        """Give tables the files that their rows stay in.
+
+        Those of a store twice: before anything is read, so that a copy that cannot be made is an
+        error at once, and afterwards, when rows have to be there.
+        """
+        for table in self.plan.tables:
+            update = self._updates[table.name]
+            if not isinstance(update, LocatingUpdate):
+                continue
+            kept: dict[str, KeptFile] = {}
+            for shard, blocks in table.row_blocks().items():
+                if not read or self.session.is_remote(shard):
+                    ranges = [(one.offset, one.offset + one.nbytes) for one in blocks if read]
+                    kept[shard] = await self.session.keep(shard, ranges)
+            update.keep(kept)
+
     def _row_step(self) -> int:
         """Return how large the buffers are that some rows of a part are picked from."""
         parts = (part for table in self.plan.tables for part in table.parts)
@@ -212,10 +228,9 @@ class Load:
             for part in table.parts:
                 yield from self._row_pieces(table, part, update, turns)
             return
-        if table.locates and self.verifier.widen:  # the rows are read this once, to be compared
-            blocks = [block for part in table.parts for block in part.slots.values()]
-            self.meter.total += sum(block.nbytes for block in blocks)
-            for block in blocks:
+        if table.locates:
+            for block in self._read_once(table):
+                self.meter.total += block.nbytes
                 self.sinks.add(Sink(table.name, block, None, None))
         for number, slots in enumerate(table.layers):
             expected = sum(part.expected for part in table.parts if part.layer == number)
@@ -227,6 +242,16 @@ class Load:
                 self._reserve(table, part, update)
             else:
                 yield from self._row_pieces(table, part, update, None)
+
+    def _read_once(self, table: TableLoad) -> list[Block]:
+        """Return the blocks of rows that stay where they are, and are read this once.
+
+        To be compared with their digests, or for a store's rows to come to a disk of this machine.
+        """
+        if self.verifier.widen:
+            return [block for part in table.parts for block in part.slots.values()]
+        found = table.row_blocks().items()
+        return [one for shard, blocks in found if self.session.is_remote(shard) for one in blocks]
 
     def _reserve(self, table: TableLoad, part: PartLoad, update: LoadableUpdate) -> None:
         first = update.reserve(part.layer, part.rows, part.rank)

@@ -9,18 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asyncloader._addresses import is_url
-from asyncloader._checkpoint.catalog import is_weight_map
+from asyncloader._addresses import FILES, address_of, is_url
+from asyncloader._checkpoint.catalog import SHARDED, SINGLE, is_weight_map
 from asyncloader._checkpoint.format import INDEX, MODEL, SIDECAR, TENSORKEY
+from asyncloader._storage.cache import Cache
 from asyncloader._storage.local import LocalStorage
-from asyncloader._storage.objects import ObjectStorage, open_objects
+from asyncloader._storage.objects import ObjectStorage
 from asyncloader._storage.protocol import ThreadedStorage
 from asyncloader._storage.retrying import ThreadedRetryingStorage
+from asyncloader._storage.store_ranges import StoreRanges
+from asyncloader._storage.stores import open_store
 from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.disk import Disk
 
 from .runtime import Resources, Runtime, open_resources
-from .session import Session, in_time, kept_nowhere, on_disk
+from .session import Session, in_time, on_disk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -92,7 +95,7 @@ async def open_files(
     disk = Disk(resources.threads.reads, seconds=options.stall_timeout)
     files: LocalStorage | ObjectStorage
     if is_url(path):
-        files, file = open_objects(path, options, disk, seen)
+        files, file = _open_objects(path, options, disk, seen)
     else:
         files, file = await _open_local(path, options, disk, seen, resources.descriptors)
     async with files:
@@ -109,7 +112,8 @@ async def open_files(
             location=path if is_url(path) else str(Path(path)),
             file=file,
             entries=files.entries,
-            keep_open=files.keep if isinstance(files, LocalStorage) else kept_nowhere,
+            keep_open=files.keep,
+            is_remote=lambda _: isinstance(files, ObjectStorage),
             gap_bytes=files.gap_bytes,
             traffic=files.traffic,
             # A wrapper need not count lost reads: the files do.
@@ -146,10 +150,36 @@ async def _open_local(
         descriptors=descriptors,
         seen=seen,
         direct_io=options.direct_io,
+        names=(INDEX, SHARDED, SINGLE) if file is None else (file,),
         # A file that the user has named may be a link to anywhere: the user chose it.
         follow_symlinks=options.follow_symlinks or trusted,
     )
     return files, file
+
+
+def _open_objects(
+    url: str, options: ReadOptions, disk: Disk, seen: dict[str, tuple[object, ...]] | None
+) -> tuple[ObjectStorage, str | None]:
+    """Return the objects to look into, and the name of the one if it is a file's."""
+    address = address_of(url, "path")
+    given = options.storage_options or {}
+    store = open_store(address, given, read_bytes=options.read_bytes)
+    above, _, name = address.key.rpartition("/")
+    is_file = name.endswith(FILES)
+    prefix = above if is_file else address.key
+    prefix = f"{prefix}/" if prefix else ""
+    folder = options.cache_dir
+    storage = ObjectStorage(
+        store,
+        prefix,
+        address.url.rpartition("/")[0] if is_file else address.url,
+        disk=disk,
+        ranges=StoreRanges(store, prefix, given.get("client_options")),
+        cache=None if folder is None else Cache(Path(folder), options.cache_bytes),
+        stall_timeout=options.stall_timeout,
+        seen=seen,
+    )
+    return storage, name if is_file else None
 
 
 def _root_and_file(path: str) -> tuple[Path, str | None]:

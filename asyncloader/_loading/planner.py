@@ -12,12 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncloader._addresses import is_url
+from asyncloader._disk_table.table import DiskTable
 from asyncloader._planning.choice import choose
 from asyncloader._planning.hints import did_you_mean
 from asyncloader._planning.planner import plan_load
 from asyncloader._planning.targets import Targets, checked_load_info, default_load_info
 from asyncloader._table.recis import RecISTable
 from asyncloader._threads.jobs import run_jobs, undisturbed
+from asyncloader.errors import PlanError
 
 from .checks import describe_tables
 from .destinations import describe_tensors
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from asyncloader._planning.plan import LoadPlan
     from asyncloader._planning.targets import Casting, LoadInfo
     from asyncloader._table.protocol import LoadableTable
+    from asyncloader.options import ReadOptions
 
     from .destinations import Destinations
     from .progress import Tracer
@@ -84,10 +87,21 @@ class Planner:
             manifest = await session.manifest(catalog, shards)
         with self.tracer.span("plan", "plan"):
             [(plan, warnings)] = await run_jobs(
-                kernels, [undisturbed(partial(self.decide, manifest, choice, into))]
+                kernels, [undisturbed(partial(self.decide, manifest, choice, into, session))]
             )
         self.warn(plan.location, warnings)
         return plan, into
+
+    def check_place(self, path: str, options: ReadOptions) -> None:
+        """Refuse tables whose rows would stay in an object store, before anything is asked for.
+
+        Raises:
+            PlanError: If there are such.
+        """
+        if options.cache_dir is None and is_url(path):
+            tables = [name for name, one in self.tables.items() if isinstance(one, DiskTable)]
+            if tables:
+                raise PlanError(path, [_remote(name, path) for name in tables])
 
     def warn(self, location: str, warnings: Sequence[str]) -> None:
         for warning in warnings:
@@ -119,14 +133,14 @@ class Planner:
             catalog.whole()
         return into, catalog, choice, choice.shards()
 
-    def _problems(self, choice: Choice, location: str) -> list[str]:
+    def _problems(self, choice: Choice, session: Session) -> list[str]:
         """Return what tables themselves say against being filled."""
         remote = [
-            f"table {part.target.name!r}: its rows would stay in {part.ids.shard} of {location}, "
-            "which is not on a disk of this machine: copy the checkpoint to one (`asyncloader "
-            "convert`), or load it into a HashTable"
+            _remote(part.target.name, part.ids.shard)
             for part in choice.parts
-            if part.target.locates and (is_url(location) or is_url(part.ids.shard))
+            if session.options.cache_dir is None
+            and part.target.locates
+            and session.is_remote(part.ids.shard)
         ]
         if remote:
             return list(dict.fromkeys(remote))
@@ -141,12 +155,13 @@ class Planner:
         ]
 
     def decide(
-        self, manifest: Manifest, choice: Choice, into: Destinations
+        self, manifest: Manifest, choice: Choice, into: Destinations, session: Session
     ) -> tuple[LoadPlan, list[str]]:
-        """Return the plan, and warnings."""
+        """Return the plan of a load by a session, and warnings."""
         choice.problems += [*into.overlaps(choice.tensors), *into.unsafe(choice.tensors)]
-        choice.problems += self._problems(choice, manifest.location)
+        choice.problems += self._problems(choice, session)
         plan = plan_load(manifest, choice, strict=self.strict, casting=self.cast)
+        _check_room(plan, session)
         warnings = list(plan.warnings)
         if plan.missing:
             hints = did_you_mean(plan.missing, plan.unexpected)
@@ -156,3 +171,34 @@ class Planner:
                 f"({len(plan.missing)} in all; strict=True makes this an error)"
             )
         return plan, warnings
+
+
+def _remote(table: str, shard: str) -> str:
+    return (
+        f"table {table!r}: its rows would stay in {shard}, which is not on a disk of this machine: "
+        "give cache_dir=, a folder for copies of them, or load it into a HashTable"
+    )
+
+
+def _check_room(plan: LoadPlan, session: Session) -> None:
+    """Refuse a load whose rows cannot stay in `cache_dir`, as far as is known before it."""
+    most = session.options.cache_bytes
+    if most is None:
+        return
+    rows = {
+        table.name: sum(
+            block.nbytes
+            for shard, blocks in table.row_blocks().items()
+            if session.is_remote(shard)
+            for block in blocks
+        )
+        for table in plan.tables
+        if table.locates
+    }
+    if sum(rows.values()) > most:
+        names = ", ".join(repr(name) for name, nbytes in rows.items() if nbytes)
+        problem = (
+            f"the rows of {names} take {sum(rows.values()):,} bytes, and cache_bytes={most:,} is "
+            "all that may stay on the disk: give more, or load fewer tables or a slice"
+        )
+        raise PlanError(plan.location, [problem])

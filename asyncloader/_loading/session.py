@@ -7,7 +7,7 @@ import contextlib
 import errno
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+Ranges: TypeAlias = "Sequence[tuple[int, int]]"
 
 _JUST_BEFORE = 1e-6  # seconds
 
@@ -115,9 +116,12 @@ async def _none() -> Mapping[str, int | None]:
     return {}
 
 
-async def kept_nowhere(name: str) -> KeptFile:
-    """Refuse: a file of a store has no descriptor."""
-    raise OSError(errno.EINVAL, "rows stay on a disk of this machine only", name)
+async def _kept_nowhere(name: str, ranges: Ranges) -> KeptFile:  # noqa: ARG001
+    raise OSError(errno.ENOTSUP, "it cannot stay open", name)
+
+
+def _none_are(name: str) -> bool:  # noqa: ARG001
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +140,9 @@ class Session:
     traffic: Callable[[], Traffic] = Traffic  # what there was with an object store
     # The names beside each other, and how long the files are.
     entries: Callable[[], Awaitable[Mapping[str, int | None]]] = _none
-    # Opens a file that stays open when the session has ended.
-    keep_open: Callable[[str], Awaitable[KeptFile]] = kept_nowhere
+    # Opens a file that stays open when the session has ended, given the ranges that are wanted.
+    keep_open: Callable[[str, Ranges], Awaitable[KeptFile]] = _kept_nowhere
+    is_remote: Callable[[str], bool] = _none_are  # whether a file is in an object store
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # tasks take turns to read names
 
     @property
@@ -177,15 +182,15 @@ class Session:
         if changed:
             raise CheckpointChangedError(self.location, _CHANGED, changed[0])
 
-    async def keep(self, name: str) -> KeptFile:
-        """Open a file that stays open when the session has ended.
+    async def keep(self, name: str, ranges: Ranges) -> KeptFile:
+        """Open a file that stays open when the session has ended: what was read of it already.
 
         Raises:
-            CheckpointError: If it cannot be opened.
+            CheckpointError: If it cannot be opened, or no copy of it is on a disk of this machine.
             CheckpointChangedError: If it is another one than the session has read.
         """
         try:
-            return await self.keep_open(name)
+            return await self.keep_open(name, ranges)
         except FileChangedError as error:
             raise CheckpointChangedError(self.location, _CHANGED, name) from error
         except OSError as error:

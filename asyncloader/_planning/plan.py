@@ -159,11 +159,14 @@ class TableLoad:
     cleared: tuple[str, ...] = ()
     locates: bool = False
 
-    @property
-    def row_shards(self) -> tuple[str, ...]:
-        """The shards that its rows stand in."""
-        blocks = (block for part in self.parts for block in part.slots.values())
-        return tuple(dict.fromkeys(block.shard for block in blocks))
+    def row_blocks(self) -> dict[str, list[Block]]:
+        """Return where the rows of all slots stand that may be wanted, by shard."""
+        found: dict[str, list[Block]] = {}
+        for part in self.parts:
+            for block in part.slots.values():
+                if (rows := block.window(part.reach.start, part.reach.stop)) is not None:
+                    found.setdefault(block.shard, []).append(rows)
+        return found
 
     @property
     def most(self) -> int:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from asyncloader._threads.call import nbytes_of
 
 from .cached_copy import DATA, Copy, Piece, last_use, remove
+from .opening import RefusedFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 
@@ -139,6 +140,24 @@ class Cache:
                     self._writing -= nbytes
             with self._lock:
                 copy.add(pieces)
+
+    def lend(self, what: Object, ranges: Iterable[tuple[int, int]]) -> int:
+        """Return a descriptor of a copy; as long as it is open, the copy stays.
+
+        What is in a copy is never written again with other bytes. So who reads it from now on
+        compares no digests, but what was written has to be on the disk.
+
+        Raises:
+            OSError: If some of these bytes are not here.
+        """
+        with self._using(what) as copy, self._bearing():
+            with self._lock:
+                is_whole = copy is not None and all(copy.pieces.cover(*one) for one in ranges)
+            if copy is not None and is_whole:
+                return copy.lend()
+        why = f": {self._trouble}" if self._trouble is not None else ""
+        problem = f"its rows could not be kept in {self._folder}{why}"
+        raise RefusedFileError(errno.ENOSPC, problem, what.url)
 
     def close(self) -> None:
         """Record what is here.

@@ -62,6 +62,11 @@ class Pieces:
         at = bisect_right(self._begins, offset)
         return self._begins[at] if at < len(self._begins) else last
 
+    def cover(self, begin: int, end: int) -> bool:
+        """Say whether every byte of a range is here."""
+        found = self.following(begin, end)
+        return begin >= end or (bool(found) and found[-1].end >= end)
+
     def add(self, piece: Piece) -> bool:
         """Add a piece, unless it overlaps one that is there; say whether it was added."""
         begin, end, _ = piece
@@ -132,6 +137,11 @@ class Copy:
             if digest_of([around[0], *wanted, around[1]]) != piece.digest:
                 return begin - offset, piece
         return end - offset, None
+
+    def lend(self) -> int:
+        """Sync the file, and return another descriptor of it, which keeps it from being removed."""
+        os.fsync(self._fd)  # says also whether pages were lost on their way to the disk
+        return os.dup(self._fd)
 
     def _bytes(self, begin: int, end: int) -> memoryview:
         view = memoryview(bytearray(end - begin))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import TYPE_CHECKING
 
 from .cache import Object
 from .cached_copy import pieces_of
 from .flight import Flight, Ranges, Target, end_of
+from .opening import RefusedFileError
 from .protocol import scatter, views_within
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from .cache import Cache
 
@@ -41,6 +43,20 @@ class CachedRanges:
         if target.tag is not None:
             views = [memoryview(data)]
             self._cache.keep(self._object(target, target.tag), 0, views, pieces_of(0, views))
+
+    def lend(self, target: Target, ranges: Iterable[tuple[int, int]]) -> int:
+        """Return a descriptor of an object's copy.
+
+        Raises:
+            OSError: If there is none, or some of these bytes are not in it.
+        """
+        if target.tag is None:
+            problem = (
+                "its server does not say by an ETag when it is another one, so that no copy of it "
+                "is kept: download the checkpoint"
+            )
+            raise RefusedFileError(errno.ENOTSUP, problem, target.name)
+        return self._cache.lend(self._object(target, target.tag), ranges)
 
     def read(
         self, target: Target, offset: int, views: Sequence[memoryview], flight: Flight, /

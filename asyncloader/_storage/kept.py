@@ -24,13 +24,13 @@ class KeptFile:
         name: The file's name in it.
         fd: Its descriptor, which belongs to this object from now on.
         status: What it was when it was opened first.
+        identity: What of it stays the same as long as its rows do.
         fstat: Looks at a descriptor.
 
     Attributes:
         location: The checkpoint, for messages.
         name: The file's name in it.
         fd: Its descriptor.
-        nbytes: Its length.
     """
 
     def __init__(
@@ -40,19 +40,23 @@ class KeptFile:
         fd: int,
         status: os.stat_result,
         *,
+        identity: Callable[[os.stat_result], tuple[int, ...]] = identity,
         fstat: Callable[[int], os.stat_result] = os.fstat,
     ) -> None:
         self.location: Final = location
         self.name: Final = name
         self.fd: Final = fd
-        self.nbytes: Final = status.st_size
-        self._identity = identity(status)
+        self._identity = identity
+        self._first = identity(status)
         self._fstat = fstat
         self._direct: tuple[int, int] | tuple[()] | None = None
         weakref.finalize(self, _close, fd).atexit = False
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # neighbours of a row are not wanted
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __repr__(self) -> str:
-        return f"<KeptFile {self.name!r} of {self.location!r}, {self.nbytes} bytes>"
+        return f"<KeptFile {self.name!r} of {self.location!r}>"
 
     def check(self) -> None:
         """Make sure that nothing was written to it. What its name leads to by now is no matter.
@@ -60,7 +64,7 @@ class KeptFile:
         Raises:
             FileChangedError: If something was.
         """
-        if identity(self._fstat(self.fd)) != self._identity:
+        if self._identity(self._fstat(self.fd)) != self._first:
             raise FileChangedError(self.name)
 
     def past_cache(self) -> tuple[int, int] | None:
@@ -75,6 +79,11 @@ class KeptFile:
             if self._direct:
                 weakref.finalize(self, _close, self._direct[0]).atexit = False
         return self._direct or None
+
+
+def same_copy(status: os.stat_result) -> tuple[int, ...]:
+    """Return what stays the same of a local copy, to which loads go on adding other bytes."""
+    return status.st_dev, status.st_ino
 
 
 def _close(fd: int) -> None:

@@ -59,6 +59,7 @@ class LocalStorage:
         seen: Which files there were when they were first opened.
         direct_io: Whether files are read past the page cache, where the file system lets us;
             `"auto"` decides for each read.
+        names: Of files of which one is there, and the same for all who load from the folder.
         follow_symlinks: Whether a file may be a symbolic link that leads out of the folder.
         preadv: Reads; `None` asks the system to.
     """
@@ -75,13 +76,14 @@ class LocalStorage:
         descriptors: Descriptors | None = None,
         seen: dict[str, tuple[object, ...]] | None = None,
         direct_io: bool | Literal["auto"] = False,
+        names: Sequence[str] = (),
         follow_symlinks: bool = False,
         preadv: PReadV | None = None,
     ) -> None:
         self._flags = O_DIRECT if direct_io is True else 0
         self._preadv = preadv or (DirectReader().preadv if self._flags else through_cache)
         self._root = Path(root)
-        self._company = Company(self._root)
+        self._company = Company(self._root, names, follow=follow_symlinks)
         chooses = direct_io == "auto" and preadv is None
         self._choosing = ChoosingReader(self._company.is_alone) if chooses else None
         self._disk = disk
@@ -114,11 +116,11 @@ class LocalStorage:
     async def aclose(self) -> None:
         """Close every descriptor. No read may be in flight any more."""
         if self._disk.lost:  # a disk that gives no answer may give none to this either
-            close_aside(self._descriptors.take(self))
+            close_aside([*self._descriptors.take(self), self._company])
         else:
+            self._company.close()
             await settled(asyncio.ensure_future(self._descriptors.close(self)))
         self._disk.close()
-        self._company.close()
 
     def traffic(self) -> Traffic:
         """Return nothing: a disk takes no requests."""
@@ -180,7 +182,7 @@ class LocalStorage:
             file.start = b""
             return await self._disk.call(partial(job, read), reading=reading)
 
-    async def keep(self, name: str) -> KeptFile:
+    async def keep(self, name: str, _: Sequence[tuple[int, int]]) -> KeptFile:
         """Open a file anew, for one that outlives this storage.
 
         Raises:
@@ -191,9 +193,6 @@ class LocalStorage:
         def opened() -> KeptFile:
             fd, status = open_regular(self._root / name, os.O_RDONLY, follow=self._follow)
             file = KeptFile(self.location, name, fd, status)
-            if hasattr(os, "posix_fadvise"):  # neighbours of a row are not wanted
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
             if self._seen.setdefault(name, identity(status)) != identity(status):
                 raise FileChangedError(name)
             return file
@@ -267,7 +266,7 @@ class LocalStorage:
 
     def _open_here(self, path: Path) -> OpenFile:
         if self._choosing is not None:
-            self._company.join()
+            self._company.join(path)
         fd, status = open_regular(path, os.O_RDONLY | self._flags, follow=self._follow)
         try:
             return OpenFile(fd, status, self._start(fd, status.st_size), disk=self._disk)

@@ -5,24 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from asyncloader._addresses import FILES, address_of
 from asyncloader._threads.call import Reading, StalledError
 from asyncloader._threads.jobs import for_each
 
-from .cache import Cache
 from .cached_ranges import CachedRanges
 from .flight import Flight, Reader, Target
-from .opening import FileChangedError
+from .kept import KeptFile, same_copy
+from .opening import FileChangedError, RefusedFileError
 from .protocol import Traffic, scatter
 from .store_errors import explained
-from .store_ranges import StoreRanges
-from .stores import identity_of, open_store
+from .stores import identity_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -31,10 +29,11 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
     from asyncloader._threads.disk import Disk
-    from asyncloader.options import ReadOptions
 
+    from .cache import Cache
     from .flight import Ranges
     from .protocol import ReadInto
+    from .store_ranges import StoreRanges
 
 
 T = TypeVar("T")
@@ -201,6 +200,28 @@ class ObjectStorage:
         read = Reader(self._reads, target, Flight(reading))
         return await self._disk.call(partial(job, read), reading=reading)
 
+    async def keep(self, name: str, ranges: Sequence[tuple[int, int]]) -> KeptFile:
+        """Open the local copy of an object, for one that outlives this storage.
+
+        Args:
+            name: The object.
+            ranges: First and last byte of what was read of it, and is to be there.
+
+        Raises:
+            OSError: If there is no copy of these bytes.
+        """
+        cached = self._cached
+        if cached is None:
+            problem = "rows stay on a disk of this machine only: give cache_dir"
+            raise RefusedFileError(errno.EINVAL, problem, name)
+        target = await self._find(name)
+
+        def opened() -> KeptFile:
+            fd = cached.lend(target, ranges)
+            return KeptFile(self.location, name, fd, os.fstat(fd), identity=same_copy)
+
+        return await self._disk.call(opened, label=name)
+
     async def _find(self, name: str) -> Target:
         # Kept for good: a second lock for one name would let it be found twice.
         async with self._finding.setdefault(name, asyncio.Lock()):
@@ -269,28 +290,3 @@ class ObjectStorage:
                 return await answer
         except TimeoutError as error:
             raise StalledError(self._stall_timeout or 0.0) from error
-
-
-def open_objects(
-    url: str, options: ReadOptions, disk: Disk, seen: dict[str, tuple[object, ...]] | None
-) -> tuple[ObjectStorage, str | None]:
-    """Return the objects to look into, and the name of the one if it is a file's."""
-    address = address_of(url, "path")
-    given = options.storage_options or {}
-    store = open_store(address, given, read_bytes=options.read_bytes)
-    above, _, name = address.key.rpartition("/")
-    is_file = name.endswith(FILES)
-    prefix = above if is_file else address.key
-    prefix = f"{prefix}/" if prefix else ""
-    folder = options.cache_dir
-    storage = ObjectStorage(
-        store,
-        prefix,
-        address.url.rpartition("/")[0] if is_file else address.url,
-        disk=disk,
-        ranges=StoreRanges(store, prefix, given.get("client_options")),
-        cache=None if folder is None else Cache(Path(folder), options.cache_bytes),
-        stall_timeout=options.stall_timeout,
-        seen=seen,
-    )
-    return storage, name if is_file else None

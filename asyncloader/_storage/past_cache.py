@@ -5,8 +5,8 @@ be read at all. So each large read is looked at by itself: a byte at its beginni
 says whether it is there (`RWF_NOWAIT`; `mincore` tells nothing of files that are not one's own).
 
 Several processes that load a checkpoint at a time should read the device once, by way of the cache.
-They know of each other by locks (`flock`) on its folder: whoever cannot have it alone for a moment
-is not alone.
+They know of each other by locks (`flock`) on one of its files: whoever cannot have it alone for a
+moment is not alone. (The folder itself is locked by who saves into it.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from .opening import O_DIRECT
+from .opening import O_DIRECT, open_regular
 from .preadv import DirectReader
 from .preadv import preadv as through_cache
 
@@ -87,24 +87,43 @@ def is_cached(fd: int, offset: int, length: int) -> bool:
 
 
 class Company:
-    """Knows whether others, of this process or of another one, load from the same folder now.
+    """Knows whether others, of this process or of another one, load the same checkpoint now.
 
     Args:
-        folder: It is locked, shared, from `join` to `close`.
+        folder: Of it, one file is locked, shared, from `join` to `close`.
+        names: Of files: the first one that is there is locked.
+        follow: Whether a symbolic link may lead out of the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._lock = threading.Lock()
+    def __init__(self, folder: Path, names: Sequence[str] = (), *, follow: bool = False) -> None:
+        self._paths = [folder / name for name in names]
+        self._follow = follow
+        self._lock = threading.Lock()  # held for no call that may wait for the disk, but `is_alone`
         self._fd: int | None = None
+        self._has_joined = False
         self._is_closed = False
 
-    def join(self) -> None:
-        """Let others know of us, once; belongs on a thread."""
-        with self._lock, contextlib.suppress(OSError):
-            if self._fd is None and not self._is_closed:
-                self._fd = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
-                fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    def join(self, path: Path) -> None:
+        """Let others know of us, once; belongs on a thread.
+
+        Args:
+            path: Of a file that is there, in case that none of `names` is.
+        """
+        with self._lock:
+            if self._has_joined:  # or a thread is about to
+                return
+            self._has_joined = True
+        for one in (*self._paths, path):
+            with contextlib.suppress(OSError):  # a file system that locks nothing, too
+                fd, _ = open_regular(one, os.O_RDONLY, follow=self._follow)
+                with contextlib.suppress(OSError):
+                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                with self._lock:
+                    if not self._is_closed:
+                        self._fd = fd
+                        return
+                os.close(fd)
+                return
 
     def is_alone(self) -> bool:
         """Say whether there is nobody else; belongs on a thread."""
@@ -122,7 +141,7 @@ class Company:
             return alone
 
     def close(self) -> None:
-        """Be no company any more."""
+        """Be no company any more; belongs on a thread if a thread may be stuck in `is_alone`."""
         with self._lock:
             self._is_closed = True
             if self._fd is not None:
@@ -134,7 +153,7 @@ class ChoosingReader:
     """Reads each range the way that pays.
 
     Args:
-        alone: Says whether nobody else loads from the same folder.
+        alone: Says whether nobody else loads the same checkpoint.
         cached: Says whether a range is in the page cache.
         through: Reads through the page cache.
         past: Reads past it.

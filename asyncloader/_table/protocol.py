@@ -162,7 +162,10 @@ class LocatingUpdate(LoadableUpdate, Protocol):
         ...
 
     def keep(self, files: Mapping[str, KeptFile]) -> None:
-        """Take the files that rows stay in, by the names that blocks give them."""
+        """Take files that rows stay in, by the names that blocks give them.
+
+        Called before rows are read, and once more for some files, which take the place of those.
+        """
         ...
 
 

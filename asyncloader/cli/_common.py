@@ -57,11 +57,13 @@ JsonFlag = Annotated[
 ]
 
 DirectFlag = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--direct-io",
-        help="Read past the page cache, so that what others have there stays. Faster for files "
-        "that are not in it, slower for those that are.",
+        "--direct-io/--no-direct-io",
+        help="Read all past the page cache, so that what others have there stays; or nothing, so "
+        "that it is there for the next reader. Otherwise, only what is not in the cache, unless "
+        "another load reads it, too.",
+        show_default=False,
     ),
 ]
 

@@ -171,7 +171,7 @@ def show_one(
 def verify(
     path: PathArgument,
     *,
-    direct_io: DirectFlag = False,
+    direct_io: DirectFlag = None,
     follow_symlinks: LinksFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -185,7 +185,9 @@ def verify(
     Reads all of it once, in little memory: besides 200 MB, 8 bytes for each id of its largest
     table.
     """
-    options = ReadOptions(direct_io=direct_io, follow_symlinks=follow_symlinks)
+    options = ReadOptions(
+        direct_io="auto" if direct_io is None else direct_io, follow_symlinks=follow_symlinks
+    )
     with progress("verifying") as listener:
         found = tools.verify(path, progress=listener, options=options)
     if json:

@@ -112,7 +112,7 @@ def load(
     ] = _DEFAULTS.max_inflight_bytes,
     verify: _Verify = VerifyChoice.AUTO,
     trace: _Trace = None,
-    direct_io: DirectFlag = False,
+    direct_io: DirectFlag = None,
     cache_dir: CacheFolder = None,
     follow_symlinks: LinksFlag = False,
     cast: _Cast = None,
@@ -129,7 +129,7 @@ def load(
         chunk_bytes=chunk_bytes,
         max_inflight_bytes=max_inflight_bytes,
         verify=verify.value,
-        direct_io=direct_io,
+        direct_io="auto" if direct_io is None else direct_io,
         follow_symlinks=follow_symlinks,
         cache_dir=cache_dir,
     )
