@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from asyncloader import Loader, Saver, gen_slice
+from asyncloader import Loader, ReadOptions, Saver, gen_slice
 from bench._formats import files_of
 from bench._raw import shards, size_of
 from bench._truth import SEED, holds_exactly, same_bits, windows
@@ -144,5 +144,8 @@ def table_loader(path: Path, table: HashTable) -> Loader:
     return Loader(path, hashtables={TABLE: table}, strict=True)
 
 
-def tensor_loader(path: Path, tensors: dict[str, Tensor], *, direct_io: bool = False) -> Loader:
-    return Loader(path, tensors=tensors, strict=True, direct_io=direct_io)
+def tensor_loader(
+    path: Path, tensors: dict[str, Tensor], *, direct_io: bool | None = None
+) -> Loader:
+    how = ReadOptions() if direct_io is None else ReadOptions(direct_io=direct_io)
+    return Loader(path, tensors=tensors, strict=True, options=how)

@@ -32,19 +32,24 @@ def raw(case: DenseCase, tensors: dict[str, Tensor]) -> list[Contender]:
     )
 
 
+def named(direct_io: bool | None) -> str:
+    """Return what to call our loader with this option; `None` is none."""
+    return "asyncloader" if direct_io is None else f"asyncloader, direct_io={direct_io}"
+
+
 def ours(
     case: DenseCase,
     tensors: dict[str, Tensor],
     runner: asyncio.Runner,
     prepare: Callable[[list[Path]], object] = len,
     *,
-    direct_io: bool = False,
+    direct_io: bool | None = None,
 ) -> Contender:
     """Return our loader, planning included; `prepare` gets the files before each run."""
     files = case.files()
     return Contender(
-        name="asyncloader, direct_io" if direct_io else "asyncloader",
-        role="variant" if direct_io else "ours",
+        name=named(direct_io),
+        role="ours" if direct_io is None else "variant",
         prepare=partial(prepare, files),
         run=lambda _: runner.run(tensor_loader(case.path, tensors, direct_io=direct_io).aload()),
         poison=lambda _: poison(tensors),

@@ -195,7 +195,7 @@ class Results:
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def against_raw(results: Results, speed: Speed, goal: Goal, name: str | None = None) -> None:
+def against_raw(results: Results, speed: Speed, goal: Goal | None, name: str | None = None) -> None:
     """Note how ours, or a variant of it of that name, compares with the raw read."""
     ours = speed.ours if name is None else named(speed.times, name)
     if speed.raw is None or ours is None:

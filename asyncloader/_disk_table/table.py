@@ -35,10 +35,10 @@ class DiskTable(Warming):
     A `Loader` or a `Live` "loads" it as it does a `HashTable`: ids are read, and where the rows of
     each slot stand is noted; 8 bytes an id where the checkpoint has them sorted, as our `Saver`
     writes them, 12 otherwise. Rows are read when they are asked for, from the shards, which stay as
-    they are, on a file system of this machine; of a URL, from copies in `cache_dir`. The files are held open: after their
-    checkpoint was removed or replaced, rows are those of the one that was loaded; after it was
-    written to, a lookup is a `CheckpointChangedError`, and never a wrong row. A row has no digest
-    of its own: `verify="require"` reads and compares all rows once, while the table is loaded.
+    they are, on a file system of this machine; of a URL, from copies in `cache_dir`. Files are held
+    open: after their checkpoint was removed or replaced, rows are those of the one that was loaded;
+    after it was written to, a lookup is a `CheckpointChangedError`, and never a wrong row. A row
+    has no digest of its own: `verify="require"` reads and compares all rows once, at the load.
 
     ```python
     table = DiskTable([64], name="item_emb", cache_bytes=2 << 30)
