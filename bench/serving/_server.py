@@ -15,6 +15,7 @@ import torch
 import uvicorn
 from safetensors.torch import load_file
 
+from examples.serve import model
 from examples.serve.app import Server, create_app
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ def add_load(app: FastAPI, file: Path, *, blocking: bool) -> None:
     What answers does not look there: no index is made of it, and nobody minds that it is half old
     and half new meanwhile.
     """
-    model = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
+    memory = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
 
     def load() -> float:
         start = time.perf_counter()
         for name, tensor in load_file(file).items():
-            model[name].copy_(tensor)
+            memory[name].copy_(tensor)
         return time.perf_counter() - start
 
     @app.post("/load")
@@ -50,10 +51,19 @@ def main() -> None:
     parser.add_argument("--full-speed", action="store_true", help="take no care of the event loop")
     parser.add_argument("--file", type=Path, help="load this instead, when told to")
     parser.add_argument("--blocking", action="store_true", help="on the event loop")
+    parser.add_argument("--disk", action="store_true", help="leave rows on the disk")
+    parser.add_argument("--cache", type=int, default=0, help="MiB for hot rows")
+    parser.add_argument("--width", type=int, default=model.WIDTH, help="of a row, in floats")
     given = parser.parse_args()
+    model.WIDTH = given.width
     torch.set_num_threads(1)
     app = create_app(
-        given.run, keep=1, poll=0.2, max_loop_lag=None if given.full_speed else MAX_LOOP_LAG
+        given.run,
+        keep=1,
+        poll=0.2,
+        max_loop_lag=None if given.full_speed else MAX_LOOP_LAG,
+        disk=given.disk,
+        cache_bytes=given.cache << 20,
     )
     if given.file is not None:
         add_load(app, given.file, blocking=given.blocking)

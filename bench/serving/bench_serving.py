@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import threading
 import time
-import urllib.request
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -22,17 +16,16 @@ from safetensors.torch import save_file
 from asyncloader import Saver
 from bench._cache import warm
 from bench._results import Goal, Latency, Results
+from bench.serving._processes import DEADLINE, RATE, asking, fetch, serving
 from examples.serve.model import build, fill, name_of, tower
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from bench._scale import Scale
 
-RATE = 200
 AT_ONCE = 1 << 18
-DEADLINE = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,36 +148,6 @@ def serve_once(way: Way, seen: Seen, versions: Path, run: Path, scale: Scale) ->
     shutil.rmtree(run)
 
 
-@contextlib.contextmanager
-def serving(run: Path, arguments: tuple[str, ...]) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ("-m", "bench.serving._server", str(run), "--port", str(port), *arguments)
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            assert server.stdout.readline().strip() == "serving"
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-
-
-def asking(url: str, seconds: float) -> Callable[[], Any]:
-    """Ask from a process of its own; return what waits for the answers."""
-    command = ("-m", "bench.serving._client", url, "--rate", str(RATE), "--seconds", str(seconds))
-    client = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-    out: list[str] = []
-    reading = threading.Thread(target=lambda: out.append(client.communicate()[0]))
-    reading.start()
-
-    def answers() -> Any:  # noqa: ANN401  # JSON
-        reading.join()
-        return json.loads(out[0])
-
-    return answers
-
-
 def until_it_serves(url: str, version: str) -> float:
     """Wait until a version serves, and return the seconds that its load took."""
     deadline = time.monotonic() + DEADLINE
@@ -194,9 +157,3 @@ def until_it_serves(url: str, version: str) -> float:
         if model["serving"] == version:
             return float(model["last_load"]["seconds"])
     raise TimeoutError(f"{version} does not serve after {DEADLINE} s")
-
-
-def fetch(url: str, body: bytes | None = None) -> bytes:
-    request = urllib.request.Request(url, data=body)  # noqa: S310  # our own server
-    with urllib.request.urlopen(request, timeout=DEADLINE) as answer:  # noqa: S310
-        return bytes(answer.read())
