@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from ._checkpoint.parts import ID
 from ._disk_table.table import DiskTable
 from ._disk_table.warming import EMBEDDING
 from .loader import Loader
@@ -12,7 +13,7 @@ from .options import ReadOptions
 from .reader import CheckpointReader
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     import torch
 
@@ -65,8 +66,8 @@ async def open_table(
         ReadError: If the storage failed.
     """
     how = ReadOptions.of(options, {})
-    reader = CheckpointReader(checkpoint_path, options=how)
-    async with reader:
+    async with CheckpointReader(checkpoint_path, options=how) as reader:
+        _check_names(await reader.atensor_names(), name, slots)
         shapes = {
             slot: await reader.atensor_shape(f"{name}@{slot}") for slot in (EMBEDDING, *slots)
         }
@@ -90,3 +91,22 @@ async def open_table(
         yield table
     finally:
         table.close()
+
+
+def _check_names(known: Iterable[str], table: str, slots: Iterable[str]) -> None:
+    """Refuse a table or slot that is not there.
+
+    Raises:
+        KeyError: It lists what there is.
+    """
+    tables: dict[str, list[str]] = {}
+    for name in known:
+        owner, at, slot = name.rpartition("@")
+        if at and slot != ID:
+            tables.setdefault(owner, []).append(slot)
+    if table not in tables:
+        raise KeyError(f"no table {table!r}, there is: {', '.join(sorted(tables)) or 'none'}")
+    for slot in slots:
+        if slot not in tables[table]:
+            have = ", ".join(sorted(tables[table]))
+            raise KeyError(f"table {table!r} has no slot {slot!r}, it has: {have}")

@@ -539,8 +539,11 @@ async def test_a_table_is_opened_without_a_loader(path: Path) -> None:
     with pytest.raises(RuntimeError, match="table 't' is closed"):
         await table.alookup(SOME)
     assert not files_of(path)
-    with pytest.raises(KeyError, match=r"did you mean 't@embedding'"):
+    with pytest.raises(KeyError, match=r"no table 'u', there is: t"):
         async with open_table(path, "u"):
+            pass
+    with pytest.raises(KeyError, match=r"has no slot 'm', it has: embedding, exp_avg"):
+        async with open_table(path, "t", slots=["m"]):
             pass
 
 
