@@ -234,6 +234,23 @@ async def test_halves_are_widened_while_they_are_looked_up(
         assert same(await table.alookup(ids), expected)
 
 
+async def test_rows_of_another_dtype_may_take_the_place_of_all_that_go(tmp_path: Path) -> None:
+    whole, half = data(range(50)), data(range(20, 80))
+    half = TableData(ids=half.ids, slots={"embedding": half.slots["embedding"].half()})
+    write_checkpoint(tmp_path / "whole", {"t": whole}, {})
+    write_checkpoint(tmp_path / "half", {"t": half}, {})
+    table = disk_table(whole)
+    await Loader(tmp_path / "whole", {"t": table}).aload()
+    entry = {"path": str(tmp_path / "half"), "load": ["*"], "hashtable_clear": False}
+    with pytest.raises(ValueError, match=r"holds rows of torch.float32, .* has float16"):
+        await Loader.from_bank([entry], {"t": table}, cast="widen").aload()
+    assert same(await table.alookup(whole.ids), whole.slots["embedding"])
+    cleared = entry | {"hashtable_clear": True}
+    await Loader.from_bank([cleared], {"t": table}, cast="widen").aload()
+    assert same(await table.alookup(half.ids), half.slots["embedding"].float())
+    assert len(table) == len(half.ids)
+
+
 async def test_a_second_load_is_on_top_of_the_first(tmp_path: Path) -> None:
     old, new = data(list(range(100)), exp_avg=1), data([*range(50, 150), 50])
     write_checkpoint(tmp_path / "a", {"t": old}, {})

@@ -98,8 +98,9 @@ class DiskUpdate:
             rows: Their positions in the blocks, ascending, `[count]`.
             slots: The blocks.
         """
+        stays = not set(self._cleared) >= set(self._encoding.children)
         for slot, block in slots.items():
-            held = self._base.places.get(slot)
+            held = self._base.places.get(slot) if stays else None
             if held is not None and str(held.dtype).removeprefix("torch.") != block.dtype.torch:
                 raise ValueError(
                     f"slot {slot!r} holds rows of {held.dtype}, {block.shard} has {block.dtype}: "
