@@ -28,7 +28,8 @@ from asyncloader import (
     Saver,
     load_tensors,
 )
-from asyncloader._storage.cached_copy import Piece, Pieces
+from asyncloader._storage.cache import Cache, Object
+from asyncloader._storage.cached_pieces import Piece, Pieces
 from asyncloader.tools import verify
 from tests.genuine import NEWEST, truth
 from tests.servers.liar import Answer, liar
@@ -404,6 +405,107 @@ def test_no_descriptor_stays_open(server: Liar, cache: Path) -> None:
     load(f"{server.url}/{FILE}", cache_dir=cache)
     assert copies(cache)
     assert not [file for file in open_files() if str(cache) in file]
+
+
+@pytest.fixture
+def two(cache: Path) -> tuple[Cache, Cache]:
+    """Return the caches of two loads, which have a copy of `OBJECT` open already."""
+    found = Cache(cache, None), Cache(cache, None)
+    for each in found:
+        each.open()
+        assert each.read(OBJECT, 0, [memoryview(bytearray(5))]) == 0
+    return found
+
+
+OBJECT = Object("s3://models/shard", "tag", 3 << 20)
+RIGHT, WRONG = bytes(range(256)) * (12 << 10), bytes(3 << 20)
+ALL = [(0, len(RIGHT))]
+
+
+def content(fd: int) -> bytes:
+    return os.pread(fd, len(RIGHT), 0)
+
+
+def test_what_a_table_has_open_is_not_written_to_by_others(
+    two: tuple[Cache, Cache], cache: Path
+) -> None:
+    """Those have had other bytes from the store, though it is the same object there."""
+    one, other = two
+    fd, again = one.hold(OBJECT, ALL), other.hold(OBJECT, ALL)
+    one.keep(OBJECT, 0, [memoryview(RIGHT)])
+    one.ensure(OBJECT)
+    other.keep(OBJECT, 0, [memoryview(WRONG)])
+    assert content(fd) == RIGHT
+    with pytest.raises(OSError, match="could not be kept"):
+        other.ensure(OBJECT)
+    other.close()
+    assert content(fd) == RIGHT
+    third = Cache(cache, None)
+    third.open()
+    assert third.read(OBJECT, 0, [memoryview(found := bytearray(len(RIGHT)))]) == len(RIGHT)
+    assert found == RIGHT
+    for each in (one, third):
+        each.close()
+    os.close(fd)
+    os.close(again)
+
+
+def test_what_others_wrote_before_is_noticed(two: tuple[Cache, Cache]) -> None:
+    one, other = two
+    fd = one.hold(OBJECT, ALL)
+    one.keep(OBJECT, 0, [memoryview(RIGHT)])
+    other.keep(OBJECT, 0, [memoryview(WRONG)])
+    with pytest.raises(OSError, match="could not be kept"):
+        one.ensure(OBJECT)
+    os.close(fd)
+    for each in two:
+        each.close()
+
+
+@pytest.mark.parametrize("starts", [[0, 0], [0, 500_000], [700_000, 0], [1 << 20, 5]])
+def test_two_loads_that_fill_a_copy_at_once_both_have_it(
+    two: tuple[Cache, Cache], starts: list[int]
+) -> None:
+    fds = []
+    for each, start in zip(two, starts, strict=True):
+        fds.append(each.hold(OBJECT, [(start, len(RIGHT))]))
+        each.keep(OBJECT, start, [memoryview(RIGHT)[start:]])
+        each.ensure(OBJECT)
+    for fd, start in zip(fds, starts, strict=True):
+        assert content(fd)[start:] == RIGHT[start:]
+        os.close(fd)
+    for each in two:
+        each.close()
+
+
+def test_a_damaged_piece_does_not_come_back_from_the_record(cache: Path) -> None:
+    """Though there is no room for other bytes in its place."""
+    first = Cache(cache, None)
+    first.open()
+    first.keep(OBJECT, 0, [memoryview(RIGHT)])
+    first.close()
+    [copy] = copies(cache)
+    damaged = bytearray(copy.read_bytes())
+    damaged[1 << 20 : 2 << 20] = bytes(1 << 20)
+    copy.write_bytes(damaged)
+    for most in (1, None):
+        cached = Cache(cache, most)
+        cached.open()
+        fd = cached.hold(OBJECT, ALL)
+        assert cached.read(OBJECT, 0, [memoryview(bytearray(len(RIGHT)))]) == 1 << 20
+        assert cached.read(OBJECT, 2 << 20, [memoryview(bytearray(1 << 20))]) == 1 << 20
+        part = memoryview(RIGHT)[1 << 20 : 2 << 20]
+        if most is not None:
+            with pytest.raises(OSError, match=r"could not be kept .* give more cache_bytes"):
+                cached.keep(OBJECT, 1 << 20, [part])
+            with pytest.raises(OSError, match="could not be kept"):
+                cached.ensure(OBJECT)
+        else:
+            cached.keep(OBJECT, 1 << 20, [part])
+            cached.ensure(OBJECT)
+            assert content(fd) == RIGHT
+        os.close(fd)
+        cached.close()
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.booleans())))

@@ -25,6 +25,7 @@ from asyncloader import (
     ReadError,
     ReadStalledError,
     Runtime,
+    Span,
 )
 from tests.forks import python
 from tests.hanging_disk import NotMountableError, hanging_disk
@@ -130,6 +131,23 @@ async def test_a_file_that_was_given_up_on_is_closed_when_its_thread_is_back(cas
 
     # What no read holds open is closed by a thread that nothing waits for, and that tells nobody.
     await asyncio.to_thread(until, lambda: not is_open(case.shard))
+
+
+async def test_a_disk_that_falls_silent_at_the_end_of_a_load_keeps_no_loop(case: Case) -> None:
+    """Files are closed then, and a lock on one of them is let go of."""
+
+    def listen(span: Span) -> None:
+        if "join" in str(span):  # all is read
+            asyncio.get_running_loop().call_soon(case.disk.die)
+
+    async def heal() -> None:
+        await asyncio.to_thread(case.disk.until_somebody_waits)
+        case.disk.heal()
+
+    healing = asyncio.ensure_future(heal())
+    await case.loader(trace=listen).aload()
+    await healing
+    assert case.is_loaded()
 
 
 @pytest.mark.parametrize("how", [{}, {"direct_io": True}], ids=["", "direct_io"])

@@ -522,7 +522,7 @@ class Unruly:
         await self._later()
         return job(partial(self._read, name))
 
-    async def keep(self, name: str, _: Sequence[tuple[int, int]]) -> KeptFile:
+    async def hold_open(self, name: str, _: Sequence[tuple[int, int]]) -> KeptFile:
         return await asyncio.to_thread(kept, self._folder / name)
 
     async def _later(self) -> None:
@@ -558,7 +558,7 @@ async def load_from(
             disk=Disk(threads.reads),
             options=ReadOptions(parallel=how["parallel"], chunk_bytes=how["chunk_bytes"]),
             budget=ByteBudget(how["max_inflight_bytes"]),
-            keep_open=storage.keep,
+            keep_open=storage.hold_open,
         )
         into = describe_tensors(destinations.tensors)
         load = Load(session, plan, into, destinations.tables, meter=Meter(0, None))

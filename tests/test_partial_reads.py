@@ -20,7 +20,7 @@ from asyncloader._checkpoint.blocks import Block
 from asyncloader._checkpoint.dtypes import DTYPES
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, PartRows
 from asyncloader._loading.filling import Filling, row_groups
-from asyncloader._loading.session import Verifier
+from asyncloader._loading.verifier import Verifier
 from asyncloader._threads.jobs import ByteBudget
 from tests.oracle import TableData, edit_json, shard_holding, write_checkpoint
 from tests.support import MemoryStorage, Run, data, rows_in, rows_on_disk, table_for, unchanged

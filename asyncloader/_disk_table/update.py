@@ -58,7 +58,7 @@ class DiskUpdate:
         self._cleared: Sequence[str] = ()
         self._dropped = 0
         self._taken = 0
-        self._files: dict[str, KeptFile] = {}
+        self._files: Mapping[str, KeptFile] = {}
         self._next: DiskState | None = None
         self._counts = UpdateCounts(rows=0, new=0, replaced=0, duplicates=0, dropped=0)
 
@@ -111,7 +111,7 @@ class DiskUpdate:
 
     def keep(self, files: Mapping[str, KeptFile]) -> None:
         """Take the files that rows stay in, by the names that blocks give them."""
-        self._files |= files
+        self._files = files
 
     def view(self, slot: str, first: int, count: int) -> torch.Tensor:
         """Return the memory of ids, int64 `[count]`; there is none for rows."""

@@ -94,6 +94,7 @@ async def open_bank(
             location=bank.location,
             file=None,
             keep_open=partial(_keep_open, sources),
+            ensure=partial(_ensure, sources),
             is_remote=lambda name: is_url(split_shard(name)[0]),
             traffic=lambda: sum((one.traffic() for one in sources.values()), Traffic()),
             storage=UnpackingStorage(JoinedStorage(storages, bank.location)),
@@ -103,7 +104,12 @@ async def open_bank(
 
 async def _keep_open(sources: Mapping[str, Session], name: str, ranges: Ranges) -> KeptFile:
     path, file = split_shard(name)
-    return await sources[path].keep(file, ranges)
+    return await sources[path].hold_open(file, ranges)
+
+
+async def _ensure(sources: Mapping[str, Session], name: str) -> None:
+    path, file = split_shard(name)
+    await sources[path].ensure_held(file)
 
 
 async def _find(bank: Bank, options: ReadOptions) -> list[tuple[Entry, str | None]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from asyncloader._checkpoint.blocks import Block
 
-    from .session import Verifier
+    from .verifier import Verifier
 
 # Bytes of rows that are picked before they are copied or converted. The budget has not counted
 # this memory, so it is little.

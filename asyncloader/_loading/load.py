@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from .claims import Claim
     from .destinations import Destinations
     from .progress import Meter
-    from .session import Session, Verifier
+    from .session import Session
+    from .verifier import Verifier
 
 
 _NAMED = 20
@@ -99,11 +100,13 @@ class Load:
         # All of it is Python, and long for many tensors: on a thread the loop gets its turn.
         with self.tracer.span("plan", "reads"):
             await run_jobs(self.threads.kernels, [undisturbed(self._prepare)])
-        await self._keep_files(read=False)
+        await self._hold_files()
 
     async def finish(self) -> None:
         """Make the new rows ready for `commit`. Everything has been read."""
-        await self._keep_files(read=True)
+        for table in self.plan.tables:
+            for shard in table.row_blocks() if table.locates else ():
+                await self.session.ensure_held(shard)
         for name, update in self._updates.items():
             if isinstance(update, PlacingUpdate):
                 await run_jobs(self.threads.kernels, [update.finish])
@@ -174,22 +177,16 @@ class Load:
             return most
         return max(most // DIGEST_CHUNK, 1) * DIGEST_CHUNK
 
-    async def _keep_files(self, *, read: bool) -> None:
-        """Give tables the files that their rows stay in.
-
-        Those of a store twice: before anything is read, so that a copy that cannot be made is an
-        error at once, and afterwards, when rows have to be there.
-        """
+    async def _hold_files(self) -> None:
+        """Give tables the files that their rows stay in."""
         for table in self.plan.tables:
             update = self._updates[table.name]
-            if not isinstance(update, LocatingUpdate):
-                continue
-            kept: dict[str, KeptFile] = {}
-            for shard, blocks in table.row_blocks().items():
-                if not read or self.session.is_remote(shard):
-                    ranges = [(one.offset, one.offset + one.nbytes) for one in blocks if read]
-                    kept[shard] = await self.session.keep(shard, ranges)
-            update.keep(kept)
+            if isinstance(update, LocatingUpdate):
+                kept: dict[str, KeptFile] = {}
+                for shard, blocks in table.row_blocks().items():
+                    ranges = [(one.offset, one.offset + one.nbytes) for one in blocks]
+                    kept[shard] = await self.session.hold_open(shard, ranges)
+                update.keep(kept)
 
     def _row_step(self) -> int:
         """Return how large the buffers are that some rows of a part are picked from."""

@@ -23,7 +23,7 @@ from asyncloader._storage.unpacking import UnpackingStorage
 from asyncloader._threads.disk import Disk
 
 from .runtime import Resources, Runtime, open_resources
-from .session import Session, in_time, on_disk
+from .session import Session, in_time, is_here, on_disk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -112,7 +112,8 @@ async def open_files(
             location=path if is_url(path) else str(Path(path)),
             file=file,
             entries=files.entries,
-            keep_open=files.keep,
+            keep_open=files.hold_open,
+            ensure=files.ensure if isinstance(files, ObjectStorage) else is_here,
             is_remote=lambda _: isinstance(files, ObjectStorage),
             gap_bytes=files.gap_bytes,
             traffic=files.traffic,

@@ -98,7 +98,7 @@ class Planner:
         Raises:
             PlanError: If there are such.
         """
-        if options.cache_dir is None and is_url(path):
+        if options.cache_dir is None and is_url(path) and self.filter_func is identity:
             tables = [name for name, one in self.tables.items() if isinstance(one, DiskTable)]
             if tables:
                 raise PlanError(path, [_remote(name, path) for name in tables])

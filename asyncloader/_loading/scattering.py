@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from asyncloader._table.protocol import PlacingUpdate
 
     from .filling import Step
-    from .session import Verifier
+    from .verifier import Verifier
 
 
 class Scattering(Filling):

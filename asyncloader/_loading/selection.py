@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .filling import Batch
     from .load import Load
     from .pieces import Turns
-    from .session import Verifier
+    from .verifier import Verifier
 
 
 _UNSIGNED = 2**64

@@ -12,27 +12,23 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from asyncloader._checkpoint.catalog import read_catalog
 from asyncloader._checkpoint.manifest import read_manifest
 from asyncloader._checkpoint.run_folder import is_run_folder
-from asyncloader._checkpoint.sidecar import DIGEST_CHUNK, chunk_count, digest_of
 from asyncloader._storage.folders import Folders
 from asyncloader._storage.opening import FileChangedError
 from asyncloader._storage.protocol import Traffic, opening_error, read_error
 from asyncloader._threads.call import StalledError
 from asyncloader.errors import (
     CheckpointChangedError,
-    CheckpointError,
     CheckpointNotFoundError,
     LoadTimeoutError,
     ReadError,
     ReadStalledError,
 )
 
+from .verifier import Verifier
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from asyncloader._checkpoint.blocks import Block
     from asyncloader._checkpoint.header import ShardHeader
     from asyncloader._checkpoint.index import Catalog
     from asyncloader._checkpoint.manifest import Manifest
@@ -56,68 +52,16 @@ _CHANGED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Verifier:
-    """Compares whole chunks with their digests; a chunk that was read in part is not verified."""
-
-    location: str  # the checkpoint, for messages
-    widen: bool  # whether to read more, so that every wanted byte lies in a whole chunk
-
-    def window(self, block: Block, begin: int, end: int) -> tuple[int, int]:
-        """Return the bytes of a block to read where `[begin, end)` are wanted."""
-        if not self.widen or block.digests is None:
-            return begin, end
-        first, last = begin // DIGEST_CHUNK, chunk_count(end)
-        return first * DIGEST_CHUNK, min(last * DIGEST_CHUNK, block.nbytes)
-
-    def windows(
-        self, block: Block, begins: NDArray[np.int64], chunk_bytes: int
-    ) -> NDArray[np.int64] | None:
-        """Cut a block into stretches of whole chunks, and return the number of each byte's stretch.
-
-        Reads that keep to one stretch, of about `chunk_bytes`, read as many chunks whole as they
-        can, and none twice. Takes and returns int64 `[n]`; `None` where there are no digests.
-        """
-        if block.digests is None:
-            return None
-        stretch: NDArray[np.int64] = begins // (max(chunk_bytes // DIGEST_CHUNK, 1) * DIGEST_CHUNK)
-        return stretch
-
-    def check(self, block: Block, begin: int, view: memoryview) -> range:
-        """Compare the bytes from `begin` on with the block's digests; belongs on a thread.
-
-        Returns the bytes of the block that are verified.
-
-        Raises:
-            CheckpointError: If a chunk has another digest.
-        """
-        if block.digests is None:
-            return range(begin, begin)
-        end = begin + view.nbytes
-        last = chunk_count(block.nbytes) if end >= block.nbytes else end // DIGEST_CHUNK
-        chunks = range(chunk_count(begin), last)
-        for number in chunks:
-            first = number * DIGEST_CHUNK
-            last = min(first + DIGEST_CHUNK, block.nbytes)
-            found = digest_of(view[first - begin : last - begin])
-            if found != block.digests[number]:
-                problem = (
-                    f"bytes [{block.offset + first}, {block.offset + last}) are not those that "
-                    f"were written: their digest should be {block.digests[number]}, it is {found}; "
-                    "copy the file again, or take another checkpoint"
-                )
-                raise CheckpointError(self.location, problem, block.shard, block.key)
-        if not chunks:
-            return range(begin, begin)
-        return range(chunks.start * DIGEST_CHUNK, min(chunks.stop * DIGEST_CHUNK, block.nbytes))
-
-
 async def _none() -> Mapping[str, int | None]:
     return {}
 
 
 async def _kept_nowhere(name: str, ranges: Ranges) -> KeptFile:  # noqa: ARG001
     raise OSError(errno.ENOTSUP, "it cannot stay open", name)
+
+
+async def is_here(name: str) -> None:
+    """Do nothing: what is needed of a local file stays with it."""
 
 
 def _none_are(name: str) -> bool:  # noqa: ARG001
@@ -140,8 +84,10 @@ class Session:
     traffic: Callable[[], Traffic] = Traffic  # what there was with an object store
     # The names beside each other, and how long the files are.
     entries: Callable[[], Awaitable[Mapping[str, int | None]]] = _none
-    # Opens a file that stays open when the session has ended, given the ranges that are wanted.
+    # Opens a file that stays open when the session has ended, given the ranges that are needed; and
+    # makes sure that these are there, once they were read.
     keep_open: Callable[[str, Ranges], Awaitable[KeptFile]] = _kept_nowhere
+    ensure: Callable[[str], Awaitable[None]] = is_here
     is_remote: Callable[[str], bool] = _none_are  # whether a file is in an object store
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # tasks take turns to read names
 
@@ -182,8 +128,8 @@ class Session:
         if changed:
             raise CheckpointChangedError(self.location, _CHANGED, changed[0])
 
-    async def keep(self, name: str, ranges: Ranges) -> KeptFile:
-        """Open a file that stays open when the session has ended: what was read of it already.
+    async def hold_open(self, name: str, ranges: Ranges) -> KeptFile:
+        """Open a file that stays open when the session has ended.
 
         Raises:
             CheckpointError: If it cannot be opened, or no copy of it is on a disk of this machine.
@@ -193,6 +139,17 @@ class Session:
             return await self.keep_open(name, ranges)
         except FileChangedError as error:
             raise CheckpointChangedError(self.location, _CHANGED, name) from error
+        except OSError as error:
+            raise opening_error(self.location, name, error) from error
+
+    async def ensure_held(self, name: str) -> None:
+        """Make sure that what is needed of a file stays with it, once it was read.
+
+        Raises:
+            CheckpointError: If not.
+        """
+        try:
+            await self.ensure(name)
         except OSError as error:
             raise opening_error(self.location, name, error) from error
 

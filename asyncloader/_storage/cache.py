@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import logging
 import os
-import re
 import stat
 import threading
 import time
@@ -17,11 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from asyncloader._threads.call import nbytes_of
 
-from .cached_copy import DATA, Copy, Piece, last_use, remove
+from .cached_copy import Copy, Marks
+from .cached_room import first_of_name, make_room, name_of
 from .opening import RefusedFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 
@@ -29,15 +28,9 @@ _log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _PATIENCE = 1.0  # seconds for the lock, which is held for moments, but by a process that is stopped
-# Written at a time before room is looked for, and what is there is recorded: a killed load loses
-# no more, and processes go beyond the bound by no more.
-_STEP = 256 << 20
-_STEPS = 16  # or as many of all that there may be
+_LONG = 30.0  # where a table needs what is to be kept
 _MOST_OPEN = 128
-_SPARE = 0.1  # of a disk, where no bound is given
-_LETTERS = 32
-_NAME = re.compile(rf"[0-9a-f]{{{_LETTERS}}}-[0-9a-f]{{{_LETTERS}}}{re.escape(DATA)}")
-_BLOCK = 512  # bytes of which `st_blocks` counts
+_ATTEMPTS = 5
 
 
 class Object(NamedTuple):
@@ -54,7 +47,8 @@ class Cache:
     A copy is named by the object's URL, ETag and length: what it holds never changes. So processes
     may fill it at once. A piece is a MiB, or what came of it; its digest was taken as it came, and
     is compared whenever it is taken from the copy. So it need not be known what became of the file
-    meanwhile: whether it came to the disk before the power went, was cut, or written to.
+    meanwhile: whether it came to the disk before the power went, was cut, or written to. (Rows of a
+    table that holds a copy open are compared before, once: `ensure`.)
 
     Nothing fails because of a copy: what cannot be read or written is read from the store. For
     threads; all but the attributes may wait for the disk.
@@ -76,6 +70,10 @@ class Cache:
         self._lock = threading.Lock()
         self._known: set[str] = set()
         self._copies: OrderedDict[str, Copy] = OrderedDict()
+        self._marks: dict[str, Marks] = {}
+        self._needed: dict[Object, list[tuple[int, int]]] = {}
+        self._writes = threading.Lock()  # a thread keeps at a time, of all processes
+        self._patience = _PATIENCE
         self._room = 0  # bytes that may be written before room is looked for again
         self._writing = 0  # bytes that the disk may not show yet
         self._keeps = False  # whether what is read is written
@@ -96,7 +94,7 @@ class Cache:
 
     def knows(self, url: str) -> bool:
         """Say whether there was a copy of an object, maybe an older one."""
-        return _digest(url) in self._known
+        return first_of_name(url) in self._known
 
     def read(self, what: Object, offset: int, views: Sequence[memoryview]) -> int:
         """Fill views with what is here, and return how many bytes came; 0 if none is here.
@@ -112,9 +110,7 @@ class Cache:
                 count, damaged = copy.read(pieces, offset, views)
                 with self._lock:
                     self.taken += count * copy.earlier(pieces)
-                    if damaged is not None:
-                        copy.pieces.drop(damaged)
-                        self._damaged += 1
+                    self._damaged += damaged is not None
         return count
 
     def next_after(self, what: Object, offset: int) -> int:
@@ -125,39 +121,65 @@ class Cache:
                 found = copy.pieces.next_after(offset, what.size)
         return found
 
-    def keep(
-        self, what: Object, offset: int, views: Sequence[memoryview], pieces: Sequence[Piece]
-    ) -> None:
-        """Keep what was read of an object."""
-        nbytes = nbytes_of(views)
-        with self._bearing(), self._using(what) as copy:
-            if copy is None or not self._has_room(nbytes):
-                return
-            try:
-                copy.write(offset, views)
-            finally:
-                with self._lock:
-                    self._writing -= nbytes
-            with self._lock:
-                copy.add(pieces)
-
-    def lend(self, what: Object, ranges: Iterable[tuple[int, int]]) -> int:
-        """Return a descriptor of a copy; as long as it is open, the copy stays.
-
-        What is in a copy is never written again with other bytes. So who reads it from now on
-        compares no digests, but what was written has to be on the disk.
+    def keep(self, what: Object, offset: int, views: Sequence[memoryview]) -> None:
+        """Keep what was read of an object.
 
         Raises:
-            OSError: If some of these bytes are not here.
+            OSError: If a table needs it here, and it could not be kept.
         """
-        with self._using(what) as copy, self._bearing():
-            with self._lock:
-                is_whole = copy is not None and all(copy.pieces.cover(*one) for one in ranges)
-            if copy is not None and is_whole:
+        nbytes, kept = nbytes_of(views), False
+        needed = any(
+            begin < offset + nbytes and offset < end for begin, end in self._needed.get(what, ())
+        )
+        with self._bearing(), self._using(what) as copy:
+            if copy is not None and self._has_room(nbytes):
+                try:
+                    with self._writes, self._locked(_LONG if needed else self._patience):
+                        copy.keep(offset, views)
+                        kept = True
+                finally:
+                    with self._lock:
+                        self._writing -= nbytes
+        if needed and not kept:
+            raise self._refusal(what)
+
+    def hold(self, what: Object, ranges: Sequence[tuple[int, int]]) -> int:
+        """Return a descriptor of a copy; as long as it is open, the copy stays.
+
+        Args:
+            what: The object.
+            ranges: What of it is needed here: (first byte, one past the last).
+
+        Raises:
+            OSError: If there can be no copy.
+        """
+        with self._bearing(), self._using(what) as copy:
+            if copy is not None and self._keeps:
+                self._needed.setdefault(what, []).extend(ranges)
                 return copy.lend()
+        raise self._refusal(what)
+
+    def ensure(self, what: Object) -> None:
+        """Make sure that what is needed of an object is here, on the disk, as it came.
+
+        From then on nobody compares digests, and no other process writes there: all is recorded.
+
+        Raises:
+            OSError: If some of it is not here.
+        """
+        with self._bearing(), self._using(what) as copy:
+            if copy is not None:
+                with self._writes, self._locked(_LONG):
+                    copy.record()
+                copy.sync()
+                if all(copy.holds(*one) for one in self._needed[what]):
+                    return
+        raise self._refusal(what)
+
+    def _refusal(self, what: Object) -> OSError:
         why = f": {self._trouble}" if self._trouble is not None else ""
         problem = f"its rows could not be kept in {self._folder}{why}"
-        raise RefusedFileError(errno.ENOSPC, problem, what.url)
+        return RefusedFileError(errno.ENOSPC, problem, what.url)
 
     def close(self) -> None:
         """Record what is here.
@@ -183,18 +205,20 @@ class Cache:
         """Go on, but keep no more, if something fails."""
         try:
             yield
+        except BlockingIOError as error:  # once: who holds a lock may be stopped
+            self._trouble, self._patience = error, 0.0
         except Exception as error:  # noqa: BLE001  # nothing fails because of a copy
             self._trouble, self._keeps = error, False
 
     @contextlib.contextmanager
     def _using(self, what: Object) -> Iterator[Copy | None]:
         """Lend the copy of an object; `None` if there shall be none."""
-        name = f"{_digest(what.url)}-{_digest(f'{what.size} {what.tag}')}{DATA}"
+        name = name_of(what.url, f"{what.size} {what.tag}")
         with self._lock:
             copy = self._copies.get(name)
             if copy is None and self._is_open:
                 self._leave_one()
-                copy = self._copies[name] = Copy(self._folder / name, what.url)
+                copy = self._copies[name] = self._opened(name, what.url)
             if copy is not None:
                 self._copies.move_to_end(name)
                 copy.users += 1
@@ -205,6 +229,15 @@ class Cache:
                 with self._lock:
                     copy.users -= 1
                     copy.end()
+
+    def _opened(self, name: str, url: str) -> Copy:
+        """Open a copy; again if another process was just removing it."""
+        path, marks = self._folder / name, self._marks.setdefault(name, Marks())
+        for attempt in range(_ATTEMPTS):
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                return Copy(path, url, marks)
+            time.sleep(attempt * _PATIENCE / 100)
+        return Copy(path, url, marks)
 
     def _leave_one(self) -> None:
         """Make room for one more, if so many are open, and one is idle."""
@@ -229,40 +262,25 @@ class Cache:
                     for copy in self._copies.values():
                         if copy.is_new:
                             copy.record()
-                    self._room = self._evict(nbytes)
+                    self._room = make_room(self._folder, nbytes, self._most, self._writing)
                 if self._room < nbytes:
-                    problem = "full of what is being loaded"
+                    problem = (
+                        "full of what is being loaded, or tables have open: give more cache_bytes"
+                    )
                     raise OSError(errno.ENOSPC, problem, str(self._folder))
             if self._keeps:
                 self._room -= nbytes
                 self._writing += nbytes
             return self._keeps
 
-    def _evict(self, nbytes: int) -> int:
-        """Remove what was not used for longest, until there is room; return how much to use."""
-        mine = [file for file in self._folder.iterdir() if _NAME.fullmatch(file.name)]
-        copies = sorted((last_use(path), path) for path in mine)
-        sizes = {path: path.lstat().st_blocks * _BLOCK for path in mine}
-        held, most = sum(sizes.values()) + self._writing, self._most
-        if most is None:
-            disk = os.statvfs(self._folder)
-            most = round((held + disk.f_bavail * disk.f_frsize) * (1 - _SPARE))
-        step = max(nbytes, min(_STEP, most // _STEPS))
-        for _, path in copies:
-            if held + step <= most:
-                break
-            if remove(path):
-                held -= sizes[path]
-        return min(most - held, step)
-
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other processes from records for the length of the block."""
+    def _locked(self, patience: float = _PATIENCE) -> Iterator[None]:
+        """Keep other processes from copies and records for the length of the block."""
         fd = os.open(
             self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
         try:
-            until = time.monotonic() + _PATIENCE
+            until = time.monotonic() + patience
             while True:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -279,7 +297,3 @@ class Cache:
                 fcntl.flock(fd, fcntl.LOCK_UN)  # a child of this process may have it open, too
         finally:
             os.close(fd)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_LETTERS]

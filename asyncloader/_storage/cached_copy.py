@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
-import itertools
 import os
-from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import orjson
-import xxhash
 
 from asyncloader._threads.call import nbytes_of
 
+from .cached_pieces import PIECE, Piece, Pieces, digest_of, pieces_of
 from .protocol import views_after, views_within
 
 if TYPE_CHECKING:
@@ -22,93 +22,64 @@ if TYPE_CHECKING:
 
 
 DATA, RECORD, NEW = ".bytes", ".json", ".new"
-_PIECE = 1 << 20
 _CREATE = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-class Piece(NamedTuple):
-    """Bytes of an object that are kept, at most a MiB, and their digest from when they came."""
+@dataclass(slots=True)
+class Marks:
+    """What a load knows of a copy's pieces, also while the copy is closed.
 
-    begin: int
-    end: int
-    digest: str
+    Attributes:
+        own: Those that it has brought.
+        seen: Those whose bytes it has had, from the copy or from the store.
+        damaged: Those that had other bytes than were kept; the record may have them for a while.
+    """
 
-
-class Pieces:
-    """Pieces of one object, in order; none overlap."""
-
-    def __init__(self) -> None:
-        self._begins: list[int] = []
-        self._pieces: list[Piece] = []
-
-    def all(self) -> list[Piece]:
-        """Return them, in order."""
-        return list(self._pieces)
-
-    def following(self, offset: int, end: int) -> list[Piece]:
-        """Return the one that holds a byte, if any, and those next to it, of bytes before `end`."""
-        at = max(bisect_right(self._begins, offset) - 1, 0)
-        found: list[Piece] = []
-        while at < len(self._pieces) and offset < end:
-            piece = self._pieces[at]
-            if not piece.begin <= offset < piece.end:
-                break
-            found.append(piece)
-            offset, at = piece.end, at + 1
-        return found
-
-    def next_after(self, offset: int, last: int) -> int:
-        """Return where the next piece begins behind a byte; `last` if none does."""
-        at = bisect_right(self._begins, offset)
-        return self._begins[at] if at < len(self._begins) else last
-
-    def cover(self, begin: int, end: int) -> bool:
-        """Say whether every byte of a range is here."""
-        found = self.following(begin, end)
-        return begin >= end or (bool(found) and found[-1].end >= end)
-
-    def add(self, piece: Piece) -> bool:
-        """Add a piece, unless it overlaps one that is there; say whether it was added."""
-        begin, end, _ = piece
-        if self.following(begin, end) or self.next_after(begin, end) < end or end <= begin:
-            return False
-        at = bisect_left(self._begins, begin)
-        self._begins.insert(at, begin)
-        self._pieces.insert(at, piece)
-        return True
-
-    def drop(self, piece: Piece) -> None:
-        """Remove a piece, if it is there."""
-        if piece in self.following(piece.begin, piece.end):
-            at = bisect_left(self._begins, piece.begin)
-            del self._begins[at], self._pieces[at]
+    own: set[Piece] = field(default_factory=set)
+    seen: set[Piece] = field(default_factory=set)
+    damaged: set[Piece] = field(default_factory=set)
 
 
 class Copy:
-    """A copy that is open. Its cache sees to it that threads take turns with all but the bytes.
+    """A copy that is open. Its cache sees to it that threads take turns to keep, record and close.
+
+    What one process has recorded, no other one writes again, unless it is damaged.
 
     Args:
         path: Of the file, which is made if need be.
         url: Of the object, for people who look into a record.
+        marks: What this load knows of its pieces.
 
     Attributes:
         pieces: What it holds.
         users: Threads that are at it.
         is_new: Whether it holds more than its record says.
+
+    Raises:
+        OSError: If it cannot be opened, or is being removed.
     """
 
-    def __init__(self, path: Path, url: str) -> None:
+    def __init__(self, path: Path, url: str, marks: Marks) -> None:
         self.pieces = Pieces()
         self.users = 0
         self.is_new = False
         self._path = path
         self._url = url
-        self._own: set[Piece] = set()  # of this load, which brought them here
+        self._marks = marks
+        self._read_record: tuple[int, int] | None = None
         self._is_left = False
-        self._add(_recorded(path))
         self._fd = os.open(path, os.O_RDWR | _CREATE, 0o600)
-        with contextlib.suppress(OSError):  # nobody removes it meanwhile, who sees that it is used
-            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        try:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # so that nobody removes it
+            except OSError as error:
+                if isinstance(error, BlockingIOError):  # else the file system has no locks
+                    raise
+            self._check_place()  # or somebody has removed it just before
+            self._take_record()
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def leave(self) -> None:
         """Close it once no thread uses it."""
@@ -135,13 +106,65 @@ class Copy:
             wanted = views_within(views_after(views, begin - offset), stop - begin)
             around = self._bytes(piece.begin, begin), self._bytes(stop, piece.end)
             if digest_of([around[0], *wanted, around[1]]) != piece.digest:
+                self._drop(piece)
                 return begin - offset, piece
+            self._marks.seen.add(piece)
         return end - offset, None
 
+    def keep(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Write bytes where there are none yet; compare with them those that are there."""
+        self._check_place()
+        self._take_record()
+        at, end = offset, offset + nbytes_of(views)
+        while at < end:
+            rest = views_after(views, at - offset)
+            if there := self.pieces.following(at, at + 1):
+                stop = min(there[0].end, end)
+                if not self._is_same(there[0], at, views_within(rest, stop - at)):
+                    continue  # it is dropped
+            else:
+                stop = min(self.pieces.next_after(at, end), end)
+                part = views_within(rest, stop - at)
+                self._write(at, part)
+                for piece in pieces_of(at, part):
+                    self._marks.damaged.discard(piece)
+                    self.pieces.add(piece)
+                    self._marks.own.add(piece)
+                    self._marks.seen.add(piece)
+                    self.is_new = True
+            at = stop
+
+    def _is_same(self, piece: Piece, at: int, views: Sequence[memoryview]) -> bool:
+        """Note whether a piece has the bytes that came; drop it, and say no, if it is damaged."""
+        held = self._bytes(piece.begin, piece.end)
+        if digest_of([held]) != piece.digest:
+            self._drop(piece)
+            return False
+        begin = at - piece.begin
+        if digest_of([held[begin : begin + nbytes_of(views)]]) == digest_of(views):
+            self._marks.seen.add(piece)
+        return True
+
+    def _drop(self, piece: Piece) -> None:
+        self._marks.damaged.add(piece)
+        self.pieces.drop(piece)
+
+    def holds(self, begin: int, end: int) -> bool:
+        """Say whether all bytes of a range are on the disk, the same as this load has had."""
+        found = self.pieces.following(begin, end)
+        if begin < end and (not found or found[-1].end < end):
+            return False
+        return self._marks.seen.issuperset(found) and all(
+            digest_of([self._bytes(one.begin, one.end)]) == one.digest for one in found
+        )
+
     def lend(self) -> int:
-        """Sync the file, and return another descriptor of it, which keeps it from being removed."""
-        os.fsync(self._fd)  # says also whether pages were lost on their way to the disk
+        """Return another descriptor of the file, which keeps it from being removed, too."""
         return os.dup(self._fd)
+
+    def sync(self) -> None:
+        """Have the disk write what is in memory; that says also whether some of it was lost."""
+        os.fsync(self._fd)
 
     def _bytes(self, begin: int, end: int) -> memoryview:
         view = memoryview(bytearray(end - begin))
@@ -157,22 +180,14 @@ class Copy:
                 return
             done += count
 
-    def write(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Write bytes of pieces, which count once these are added."""
+    def _write(self, offset: int, views: Sequence[memoryview]) -> None:
         done, length = 0, nbytes_of(views)
         while done < length:
             done += os.pwritev(self._fd, views_after(views, done), offset + done)
 
-    def add(self, pieces: Iterable[Piece]) -> None:
-        """Have pieces count that were written."""
-        for piece in pieces:
-            if self.pieces.add(piece):
-                self._own.add(piece)
-                self.is_new = True
-
     def earlier(self, pieces: Iterable[Piece]) -> bool:
         """Say whether earlier loads had kept one of these pieces."""
-        return not self._own.issuperset(pieces)
+        return not self._marks.own.issuperset(pieces)
 
     def record(self) -> None:
         """Write down what it holds, and that it was used; not if its file was removed meanwhile."""
@@ -182,7 +197,7 @@ class Copy:
             if not self.is_new:
                 os.utime(self._path.with_suffix(RECORD))
                 return
-            self._add(_recorded(self._path))
+            self._take_record()
             beside = self._path.with_suffix(NEW)
             beside.unlink(missing_ok=True)  # of one that was killed: others wait for the lock
             text = orjson.dumps({"url": self._url, "pieces": [*map(list, self.pieces.all())]})
@@ -191,28 +206,24 @@ class Copy:
             beside.replace(self._path.with_suffix(RECORD))
             self.is_new = False
 
-    def _add(self, pieces: Iterable[Piece]) -> None:
-        for piece in pieces:
-            self.pieces.add(piece)
+    def _check_place(self) -> None:
+        """Make sure that the file is still the one of its name.
 
+        Raises:
+            OSError: If it is not.
+        """
+        if not os.path.samestat(self._path.lstat(), os.fstat(self._fd)):
+            raise FileNotFoundError(errno.ENOENT, "another file has its place", str(self._path))
 
-def pieces_of(offset: int, views: Sequence[memoryview]) -> list[Piece]:
-    """Return the pieces to keep of bytes that have just come; they end at whole MiB."""
-    end = offset + nbytes_of(views)
-    inner = range((offset // _PIECE + 1) * _PIECE, end, _PIECE)
-    found = []
-    for begin, stop in itertools.pairwise([offset, *inner, end]):
-        part = views_within(views_after(views, begin - offset), stop - begin)
-        found.append(Piece(begin, stop, digest_of(part)))
-    return found
-
-
-def digest_of(views: Iterable[memoryview]) -> str:
-    """Return the digest of the bytes of all views together. Holds no GIL while it computes."""
-    digest = xxhash.xxh3_128()
-    for view in views:
-        digest.update(view)
-    return digest.hexdigest()
+    def _take_record(self) -> None:
+        """Take pieces that others have recorded since this was looked at last."""
+        with contextlib.suppress(FileNotFoundError):
+            status = self._path.with_suffix(RECORD).stat()
+            if self._read_record != (status.st_ino, status.st_mtime_ns):
+                self._read_record = status.st_ino, status.st_mtime_ns
+                for piece in _recorded(self._path):
+                    if piece not in self._marks.damaged:
+                        self.pieces.add(piece)
 
 
 def last_use(path: Path) -> float:
@@ -243,6 +254,6 @@ def _recorded(path: Path) -> list[Piece]:
     try:
         record: dict[str, Any] = orjson.loads(path.with_suffix(RECORD).read_bytes())
         pieces = [Piece(int(begin), int(end), str(text)) for begin, end, text in record["pieces"]]
-        return [one for one in pieces if 0 <= one.begin < one.end <= one.begin + _PIECE]
+        return [one for one in pieces if 0 <= one.begin < one.end <= one.begin + PIECE]
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return []

@@ -7,13 +7,12 @@ import threading
 from typing import TYPE_CHECKING
 
 from .cache import Object
-from .cached_copy import pieces_of
 from .flight import Flight, Ranges, Target, end_of
 from .opening import RefusedFileError
 from .protocol import scatter, views_within
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from .cache import Cache
 
@@ -42,21 +41,27 @@ class CachedRanges:
         """Keep the first bytes of an object."""
         if target.tag is not None:
             views = [memoryview(data)]
-            self._cache.keep(self._object(target, target.tag), 0, views, pieces_of(0, views))
+            self._cache.keep(self._object(target, target.tag), 0, views)
 
-    def lend(self, target: Target, ranges: Iterable[tuple[int, int]]) -> int:
-        """Return a descriptor of an object's copy.
+    def hold(self, target: Target, ranges: Sequence[tuple[int, int]]) -> int:
+        """Return a descriptor of an object's copy, in which these bytes will be needed.
 
         Raises:
-            OSError: If there is none, or some of these bytes are not in it.
+            OSError: If there can be none.
         """
         if target.tag is None:
-            problem = (
-                "its server does not say by an ETag when it is another one, so that no copy of it "
-                "is kept: download the checkpoint"
-            )
+            problem = "its server sends no strong ETag, so no copy of it is kept: download it"
             raise RefusedFileError(errno.ENOTSUP, problem, target.name)
-        return self._cache.lend(self._object(target, target.tag), ranges)
+        return self._cache.hold(self._object(target, target.tag), ranges)
+
+    def ensure(self, target: Target) -> None:
+        """Make sure that what is needed of an object is in its copy.
+
+        Raises:
+            OSError: If it is not.
+        """
+        assert target.tag is not None, "its copy is held"
+        self._cache.ensure(self._object(target, target.tag))
 
     def read(
         self, target: Target, offset: int, views: Sequence[memoryview], flight: Flight, /
@@ -75,7 +80,7 @@ class CachedRanges:
             found, apart = [self._buffer(end - offset)], False
             count = self._inner.read(target, offset, found, flight)
             kept = views_within(found, count)
-            self._cache.keep(what, offset, kept, pieces_of(offset, kept))
+            self._cache.keep(what, offset, kept)
         if not apart:
             flight.check(None)
             scatter(found[0][:count], views_within(views, count))

@@ -17,8 +17,8 @@ from .descriptors import Descriptors, OpenFile, close_aside
 from .kept import KeptFile
 from .opening import O_DIRECT, FileChangedError, identity, open_regular, status_of
 from .past_cache import ChoosingReader, Company
-from .preadv import DirectReader
 from .preadv import preadv as through_cache
+from .preadv import read_past
 from .protocol import Traffic, scatter
 
 if TYPE_CHECKING:
@@ -46,11 +46,6 @@ class LocalStorage:
     A file that is not the one that was opened first under its name is an error. Storages of one
     folder that are given the same `seen` remember that together, one after the other. A descriptor
     that a network file system has let go of is replaced by a new one.
-
-    ```python
-    async with LocalStorage("/path", disk=Disk(pool)) as storage:
-        count = await storage.readinto("model.safetensors", 0, [memoryview(buffer)])
-    ```
 
     Args:
         root: The folder.
@@ -81,7 +76,7 @@ class LocalStorage:
         preadv: PReadV | None = None,
     ) -> None:
         self._flags = O_DIRECT if direct_io is True else 0
-        self._preadv = preadv or (DirectReader().preadv if self._flags else through_cache)
+        self._preadv = preadv or (read_past if self._flags else through_cache)
         self._root = Path(root)
         self._company = Company(self._root, names, follow=follow_symlinks)
         chooses = direct_io == "auto" and preadv is None
@@ -118,9 +113,13 @@ class LocalStorage:
         if self._disk.lost:  # a disk that gives no answer may give none to this either
             close_aside([*self._descriptors.take(self), self._company])
         else:
-            self._company.close()
-            await settled(asyncio.ensure_future(self._descriptors.close(self)))
+            await settled(asyncio.gather(self._descriptors.close(self), self._part()))
         self._disk.close()
+
+    async def _part(self) -> None:
+        with contextlib.suppress(OSError):  # the lock ends with the process at the latest
+            if self._choosing is not None:
+                await self._disk.call(self._company.close)
 
     def traffic(self) -> Traffic:
         """Return nothing: a disk takes no requests."""
@@ -182,7 +181,7 @@ class LocalStorage:
             file.start = b""
             return await self._disk.call(partial(job, read), reading=reading)
 
-    async def keep(self, name: str, _: Sequence[tuple[int, int]]) -> KeptFile:
+    async def hold_open(self, name: str, _: Sequence[tuple[int, int]]) -> KeptFile:
         """Open a file anew, for one that outlives this storage.
 
         Raises:

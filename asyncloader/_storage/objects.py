@@ -200,27 +200,34 @@ class ObjectStorage:
         read = Reader(self._reads, target, Flight(reading))
         return await self._disk.call(partial(job, read), reading=reading)
 
-    async def keep(self, name: str, ranges: Sequence[tuple[int, int]]) -> KeptFile:
+    async def hold_open(self, name: str, ranges: Sequence[tuple[int, int]]) -> KeptFile:
         """Open the local copy of an object, for one that outlives this storage.
 
         Args:
             name: The object.
-            ranges: First and last byte of what was read of it, and is to be there.
+            ranges: What will be needed of it there: (first byte, one past the last).
 
         Raises:
-            OSError: If there is no copy of these bytes.
+            OSError: If there can be no copy.
         """
-        cached = self._cached
-        if cached is None:
-            problem = "rows stay on a disk of this machine only: give cache_dir"
-            raise RefusedFileError(errno.EINVAL, problem, name)
-        target = await self._find(name)
+        cached, target = self._copies(name), await self._find(name)
 
         def opened() -> KeptFile:
-            fd = cached.lend(target, ranges)
+            fd = cached.hold(target, ranges)
             return KeptFile(self.location, name, fd, os.fstat(fd), identity=same_copy)
 
         return await self._disk.call(opened, label=name)
+
+    async def ensure(self, name: str) -> None:
+        """Make sure that what is needed of an object is in its copy; raises `OSError` if not."""
+        cached, target = self._copies(name), await self._find(name)
+        await self._disk.call(partial(cached.ensure, target), label=name)
+
+    def _copies(self, name: str) -> CachedRanges:
+        if self._cached is None:
+            problem = "rows stay on a disk of this machine only: give cache_dir"
+            raise RefusedFileError(errno.EINVAL, problem, name)
+        return self._cached
 
     async def _find(self, name: str) -> Target:
         # Kept for good: a second lock for one name would let it be found twice.

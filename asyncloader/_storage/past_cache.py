@@ -20,8 +20,8 @@ import threading
 from typing import TYPE_CHECKING
 
 from .opening import O_DIRECT, open_regular
-from .preadv import DirectReader
 from .preadv import preadv as through_cache
+from .preadv import read_past
 
 if sys.platform != "win32":
     import fcntl
@@ -170,7 +170,7 @@ class ChoosingReader:
         self._cached = cached
         self._alone = alone
         self._through = through
-        self._past = past or DirectReader().preadv
+        self._past = past or read_past
 
     def preadv(
         self,

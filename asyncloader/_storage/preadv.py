@@ -205,3 +205,7 @@ def _copy(target: memoryview, source: memoryview) -> None:
         target[:] = source
     else:  # numpy lets other threads run meanwhile
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+read_past = DirectReader().preadv
+"""Of all storages: a thread has one staging memory, however many checkpoints it reads."""

@@ -162,10 +162,7 @@ class LocatingUpdate(LoadableUpdate, Protocol):
         ...
 
     def keep(self, files: Mapping[str, KeptFile]) -> None:
-        """Take files that rows stay in, by the names that blocks give them.
-
-        Called before rows are read, and once more for some files, which take the place of those.
-        """
+        """Take the files that rows stay in, by the names that blocks give them."""
         ...
 
 

@@ -19,8 +19,8 @@ from asyncloader._loading.load import Load
 from asyncloader._loading.opening import open_session
 from asyncloader._loading.progress import Meter
 from asyncloader._loading.reading import has_dtype, torch_dtype
-from asyncloader._loading.session import Verifier
 from asyncloader._loading.transaction import complete
+from asyncloader._loading.verifier import Verifier
 from asyncloader._memory.allocation import zeros
 from asyncloader._planning.choice import choose
 from asyncloader._planning.planner import plan_load
