@@ -59,7 +59,7 @@ class ReadOptions:
             yet write to; the event loop and other loads go on.
         direct_io: Whether files are read past the page cache (`O_DIRECT`), if the file system
             allows it. `"auto"`: large reads of what is not in the cache, as long as no other load
-            reads from the same folder; several at a time share the cache. True: all, which is
+            reads the same checkpoint; several at a time share the cache. True: all, which is
             slower for files that are in the cache; others stay there. False: none, so that the
             cache has them for whoever reads them next. Past it, a read in flight takes 4 MiB of
             memory more.
@@ -114,7 +114,8 @@ class ReadOptions:
         check_switch(self.follow_symlinks, "follow_symlinks")
         check_storage_options(self.storage_options)
         if self.cache_dir is not None:
-            checked_path(self.cache_dir, "cache_dir")
+            if not checked_path(self.cache_dir, "cache_dir"):
+                raise ValueError("cache_dir is empty: name a folder")
         if self.cache_bytes is not None:
             check_count(self.cache_bytes, "cache_bytes")
             if self.cache_dir is None:

@@ -178,6 +178,8 @@ def test_programming_errors_are_told_at_once(tmp_path: Path) -> None:
         ReadOptions(cache_bytes=5)
     with pytest.raises(ValueError, match="cache_bytes must be positive"):
         ReadOptions(cache_dir=tmp_path, cache_bytes=0)
+    with pytest.raises(ValueError, match="cache_dir is empty"):
+        ReadOptions(cache_dir="")
     with pytest.raises(ValueError, match="cache_dir is a URL"):
         ReadOptions(cache_dir="s3://models/cache")
     with pytest.raises(TypeError, match="cache_dir must be a path"):

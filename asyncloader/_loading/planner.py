@@ -176,7 +176,7 @@ class Planner:
 def _remote(table: str, shard: str) -> str:
     return (
         f"table {table!r}: its rows would stay in {shard}, which is not on a disk of this machine: "
-        "give cache_dir=, a folder for copies of them, or load it into a HashTable"
+        "give cache_dir (of ReadOptions), a folder for copies of them, or load it into a HashTable"
     )
 
 

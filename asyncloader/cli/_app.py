@@ -89,7 +89,8 @@ def run(arguments: Sequence[str]) -> int:
     prepare()
     # Commands print warnings as a part of their results, but for what a person waits meanwhile.
     logging.getLogger("asyncloader").addHandler(logging.NullHandler())
-    logging.getLogger("asyncloader._storage.retrying").addHandler(_TELLING)
+    for name in ("retrying", "cache"):
+        logging.getLogger(f"asyncloader._storage.{name}").addHandler(_TELLING)
     as_json = "--json" in arguments
     try:
         return _carry_out(arguments, as_json=as_json)
