@@ -113,9 +113,8 @@ class ReadOptions:
         check_switch(self.direct_io, "direct_io", also="auto")
         check_switch(self.follow_symlinks, "follow_symlinks")
         check_storage_options(self.storage_options)
-        if self.cache_dir is not None:
-            if not checked_path(self.cache_dir, "cache_dir"):
-                raise ValueError("cache_dir is empty: name a folder")
+        if self.cache_dir is not None and not checked_path(self.cache_dir, "cache_dir"):
+            raise ValueError("cache_dir is empty: name a folder")
         if self.cache_bytes is not None:
             check_count(self.cache_bytes, "cache_bytes")
             if self.cache_dir is None:
