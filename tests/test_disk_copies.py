@@ -20,7 +20,6 @@ from asyncloader import (
     open_table,
 )
 from asyncloader.options import ReadOptions
-from tests.genuine import NEWEST, truth
 from tests.oracle import write_checkpoint
 from tests.servers.liar import Answer, liar
 from tests.support import data, open_files
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.servers.liar import Asked, Liar
-    from tests.servers.places import Place
 
 pytest.importorskip("obstore")
 
@@ -63,20 +61,6 @@ def check(table: DiskTable, ids: torch.Tensor = CONTENT.ids) -> None:
         row_of = dict(zip(CONTENT.ids.tolist(), rows, strict=True))
         wanted = torch.stack([row_of[id_] for id_ in ids.tolist()])
         assert torch.equal(table.lookup(ids, slot), wanted)
-
-
-def test_rows_of_each_kind_of_store(place: Place, tmp_path: Path) -> None:
-    held = truth(NEWEST)
-    for _ in range(2):  # once into the copies, once from them
-        tables: dict[str, Any] = {}
-        for name, found in held.tables.items():
-            rows = found.slots["embedding"]
-            tables[name] = DiskTable(rows.shape[1:], rows.dtype, name=name)
-        Loader(
-            place.url, tables, strict=True, storage_options=place.options, cache_dir=tmp_path / "c"
-        ).load()
-        for name, found in held.tables.items():
-            assert torch.equal(tables[name].lookup(found.ids), found.slots["embedding"]), name
 
 
 async def test_rows_are_there_when_the_server_is_gone(server: Liar, cache: Path) -> None:

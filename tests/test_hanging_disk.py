@@ -135,12 +135,18 @@ async def test_a_file_that_was_given_up_on_is_closed_when_its_thread_is_back(cas
 
 async def test_a_disk_that_falls_silent_at_the_end_of_a_load_keeps_no_loop(case: Case) -> None:
     """Files are closed then, and a lock on one of them is let go of."""
+    dead = asyncio.Event()
+
+    def die() -> None:
+        case.disk.die()
+        dead.set()
 
     def listen(span: Span) -> None:
-        if "join" in str(span):  # all is read
-            asyncio.get_running_loop().call_soon(case.disk.die)
+        if "join" in str(span) and not dead.is_set():  # all is read
+            asyncio.get_running_loop().call_soon(die)
 
     async def heal() -> None:
+        await dead.wait()
         await asyncio.to_thread(case.disk.until_somebody_waits)
         case.disk.heal()
 

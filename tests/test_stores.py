@@ -16,6 +16,7 @@ from asyncloader import (
     CheckpointError,
     CheckpointNotFoundError,
     CheckpointReader,
+    DiskTable,
     Loader,
     ReadOptions,
     SaveError,
@@ -58,6 +59,20 @@ def test_every_other_door_reads_it_too(place: Place, tmp_path: Path) -> None:
     assert diff(place.url, RUN / NEWEST, options=options).equal
     convert(place.url, tmp_path / "here", options=options)
     assert diff(place.url, tmp_path / "here", options=options).equal
+
+
+def test_rows_of_disk_tables_stay_in_copies(place: Place, tmp_path: Path) -> None:
+    held = truth(NEWEST)
+    for _ in range(2):  # once into the copies, once from them
+        tables: dict[str, Any] = {}
+        for name, found in held.tables.items():
+            rows = found.slots["embedding"]
+            tables[name] = DiskTable(rows.shape[1:], rows.dtype, name=name)
+        Loader(
+            place.url, tables, strict=True, storage_options=place.options, cache_dir=tmp_path / "c"
+        ).load()
+        for name, found in held.tables.items():
+            assert torch.equal(tables[name].lookup(found.ids), found.slots["embedding"]), name
 
 
 def test_a_checkpoint_is_converted_into_a_store(bucket: Place, tmp_path: Path) -> None:

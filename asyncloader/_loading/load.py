@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from asyncloader._checkpoint.sidecar import DIGEST_CHUNK
 from asyncloader._planning.reads import plan_reads
 from asyncloader._table.protocol import LocatingUpdate, PlacingUpdate
-from asyncloader._threads.jobs import run_jobs, undisturbed
+from asyncloader._threads.jobs import for_each, run_jobs, undisturbed
 from asyncloader.errors import AsyncLoaderError
 
 from .buffers import StagingPool, bump_versions
@@ -104,9 +104,10 @@ class Load:
 
     async def finish(self) -> None:
         """Make the new rows ready for `commit`. Everything has been read."""
-        for table in self.plan.tables:
-            for shard in table.row_blocks() if table.locates else ():
-                await self.session.ensure_held(shard)
+        located = (table for table in self.plan.tables if table.locates)
+        held = {shard for table in located for shard in table.row_blocks()}
+        workers = min(self.session.options.parallel, len(held))
+        await for_each(held, self.session.ensure_held, workers=workers, name="asyncloader-ensure")
         for name, update in self._updates.items():
             if isinstance(update, PlacingUpdate):
                 await run_jobs(self.threads.kernels, [update.finish])
