@@ -148,7 +148,7 @@ class TableLoad:
         layers: The slots that the rows of each layer bring.
         fills: The numbers of layers that bring no ids: they fill rows of ids that are there.
         cleared: The children whose ids are taken out first.
-        locates: Whether rows stay in the checkpoint, and only ids are read.
+        locates: Whether rows stay in files, and ids alone come into memory.
     """
 
     name: str

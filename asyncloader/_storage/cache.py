@@ -57,7 +57,7 @@ class Cache:
         folder: Is made, for this user alone. One that belongs to another, or that others can write
             to, is not used.
         most: Bytes that it may hold; `None` leaves a tenth of the disk free. Copies that were not
-            used for longest are removed for others, those alone that no load has open.
+            used for longest are removed for others, those alone that no load or table has open.
 
     Attributes:
         taken: Bytes that came from copies of earlier loads.
